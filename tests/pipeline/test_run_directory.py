@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ubp_fast.pipeline.cache import OutputDirectoryError
+from ubp_fast.pipeline.run_directory import RunDirectory, environment
+
+CONFIG = {"seed": 0, "data": {"clients": 10}, "stages": "all", "compute": {"threads": 1}}
+
+
+def test_same_configuration_continues(tmp_path: Path) -> None:
+    RunDirectory(tmp_path / "run", CONFIG)
+    RunDirectory(tmp_path / "run", CONFIG | {"stages": ["evaluate"], "compute": {"threads": 2}})
+
+
+def test_other_configuration_is_refused_by_key(tmp_path: Path) -> None:
+    RunDirectory(tmp_path / "run", CONFIG)
+    with pytest.raises(OutputDirectoryError, match=r"1 differing keys: data\.clients \(10 there, 20 now\)"):
+        RunDirectory(tmp_path / "run", CONFIG | {"data": {"clients": 20}})
+    assert "clients: 10" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_foreign_files_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(OutputDirectoryError, match="must be empty or hold an earlier run"):
+        RunDirectory(tmp_path, CONFIG)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_stage_links_follow_the_output(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run", CONFIG)
+    for version in ("one", "two"):
+        output = tmp_path / "cache" / version
+        output.mkdir(parents=True)
+        (output / "value").write_text(version)
+        run.link_stage("store", output)
+    assert (run.path / "stages" / "store" / "value").read_text() == "two"
+
+
+def test_environment_names_versions() -> None:
+    facts = environment(threads=3)
+    assert facts["threads"] == 3
+    assert facts["packages"]["torch"]
