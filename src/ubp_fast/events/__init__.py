@@ -1,0 +1,1 @@
+"""Event logs: what they look like, where they come from, how time is split."""

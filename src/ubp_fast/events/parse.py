@@ -1,0 +1,192 @@
+"""Foreign columns -> canonical ones: timestamps, ids, code vectors. Every value is checked, in linear time."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+from numba import njit
+
+from ubp_fast.events.schema import CODES, NUM_CODES, DataError, bad_rows
+
+# Dates outside these years come from a wrong unit (milliseconds read as seconds), not from a shop.
+EARLIEST_S, LATEST_S = -2_208_988_800, 7_258_118_400  # 1900-01-01, 2200-01-01
+UNIT_PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
+TEXT_FORMATS = (
+    "%Y-%m-%d %H:%M:%S%.f",
+    "%Y-%m-%dT%H:%M:%S%.f",
+    "%Y-%m-%dT%H:%M:%S%.f%#z",
+    "%Y-%m-%d %H:%M:%S%.f%#z",
+)
+CODE_PROBLEMS = (
+    "",
+    "it is not one vector in brackets",
+    "it holds something that is not an integer",
+    f"it does not hold {NUM_CODES} codes",
+    "a code is outside 0..255",
+)
+
+
+def parse_timestamps(file: str, column: pl.Series, unit: str = "s") -> pl.Series:
+    """Seconds since 1970 UTC, fractions rounded down.
+
+    Args:
+        file: name for messages.
+        column: text 'YYYY-MM-DD HH:MM:SS' (also with T, fraction, time zone), datetime of any unit (without a time zone
+            it is taken as UTC), date, or integers.
+        unit: unit of integers: "s", "ms", "us" or "ns".
+
+    Returns:
+        i64 series, name `timestamp_s`.
+
+    Raises:
+        DataError: wrong dtype, null, unparsable, or outside the years 1900..2199.
+    """
+    if unit not in UNIT_PER_SECOND:
+        raise ValueError(f"{file}: timestamp unit must be one of {list(UNIT_PER_SECOND)}, got '{unit}'")
+    dtype = column.dtype
+    if dtype == pl.String:
+        seconds = _seconds_of_text(column)
+    elif isinstance(dtype, pl.Datetime):
+        seconds = column.to_physical() // UNIT_PER_SECOND[dtype.time_unit]
+    elif dtype == pl.Date:
+        seconds = column.to_physical().cast(pl.Int64) * 86_400
+    elif dtype.is_integer():
+        seconds = column.cast(pl.Int64, strict=False) // UNIT_PER_SECOND[unit]
+    else:
+        raise DataError(
+            f"{file}: column '{column.name}' must be text, datetime or integer, got {dtype};"
+            " write times as 'YYYY-MM-DD HH:MM:SS' or as integer seconds"
+        )
+    if seconds.null_count():
+        remedy = "write times as 'YYYY-MM-DD HH:MM:SS' and remove rows without a time"
+        raise bad_rows(file, column.name, "hold a time", seconds.is_null(), column, remedy)
+    outside = (seconds < EARLIEST_S) | (seconds >= LATEST_S)
+    if outside.any():
+        remedy = f"check the unit of the column (read as '{unit}')" if dtype.is_integer() else "correct the rows"
+        raise bad_rows(file, column.name, "lie in the years 1900..2199", outside, column, remedy)
+    return seconds.alias("timestamp_s")
+
+
+def _seconds_of_text(column: pl.Series) -> pl.Series:
+    """Tries each format on what the formats before it left; null where none fits."""
+    text = column.str.strip_chars()
+    seconds = _parse_text(text, "%Y-%m-%d %H:%M:%S")
+    for pattern in TEXT_FORMATS:
+        left = seconds.is_null().arg_true()
+        if not len(left):
+            break
+        seconds = seconds.scatter(left, _parse_text(text.gather(left), pattern))
+    return seconds
+
+
+def _parse_text(text: pl.Series, pattern: str) -> pl.Series:
+    zone = "UTC" if pattern.endswith("z") else None
+    times = text.str.to_datetime(pattern, time_unit="us", time_zone=zone, strict=False, exact=True)
+    return times.to_physical() // UNIT_PER_SECOND["us"]
+
+
+def parse_ids(file: str, column: pl.Series) -> pl.Series:
+    """Integer ids as i64, same name.
+
+    Raises:
+        DataError: floats, text or another dtype, nulls, or values that do not fit into 64 signed bits.
+    """
+    if not column.dtype.is_integer():
+        raise DataError(
+            f"{file}: column '{column.name}' must hold integers, got {column.dtype};"
+            " cast it to int64 (a float column usually comes from missing values: remove those rows first)"
+        )
+    if column.null_count():
+        raise bad_rows(file, column.name, "hold an id in every row", column.is_null(), column, "remove those rows")
+    ids = column.cast(pl.Int64, strict=False)
+    if ids.null_count():
+        raise bad_rows(file, column.name, "fit into int64", ids.is_null(), column, "map the ids to smaller numbers")
+    return ids
+
+
+def parse_codes(file: str, column: pl.Series) -> pl.Series:
+    """Vectors of 16 codes 0..255 from text '[1 2 ... 16]' or from lists of integers.
+
+    Returns:
+        u8[16] series, same name.
+
+    Raises:
+        DataError: wrong dtype, null, or a vector that is not 16 integers in 0..255.
+    """
+    if column.dtype == CODES and not column.null_count():
+        return column
+    if column.null_count():
+        raise bad_rows(file, column.name, "hold a vector in every row", column.is_null(), column, "remove those rows")
+    if column.dtype == pl.String:
+        values, problem = _codes_of_text(column)
+    elif isinstance(column.dtype, pl.List | pl.Array) and column.dtype.inner.is_integer():
+        values, problem = _codes_of_lists(column.cast(pl.List(pl.Int64), strict=False))
+    else:
+        raise DataError(
+            f"{file}: column '{column.name}' must hold text like '[1 2 ... 16]' or lists of integers, got {column.dtype};"
+            " write the 16 codes of each vector separated by spaces, in brackets"
+        )
+    if problem.any():
+        bad = pl.Series(problem != 0)
+        detail = CODE_PROBLEMS[int(problem[int(bad.arg_true()[0])])]
+        rule = f"hold vectors of {NUM_CODES} codes 0..255 like '[1 2 ... 16]'"
+        raise bad_rows(file, column.name, rule, bad, column, "correct or remove those rows", detail)
+    return pl.Series(column.name, values, dtype=CODES)
+
+
+def _codes_of_text(column: pl.Series) -> tuple[np.ndarray, np.ndarray]:
+    """All texts joined into one buffer, then one pass over its bytes."""
+    offsets = np.zeros(len(column) + 1, np.int64)
+    np.cumsum(column.str.len_bytes().to_numpy(), out=offsets[1:])
+    joined = column.str.join("").item() if len(column) else ""
+    return _parse_code_bytes(np.frombuffer(joined.encode(), np.uint8), offsets)
+
+
+def _codes_of_lists(column: pl.Series) -> tuple[np.ndarray, np.ndarray]:
+    lengths = column.list.len().to_numpy()
+    low, high = column.list.min().fill_null(0), column.list.max().fill_null(0)
+    problem = np.where(((low < 0) | (high > 255)).to_numpy(), 4, 0).astype(np.uint8)
+    problem[lengths != NUM_CODES] = 3
+    # A null inside a list is no integer.
+    problem[column.list.eval(pl.element().is_null()).list.any().fill_null(False).to_numpy()] = 2
+    if problem.any() or not len(column):
+        return np.zeros((len(column), NUM_CODES), np.uint8), problem
+    flat = column.explode().cast(pl.UInt8).to_numpy()
+    return flat.reshape(-1, NUM_CODES), problem
+
+
+@njit(nogil=True)
+def _parse_code_bytes(text, offsets):  # pragma: no cover - compiled
+    """Codes u8 [N, 16] and the index of the problem in CODE_PROBLEMS u8 [N] of each vector in a byte buffer."""
+    rows = offsets.size - 1
+    codes = np.zeros((rows, 16), np.uint8)
+    problem = np.zeros(rows, np.uint8)
+    for row in range(rows):
+        state, count, value, digits = 0, 0, 0, 0  # state 0: before '[', 1: inside, 2: after ']'
+        bad = 0
+        for position in range(offsets[row], offsets[row + 1]):
+            character = text[position]
+            digit = np.int64(character) - 48
+            if 0 <= digit <= 9 and state == 1:
+                value = min(value * 10 + digit, 1000)
+                digits += 1
+                continue
+            space = character == 32 or 9 <= character <= 13
+            if not space and not (character == 91 and state == 0) and not (character == 93 and state == 1):
+                bad = 2 if state == 1 else 1
+                break
+            if digits:
+                if value > 255:
+                    bad = 4
+                    break
+                if count < 16:
+                    codes[row, count] = value
+                count, value, digits = count + 1, 0, 0
+            if not space:
+                state += 1
+        if bad == 0 and state != 2:
+            bad = 1
+        if bad == 0 and count != 16:
+            bad = 3
+        problem[row] = bad
+    return codes, problem

@@ -1,0 +1,172 @@
+"""The organisers' directory: raw tables to be split, or the result of their split.
+
+product_properties.parquet
+raw     <kind>.parquet            everything, to be split here
+split   input/<kind>.parquet      events before the train target
+        target/{train,validation}_target.parquet   purchases with properties joined
+both    input/relevant_clients.npy, target/active_clients.npy, target/{,popularity_}propensity_*.npy   optional
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from ubp_fast.events.parse import parse_codes, parse_ids, parse_timestamps
+from ubp_fast.events.progress import Progress, Steps
+from ubp_fast.events.read import read_events, read_id_list, read_label_lists, read_products, read_table
+from ubp_fast.events.schema import (
+    EVENT_KINDS,
+    PRODUCT_TABLE,
+    PURCHASE_SCHEMA,
+    DataError,
+    event_schema,
+)
+from ubp_fast.events.split import DAY_S, TARGET_DAYS, Split, floor_day, split_at
+from ubp_fast.events.write import EventWriter, event_writer
+
+LAYOUTS = ("auto", "raw", "split")
+
+
+@dataclass(frozen=True)
+class Challenge:
+    """The organisers' directory as a source.
+
+    Attributes:
+        dir: the directory.
+        layout: "raw", "split", or "auto": split when `input/` and `target/` hold tables, else raw.
+        end: ISO date-time; later events are removed and all windows move. Label lists and active clients of the
+            directory belong to other windows then and are left out.
+    """
+
+    dir: str
+    layout: str = "auto"
+    end: str | None = None
+
+    def prepare(self, directory: Path, progress: Progress | None = None) -> None:
+        """Writes the canonical event directory; file order is kept.
+
+        Raises:
+            DataError: a table is missing or breaks a rule, or `directory` cannot be written.
+        """
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"Challenge: layout must be one of {list(LAYOUTS)}, got '{self.layout}'")
+        root = Path(self.dir)
+        if not root.is_dir():
+            raise DataError(f"{root}: the challenge directory must exist, got no such directory; check data.dir")
+        split_layout = self.layout == "split" or (self.layout == "auto" and _is_split(root))
+        steps = Steps(progress, len(EVENT_KINDS) + 1)
+        with event_writer(directory, "challenge", self.end) as writer:
+            if split_layout:
+                split = self._write_split(root, writer, steps)
+            else:
+                split = self._write_raw(root, writer, steps)
+            self._write_lists(root, writer)
+            writer.finish(split, layout="split" if split_layout else "raw")
+
+    def _write_raw(self, root: Path, writer: EventWriter, steps: Steps) -> Split:
+        writer.write_products(read_products(root / f"{PRODUCT_TABLE}.parquet"))
+        steps.done()
+        _write_kinds(root, writer, steps, {})
+        return writer.default_split()
+
+    def _write_split(self, root: Path, writer: EventWriter, steps: Steps) -> Split:
+        parts = {
+            name: _read_target(root / "target" / f"{name}.parquet") for name in ("train_target", "validation_target")
+        }
+        target = pl.concat(parts.values())
+        writer.write_products(_with_target_products(read_products(root / f"{PRODUCT_TABLE}.parquet"), target))
+        steps.done()
+        last_input_s = _write_kinds(root / "input", writer, steps, {"product_buy": target})
+        if self.end is not None:
+            return writer.default_split()
+        writer.write_target_purchases(target.select(list(PURCHASE_SCHEMA)))
+        return _split_of_parts(root, last_input_s, parts["train_target"], parts["validation_target"])
+
+    def _write_lists(self, root: Path, writer: EventWriter) -> None:
+        relevant = root / "input" / "relevant_clients.npy"
+        if relevant.exists():
+            writer.write_clients("relevant_clients", read_id_list(relevant, unique=True))
+        active = root / "target" / "active_clients.npy"
+        lists = read_label_lists(root / "target")
+        if self.end is not None:
+            if active.exists() or lists:
+                writer.notes.append("target: label lists and active clients belong to another end and are left out")
+            return
+        if active.exists():
+            writer.write_clients("active_clients", read_id_list(active, unique=True))
+        if lists:
+            writer.write_label_lists(lists)
+
+
+def _is_split(root: Path) -> bool:
+    return (root / "input" / "product_buy.parquet").exists() and (root / "target" / "train_target.parquet").exists()
+
+
+def _write_kinds(root: Path, writer: EventWriter, steps: Steps, more: dict[str, pl.DataFrame]) -> int:
+    """Writes the tables of all kinds, `more` appended; returns the time of the last event in the files."""
+    last_s = None
+    for kind in EVENT_KINDS:
+        path = root / f"{kind}.parquet"
+        # A shop may lack any kind but purchases; those are always asked for, so that a wrong directory is noticed.
+        if kind == "product_buy" or path.exists():
+            frame = read_events(path, kind)
+            if len(frame):
+                file_last_s = int(frame["timestamp_s"].max())  # type: ignore[arg-type]
+                last_s = file_last_s if last_s is None else max(last_s, file_last_s)
+            if kind in more:
+                frame = pl.concat([frame, more[kind].select(list(event_schema(kind)))])
+            writer.write_events(kind, frame, str(path))
+        steps.done()
+    return last_s if last_s is not None else 0
+
+
+def _read_target(path: Path) -> pl.DataFrame:
+    """A target table as PURCHASE_SCHEMA and the name codes."""
+    raw = read_table(path, ["client_id", "timestamp", "sku", "category", "price", "name"])
+    if not len(raw):
+        raise DataError(f"{path}: table must hold purchases, got 0 rows; split the raw tables again")
+    columns = [parse_ids(str(path), raw[name]) for name in ("client_id", "sku", "category", "price")]
+    columns += [parse_timestamps(str(path), raw["timestamp"]), parse_codes(str(path), raw["name"])]
+    return pl.DataFrame(columns).select([*PURCHASE_SCHEMA, "name"])
+
+
+def _with_target_products(products: pl.DataFrame, target: pl.DataFrame) -> pl.DataFrame:
+    """Adds skus that only the target tables know (the released product table leaves out those seen first there)."""
+    new = target.join(products, on="sku", how="anti", maintain_order="left")
+    new = new.unique("sku", keep="first", maintain_order=True)
+    return pl.concat([products, new.select(products.columns)])
+
+
+def _split_of_parts(root: Path, last_input_s: int, train: pl.DataFrame, validation: pl.DataFrame) -> Split:
+    """The boundaries that the parts were cut at: by the organisers' rule when that explains the parts, else at midnight.
+
+    The official scoring windows do not follow the rule: their data end ten minutes after a midnight.
+    """
+    first_s, last_s = _range(train)
+    validation_first_s, end_s = _range(validation)
+    for earlier, time_s, later, limit_s in (
+        ("input", last_input_s, "target/train_target.parquet", first_s),
+        ("target/train_target.parquet", last_s, "target/validation_target.parquet", validation_first_s),
+    ):
+        if time_s > limit_s:
+            raise DataError(
+                f"{root}: events of {earlier} must lie before those of {later} (first: {limit_s} s), got one at"
+                f" {time_s} s; the inputs would show the answers, split the raw tables again"
+            )
+    rule = split_at(end_s)
+    if last_input_s < rule.input_end_s <= first_s and last_s < rule.validation_start_s <= validation_first_s:
+        return rule
+    input_end_s = floor_day(first_s) if floor_day(first_s) > last_input_s else first_s
+    validation_start_s = input_end_s + TARGET_DAYS * DAY_S
+    if not last_s < validation_start_s <= validation_first_s:
+        midnight_s = floor_day(validation_first_s)
+        validation_start_s = midnight_s if midnight_s > last_s else validation_first_s
+    return Split(input_end_s, validation_start_s, end_s)
+
+
+def _range(frame: pl.DataFrame) -> tuple[int, int]:
+    times = frame["timestamp_s"].to_numpy()
+    return int(times.min()), int(times.max())

@@ -1,0 +1,65 @@
+"""Where the history ends and the two target windows lie: the organisers' rule.
+
+    |---------------- input ----------------|-- train target, 14 d --|-- validation, 13 d and the last day --|
+                                        input_end_s           validation_start_s                          end_s
+
+The end is the last purchase; later events of the other kinds do not move it. The input ends at midnight 27 days before
+the end, the validation window starts 14 days after that and includes the end itself.
+Source: Synerise/recsys2025, split_data. One deviation: there, the fraction of a second of the last purchase stays in
+all boundaries (an end of 23:59:59.250 puts them at 00:00:00.250); here time is counted in whole seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DAY_S = 86_400
+TARGET_DAYS = 14
+
+
+@dataclass(frozen=True)
+class Split:
+    """Boundaries of a data set in seconds since 1970 UTC.
+
+    Attributes:
+        input_end_s: input events have `timestamp_s < input_end_s`; the train target starts here.
+        validation_start_s: the train target ends before it, the validation target starts here.
+        end_s: last second of the validation target (inclusive).
+    """
+
+    input_end_s: int
+    validation_start_s: int
+    end_s: int
+
+    def __post_init__(self) -> None:
+        if not self.input_end_s < self.validation_start_s <= self.end_s:
+            raise ValueError(
+                "Split: boundaries must satisfy input_end_s < validation_start_s <= end_s, got"
+                f" {self.input_end_s}, {self.validation_start_s}, {self.end_s}"
+            )
+
+    @property
+    def train_window_s(self) -> tuple[int, int]:
+        """Train target as a half-open interval."""
+        return self.input_end_s, self.validation_start_s
+
+    @property
+    def validation_window_s(self) -> tuple[int, int]:
+        """Validation target as a half-open interval: its last second is `end_s`."""
+        return self.validation_start_s, self.end_s + 1
+
+
+def floor_day(timestamp_s: int) -> int:
+    """Midnight (UTC) at or before a time in seconds."""
+    return timestamp_s - timestamp_s % DAY_S
+
+
+def split_at(last_purchase_s: int, target_days: int = TARGET_DAYS) -> Split:
+    """Boundaries from the time of the last purchase.
+
+    Args:
+        last_purchase_s: seconds since 1970 UTC.
+        target_days: length of each target window in days.
+    """
+    input_end_s = floor_day(last_purchase_s - (2 * target_days - 1) * DAY_S)
+    return Split(input_end_s, input_end_s + target_days * DAY_S, last_purchase_s)

@@ -1,0 +1,194 @@
+"""Writing the canonical event directory (layout: `ubp_fast.events.read`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from ubp_fast.events.parse import parse_timestamps
+from ubp_fast.events.publish import published_directory
+from ubp_fast.events.read import DATASET_FILE, FORMAT, TARGET_PURCHASES, LabelLists, check_products
+from ubp_fast.events.schema import (
+    EVENT_KINDS,
+    LABEL_LISTS,
+    PRODUCT_SCHEMA,
+    PRODUCT_TABLE,
+    PURCHASE_SCHEMA,
+    SKU_KINDS,
+    DataError,
+    bad_rows,
+    event_schema,
+    require_canonical,
+)
+from ubp_fast.events.split import Split, split_at
+
+
+def end_seconds(end: str | None) -> int | None:
+    """The `end` option of a source (ISO date-time, a bare date is its midnight) in seconds since 1970 UTC.
+
+    Raises:
+        ValueError: not an ISO date-time.
+    """
+    if end is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(end)
+    except ValueError as error:
+        raise ValueError(f"source: end must be a date-time like '2022-11-09 23:59:59', got '{end}'") from error
+    text = pl.Series("end", [moment if moment.tzinfo is None else moment.astimezone(timezone.utc)])
+    return int(parse_timestamps("end", text)[0])
+
+
+class EventWriter:
+    """Takes canonical tables one at a time, checks them against each other and writes them.
+
+    Give the products first, then the tables, then call `finish`.
+    """
+
+    def __init__(self, directory: Path, source: str, end_s: int | None) -> None:
+        self._directory = directory
+        self._end_s = end_s
+        self._products: pl.DataFrame | None = None
+        self._rows: dict[str, int] = {}
+        self._first_s: int | None = None
+        self._last_purchase_s: int | None = None
+        self._info: dict[str, Any] = {"format": FORMAT, "source": source}
+        self.notes: list[str] = []
+
+    def write_products(self, products: pl.DataFrame) -> None:
+        """Writes the product table (`PRODUCT_SCHEMA`).
+
+        Raises:
+            DataError: wrong columns, a sku twice, a price outside 0..99.
+        """
+        require_canonical(PRODUCT_TABLE, products, PRODUCT_SCHEMA)
+        check_products(PRODUCT_TABLE, products)
+        self._products = products
+        self._write(PRODUCT_TABLE, products)
+
+    def write_events(self, kind: str, frame: pl.DataFrame, file: str | None = None) -> None:
+        """Writes one kind without the events after the end; a table without rows makes the kind absent.
+
+        Args:
+            kind: one of `EVENT_KINDS`.
+            frame: canonical columns of that kind.
+            file: where the rows came from, for messages.
+
+        Raises:
+            DataError: wrong columns, or a sku without properties.
+        """
+        file = file or kind
+        require_canonical(file, frame, event_schema(kind))
+        if kind in SKU_KINDS:
+            self._require_properties(file, frame["sku"])
+        if self._end_s is not None:
+            frame = frame.filter(pl.col("timestamp_s") <= self._end_s)
+        if not len(frame):
+            self.notes.append(f"{file}: no rows, the kind {kind} is left out")
+            return
+        self._rows[kind] = len(frame)
+        first_s = int(frame["timestamp_s"].min())  # type: ignore[arg-type]
+        self._first_s = first_s if self._first_s is None else min(self._first_s, first_s)
+        if kind == "product_buy":
+            self._last_purchase_s = int(frame["timestamp_s"].max())  # type: ignore[arg-type]
+        self._write(kind, frame)
+
+    def write_target_purchases(self, frame: pl.DataFrame) -> None:
+        """Writes the purchases of the target windows with the properties that the source joined to them."""
+        require_canonical(TARGET_PURCHASES, frame, PURCHASE_SCHEMA)
+        self._write(TARGET_PURCHASES, frame)
+
+    def write_clients(self, name: str, clients: np.ndarray) -> None:
+        """Writes `relevant_clients` or `active_clients`."""
+        np.save(self._directory / f"{name}.npy", clients.astype(np.int64))
+
+    def write_label_lists(self, lists: LabelLists) -> None:
+        """Writes label lists: name -> (ids, popularity)."""
+        directory = self._directory / "labels"
+        directory.mkdir(exist_ok=True)
+        for name in LABEL_LISTS:
+            if name in lists:
+                ids, popularity = lists[name]
+                np.save(directory / f"{name}.npy", ids.astype(np.int64))
+                np.save(directory / f"popularity_{name}.npy", popularity.astype(np.float64))
+
+    def default_split(self) -> Split:
+        """The organisers' split, from the last purchase.
+
+        Raises:
+            DataError: there are no purchases, or the windows leave nothing before them.
+        """
+        if self._last_purchase_s is None:
+            raise DataError(
+                f"product_buy: table must hold purchases, got no purchases at all{self._until()};"
+                " profiles are evaluated on purchases, so bring that table"
+            )
+        return split_at(self._last_purchase_s)
+
+    def finish(self, split: Split, **info: object) -> None:
+        """Writes dataset.json: the directory is complete.
+
+        Raises:
+            DataError: no purchases, or no event before the end of the input.
+        """
+        self.default_split()
+        assert self._first_s is not None
+        if self._first_s >= split.input_end_s:
+            raise DataError(
+                f"events: the first event must lie before the end of the input {_moment(split.input_end_s)}, got"
+                f" {_moment(self._first_s)}; the two target windows take the last 28 days, bring a longer history"
+            )
+        self._info |= {
+            "kinds": [kind for kind in EVENT_KINDS if kind in self._rows],
+            "input_end_s": split.input_end_s,
+            "validation_start_s": split.validation_start_s,
+            "end_s": split.end_s,
+            "first_s": self._first_s,
+            "rows": {kind: self._rows[kind] for kind in EVENT_KINDS if kind in self._rows},
+            "products": 0 if self._products is None else len(self._products),
+            "notes": self.notes,
+            **info,
+        }
+        text = json.dumps(self._info, indent=1) + "\n"
+        (self._directory / DATASET_FILE).write_text(text, encoding="utf-8")
+
+    def _require_properties(self, file: str, skus: pl.Series) -> None:
+        assert self._products is not None, "products come first"
+        unknown = ~skus.is_in(self._products["sku"].implode())
+        if unknown.any():
+            remedy = f"add the missing skus to {PRODUCT_TABLE} or remove those rows"
+            raise bad_rows(file, "sku", f"occur in {PRODUCT_TABLE}", unknown, skus, remedy)
+
+    def _write(self, name: str, frame: pl.DataFrame) -> None:
+        frame.write_parquet(self._directory / f"{name}.parquet", compression="zstd", compression_level=1)
+
+    def _until(self) -> str:
+        return "" if self._end_s is None else f" until {_moment(self._end_s)}"
+
+
+@contextmanager
+def event_writer(directory: Path, source: str, end: str | None = None) -> Iterator[EventWriter]:
+    """Gives a writer whose files appear in `directory` together, when the block ends without an error.
+
+    Args:
+        directory: new or empty.
+        source: name of the source, kept in dataset.json.
+        end: ISO date-time; later events are removed.
+
+    Raises:
+        DataError: the directory is in use or cannot be written.
+    """
+    end_s = end_seconds(end)
+    with published_directory(Path(directory)) as partial:
+        yield EventWriter(partial, source, end_s)
+
+
+def _moment(timestamp_s: int) -> str:
+    return datetime.fromtimestamp(timestamp_s, timezone.utc).strftime("%Y-%m-%d %H:%M:%S")

@@ -1,0 +1,1 @@
+"""The event store: client-sorted, memory-mapped columns of everything before a cutoff."""

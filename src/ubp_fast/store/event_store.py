@@ -1,0 +1,237 @@
+"""Client-sorted columns of everything before a cutoff, memory-mapped.
+
+    clients   0         1   2            (ascending client ids; a client without events keeps an empty row)
+    offsets   0         4   4       7
+    time      t0 t1 t2 t3 | | t4 t5 t6   (ascending inside a client, ties in file order)
+
+All files are plain npy plus `store.json`; a cutoff view is a binary search per client, no copy.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ubp_fast.events.schema import EVENT_KINDS, DataError
+
+HEADER_FILE = "store.json"
+FORMAT = 1
+TIMELINE = "timeline"
+
+
+class KindColumns(NamedTuple):
+    """The events of one kind, sorted by client and time.
+
+    Attributes:
+        offsets: i64 [U + 1], rows of client u are offsets[u]:offsets[u + 1].
+        timestamp_s: i64 [N], ascending per client.
+        item: i32 [N] dense sku or url id; None for searches.
+        codes: u8 [N, 16] query codes; None for the other kinds.
+    """
+
+    offsets: np.ndarray
+    timestamp_s: np.ndarray
+    item: np.ndarray | None
+    codes: np.ndarray | None
+
+
+class Timeline(NamedTuple):
+    """All kinds merged by time per client; ties in the order of EVENT_KINDS, then of rows.
+
+    Attributes:
+        offsets: i64 [U + 1].
+        timestamp_s: i64 [M].
+        kind: u8 [M], 1 + index in EVENT_KINDS.
+        row: i64 [M], row inside the columns of that kind.
+    """
+
+    offsets: np.ndarray
+    timestamp_s: np.ndarray
+    kind: np.ndarray
+    row: np.ndarray
+
+
+class ProductColumns(NamedTuple):
+    """Properties by dense sku id; rows 0 (padding) and 1 (unknown) have category and price 0 and 1, name 0.
+
+    Attributes:
+        sku_id: i64 [S] original ids, -1 in rows 0 and 1.
+        category: i32 [S] dense ids.
+        price: i32 [S], price bucket + 2.
+        name: u8 [S, 16] codes.
+    """
+
+    sku_id: np.ndarray
+    category: np.ndarray
+    price: np.ndarray
+    name: np.ndarray
+
+
+@dataclass(frozen=True)
+class EventStore:
+    """The store of one cutoff; open it with `EventStore.open`, make it with `ubp_fast.store.build.build_store`.
+
+    Attributes:
+        path: its directory.
+        header: the content of store.json.
+    """
+
+    path: Path
+    header: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: Path | str) -> EventStore:
+        """Opens a complete store; columns are mapped when they are asked for.
+
+        Raises:
+            DataError: no store there, or one of another format.
+        """
+        path = Path(path)
+        try:
+            header = json.loads((path / HEADER_FILE).read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise DataError(f"{path}: a store must hold {HEADER_FILE}, got '{error}'; build the store first") from error
+        if header.get("format") != FORMAT:
+            raise DataError(f"{path}: store must have format {FORMAT}, got {header.get('format')}; build it again")
+        return cls(path, header)
+
+    @property
+    def num_clients(self) -> int:
+        """Number of clients U, with or without events."""
+        return int(self.header["num_clients"])
+
+    @property
+    def cutoff_s(self) -> int:
+        """Every event in the store has `timestamp_s < cutoff_s`."""
+        return int(self.header["cutoff_s"])
+
+    @property
+    def first_timestamp_s(self) -> int:
+        """Time of the earliest event in the store."""
+        return int(self.header["first_timestamp_s"])
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds the events came with; the others have no rows."""
+        return tuple(self.header["kinds"])
+
+    @cached_property
+    def client_ids(self) -> np.ndarray:
+        """i64 [U], ascending."""
+        return self._column("client_ids")
+
+    def kind(self, name: str) -> KindColumns:
+        """Columns of one kind, without rows when the kind is absent.
+
+        Raises:
+            ValueError: not one of EVENT_KINDS.
+        """
+        if name not in EVENT_KINDS:
+            raise ValueError(f"EventStore: kind must be one of {list(EVENT_KINDS)}, got '{name}'")
+        return self._kinds[name]
+
+    @cached_property
+    def _kinds(self) -> dict[str, KindColumns]:
+        columns = {}
+        for name in EVENT_KINDS:
+            offsets, timestamp_s = self._column(f"{name}.offsets"), self._column(f"{name}.timestamp_s")
+            if name == "search_query":
+                columns[name] = KindColumns(offsets, timestamp_s, None, self._column(f"{name}.codes"))
+            else:
+                columns[name] = KindColumns(offsets, timestamp_s, self._column(f"{name}.item"), None)
+        return columns
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        """All kinds merged by time per client."""
+        return Timeline(*(self._column(f"{TIMELINE}.{name}") for name in Timeline._fields))
+
+    @cached_property
+    def products(self) -> ProductColumns:
+        """Product properties by dense sku id."""
+        return ProductColumns(*(self._column(f"products.{name}") for name in ProductColumns._fields))
+
+    @property
+    def sku_ids(self) -> np.ndarray:
+        """Original sku of every dense id, i64 [num_skus]."""
+        return self.products.sku_id
+
+    @cached_property
+    def url_ids(self) -> np.ndarray:
+        """Original url of every dense id, i64 [num_urls]."""
+        return self._column("url_ids")
+
+    @cached_property
+    def category_ids(self) -> np.ndarray:
+        """Original category of every dense id, i64 [num_categories]."""
+        return self._column("category_ids")
+
+    @property
+    def num_skus(self) -> int:
+        """Rows of a sku embedding table."""
+        return int(self.header["num_skus"])
+
+    @property
+    def num_urls(self) -> int:
+        """Rows of a url embedding table."""
+        return int(self.header["num_urls"])
+
+    @property
+    def num_categories(self) -> int:
+        """Rows of a category embedding table."""
+        return int(self.header["num_categories"])
+
+    @property
+    def num_prices(self) -> int:
+        """Rows of a price embedding table."""
+        return int(self.header["num_prices"])
+
+    def rows_before(self, kind: str, cutoff_s: int) -> np.ndarray:
+        """First row per client that is not before a cutoff.
+
+        Args:
+            kind: one of EVENT_KINDS, or "timeline".
+            cutoff_s: seconds since 1970 UTC.
+
+        Returns:
+            i64 [U]: the events of client u before the cutoff are the rows offsets[u]:result[u].
+        """
+        columns: KindColumns | Timeline = self.timeline if kind == TIMELINE else self.kind(kind)
+        return rows_before(columns.offsets, columns.timestamp_s, cutoff_s)
+
+    def _column(self, name: str) -> np.ndarray:
+        path = self.path / f"{name}.npy"
+        try:
+            column = np.load(path, mmap_mode="r", allow_pickle=False)
+        except ValueError:  # an array without rows cannot be mapped
+            column = np.load(path, allow_pickle=False)
+        except OSError as error:
+            raise DataError(f"{path}: column must exist, got '{error}'; build the store again") from error
+        return column
+
+
+def rows_before(offsets: np.ndarray, timestamp_s: np.ndarray, cutoff_s: int) -> np.ndarray:
+    """Per client, the first row with `timestamp_s >= cutoff_s`: one binary search for all clients in step.
+
+    Args:
+        offsets: i64 [U + 1].
+        timestamp_s: i64 [N], ascending between offsets.
+        cutoff_s: the cutoff.
+
+    Returns:
+        i64 [U].
+    """
+    low, high = offsets[:-1].astype(np.int64), offsets[1:].astype(np.int64)
+    open_rows = np.flatnonzero(low < high)
+    while len(open_rows):
+        middle = (low[open_rows] + high[open_rows]) // 2
+        before = timestamp_s[middle] < cutoff_s
+        low[open_rows[before]] = middle[before] + 1
+        high[open_rows[~before]] = middle[~before]
+        open_rows = open_rows[low[open_rows] < high[open_rows]]
+    return low
