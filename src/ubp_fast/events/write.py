@@ -50,10 +50,14 @@ class EventWriter:
     """Takes canonical tables one at a time, checks them against each other and writes them.
 
     Give the products first, then the tables, then call `finish`.
+
+    Attributes:
+        directory: where the files are until all are complete.
+        notes: remarks for dataset.json.
     """
 
     def __init__(self, directory: Path, source: str, end_s: int | None) -> None:
-        self._directory = directory
+        self.directory = directory
         self._end_s = end_s
         self._products: pl.DataFrame | None = None
         self._rows: dict[str, int] = {}
@@ -107,11 +111,11 @@ class EventWriter:
 
     def write_clients(self, name: str, clients: np.ndarray) -> None:
         """Writes `relevant_clients` or `active_clients`."""
-        np.save(self._directory / f"{name}.npy", clients.astype(np.int64))
+        np.save(self.directory / f"{name}.npy", clients.astype(np.int64))
 
     def write_label_lists(self, lists: LabelLists) -> None:
         """Writes label lists: name -> (ids, popularity)."""
-        directory = self._directory / "labels"
+        directory = self.directory / "labels"
         directory.mkdir(exist_ok=True)
         for name in LABEL_LISTS:
             if name in lists:
@@ -157,7 +161,7 @@ class EventWriter:
             **info,
         }
         text = json.dumps(self._info, indent=1) + "\n"
-        (self._directory / DATASET_FILE).write_text(text, encoding="utf-8")
+        (self.directory / DATASET_FILE).write_text(text, encoding="utf-8")
 
     def _require_properties(self, file: str, skus: pl.Series) -> None:
         assert self._products is not None, "products come first"
@@ -167,7 +171,7 @@ class EventWriter:
             raise bad_rows(file, "sku", f"occur in {PRODUCT_TABLE}", unknown, skus, remedy)
 
     def _write(self, name: str, frame: pl.DataFrame) -> None:
-        frame.write_parquet(self._directory / f"{name}.parquet", compression="zstd", compression_level=1)
+        frame.write_parquet(self.directory / f"{name}.parquet", compression="zstd", compression_level=1)
 
     def _until(self) -> str:
         return "" if self._end_s is None else f" until {_moment(self._end_s)}"
