@@ -1,0 +1,124 @@
+"""Contrastive two-tower model: a client's history and the same client's next 14 days should point in one direction.
+
+    loss = NT-Xent(future, history) + w * BCE(head(history), "no event at all in the future") [+ probes]
+
+The towers share every table and the projections of event content; only the history tower knows the age of an event.
+Clients without a future event neither pull nor push (`valid`), clients who are likely to matter weigh more (`weight`).
+History [T events] -> profile float32 [B, width].
+
+Source: spec 3 (first place of the RecSys Challenge 2025, as far as it is public).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ubp_fast.kernels import nt_xent
+from ubp_fast.models.encoder import EncoderConfig, SequenceEncoder
+from ubp_fast.models.event_embedding import EventSizes, ProjectedEventConfig, ProjectedEventEmbedding
+from ubp_fast.sequences.batch import SequenceBatch, ViewBatch
+
+
+def _future_tower() -> EncoderConfig:
+    return EncoderConfig(layers=1, pooling="mean")
+
+
+@dataclass(frozen=True)
+class ContrastiveConfig:
+    """The contrastive model with the winner's constants."""
+
+    history_length: int = 64  # last events before the cutoff; spec 3.3
+    future_length: int = 64  # first events of the target window; spec 3.3
+    events: ProjectedEventConfig = field(default_factory=ProjectedEventConfig)  # event vectors; spec 3.4
+    history: EncoderConfig = field(default_factory=EncoderConfig)  # history tower; spec 3.4
+    future: EncoderConfig = field(default_factory=_future_tower)  # future tower; spec 3.4
+    temperature: float = 0.02  # divides the cosine similarities; spec 3.2
+    negatives: Literal["cross", "symmetric"] = "cross"  # one direction as the winner, or both; spec 3.2
+    future_activity_weight: float = 1.0  # factor of the "no future event" loss; spec 3.2
+
+
+class ContrastiveModel(nn.Module):
+    """Two towers over packed events.
+
+    Args:
+        config: sizes and loss.
+        sizes: vocabulary sizes of the store.
+        probes: label name -> number of outputs of linear probes on the detached profile. They show what the profile
+            knows while it trains and never change it.
+    """
+
+    def __init__(self, config: ContrastiveConfig, sizes: EventSizes, probes: Mapping[str, int] | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.events = ProjectedEventEmbedding(config.events, sizes)
+        self.history = SequenceEncoder(config.events.width, config.history)
+        self.future = SequenceEncoder(config.events.width, config.future)
+        self.future_projection = nn.Linear(config.events.width, config.events.width)
+        self.future_activity = nn.Linear(config.events.width, 1)
+        self.probes = nn.ModuleDict(
+            {name: nn.Linear(config.events.width, outputs) for name, outputs in (probes or {}).items()}
+        )
+
+    @property
+    def embedding_width(self) -> int:
+        """Columns of the profile."""
+        return self.config.events.width
+
+    def set_age_edges(self, edges_days: np.ndarray) -> None:
+        """Sets the bins of the age encoding, float32 [age_bins + 1] ascending days, see `age_quantiles_days`."""
+        edges = torch.as_tensor(edges_days, dtype=torch.float32)
+        if edges.shape != self.events.age.edges.shape:
+            raise ValueError(
+                f"ContrastiveModel: edges_days must have shape {tuple(self.events.age.edges.shape)},"
+                f" got {tuple(edges.shape)}"
+            )
+        self.events.age.edges.copy_(edges)
+
+    def forward(self, batch: ViewBatch) -> Tensor:
+        """Profiles float32 [B, width] of the batch's histories."""
+        history = _required(batch.history, "history")
+        return self.history(self.events(history, with_age=True), history)
+
+    def embed_future(self, future: SequenceBatch) -> Tensor:
+        """Vectors float32 [B, width] of the target windows."""
+        return self.future_projection(self.future(self.events(future, with_age=False), future)).float()
+
+    def loss(self, batch: ViewBatch) -> dict[str, Tensor]:
+        """Named terms whose sum is minimised: `nt_xent`, `future_activity`, and `probe_<label>` for each probe."""
+        future = _required(batch.future, "future")
+        profile, ahead = self(batch), self.embed_future(future)
+        has_future = future.lengths() > 0
+        # Similarities divided by a small temperature need more digits than bfloat16 has.
+        with torch.autocast(profile.device.type, enabled=False):
+            contrast = nt_xent(
+                ahead,
+                profile,
+                temperature=self.config.temperature,
+                negatives=self.config.negatives,
+                weight=batch.weight,
+                valid=has_future,
+                ids=future.client,
+            )
+        inactivity = self.future_activity(profile)[:, 0].float()
+        activity = functional.binary_cross_entropy_with_logits(
+            inactivity, (~has_future).float(), weight=batch.weight, reduction="mean"
+        )
+        terms = {"nt_xent": contrast, "future_activity": self.config.future_activity_weight * activity}
+        for name, probe in self.probes.items():
+            logits = probe(profile.detach()).float()
+            label = batch.labels[name].reshape(logits.shape)
+            terms[f"probe_{name}"] = functional.binary_cross_entropy_with_logits(logits, label)
+        return terms
+
+
+def _required(part: SequenceBatch | None, name: str) -> SequenceBatch:
+    if part is None:
+        raise ValueError(f"ContrastiveModel: {name} must be in the batch, got None; give the loader a {name}_length")
+    return part

@@ -1,0 +1,157 @@
+"""Packed transformer: events of many clients end to end in one [T, d] tensor, no padding, no mask.
+
+    pre-norm   x <- x + drop(attention(norm(x)));  x <- x + drop(ff(norm(x)))
+    post-norm  x <- norm(x + drop(attention(x)));  x <- norm(x + drop(ff(x)))
+
+With the same weights it equals `torch.nn.TransformerEncoder` on each client alone, except that attention weights are not
+dropped out. Pooling: the last event, the mean, or the last state of an LSTM. An empty sequence gets a learned vector.
+[T, d] events and their SequenceBatch -> [B, d].
+
+Source: Vaswani et al. 2017; spec 3.4 and 4.3.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.rnn import PackedSequence
+
+from ubp_fast.kernels import flash_attention
+from ubp_fast.sequences.batch import SequenceBatch
+
+_ACTIVATIONS = {"gelu": functional.gelu, "relu": functional.relu}
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """A packed transformer and its pooling."""
+
+    heads: int = 8  # attention heads, must divide the width; spec 3.4
+    layers: int = 2  # transformer layers, 0 pools the events as they are; spec 3.4
+    feed_forward: int = 2048  # hidden columns of the feed-forward part; spec 3.4
+    activation: Literal["gelu", "relu"] = "gelu"  # of the feed-forward part; spec 3.4
+    norm_first: bool = True  # pre-norm, else post-norm; spec 3.4
+    dropout: float = 0.2  # share of dropped activations; spec 3.4
+    pooling: Literal["last", "mean", "lstm"] = "lstm"  # sequence -> vector; spec 3.4
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention inside each sequence and a feed-forward part, on packed rows [T, d] -> [T, d]."""
+
+    def __init__(self, width: int, config: EncoderConfig) -> None:
+        super().__init__()
+        if width % config.heads:
+            raise ValueError(f"EncoderLayer: heads must divide the width {width}, got {config.heads}")
+        self.config = config
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.expand = nn.Linear(width, config.feed_forward)
+        self.reduce = nn.Linear(config.feed_forward, width)
+        self.attention_norm, self.feed_forward_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        nn.init.xavier_uniform_(self.qkv.weight)
+        nn.init.zeros_(self.qkv.bias)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, rows: Tensor, cu_seqlens: Tensor) -> Tensor:
+        if self.config.norm_first:
+            rows = rows + self._attend(self.attention_norm(rows), cu_seqlens)
+            return rows + self._feed_forward(self.feed_forward_norm(rows))
+        rows = self.attention_norm(rows + self._attend(rows, cu_seqlens))
+        return self.feed_forward_norm(rows + self._feed_forward(rows))
+
+    def _attend(self, rows: Tensor, cu_seqlens: Tensor) -> Tensor:
+        query, key, value = self.qkv(rows).view(len(rows), 3, self.config.heads, -1).unbind(1)
+        mixed = flash_attention(query, key, value, cu_seqlens)
+        return self._drop(self.out(mixed.flatten(1)))
+
+    def _feed_forward(self, rows: Tensor) -> Tensor:
+        hidden = self._drop(_ACTIVATIONS[self.config.activation](self.expand(rows)))
+        return self._drop(self.reduce(hidden))
+
+    def _drop(self, rows: Tensor) -> Tensor:
+        return functional.dropout(rows, self.config.dropout, self.training)
+
+
+class LastStatePooling(nn.Module):
+    """The last hidden state of a one-layer LSTM over each sequence; packed rows become a PackedSequence, not a padded one."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(width, width)
+
+    def forward(self, rows: Tensor, batch: SequenceBatch) -> Tensor:
+        lengths = batch.lengths()
+        by_length = lengths.argsort(descending=True, stable=True)
+        rank = torch.empty_like(by_length)
+        rank[by_length] = torch.arange(len(by_length), device=rows.device)
+        segments = batch.segments()
+        position = lengths[segments] - 1 - batch.steps_to_end()
+        # Time-major order: all first events, longest sequence first, then all second events, ...
+        order = (position * len(lengths) + rank[segments]).argsort()
+        batch_sizes = torch.bincount(position).cpu()
+        # An LSTM sums hundreds of steps, which bfloat16 does not survive.
+        with torch.autocast(rows.device.type, enabled=False):
+            _, (state, _) = self.lstm(PackedSequence(rows.float()[order], batch_sizes))
+        return functional.pad(state[0], (0, 0, 0, len(lengths) - state.shape[1]))[rank]
+
+
+def pool_mean(rows: Tensor, batch: SequenceBatch) -> Tensor:
+    """Mean of each sequence's rows, float32 [B, d]; zeros for empty sequences."""
+    lengths = batch.lengths()
+    sums = torch.segment_reduce(rows.float(), "sum", lengths=lengths, axis=0, initial=0.0)
+    return sums / lengths.clamp(min=1)[:, None]
+
+
+def pool_last(rows: Tensor, batch: SequenceBatch) -> Tensor:
+    """The last row of each sequence, float32 [B, d]; some other row for empty sequences."""
+    return rows[(batch.cu_seqlens[1:].long() - 1).clamp(min=0)].float()
+
+
+class SequenceEncoder(nn.Module):
+    """Packed transformer layers and pooling: event vectors [T, width] -> one vector per sequence [B, width]."""
+
+    def __init__(self, width: int, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(EncoderLayer(width, config) for _ in range(config.layers))
+        self.lstm = LastStatePooling(width) if config.pooling == "lstm" else None
+        self.empty = nn.Parameter(torch.zeros(width))
+        nn.init.normal_(self.empty, std=1.0 / math.sqrt(width))
+
+    def forward(self, rows: Tensor, batch: SequenceBatch) -> Tensor:
+        """Pools each sequence.
+
+        Args:
+            rows: float [T, width] event vectors, packed like `batch`.
+            batch: its `cu_seqlens` delimit the sequences.
+
+        Returns:
+            float32 [B, width].
+        """
+        if not batch.num_tokens:
+            return self.empty.expand(batch.num_sequences, -1)
+        for layer in self.layers:
+            rows = layer(rows, batch.cu_seqlens)
+        if self.lstm is not None:
+            pooled = self.lstm(rows, batch)
+        elif self.config.pooling == "mean":
+            pooled = pool_mean(rows, batch)
+        else:
+            pooled = pool_last(rows, batch)
+        return torch.where((batch.lengths() > 0)[:, None], pooled, self.empty)
+
+
+def sinusoidal_positions(steps_to_end: Tensor, width: int, max_length: int) -> Tensor:
+    """Sine and cosine position vectors, float32 [T, width], counted so that the last event has position max_length - 1.
+
+    Equals the positions of left-padded sequences of `max_length`. Source: Vaswani et al. 2017, 3.5.
+    """
+    position = (max_length - 1 - steps_to_end).float()
+    rate = torch.exp(torch.arange(0, width, 2, device=position.device) * (-math.log(10_000.0) / width))
+    angle = position[:, None] * rate
+    return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)[:, :width]

@@ -1,0 +1,107 @@
+"""Multi-task model: packed transformer over the history, joined with static features, read by eight tasks through PLE.
+
+    profile = Linear(drop(LeakyReLU(Linear([encoder(history) | features]))))
+    loss    = sum_X mean over rows with a positive label of BCE_X + 0.025 (BCE_churn + BCE_add)
+
+History [T events] and features [B, F] -> profile float32 [B, 256].
+
+Source: spec 4 (first place of the RecSys Challenge 2025, as far as it is public).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ubp_fast.models.encoder import EncoderConfig, SequenceEncoder, sinusoidal_positions
+from ubp_fast.models.event_embedding import ConcatenatedEventConfig, ConcatenatedEventEmbedding, EventSizes
+from ubp_fast.models.ple import PLE, PLEConfig
+from ubp_fast.sequences.batch import ViewBatch
+
+MULTITASK_LABELS = ("churn", "add", "buy_sku", "buy_category", "buy_price", "add_sku", "add_category", "add_price")
+_ACTIVITY = ("churn", "add")
+
+
+def _post_norm_encoder() -> EncoderConfig:
+    return EncoderConfig(heads=1, feed_forward=1536, activation="relu", norm_first=False, pooling="last")
+
+
+@dataclass(frozen=True)
+class MultitaskConfig:
+    """The multi-task model with the winner's constants."""
+
+    history_length: int = 64  # last events before the cutoff; spec 4.1
+    events: ConcatenatedEventConfig = field(default_factory=ConcatenatedEventConfig)  # event vectors; spec 4.3
+    encoder: EncoderConfig = field(default_factory=_post_norm_encoder)  # post-norm transformer; spec 4.3
+    embedding_dropout: float = 0.2  # share dropped after adding positions; spec 4.3
+    profile_width: int = 256  # columns of the profile and of the layer before it; spec 4.4
+    fusion_dropout: float = 0.01  # share dropped between the two fusion layers; spec 4.4
+    experts: PLEConfig = field(default_factory=PLEConfig)  # task experts; spec 4.5
+    activity_weight: float = 0.025  # factor of the churn and add losses; spec 4.6
+
+
+class MultitaskModel(nn.Module):
+    """Shared profile and one set of logits per task.
+
+    Args:
+        config: sizes and loss.
+        sizes: vocabulary sizes of the store.
+        num_features: columns F of the static features.
+        outputs: label name -> number of labels (1 for churn and add), any subset of `MULTITASK_LABELS` or other
+            multi-hot labels of `window_labels`; what the shop does not record is left out.
+    """
+
+    def __init__(
+        self, config: MultitaskConfig, sizes: EventSizes, num_features: int, outputs: Mapping[str, int]
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.events = ConcatenatedEventEmbedding(config.events, sizes)
+        self.encoder = SequenceEncoder(config.events.width, config.encoder)
+        self.fusion = nn.Sequential(
+            nn.Linear(config.events.width + num_features, config.profile_width),
+            nn.LeakyReLU(),
+            nn.Dropout(config.fusion_dropout),
+            nn.Linear(config.profile_width, config.profile_width),
+        )
+        self.tasks = PLE(config.profile_width, outputs, config.experts)
+
+    @property
+    def embedding_width(self) -> int:
+        """Columns of the profile."""
+        return self.config.profile_width
+
+    def forward(self, batch: ViewBatch) -> Tensor:
+        """Profiles float32 [B, profile_width]."""
+        history = batch.history
+        if history is None or batch.features is None:
+            raise ValueError("MultitaskModel: history and features must be in the batch, got None")
+        rows = self.events(history)
+        rows = rows + sinusoidal_positions(history.steps_to_end(), rows.shape[1], self.config.history_length)
+        rows = functional.dropout(rows, self.config.embedding_dropout, self.training)
+        encoded = self.encoder(rows, history)
+        return self.fusion(torch.cat([encoded, batch.features], dim=1)).float()
+
+    def loss(self, batch: ViewBatch) -> dict[str, Tensor]:
+        """One term per task, weights applied; their sum is minimised."""
+        logits = self.tasks(self(batch))
+        terms: dict[str, Tensor] = {}
+        for name, task_logits in logits.items():
+            label = batch.labels[name]
+            if name in _ACTIVITY:
+                loss = functional.binary_cross_entropy_with_logits(task_logits[:, 0].float(), label)
+                terms[name] = self.config.activity_weight * loss
+            else:
+                terms[name] = masked_bce(task_logits.float(), label)
+        return terms
+
+
+def masked_bce(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean BCE over the rows of float32 [B, n] that have a positive label; 0 when there is none."""
+    is_counted = (labels > 0).any(dim=1).float()
+    per_row = functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(dim=1)
+    return (per_row * is_counted).sum() / is_counted.sum().clamp(min=1.0)

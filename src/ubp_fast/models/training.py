@@ -1,0 +1,284 @@
+"""Training and inference of every model: the one place with Lightning.
+
+Each epoch starts from (seed, epoch) alone and ends with the optimizer in evaluation mode, so a run that was killed and
+continued from its last checkpoint ends with the same bytes as an undisturbed one. Checkpoints appear under a temporary
+name and are renamed; the one before is kept until the next is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Literal
+
+import lightning
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from ubp_fast.models.weights import load_model, save_model, write_atomically
+from ubp_fast.sequences.batch import ViewBatch
+from ubp_fast.sequences.loader import ViewLoader
+
+Progress = Callable[[int, int], None]
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+MODEL_FILE, LOSSES_FILE = "model.safetensors", "losses.json"
+_CHECKPOINT, _PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+_UNREADABLE = (OSError, EOFError, RuntimeError, KeyError, ValueError, TypeError, UnpicklingError, SafetensorError)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long and in which way a model is trained."""
+
+    epochs: int = 1  # passes over all views; spec 6 (stacking)
+    batch_size: int = 128  # client views per step; spec 4.7
+    seed: int = 0  # of initial weights, order and dropout
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16 computes products in bfloat16, weights stay float32
+    device: Literal["cpu", "cuda", "auto"] = "cpu"  # auto takes a GPU when there is one
+    gradient_clip_norm: float | None = None  # largest gradient norm; none in spec 4.7 and 6
+    checkpoint_every_s: float = 30.0  # seconds between checkpoints, written at the end of an epoch
+
+
+def fit(
+    model: nn.Module,
+    loader: ViewLoader,
+    optimizer_factory: OptimizerFactory,
+    config: TrainingConfig,
+    directory: Path,
+    progress: Progress | None = None,
+    validation: ViewLoader | None = None,
+) -> list[dict[str, float]]:
+    """Trains `model` in place and leaves `model.safetensors` and `losses.json` in `directory`.
+
+    Called again with a directory that holds checkpoints of the same training, it continues; with a finished one, it
+    only loads. Unreadable checkpoints, and those of another training, are passed over.
+
+    Args:
+        model: has `loss(batch) -> dict of terms`; their sum is minimised.
+        loader: training batches; its `set_epoch` is called before each pass.
+        optimizer_factory: parameters -> optimizer. Schedule-free ones are switched between training and evaluation.
+        config: epochs, seed, precision, device.
+        directory: for checkpoints and results, created when missing.
+        progress: called as progress(steps done, steps in all) after every step.
+        validation: batches whose mean losses are recorded after every epoch as `validation_<term>`.
+
+    Returns:
+        Per epoch: `epoch` (from 0), `loss` (sum of the terms) and each term, means over the views.
+
+    Raises:
+        ValueError: a loader without views.
+        FloatingPointError: a loss that is not finite, at the end of its epoch.
+    """
+    if not len(loader):
+        raise ValueError("fit: loader must have at least one view, got none; use an earlier cutoff or more data")
+    directory.mkdir(parents=True, exist_ok=True)
+    identity = {"training": asdict(config), "views": loader.num_views, "steps_per_epoch": len(loader)}
+    identity["training"].pop("checkpoint_every_s")
+    finished = _load_finished(model, directory, identity)
+    if finished is not None:
+        if progress is not None:
+            progress(config.epochs * len(loader), config.epochs * len(loader))
+        return finished
+    with _quiet_lightning(), torch.random.fork_rng(devices=_cuda_devices(config)):
+        job = _Job(model, loader, optimizer_factory, config, directory, identity, progress, validation)
+        trainer = lightning.Trainer(
+            accelerator=config.device,
+            devices=1,
+            precision="bf16-mixed" if config.precision == "bf16" else "32-true",
+            max_epochs=config.epochs - job.epochs_done,
+            gradient_clip_val=config.gradient_clip_norm,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            default_root_dir=str(directory),
+        )
+        trainer.fit(job, train_dataloaders=loader)
+    write_atomically(directory / MODEL_FILE, lambda path: save_model(model, path))
+    text = json.dumps({**identity, "epochs": job.losses}, indent=1)
+    write_atomically(directory / LOSSES_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    for name in (_CHECKPOINT, _PREVIOUS):
+        (directory / name).unlink(missing_ok=True)
+    return job.losses
+
+
+def embed(model: nn.Module, loader: ViewLoader, progress: Progress | None = None) -> np.ndarray:
+    """Profiles of the loader's views in their order, float32 [N, E]; the model stays where it is, in evaluation mode.
+
+    Raises:
+        ValueError: a loader that shuffles.
+    """
+    if loader.shuffle_seed is not None:
+        raise ValueError(f"embed: loader must keep the order of its views, got shuffle_seed {loader.shuffle_seed}")
+    device = next(model.parameters()).device
+    model.eval()
+    parts = []
+    with torch.inference_mode():
+        for step, batch in enumerate(loader, start=1):
+            parts.append(model(batch.to(device)).float().cpu().numpy())
+            if progress is not None:
+                progress(step, len(loader))
+    return np.concatenate(parts) if parts else np.empty((0, int(model.embedding_width)), np.float32)
+
+
+class _Job(lightning.LightningModule):
+    """One model being trained: resumes, seeds epochs, switches the optimizer, records losses, writes checkpoints."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: ViewLoader,
+        optimizer_factory: OptimizerFactory,
+        config: TrainingConfig,
+        directory: Path,
+        identity: dict[str, Any],
+        progress: Progress | None,
+        validation: ViewLoader | None,
+    ) -> None:
+        super().__init__()
+        self.model, self.loader, self.validation = model, loader, validation
+        self.optimizer_factory, self.config = optimizer_factory, config
+        self.directory, self.identity, self.progress = directory, identity, progress
+        self.losses: list[dict[str, float]] = []
+        self._resumed: dict[str, Any] | None = None
+        self._terms: list[tuple[int, dict[str, Tensor]]] = []
+        self._saved_at = time.monotonic()
+        self._resume()
+        # Before the first batch is drawn: Lightning starts iterating before it announces the epoch.
+        loader.set_epoch(self.epochs_done)
+
+    @property
+    def epochs_done(self) -> int:
+        return len(self.losses)
+
+    def _resume(self) -> None:
+        for name in (_CHECKPOINT, _PREVIOUS):
+            try:
+                state = torch.load(self.directory / name, map_location="cpu", weights_only=True)
+                if state["identity"] != self.identity:
+                    continue
+                self.model.load_state_dict(state["model"])
+                self.losses, self._resumed = state["losses"], state["optimizer"]
+                return
+            except _UNREADABLE:
+                continue
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        self.optimizer = self.optimizer_factory(self.model.parameters())
+        if self._resumed is not None:
+            self.optimizer.load_state_dict(self._resumed)
+            self._resumed = None
+        return self.optimizer
+
+    def transfer_batch_to_device(self, batch: ViewBatch, device: torch.device, dataloader_idx: int) -> ViewBatch:
+        return batch.to(device)
+
+    def on_train_epoch_start(self) -> None:
+        torch.manual_seed(int(np.random.SeedSequence([self.config.seed, self.epochs_done]).generate_state(1)[0]))
+        self.model.train()
+        _switch(self.optimizer, is_training=True)
+
+    def training_step(self, batch: ViewBatch, batch_index: int) -> Tensor:
+        terms = self.model.loss(batch)
+        self._terms.append((batch.num_views, {name: term.detach() for name, term in terms.items()}))
+        return torch.stack(list(terms.values())).sum()
+
+    def on_train_batch_end(self, outputs: object, batch: ViewBatch, batch_index: int) -> None:
+        if self.progress is not None:
+            steps = len(self.loader)
+            self.progress(self.epochs_done * steps + batch_index + 1, self.config.epochs * steps)
+
+    def on_train_epoch_end(self) -> None:
+        _switch(self.optimizer, is_training=False)
+        losses = {"epoch": float(self.epochs_done), **_mean_terms(self._terms)}
+        self._terms = []
+        if self.validation is not None:
+            losses |= {f"validation_{name}": value for name, value in self._validate(self.validation).items()}
+        for name, value in losses.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"fit: {name} must stay finite, got {value} in epoch {self.epochs_done};"
+                    " use a smaller learning rate or precision='fp32'"
+                )
+        self.losses.append(losses)
+        self.loader.set_epoch(self.epochs_done)
+        is_last = self.epochs_done == self.config.epochs
+        if not is_last and time.monotonic() - self._saved_at >= self.config.checkpoint_every_s:
+            self._checkpoint()
+
+    def _validate(self, loader: ViewLoader) -> dict[str, float]:
+        self.model.eval()
+        with torch.inference_mode():
+            batches = (batch.to(self.device) for batch in loader)
+            return _mean_terms([(batch.num_views, self.model.loss(batch)) for batch in batches])
+
+    def _checkpoint(self) -> None:
+        state = {
+            "identity": self.identity,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "losses": self.losses,
+        }
+        current = self.directory / _CHECKPOINT
+        if current.exists():
+            os.replace(current, self.directory / _PREVIOUS)
+        write_atomically(current, lambda path: torch.save(state, path))
+        self._saved_at = time.monotonic()
+
+
+def _switch(optimizer: torch.optim.Optimizer, *, is_training: bool) -> None:
+    """Schedule-free optimizers train on other weights than those to be used; others have no such mode."""
+    switch = getattr(optimizer, "train" if is_training else "eval", None)
+    if switch is not None:
+        switch()
+
+
+def _mean_terms(terms: list[tuple[int, dict[str, Tensor]]]) -> dict[str, float]:
+    counts = torch.tensor([count for count, _ in terms], dtype=torch.float64)
+    means = {}
+    for name in terms[0][1]:
+        values = torch.stack([part[name] for _, part in terms]).double().cpu()
+        means[name] = float((values * counts).sum() / counts.sum())
+    return {"loss": sum(means.values()), **means}
+
+
+def _load_finished(model: nn.Module, directory: Path, identity: dict[str, Any]) -> list[dict[str, float]] | None:
+    try:
+        record = json.loads((directory / LOSSES_FILE).read_text(encoding="utf-8"))
+        epochs = record.pop("epochs")
+        if record != identity:
+            return None
+        load_model(model, directory / MODEL_FILE)
+    except _UNREADABLE:
+        return None
+    return epochs
+
+
+def _cuda_devices(config: TrainingConfig) -> list[int]:
+    return [torch.cuda.current_device()] if config.device != "cpu" and torch.cuda.is_available() else []
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Lightning announces devices and tips through logging; a stage reports through `progress` only."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

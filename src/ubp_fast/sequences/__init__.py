@@ -1,0 +1,20 @@
+"""Packed batches of client histories, assembled from the store: views, label windows, loaders. Nothing is ever padded."""
+
+from __future__ import annotations
+
+from ubp_fast.sequences.batch import SequenceBatch, ViewBatch
+from ubp_fast.sequences.labels import window_labels
+from ubp_fast.sequences.loader import ViewLoader
+from ubp_fast.sequences.sampling import TARGET_WINDOW_S, Views, age_quantiles_days, training_cutoffs, views_at
+
+__all__ = [
+    "TARGET_WINDOW_S",
+    "SequenceBatch",
+    "ViewBatch",
+    "ViewLoader",
+    "Views",
+    "age_quantiles_days",
+    "training_cutoffs",
+    "views_at",
+    "window_labels",
+]

@@ -1,0 +1,114 @@
+"""The batch types of the project: event sequences packed end to end, and what belongs to the same client views.
+
+Letters: T events of the whole batch, B client views, F static features. Row `cu_seqlens[b]` is the first event of view b
+and `cu_seqlens[b + 1] - 1` its last one, oldest first; an empty history has two equal entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+NUM_CODES = 16
+
+
+@dataclass(frozen=True)
+class SequenceBatch:
+    """Packed events of B views. All tensors int64 but `cu_seqlens` (int32).
+
+    Attributes:
+        kind: [T], 1 + index in EVENT_KINDS.
+        sku: [T] dense id, 0 where the kind has no product.
+        category: [T] dense id of the product's category, else 0.
+        price: [T] dense id of the product's price bucket, else 0.
+        url: [T] dense id, 0 where the kind has no page.
+        codes: [T, 16] codes of the product's name or of the query, 0..255; zeros where there is neither.
+        timestamp_s: [T] seconds since 1970 UTC, ascending inside a view.
+        cu_seqlens: [B + 1] first row of each view, last entry T.
+        cutoff_s: [B] the moment from which the view looks back (history) or ahead (future).
+        client: [B] the client's row in the store.
+    """
+
+    kind: Tensor
+    sku: Tensor
+    category: Tensor
+    price: Tensor
+    url: Tensor
+    codes: Tensor
+    timestamp_s: Tensor
+    cu_seqlens: Tensor
+    cutoff_s: Tensor
+    client: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """T, events in the batch."""
+        return self.kind.shape[0]
+
+    @property
+    def num_sequences(self) -> int:
+        """B, client views in the batch, empty ones included."""
+        return self.client.shape[0]
+
+    def lengths(self) -> Tensor:
+        """Events per view, int64 [B]."""
+        return self.cu_seqlens.diff().long()
+
+    def segments(self) -> Tensor:
+        """The view of each event, int64 [T]."""
+        return torch.repeat_interleave(self.lengths(), output_size=self.num_tokens)
+
+    def age_s(self) -> Tensor:
+        """Seconds from each event to its view's cutoff, int64 [T]; negative for future events."""
+        return self.cutoff_s[self.segments()] - self.timestamp_s
+
+    def steps_to_end(self) -> Tensor:
+        """Distance of each event to the last one of its view, int64 [T]; 0 is the last event."""
+        ends = self.cu_seqlens[1:].long()[self.segments()]
+        return ends - 1 - torch.arange(self.num_tokens, device=self.kind.device)
+
+    def to(self, device: torch.device | str) -> SequenceBatch:
+        """The same batch with every tensor on `device`."""
+        return SequenceBatch(**{item.name: getattr(self, item.name).to(device) for item in fields(self)})
+
+
+@dataclass(frozen=True)
+class ViewBatch:
+    """One training or inference step: B views of clients with everything known about them.
+
+    Attributes:
+        history: events before the cutoff, or None when the model reads no events.
+        future: events of the target window, or None at inference.
+        features: float32 [B, F] static features or joined profiles, or None.
+        labels: float32 [B] or [B, n] per name; empty at inference.
+        weight: float32 [B] loss weights of the views, or None for equal ones.
+    """
+
+    history: SequenceBatch | None = None
+    future: SequenceBatch | None = None
+    features: Tensor | None = None
+    labels: Mapping[str, Tensor] = field(default_factory=dict)
+    weight: Tensor | None = None
+
+    @property
+    def num_views(self) -> int:
+        """B, the number of client views."""
+        for part in (self.history, self.future):
+            if part is not None:
+                return part.num_sequences
+        if self.features is None:
+            raise ValueError("ViewBatch: history, future or features must be given, got none of them")
+        return self.features.shape[0]
+
+    def to(self, device: torch.device | str) -> ViewBatch:
+        """The same batch with every tensor on `device`."""
+        return ViewBatch(
+            history=None if self.history is None else self.history.to(device),
+            future=None if self.future is None else self.future.to(device),
+            features=None if self.features is None else self.features.to(device),
+            labels={name: label.to(device) for name, label in self.labels.items()},
+            weight=None if self.weight is None else self.weight.to(device),
+        )

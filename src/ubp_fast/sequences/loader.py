@@ -1,0 +1,189 @@
+"""Batches straight from the memory-mapped store: a handful of array operations per batch, no work per client in Python."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ubp_fast.events.schema import EVENT_KINDS
+from ubp_fast.sequences.batch import NUM_CODES, SequenceBatch, ViewBatch
+from ubp_fast.sequences.sampling import TARGET_WINDOW_S, Views, epoch_order, rows_at, token_rows
+
+if TYPE_CHECKING:
+    from ubp_fast.store.event_store import EventStore
+
+
+class DenseRows(Protocol):
+    """Anything that gives chosen rows as a dense float32 array, such as `ubp_fast.events.targets.LabelMatrix`."""
+
+    def dense(self, rows: np.ndarray) -> np.ndarray: ...
+
+
+def history_range(store: EventStore, views: Views, max_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Timeline rows [start, end) of the last `max_length` events before each cutoff, two int64 [N]."""
+    end = rows_at(store, "timeline", views)
+    return np.maximum(end - max_length, store.timeline.offsets[views.row]), end
+
+
+def future_range(
+    store: EventStore, views: Views, max_length: int, window_s: int = TARGET_WINDOW_S
+) -> tuple[np.ndarray, np.ndarray]:
+    """Timeline rows [start, end) of the first `max_length` events in [cutoff, cutoff + window), two int64 [N].
+
+    Raises:
+        ValueError: a window reaches beyond the store's cutoff, so that its events could not be known.
+    """
+    check_windows_inside(store, views, window_s)
+    start = rows_at(store, "timeline", views)
+    return start, np.minimum(rows_at(store, "timeline", views, window_s), start + max_length)
+
+
+def check_windows_inside(store: EventStore, views: Views, window_s: int) -> None:
+    """Raises ValueError when a target window ends after the store's cutoff."""
+    if len(views.cutoff_s) and int(views.cutoff_s.max()) + window_s > store.cutoff_s:
+        raise ValueError(
+            f"target window: cutoff_s + {window_s} must be <= the store's cutoff {store.cutoff_s},"
+            f" got cutoff {int(views.cutoff_s.max())}; use an earlier cutoff"
+        )
+
+
+def assemble(store: EventStore, views: Views, start: np.ndarray, end: np.ndarray) -> SequenceBatch:
+    """Packs timeline rows [start[i], end[i]) of each view into one batch."""
+    rows, offsets = token_rows(start, end)
+    timeline = store.timeline
+    kind, row = timeline.kind[rows], timeline.row[rows]
+    sku, url = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
+    codes = np.zeros((len(rows), NUM_CODES), np.int64)
+    for name in store.kinds:
+        chosen = np.flatnonzero(kind == 1 + EVENT_KINDS.index(name))
+        columns = store.kind(name)
+        if name == "search_query":
+            codes[chosen] = columns.codes[row[chosen]]
+        elif name == "page_visit":
+            url[chosen] = columns.item[row[chosen]]
+        else:
+            sku[chosen] = columns.item[row[chosen]]
+            codes[chosen] = store.products.name[sku[chosen]]
+    arrays = {
+        "kind": kind.astype(np.int64),
+        "sku": sku,
+        "category": store.products.category[sku].astype(np.int64),
+        "price": store.products.price[sku].astype(np.int64),
+        "url": url,
+        "codes": codes,
+        "timestamp_s": timeline.timestamp_s[rows].astype(np.int64),
+        "cu_seqlens": offsets.astype(np.int32),
+        "cutoff_s": views.cutoff_s.copy(),
+        "client": views.row.copy(),
+    }
+    return SequenceBatch(**{name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()})
+
+
+class ViewLoader:
+    """Iterates over `ViewBatch`es of the given views; the same arguments give the same batches.
+
+    Args:
+        store: where events come from; None when only features and labels are wanted.
+        views: N client views.
+        batch_size: views per batch; the last batch may be smaller.
+        history_length: events of history at most, None for batches without history.
+        future_length: events of the target window at most, None for batches without future.
+        features: float32 [N, F], row i belongs to view i.
+        labels: name -> float array [N] or label matrix with N rows.
+        weight: float [N], loss weights.
+        shuffle_seed: None keeps the order of `views`; otherwise each epoch has its own order, see `set_epoch`.
+
+    Raises:
+        ValueError: lengths that do not fit together, or a target window beyond the store's cutoff.
+    """
+
+    def __init__(
+        self,
+        store: EventStore | None,
+        views: Views,
+        *,
+        batch_size: int,
+        history_length: int | None = None,
+        future_length: int | None = None,
+        features: np.ndarray | None = None,
+        labels: Mapping[str, np.ndarray | DenseRows] | None = None,
+        weight: np.ndarray | None = None,
+        shuffle_seed: int | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"ViewLoader: batch_size must be >= 1, got {batch_size}")
+        if store is None and (history_length is not None or future_length is not None):
+            raise ValueError("ViewLoader: store must be given for batches with history or future, got None")
+        for name, array in (("features", features), ("weight", weight)):
+            if array is not None and len(array) != len(views.row):
+                raise ValueError(f"ViewLoader: {name} must have {len(views.row)} rows like views, got {len(array)}")
+        self.store, self.views, self.batch_size, self.shuffle_seed = store, views, batch_size, shuffle_seed
+        self.features, self.labels, self.weight = features, dict(labels or {}), weight
+        self.epoch = 0
+        self._history = self._future = None
+        if store is not None and history_length is not None:
+            self._history = history_range(store, views, history_length)
+        if store is not None and future_length is not None:
+            self._future = future_range(store, views, future_length)
+
+    @property
+    def num_views(self) -> int:
+        """N, the number of views of one epoch."""
+        return len(self.views.row)
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+        return (self.num_views + self.batch_size - 1) // self.batch_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order of the next pass; without a seed the order never changes."""
+        self.epoch = epoch
+
+    def batch(self, chosen: np.ndarray) -> ViewBatch:
+        """The batch of the views with the given numbers, int64 [B]."""
+        views = Views(self.views.row[chosen], self.views.cutoff_s[chosen])
+
+        def packed(bounds: tuple[np.ndarray, np.ndarray] | None) -> SequenceBatch | None:
+            if bounds is None or self.store is None:
+                return None
+            return assemble(self.store, views, bounds[0][chosen], bounds[1][chosen])
+
+        return ViewBatch(
+            history=packed(self._history),
+            future=packed(self._future),
+            features=None if self.features is None else _float_tensor(self.features[chosen]),
+            labels={name: _label_rows(label, chosen) for name, label in self.labels.items()},
+            weight=None if self.weight is None else _float_tensor(self.weight[chosen]),
+        )
+
+    def __iter__(self) -> Iterator[ViewBatch]:
+        """One epoch; the next batch is assembled in the background while the caller works on the current one."""
+        if self.shuffle_seed is None:
+            order = np.arange(self.num_views)
+        else:
+            order = epoch_order(self.num_views, self.shuffle_seed, self.epoch)
+        parts = [order[begin : begin + self.batch_size] for begin in range(0, self.num_views, self.batch_size)]
+        with ThreadPoolExecutor(1, thread_name_prefix="view-loader") as pool:
+            pending = [pool.submit(self.batch, part) for part in parts[:1]]
+            for part in [*parts[1:], None]:
+                if not pending:
+                    return
+                batch = pending.pop().result()
+                if part is not None:
+                    pending.append(pool.submit(self.batch, part))
+                yield batch
+
+
+def _float_tensor(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+
+
+def _label_rows(label: np.ndarray | DenseRows, chosen: np.ndarray) -> Tensor:
+    if isinstance(label, np.ndarray):
+        return _float_tensor(label[chosen])
+    return torch.as_tensor(label.dense(chosen), dtype=torch.float32)

@@ -1,0 +1,143 @@
+"""Batches against a plain loop over the store, and the rules of time."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.shops import DAY_S, EMPTY_CLIENT, END_S, make_store
+
+from ubp_fast.events.schema import EVENT_KINDS
+from ubp_fast.sequences import SequenceBatch, ViewLoader, views_at
+from ubp_fast.store.event_store import EventStore
+
+CUTOFF_S = END_S - 28 * DAY_S
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> EventStore:
+    return make_store(tmp_path_factory.mktemp("loader"))
+
+
+def expected_events(store: EventStore, row: int, start_s: int, end_s: int) -> list[tuple[int, ...]]:
+    """(time, kind, sku, category, price, url, first code) of one client, straight from the tables of the store."""
+    found = []
+    for number, name in enumerate(EVENT_KINDS, start=1):
+        columns = store.kind(name)
+        for at in range(columns.offsets[row], columns.offsets[row + 1]):
+            time = int(columns.timestamp_s[at])
+            if not start_s <= time < end_s:
+                continue
+            sku = int(columns.item[at]) if number <= 3 else 0
+            url = int(columns.item[at]) if name == "page_visit" else 0
+            products = store.products
+            code = int(columns.codes[at, 0]) if name == "search_query" else int(products.name[sku, 0])
+            found.append((time, number, sku, int(products.category[sku]), int(products.price[sku]), url, code))
+    return sorted(found, key=lambda event: event[0])
+
+
+def events_of(batch: SequenceBatch, view: int) -> list[tuple[int, ...]]:
+    begin, end = batch.cu_seqlens[view : view + 2].tolist()
+    columns = (batch.timestamp_s, batch.kind, batch.sku, batch.category, batch.price, batch.url, batch.codes[:, 0])
+    return list(zip(*(column[begin:end].tolist() for column in columns), strict=True))
+
+
+def test_history_is_the_last_events_before_the_cutoff(store: EventStore) -> None:
+    views = views_at(store, [CUTOFF_S, CUTOFF_S - 10 * DAY_S])
+    (batch,) = ViewLoader(store, views, batch_size=1000, history_length=9)
+    for view in range(len(views.row)):
+        whole = expected_events(store, int(views.row[view]), 0, int(views.cutoff_s[view]))
+        assert events_of(batch.history, view) == whole[-9:]
+    assert (batch.history.lengths() == 9).any()
+
+
+def test_future_is_the_first_events_of_the_window(store: EventStore) -> None:
+    views = views_at(store, [CUTOFF_S])
+    (batch,) = ViewLoader(store, views, batch_size=1000, future_length=4)
+    for view in range(len(views.row)):
+        window = expected_events(store, int(views.row[view]), CUTOFF_S, CUTOFF_S + 14 * DAY_S)
+        assert events_of(batch.future, view) == window[:4]
+    assert (batch.future.lengths() == 4).any()
+
+
+def test_client_without_events_keeps_an_empty_view(store: EventStore) -> None:
+    (batch,) = ViewLoader(store, views_at(store, [CUTOFF_S]), batch_size=1000, history_length=64)
+    assert batch.history.num_sequences == store.num_clients
+    assert batch.history.lengths()[EMPTY_CLIENT] == 0
+    assert EMPTY_CLIENT not in views_at(store, [CUTOFF_S], with_history=True).row
+
+
+def test_derived_positions_and_ages(store: EventStore) -> None:
+    (batch,) = ViewLoader(store, views_at(store, [CUTOFF_S]), batch_size=1000, history_length=64)
+    history = batch.history
+    steps = history.steps_to_end()
+    assert (steps[history.cu_seqlens[1:].long()[history.lengths() > 0] - 1] == 0).all()
+    assert (steps.max() < 64) and (history.age_s() > 0).all()
+    assert torch.equal(history.segments().bincount(minlength=store.num_clients), history.lengths())
+
+
+def test_one_epoch_visits_every_view_once_in_seeded_order(store: EventStore) -> None:
+    views = views_at(store, [CUTOFF_S, CUTOFF_S - DAY_S])
+
+    def clients(epoch: int, seed: int) -> list[int]:
+        loader = ViewLoader(store, views, batch_size=7, history_length=3, shuffle_seed=seed)
+        loader.set_epoch(epoch)
+        assert len(list(loader)) == len(loader)
+        return torch.cat([batch.history.client for batch in loader]).tolist()
+
+    assert sorted(clients(0, 1)) == sorted(views.row.tolist())
+    assert clients(0, 1) == clients(0, 1)
+    assert clients(0, 1) != clients(1, 1)
+    assert clients(0, 1) != clients(0, 2)
+
+
+def test_features_labels_and_weights_follow_their_views(store: EventStore) -> None:
+    views = views_at(store, [CUTOFF_S])
+    own = np.arange(len(views.row), dtype=np.float64)
+    loader = ViewLoader(
+        store, views, batch_size=8, history_length=2, features=own[:, None], labels={"churn": own}, weight=own,
+        shuffle_seed=0,
+    )  # fmt: skip
+    for batch in loader:
+        client = batch.history.client.float()
+        assert torch.equal(batch.features[:, 0], client)
+        assert torch.equal(batch.labels["churn"], client) and torch.equal(batch.weight, client)
+
+
+def test_loader_without_events_gives_features(store: EventStore) -> None:
+    views = views_at(store, [CUTOFF_S])
+    batches = list(ViewLoader(None, views, batch_size=16, features=np.ones((len(views.row), 2))))
+    assert [batch.num_views for batch in batches] == [16, 14]
+    assert batches[0].history is None
+
+
+def test_events_from_the_cutoff_on_do_not_reach_the_history(tmp_path: Path) -> None:
+    plain, scrambled = make_store(tmp_path / "a"), make_store(tmp_path / "b", scrambled_from_s=CUTOFF_S)
+    batches = []
+    for store in (plain, scrambled):
+        (batch,) = ViewLoader(store, views_at(store, [CUTOFF_S]), batch_size=99, history_length=64, future_length=64)
+        batches.append(batch)
+    for item in fields(SequenceBatch):
+        assert torch.equal(getattr(batches[0].history, item.name), getattr(batches[1].history, item.name)), item.name
+    assert batches[0].future.sku.tolist() != batches[1].future.sku.tolist()
+
+
+def test_purchases_only(tmp_path: Path) -> None:
+    store = make_store(tmp_path, kinds=("product_buy",))
+    (batch,) = ViewLoader(store, views_at(store, [CUTOFF_S]), batch_size=99, history_length=64)
+    assert batch.history.num_tokens and (batch.history.kind == 1).all()
+
+
+def test_bad_arguments_are_named(store: EventStore) -> None:
+    views = views_at(store, [CUTOFF_S])
+    with pytest.raises(ValueError, match="batch_size must be >= 1, got 0"):
+        ViewLoader(store, views, batch_size=0)
+    with pytest.raises(ValueError, match="weight must have 30 rows like views, got 3"):
+        ViewLoader(store, views, batch_size=1, weight=np.ones(3))
+    with pytest.raises(ValueError, match="store must be given"):
+        ViewLoader(None, views, batch_size=1, history_length=3)
+    with pytest.raises(ValueError, match="target window: cutoff_s"):
+        ViewLoader(store, views_at(store, [END_S - 13 * DAY_S]), batch_size=1, future_length=3)

@@ -1,0 +1,84 @@
+"""Small shops for tests: seeded events of chosen kinds with tastes that can be learned, as event directory and store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from ubp_fast.events.read import EventDirectory
+from ubp_fast.events.schema import CODES, EVENT_KINDS, ITEM_COLUMN
+from ubp_fast.events.split import Split
+from ubp_fast.events.write import event_writer
+from ubp_fast.store.build import build_store
+from ubp_fast.store.event_store import EventStore
+
+DAY_S = 86_400
+START_S = 1_700_000_000
+DAYS = 84
+END_S = START_S + DAYS * DAY_S
+NUM_SKUS, NUM_URLS = 40, 25
+EMPTY_CLIENT, PURCHASES_PER_CLIENT = 5, 30
+
+
+def write_shop(
+    path: Path,
+    kinds: tuple[str, ...] = EVENT_KINDS,
+    clients: int = 30,
+    seed: int = 0,
+    scrambled_from_s: int | None = None,
+) -> EventDirectory:
+    """Writes a shop whose client u likes every sku with sku % 5 == u % 5.
+
+    Args:
+        path: new directory.
+        kinds: tables to write.
+        clients: ids are 100, 101, ...; the one with row `EMPTY_CLIENT` has no events.
+        seed: of everything.
+        scrambled_from_s: events from here on have other items and other times.
+    """
+    split = Split(END_S - 28 * DAY_S, END_S - 14 * DAY_S, END_S)
+    with event_writer(path, "test") as writer:
+        sku = np.arange(NUM_SKUS)
+        names = np.random.default_rng(seed).integers(0, 256, (NUM_SKUS, 16)).astype(np.uint8)
+        writer.write_products(
+            pl.DataFrame(
+                {"sku": sku, "category": sku % 5 + 7, "price": sku % 10, "name": pl.Series(names, dtype=CODES)}
+            )
+        )
+        for number, kind in enumerate(kinds):
+            writer.write_events(kind, _events(kind, clients, np.random.default_rng([seed, number]), scrambled_from_s))
+        writer.write_clients("relevant_clients", np.arange(100, 100 + clients))
+        writer.finish(split)
+    return EventDirectory.open(path)
+
+
+def _events(kind: str, clients: int, random: np.random.Generator, scrambled_from_s: int | None) -> pl.DataFrame:
+    counts = random.integers(1, PURCHASES_PER_CLIENT, clients)
+    counts[EMPTY_CLIENT] = 0
+    client = np.repeat(np.arange(clients), counts)
+    timestamp_s = START_S + random.integers(0, DAYS * DAY_S, len(client))
+    timestamp_s[0] = START_S
+    sku = random.integers(0, NUM_SKUS // 5, len(client)) * 5 + client % 5
+    url, codes = random.integers(0, NUM_URLS, len(client)), random.integers(0, 256, (len(client), 16))
+    if scrambled_from_s is not None:
+        late = timestamp_s >= scrambled_from_s
+        timestamp_s[late] = random.integers(scrambled_from_s, END_S, late.sum())
+        sku[late], url[late], codes[late] = (sku[late] + 3) % NUM_SKUS, (url[late] + 1) % NUM_URLS, 255 - codes[late]
+    items = {"sku": sku, "url": url, "query": pl.Series(codes.astype(np.uint8), dtype=CODES)}
+    column = ITEM_COLUMN[kind]
+    return pl.DataFrame({"client_id": client + 100, "timestamp_s": timestamp_s, column: items[column]})
+
+
+def make_store(
+    path: Path,
+    kinds: tuple[str, ...] = EVENT_KINDS,
+    clients: int = 30,
+    seed: int = 0,
+    scrambled_from_s: int | None = None,
+) -> EventStore:
+    """The store of such a shop, with all events before its end, below the new directory `path`."""
+    events = write_shop(path / "events", kinds, clients, seed, scrambled_from_s)
+    build_store(events, path / "store", END_S)
+    return EventStore.open(path / "store")
