@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from ubp_fast.events.read import EventDirectory
-from ubp_fast.events.schema import LABEL_LISTS, DataError
-
-NUM_LABELS = 100
+from ubp_fast.events.labels import NUM_LABELS, top_label_lists
+from ubp_fast.events.read import EventDirectory, LabelLists
+from ubp_fast.events.schema import DataError
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,10 @@ class ClientRows:
     def expand(self, positions: np.ndarray, columns: np.ndarray, num_labels: int) -> LabelMatrix:
         """Labels as (position, column) pairs in any order, repeated or not, to a matrix with one row per client."""
         width = max(num_labels, 1)
-        pairs = np.unique(positions * width + columns)
+        pairs = np.sort(positions * width + columns)
+        if len(pairs):
+            # Sorting and comparing neighbours: np.unique hashes first, which takes ten times as long here.
+            pairs = pairs[np.concatenate([[True], pairs[1:] != pairs[:-1]])]
         counts = np.bincount(pairs // width, minlength=len(self._unique))
         matrix = LabelMatrix(_offsets(counts), (pairs % width).astype(np.int32), num_labels)
         return matrix if self.is_sorted else matrix.take(self._inverse)
@@ -154,9 +156,7 @@ def bought(client_ids: np.ndarray, purchases: pl.DataFrame) -> np.ndarray:
     return label_matrices(ClientRows(client_ids), purchases, {})[0]
 
 
-def make_label_lists(
-    directory: EventDirectory, start_s: int, end_s: int, num_labels: int = NUM_LABELS
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def make_label_lists(directory: EventDirectory, start_s: int, end_s: int, num_labels: int = NUM_LABELS) -> LabelLists:
     """Label lists for data that brings none, from the events before `end_s` only.
 
     - propensity_category, propensity_sku, propensity_price: the `num_labels` values with most purchase rows in
@@ -167,7 +167,8 @@ def make_label_lists(
     - popularity of a label: its purchase rows / all purchase rows of the window.
 
     Returns:
-        name -> (ids i64 [n], popularity f64 [n]), n <= num_labels, most popular (of the new ones: first) first.
+        name -> (ids i64 [n], popularity f64 [n]), n <= num_labels, most popular first (new skus before the fill);
+        "propensity_new_sku" is left out when no sku is left for it.
 
     Raises:
         DataError: no purchase in the window.
@@ -178,33 +179,28 @@ def make_label_lists(
     window = directory.purchases(start_s, end_s)
     if not len(window):
         raise DataError(
-            f"{directory.path}/product_buy: timestamp must include the window [{start_s}, {end_s}) that the labels are"
-            " made of, got 0 purchases in it; bring label lists or choose an earlier end"
+            f"{directory.path}/product_buy: timestamp_s must reach into [{start_s}, {end_s}), where the labels are"
+            " chosen, got 0 purchases in it; bring label lists or choose an earlier end"
         )
-    ranked = {column: _by_rows(_integers(window, column)) for column in ("category", "sku", "price")}
-    lists = {f"propensity_{column}": (ids[:num_labels], rows[:num_labels]) for column, (ids, rows) in ranked.items()}
-    before = directory.scan("product_buy").filter(pl.col("timestamp_s") < start_s).group_by("sku").len().collect()
-    lists["propensity_new_sku"] = _new_skus(*ranked["sku"], before, num_labels)
-    return {name: (lists[name][0], lists[name][1] / len(window)) for name in LABEL_LISTS}
+    lists = top_label_lists(window, num_labels)
+    before = directory.scan("product_buy").filter(pl.col("timestamp_s") < start_s).group_by("sku").len("before")
+    new_ids, rows = _new_skus(window, before.collect(), lists["propensity_sku"][0], num_labels)
+    lists.pop("propensity_new_sku", None)
+    if len(new_ids):
+        lists["propensity_new_sku"] = (new_ids, rows / len(window))
+    return lists
 
 
 def _new_skus(
-    ids: np.ndarray, rows: np.ndarray, before: pl.DataFrame, num_labels: int
+    window: pl.DataFrame, before: pl.DataFrame, popular: np.ndarray, num_labels: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    seen = pl.DataFrame({"sku": ids}).join(before, on="sku", how="left", maintain_order="left")["len"]
-    is_new = rows > seen.fill_null(0).to_numpy().astype(np.int64)
-    chosen = np.flatnonzero(is_new)[:num_labels]
-    spare = np.flatnonzero(~is_new)
-    spare = spare[spare >= num_labels][: num_labels - len(chosen)]
-    order = np.concatenate([chosen, spare])
-    return ids[order], rows[order]
-
-
-def _by_rows(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct values and their counts, most frequent first, ties by smaller value."""
-    ids, counts = np.unique(values, return_counts=True)
-    order = np.argsort(-counts, kind="stable")
-    return ids[order], counts[order]
+    """Ids and rows in the window of the new skus, then of the fill."""
+    rows = window.group_by("sku").len("rows").sort(["rows", "sku"], descending=[True, False])
+    known = rows.join(before, on="sku", how="left", maintain_order="left")
+    is_new = (known["rows"] > known["before"].fill_null(0)).to_numpy()
+    is_spare = ~is_new & ~np.isin(known["sku"].to_numpy(), popular)
+    chosen = np.concatenate([np.flatnonzero(is_new), np.flatnonzero(is_spare)])[:num_labels]
+    return known["sku"].to_numpy()[chosen], known["rows"].to_numpy()[chosen]
 
 
 def _label_columns(positions: np.ndarray, values: np.ndarray, label_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
