@@ -1,0 +1,8 @@
+"""Profiles: one vector per client, as files that the organisers' validator accepts."""
+
+from __future__ import annotations
+
+from ubp_fast.profiles.matrix import MAX_DIM, Profiles
+from ubp_fast.profiles.validator import Problem, Validation, validate
+
+__all__ = ["MAX_DIM", "Problem", "Profiles", "Validation", "validate"]

@@ -1,0 +1,210 @@
+"""One vector per client: align, join, save and load.
+
+Files of a profile directory, as in a submission to the challenge:
+
+    client_ids.npy   i64 [U]
+    embeddings.npy   float16 [U, D] (float32 for vectors that are only passed on), row i belongs to client_ids[i]
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ubp_fast.events.schema import DataError
+
+MAX_DIM = 2048
+IDS_FILE, EMBEDDINGS_FILE = "client_ids.npy", "embeddings.npy"
+FLOAT16_MAX = float(np.finfo(np.float16).max)
+_DTYPES = (np.dtype(np.float16), np.dtype(np.float32))
+# Rows that are looked at at once: keeps the temporary copies of a 1 M x 2048 matrix small.
+BLOCK_ROWS = 65_536
+
+
+@dataclass(frozen=True)
+class Profiles:
+    """Vectors of clients.
+
+    Attributes:
+        client_ids: i64 [U], row order of the vectors.
+        embeddings: float16 or float32 [U, D].
+    """
+
+    client_ids: np.ndarray
+    embeddings: np.ndarray
+
+    def __post_init__(self) -> None:
+        ids, vectors = self.client_ids, self.embeddings
+        if ids.ndim != 1 or ids.dtype != np.int64:
+            raise ValueError(f"Profiles: client_ids must be int64 [U], got {ids.dtype} of shape {ids.shape}")
+        if vectors.ndim != 2 or vectors.dtype not in _DTYPES:
+            raise ValueError(
+                f"Profiles: embeddings must be float16 or float32 [U, D], got {vectors.dtype} of shape {vectors.shape}"
+            )
+        if len(ids) != len(vectors):
+            raise ValueError(f"Profiles: embeddings must have {len(ids)} rows like client_ids, got {len(vectors)}")
+
+    @property
+    def num_clients(self) -> int:
+        """Number of rows."""
+        return len(self.client_ids)
+
+    @property
+    def dim(self) -> int:
+        """Width of the vectors."""
+        return self.embeddings.shape[1]
+
+    def rows_of(self, client_ids: np.ndarray) -> np.ndarray:
+        """Row of each of these clients, i64 [N].
+
+        Raises:
+            DataError: a client has no profile, or a profile occurs twice.
+        """
+        order = np.argsort(self.client_ids, kind="stable")
+        ascending = self.client_ids[order]
+        twice = ascending[1:][ascending[1:] == ascending[:-1]]
+        if len(twice):
+            raise DataError(f"profiles: client_ids must be unique, got {len(twice)} repeats, the first of {twice[0]}")
+        at = np.searchsorted(ascending, client_ids)
+        known = at < len(ascending)
+        known[known] = ascending[at[known]] == client_ids[known]
+        if not known.all():
+            first = int(np.flatnonzero(~known)[0])
+            raise DataError(
+                f"profiles: client_ids must include every client asked for, got {int((~known).sum())} without a profile,"
+                f" the first is {client_ids[first]} (row {first}); make profiles for them or leave them out"
+            )
+        return order[at]
+
+    def align(self, client_ids: np.ndarray) -> Profiles:
+        """The profiles of these clients in this order; see `rows_of` for errors."""
+        if np.array_equal(client_ids, self.client_ids):
+            return self
+        return Profiles(np.asarray(client_ids, np.int64), self.embeddings[self.rows_of(client_ids)])
+
+    @staticmethod
+    def concat(parts: Sequence[Profiles]) -> Profiles:
+        """Joins vectors of the same clients side by side, in the row order of the first; float32 [U, sum of D].
+
+        Raises:
+            DataError: a client of the first part is missing from another.
+            ValueError: no parts, or parts with another number of clients.
+        """
+        if not parts:
+            raise ValueError("Profiles.concat: parts must not be empty, got none")
+        ids = parts[0].client_ids
+        sizes = [part.num_clients for part in parts]
+        if len(set(sizes)) > 1:
+            raise ValueError(f"Profiles.concat: parts must have the same clients, got {sizes} rows")
+        joined = np.empty((len(ids), sum(part.dim for part in parts)), np.float32)
+        column = 0
+        for part in parts:
+            joined[:, column : column + part.dim] = part.align(ids).embeddings
+            column += part.dim
+        return Profiles(ids, joined)
+
+    def to_float16(self) -> Profiles:
+        """The same in the dtype of a submission.
+
+        Raises:
+            DataError: a value is not finite, or becomes infinite in float16 (|value| >= 65,520); names row and column.
+        """
+        is_half = self.embeddings.dtype == np.float16
+        halves = self.embeddings if is_half else np.empty(self.embeddings.shape, np.float16)
+        for start in range(0, self.num_clients, BLOCK_ROWS):
+            block = self.embeddings[start : start + BLOCK_ROWS]
+            if not is_half:
+                with np.errstate(over="ignore"):
+                    halves[start : start + BLOCK_ROWS] = block
+            bad = ~np.isfinite(halves[start : start + BLOCK_ROWS])
+            if bad.any():
+                row, column = (int(i) for i in np.argwhere(bad)[0])
+                raise DataError(
+                    f"profiles: column {column} must fit float16 (finite, at most {FLOAT16_MAX:.0f} in size), got"
+                    f" {block[row, column]} in row {start + row} (client {self.client_ids[start + row]}) and"
+                    f" {int(bad.sum())} such values near it; scale the column, for example with log1p"
+                )
+        return Profiles(self.client_ids, halves)
+
+    def save(self, directory: Path, dtype: str = "float16") -> None:
+        """Writes both files; each appears complete or not at all, and values are checked before anything is written.
+
+        Args:
+            directory: created when needed.
+            dtype: "float16" as in a submission, or "float32" for vectors that are only passed on.
+
+        Raises:
+            DataError: see `to_float16`; a float32 value that is not finite.
+            ValueError: another dtype.
+        """
+        if dtype not in ("float16", "float32"):
+            raise ValueError(f"Profiles.save: dtype must be 'float16' or 'float32', got '{dtype}'")
+        if dtype == "float16":
+            vectors = self.to_float16().embeddings
+        else:
+            vectors = self.embeddings.astype(np.float32, copy=False)
+            finite = np.isfinite(vectors).all(axis=1)
+            if not finite.all():
+                row = int(np.flatnonzero(~finite)[0])
+                raise DataError(
+                    f"profiles: embeddings must be finite, got {int((~finite).sum())} bad rows, the first is row {row}"
+                    f" (client {self.client_ids[row]}); look for a diverged training or a division by zero"
+                )
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, array in ((IDS_FILE, self.client_ids), (EMBEDDINGS_FILE, vectors)):
+            temporary = directory / f".{name}.{os.getpid()}.tmp"
+            with temporary.open("wb") as handle:
+                np.save(handle, np.ascontiguousarray(array), allow_pickle=False)
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(temporary, directory / name)
+
+    @classmethod
+    def load(cls, directory: Path | str) -> Profiles:
+        """Reads what `save` wrote, or anybody's submission; run `validate` first on files of others.
+
+        Raises:
+            DataError: a file is missing or no array of the right dtype and shape.
+        """
+        directory = Path(directory)
+        ids, vectors = (read_array(directory / name) for name in (IDS_FILE, EMBEDDINGS_FILE))
+        try:
+            return cls(ids, vectors)
+        except ValueError as error:
+            raise DataError(f"{directory}: {error}; run ubp_fast.profiles.validate on it") from error
+
+
+class ArrayError(DataError):
+    """A file holds no array; `reason` is "missing", "empty_file" or "not_array"."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def read_array(path: Path) -> np.ndarray:
+    """Reads one npy file without ever unpickling.
+
+    Raises:
+        ArrayError: missing, empty, truncated, another format, or an array of Python objects.
+    """
+    if not path.is_file():
+        raise ArrayError("missing", f"{path}: file must exist, got none")
+    size = path.stat().st_size
+    if size == 0:
+        raise ArrayError("empty_file", f"{path}: file must hold an npy array, got 0 bytes; save it again")
+    with path.open("rb") as handle:
+        start = handle.read(6)
+    if start != np.lib.format.MAGIC_PREFIX:
+        raise ArrayError("not_array", f"{path}: file must be in npy format, got one that starts with {start!r}")
+    try:
+        return np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise ArrayError(
+            "not_array",
+            f"{path}: file must hold a complete array of numbers, got {size} bytes and '{error}'; save it again",
+        ) from error
