@@ -113,6 +113,12 @@ class EventWriter:
         """Writes `relevant_clients` or `active_clients`."""
         np.save(self.directory / f"{name}.npy", clients.astype(np.int64))
 
+    def write_map(self, name: str, table: pl.DataFrame) -> None:
+        """Writes how text ids were numbered: value, id."""
+        directory = self.directory / "maps"
+        directory.mkdir(exist_ok=True)
+        table.write_parquet(directory / f"{name}.parquet")
+
     def write_label_lists(self, lists: LabelLists) -> None:
         """Writes label lists: name -> (ids, popularity)."""
         directory = self.directory / "labels"
