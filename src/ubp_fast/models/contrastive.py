@@ -59,7 +59,8 @@ class ContrastiveModel(nn.Module):
         self.config = config
         self.events = ProjectedEventEmbedding(config.events, sizes)
         self.history = SequenceEncoder(config.events.width, config.history)
-        self.future = SequenceEncoder(config.events.width, config.future)
+        # Clients without a future are left out of the contrast, so nothing would teach a vector for them.
+        self.future = SequenceEncoder(config.events.width, config.future, learns_empty=False)
         self.future_projection = nn.Linear(config.events.width, config.events.width)
         self.future_activity = nn.Linear(config.events.width, 1)
         self.probes = nn.ModuleDict(

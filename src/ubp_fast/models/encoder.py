@@ -113,15 +113,25 @@ def pool_last(rows: Tensor, batch: SequenceBatch) -> Tensor:
 
 
 class SequenceEncoder(nn.Module):
-    """Packed transformer layers and pooling: event vectors [T, width] -> one vector per sequence [B, width]."""
+    """Packed transformer layers and pooling: event vectors [T, width] -> one vector per sequence [B, width].
 
-    def __init__(self, width: int, config: EncoderConfig) -> None:
+    Args:
+        width: columns of events and of the result.
+        config: layers and pooling.
+        learns_empty: empty sequences get a learned vector; otherwise zeros, where no loss would ever teach it.
+    """
+
+    empty: Tensor
+
+    def __init__(self, width: int, config: EncoderConfig, *, learns_empty: bool = True) -> None:
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList(EncoderLayer(width, config) for _ in range(config.layers))
         self.lstm = LastStatePooling(width) if config.pooling == "lstm" else None
-        self.empty = nn.Parameter(torch.zeros(width))
-        nn.init.normal_(self.empty, std=1.0 / math.sqrt(width))
+        if learns_empty:
+            self.empty = nn.Parameter(torch.randn(width) / math.sqrt(width))
+        else:
+            self.register_buffer("empty", torch.zeros(width))
 
     def forward(self, rows: Tensor, batch: SequenceBatch) -> Tensor:
         """Pools each sequence.

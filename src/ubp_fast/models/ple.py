@@ -51,9 +51,9 @@ class ExpertBank(nn.Module):
         size, groups, _ = inputs.shape
         hidden = torch.einsum("bgi,gih->bgh", inputs, self.hidden_weight) + self.hidden_bias
         hidden = functional.dropout(functional.relu(hidden), self.dropout, self.training)
-        hidden = hidden.view(size, groups * self.experts, -1)
+        hidden = hidden.reshape(size, groups * self.experts, -1)
         outputs = torch.einsum("bkh,kho->bko", hidden, self.out_weight)
-        return outputs.view(size, groups, self.experts, -1) + self.out_bias
+        return outputs.reshape(size, groups, self.experts, -1) + self.out_bias
 
 
 class ExtractionLevel(nn.Module):

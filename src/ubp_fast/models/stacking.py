@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ubp_fast.models.downstream import DownstreamBody
+from ubp_fast.models.downstream import HIDDEN_DIM, DownstreamBody
 from ubp_fast.sequences.batch import ViewBatch
 
 STACKING_LABELS = ("churn", "buy_sku", "buy_category")
@@ -52,7 +52,7 @@ class StackingModel(nn.Module):
         self.register_buffer("input_scale", torch.ones(num_inputs))
         self.profile = nn.Linear(num_inputs, config.profile_width)
         self.body = DownstreamBody(config.profile_width)
-        self.heads = nn.ModuleDict({name: nn.Linear(self.body.width, count) for name, count in outputs.items()})
+        self.heads = nn.ModuleDict({name: nn.Linear(HIDDEN_DIM, count) for name, count in outputs.items()})
 
     @property
     def embedding_width(self) -> int:

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -273,12 +274,15 @@ def _cuda_devices(config: TrainingConfig) -> list[int]:
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
     """Lightning announces devices and tips through logging; a stage reports through `progress` only."""
+    deprecated_inside_lightning = r".*LeafSpec.*is deprecated"
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=deprecated_inside_lightning, category=FutureWarning)
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -1,0 +1,125 @@
+"""The packed encoder against PyTorch's own, one client at a time."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import pytest
+import torch
+from support.small_models import pick, whole_batch
+from torch import nn
+
+from ubp_fast.models.encoder import EncoderConfig, EncoderLayer, SequenceEncoder, sinusoidal_positions
+from ubp_fast.sequences import SequenceBatch
+from ubp_fast.store.event_store import EventStore
+
+WIDTH = 24
+
+
+@pytest.fixture(scope="module")
+def batch(store: EventStore) -> SequenceBatch:
+    return whole_batch(store).history
+
+
+def rows_of(batch: SequenceBatch, seed: int = 0) -> torch.Tensor:
+    return torch.randn(batch.num_tokens, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def encoder(pooling: Literal["last", "mean", "lstm"], layers: int = 2) -> SequenceEncoder:
+    torch.manual_seed(0)
+    return SequenceEncoder(WIDTH, EncoderConfig(heads=3, layers=layers, feed_forward=40, pooling=pooling)).eval()
+
+
+def torch_layer(layer: EncoderLayer) -> nn.TransformerEncoderLayer:
+    config = layer.config
+    twin = nn.TransformerEncoderLayer(
+        WIDTH, config.heads, config.feed_forward, config.dropout, config.activation, norm_first=config.norm_first,
+        batch_first=True,
+    )  # fmt: skip
+    with torch.no_grad():
+        twin.self_attn.in_proj_weight.copy_(layer.qkv.weight)
+        twin.self_attn.in_proj_bias.copy_(layer.qkv.bias)
+        for theirs, ours in (
+            (twin.self_attn.out_proj, layer.out),
+            (twin.linear1, layer.expand),
+            (twin.linear2, layer.reduce),
+            (twin.norm1, layer.attention_norm),
+            (twin.norm2, layer.feed_forward_norm),
+        ):
+            theirs.load_state_dict(ours.state_dict())
+    return twin.eval()
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_layer_equals_torch_on_each_client(batch: SequenceBatch, norm_first: bool, activation: str) -> None:
+    torch.manual_seed(1)
+    config = EncoderConfig(heads=3, feed_forward=40, activation=activation, norm_first=norm_first)  # type: ignore[arg-type]
+    layer = EncoderLayer(WIDTH, config).eval()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    rows, twin = rows_of(batch), torch_layer(layer)
+    packed = layer(rows, batch.cu_seqlens)
+    for begin, end in zip(batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), strict=True):
+        if end > begin:
+            torch.testing.assert_close(packed[begin:end], twin(rows[None, begin:end])[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean", "lstm"])
+def test_pooling_equals_each_client_alone(batch: SequenceBatch, pooling: Literal["last", "mean", "lstm"]) -> None:
+    model, rows = encoder(pooling, layers=0), rows_of(batch)
+    pooled = model(rows, batch)
+    for view, (begin, end) in enumerate(zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True)):
+        own = rows[begin:end]
+        if begin == end:
+            expected = model.empty
+        elif pooling == "last":
+            expected = own[-1]
+        elif pooling == "mean":
+            expected = own.mean(0)
+        else:
+            expected = model.lstm.lstm(own)[0][-1]
+        torch.testing.assert_close(pooled[view], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean", "lstm"])
+def test_packed_equals_alone_and_permutation_permutes(
+    batch: SequenceBatch, pooling: Literal["last", "mean", "lstm"]
+) -> None:
+    model, rows = encoder(pooling), rows_of(batch)
+    together = model(rows, batch)
+    bounds = batch.cu_seqlens.tolist()
+    for view in (0, 5, 17):
+        alone = model(rows[bounds[view] : bounds[view + 1]], pick(batch, [view]))
+        torch.testing.assert_close(together[view], alone[0], rtol=1e-4, atol=1e-5)
+    order = torch.randperm(batch.num_sequences, generator=torch.Generator().manual_seed(2)).tolist()
+    moved = torch.cat([rows[bounds[view] : bounds[view + 1]] for view in order])
+    torch.testing.assert_close(model(moved, pick(batch, order)), together[order], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean", "lstm"])
+def test_batch_of_empty_clients_gets_the_learned_vector(
+    batch: SequenceBatch, pooling: Literal["last", "mean", "lstm"]
+) -> None:
+    model, empty = encoder(pooling), pick(batch, [5, 5])
+    vectors = model(torch.empty(0, WIDTH), empty)
+    assert torch.equal(vectors, model.empty.expand(2, -1))
+    vectors.sum().backward()
+    assert model.empty.grad.abs().sum() > 0
+
+
+def test_positions_count_back_from_the_last_event() -> None:
+    positions = sinusoidal_positions(torch.tensor([0, 3]), 6, max_length=8)
+    for row, place in zip(positions, (7, 4), strict=True):
+        expected = []
+        for pair in range(3):
+            angle = place / 10_000 ** (2 * pair / 6)
+            expected += [math.sin(angle), math.cos(angle)]
+        torch.testing.assert_close(row, torch.tensor(expected), rtol=1e-5, atol=1e-6)
+    assert sinusoidal_positions(torch.tensor([0]), 5, max_length=8).shape == (1, 5)
+
+
+def test_heads_must_divide_the_width() -> None:
+    with pytest.raises(ValueError, match="heads must divide the width 24, got 5"):
+        EncoderLayer(24, EncoderConfig(heads=5))

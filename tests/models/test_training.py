@@ -1,0 +1,221 @@
+"""Training: the same bytes after a kill, seeds, precision, optimizers, records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from schedulefree import RAdamScheduleFree
+from support.small_models import CUTOFF_S, outputs_of, small_contrastive, small_multitask, training_loader, whole_batch
+
+from ubp_fast.models.contrastive import ContrastiveModel
+from ubp_fast.models.training import TrainingConfig, embed, fit
+from ubp_fast.models.weights import initialise, load_model
+from ubp_fast.sequences import ViewLoader, views_at
+from ubp_fast.store.event_store import EventStore
+
+OPTIMIZERS = {
+    "schedule_free": partial(RAdamScheduleFree, lr=1e-2),
+    "adamw": partial(torch.optim.AdamW, lr=3e-3),
+}
+
+
+class Killed(Exception):
+    """Stands for a process that ends in the middle of a step."""
+
+
+def kill_at(step: int) -> Callable[[int, int], None]:
+    def progress(done: int, total: int) -> None:
+        if done == step:
+            raise Killed
+
+    return progress
+
+
+def weights(model: torch.nn.Module) -> dict[str, bytes]:
+    return {name: value.numpy().tobytes() for name, value in model.state_dict().items()}
+
+
+def train(
+    store: EventStore,
+    directory: Path,
+    optimizer: str = "schedule_free",
+    epochs: int = 3,
+    progress: Callable[[int, int], None] | None = None,
+    seed: int = 0,
+) -> tuple[ContrastiveModel, list[dict[str, float]]]:
+    model = small_contrastive(store, seed)
+    config = TrainingConfig(epochs=epochs, seed=seed, checkpoint_every_s=0)
+    losses = fit(model, training_loader(store), OPTIMIZERS[optimizer], config, directory, progress)
+    return model, losses
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_killed_and_continued_equals_undisturbed(store: EventStore, tmp_path: Path, optimizer: str) -> None:
+    undisturbed, losses = train(store, tmp_path / "a", optimizer)
+    steps = len(training_loader(store))
+    for step in (steps + 1, 2 * steps + 2):
+        with pytest.raises(Killed):
+            train(store, tmp_path / "b", optimizer, progress=kill_at(step))
+    seen: list[tuple[int, int]] = []
+    continued, other_losses = train(store, tmp_path / "b", optimizer, progress=lambda *at: seen.append(at))
+    assert seen[0] == (2 * steps + 1, 3 * steps) and seen[-1] == (3 * steps, 3 * steps)
+    assert weights(undisturbed) == weights(continued)
+    assert losses == other_losses
+    for name in ("model.safetensors", "losses.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert {path.name for path in (tmp_path / "b").iterdir()} == {"model.safetensors", "losses.json"}
+
+
+def test_damaged_checkpoints_fall_back(store: EventStore, tmp_path: Path) -> None:
+    undisturbed, _ = train(store, tmp_path / "a")
+    steps = len(training_loader(store))
+    with pytest.raises(Killed):
+        train(store, tmp_path / "b", progress=kill_at(2 * steps + 1))
+    latest = tmp_path / "b" / "checkpoint.pt"
+    latest.write_bytes(latest.read_bytes()[: latest.stat().st_size // 2])
+    seen: list[int] = []
+    continued, _ = train(store, tmp_path / "b", progress=lambda done, _: seen.append(done))
+    assert seen[0] == steps + 1
+    assert weights(undisturbed) == weights(continued)
+    with pytest.raises(Killed):
+        train(store, tmp_path / "c", progress=kill_at(steps + 1))
+    (tmp_path / "c" / "checkpoint.pt").write_bytes(b"nothing")
+    from_start, _ = train(store, tmp_path / "c")
+    assert weights(undisturbed) == weights(from_start)
+
+
+def test_checkpoint_of_another_training_is_not_used(store: EventStore, tmp_path: Path) -> None:
+    steps = len(training_loader(store))
+    with pytest.raises(Killed):
+        train(store, tmp_path, seed=1, progress=kill_at(steps + 1))
+    seen: list[int] = []
+    train(store, tmp_path, seed=0, progress=lambda done, _: seen.append(done))
+    assert seen[0] == 1
+
+
+def test_finished_training_is_only_loaded(store: EventStore, tmp_path: Path) -> None:
+    trained, losses = train(store, tmp_path)
+    seen: list[tuple[int, int]] = []
+    again, other_losses = train(store, tmp_path, progress=lambda *at: seen.append(at))
+    assert len(seen) == 1 and seen[0][0] == seen[0][1]
+    assert weights(trained) == weights(again) and losses == other_losses
+
+
+def test_seed_decides(store: EventStore, tmp_path: Path) -> None:
+    torch.manual_seed(99)
+    before = torch.get_rng_state()
+    first, _ = train(store, tmp_path / "a", epochs=1)
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(7)
+    same, _ = train(store, tmp_path / "b", epochs=1)
+    other, _ = train(store, tmp_path / "c", epochs=1, seed=1)
+    assert weights(first) == weights(same) != weights(other)
+    assert weights(small_contrastive(store, 3)) == weights(small_contrastive(store, 3))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_losses_fall_and_are_recorded(store: EventStore, tmp_path: Path, optimizer: str) -> None:
+    _, losses = train(store, tmp_path, optimizer, epochs=12)
+    assert [entry["epoch"] for entry in losses] == list(range(12))
+    assert losses[-1]["nt_xent"] < 0.8 * losses[0]["nt_xent"]
+    for entry in losses:
+        assert entry["loss"] == pytest.approx(entry["nt_xent"] + entry["future_activity"])
+    assert json.loads((tmp_path / "losses.json").read_text())["epochs"] == losses
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_multitask_learns_in_both_precisions(store: EventStore, tmp_path: Path, precision: str) -> None:
+    model = small_multitask(store, outputs_of(whole_batch(store).labels))
+    config = TrainingConfig(epochs=8, precision=precision)  # type: ignore[arg-type]
+    losses = fit(model, training_loader(store), OPTIMIZERS["adamw"], config, tmp_path)
+    assert losses[-1]["buy_category"] < 0.8 * losses[0]["buy_category"]
+    assert all(value.dtype == torch.float32 for value in model.state_dict().values())
+
+
+def test_contrastive_runs_in_bf16(store: EventStore, tmp_path: Path) -> None:
+    model = small_contrastive(store)
+    losses = fit(
+        model, training_loader(store), OPTIMIZERS["schedule_free"], TrainingConfig(epochs=6, precision="bf16"), tmp_path
+    )
+    assert losses[-1]["nt_xent"] < losses[0]["nt_xent"]
+
+
+def test_schedule_free_trains_and_rests_in_the_right_mode(store: EventStore, tmp_path: Path) -> None:
+    modes: list[str] = []
+
+    class Watched(RAdamScheduleFree):
+        def train(self) -> None:
+            modes.append("train")
+            super().train()
+
+        def eval(self) -> None:
+            modes.append("eval")
+            super().eval()
+
+        def step(self, closure: Callable[[], float] | None = None) -> float | None:
+            modes.append("step")
+            return super().step(closure)
+
+        def state_dict(self) -> dict[str, object]:
+            modes.append("save")
+            return super().state_dict()
+
+    model, loader = small_contrastive(store), training_loader(store, batch_size=30)
+    config = TrainingConfig(epochs=2, checkpoint_every_s=0)
+    fit(model, loader, partial(Watched, lr=1e-2), config, tmp_path, validation=training_loader(store))
+    steps = ["step"] * len(loader)
+    assert modes == ["train", *steps, "eval", "save", "train", *steps, "eval"]
+
+
+def test_validation_losses_do_not_disturb(store: EventStore, tmp_path: Path) -> None:
+    plain, _ = train(store, tmp_path / "a", epochs=2)
+    model = small_contrastive(store)
+    config = TrainingConfig(epochs=2, checkpoint_every_s=0)
+    optimizer = OPTIMIZERS["schedule_free"]
+    loader, validation = training_loader(store), training_loader(store, shuffle_seed=None)
+    losses = fit(model, loader, optimizer, config, tmp_path / "b", validation=validation)
+    assert weights(plain) == weights(model)
+    assert losses[1]["validation_nt_xent"] > 0
+
+
+def test_embed_keeps_order_and_does_not_depend_on_batches(store: EventStore, tmp_path: Path) -> None:
+    model, _ = train(store, tmp_path, epochs=1)
+    views = views_at(store, [CUTOFF_S])
+    seen: list[tuple[int, int]] = []
+    small = ViewLoader(store, views, batch_size=7, history_length=64)
+    profiles = embed(model, small, lambda *at: seen.append(at))
+    assert profiles.dtype == np.float32 and profiles.shape == (30, 32)
+    assert seen == [(step, 5) for step in range(1, 6)]
+    large = embed(model, ViewLoader(store, views, batch_size=100, history_length=64))
+    np.testing.assert_allclose(profiles, large, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="keep the order of its views, got shuffle_seed 4"):
+        embed(model, ViewLoader(store, views, batch_size=7, history_length=64, shuffle_seed=4))
+
+
+def test_weights_come_back(store: EventStore, tmp_path: Path) -> None:
+    model, _ = train(store, tmp_path, epochs=1)
+    other = small_contrastive(store, seed=5)
+    load_model(other, tmp_path / "model.safetensors")
+    assert weights(model) == weights(other)
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(store: EventStore, tmp_path: Path) -> None:
+    model = initialise(lambda: small_contrastive(store), 0)
+    with torch.no_grad():
+        model.future_activity.bias.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="must stay finite, got nan in epoch 0"):
+        fit(model, training_loader(store), OPTIMIZERS["adamw"], TrainingConfig(), tmp_path)
+
+
+def test_no_views_are_refused(store: EventStore, tmp_path: Path) -> None:
+    loader = ViewLoader(
+        None, type(views_at(store, [CUTOFF_S]))(np.empty(0, np.int64), np.empty(0, np.int64)), batch_size=2
+    )
+    with pytest.raises(ValueError, match="at least one view"):
+        fit(small_contrastive(store), loader, OPTIMIZERS["adamw"], TrainingConfig(), tmp_path)

@@ -1,0 +1,105 @@
+"""Small versions of the models and batches for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from support.shops import DAY_S, END_S
+from torch import nn
+
+from ubp_fast.models.contrastive import ContrastiveConfig, ContrastiveModel
+from ubp_fast.models.encoder import EncoderConfig
+from ubp_fast.models.event_embedding import ConcatenatedEventConfig, EventSizes, ProjectedEventConfig
+from ubp_fast.models.multitask import MultitaskConfig, MultitaskModel
+from ubp_fast.models.ple import PLEConfig
+from ubp_fast.models.weights import initialise
+from ubp_fast.sequences import SequenceBatch, ViewBatch, ViewLoader, views_at, window_labels
+from ubp_fast.store.event_store import EventStore
+
+CUTOFF_S = END_S - 28 * DAY_S
+NUM_FEATURES = 3
+LISTS = {
+    "propensity_sku": (np.arange(20), np.ones(20)),
+    "propensity_category": (np.arange(7, 12), np.ones(5)),
+    "propensity_price": (np.arange(10), np.ones(10)),
+}
+SMALL_EVENTS = ProjectedEventConfig(4, 16, 8, 4, 16, 8, 8, 8, 32)
+
+
+def small_contrastive(store: EventStore, seed: int = 0, **changes: Any) -> ContrastiveModel:
+    """32 columns, one layer per tower; `changes` go to the model's constructor."""
+    config = ContrastiveConfig(
+        events=SMALL_EVENTS,
+        history=EncoderConfig(heads=2, layers=1, feed_forward=64),
+        future=EncoderConfig(heads=2, layers=1, feed_forward=64, pooling="mean"),
+        temperature=0.1,
+    )
+    return initialise(lambda: ContrastiveModel(config, EventSizes.of(store), **changes), seed)
+
+
+def small_multitask(store: EventStore, outputs: Mapping[str, int], seed: int = 0) -> MultitaskModel:
+    """32 columns, eight tasks where there are carts."""
+    config = MultitaskConfig(
+        events=ConcatenatedEventConfig(8, 16, 8, 4, 32, 4, 4),
+        encoder=EncoderConfig(heads=1, feed_forward=64, activation="relu", norm_first=False, pooling="last"),
+        profile_width=32,
+        experts=PLEConfig(expert_hidden=32, expert_width=16, tower_hidden=16),
+    )
+    return initialise(lambda: MultitaskModel(config, EventSizes.of(store), NUM_FEATURES, outputs), seed)
+
+
+def training_loader(store: EventStore, batch_size: int = 16, **changes: Any) -> ViewLoader:
+    """Histories, futures, features and labels at two cutoffs, shuffled."""
+    views = views_at(store, [CUTOFF_S, CUTOFF_S - 14 * DAY_S], with_history=True)
+    labels = window_labels(store, views, LISTS)
+    features = np.random.default_rng(0).random((len(views.row), NUM_FEATURES))
+    options = {"history_length": 64, "future_length": 64, "features": features, "labels": labels, "shuffle_seed": 0}
+    return ViewLoader(store, views, batch_size=batch_size, **(options | changes))
+
+
+def whole_batch(store: EventStore) -> ViewBatch:
+    """All clients, the one without events included, at one cutoff."""
+    views = views_at(store, [CUTOFF_S])
+    features = np.random.default_rng(0).random((len(views.row), NUM_FEATURES))
+    labels = window_labels(store, views, LISTS)
+    loader = ViewLoader(
+        store, views, batch_size=1000, history_length=64, future_length=64, features=features, labels=labels
+    )
+    (batch,) = loader
+    return batch
+
+
+def outputs_of(labels: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Number of labels per name."""
+    return {name: 1 if label.dim() == 1 else label.shape[1] for name, label in labels.items()}
+
+
+def pick(batch: SequenceBatch, order: list[int]) -> SequenceBatch:
+    """The views of a batch in another order, or some of them."""
+    bounds = batch.cu_seqlens.tolist()
+    rows = torch.tensor([at for view in order for at in range(bounds[view], bounds[view + 1])], dtype=torch.int64)
+    lengths = batch.lengths()[order]
+    return SequenceBatch(
+        *(getattr(batch, name)[rows] for name in ("kind", "sku", "category", "price", "url", "codes", "timestamp_s")),
+        cu_seqlens=torch.cat([torch.zeros(1), lengths.cumsum(0)]).int(),
+        cutoff_s=batch.cutoff_s[order],
+        client=batch.client[order],
+    )
+
+
+def pick_views(batch: ViewBatch, order: list[int]) -> ViewBatch:
+    """The same for a batch of views."""
+    return ViewBatch(
+        history=pick(batch.history, order),
+        future=pick(batch.future, order),
+        features=batch.features[order],
+        labels={name: label[order] for name, label in batch.labels.items()},
+    )
+
+
+def untouched_parameters(model: nn.Module) -> list[str]:
+    """Names of parameters whose gradient is missing or zero everywhere."""
+    return [name for name, value in model.named_parameters() if value.grad is None or not value.grad.abs().any()]
