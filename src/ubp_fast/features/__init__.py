@@ -1,0 +1,1 @@
+"""One row of named numbers per client: counts, recency, decayed interests."""
