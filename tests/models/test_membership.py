@@ -46,7 +46,7 @@ def test_a_client_is_judged_by_others_only() -> None:
 
 
 def test_without_a_choice_everybody_weighs_one() -> None:
-    columns, relevant = clients(20)
+    columns, _ = clients(20)
     for known in (None, np.ones(20, bool), np.zeros(20, bool)):
         assert membership_weights(columns, known).tolist() == [1.0] * 20
 

@@ -19,7 +19,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils.rnn import PackedSequence
 
 from ubp_fast.kernels import flash_attention
 from ubp_fast.sequences.batch import SequenceBatch
@@ -78,11 +77,15 @@ class EncoderLayer(nn.Module):
 
 
 class LastStatePooling(nn.Module):
-    """The last hidden state of a one-layer LSTM over each sequence; packed rows become a PackedSequence, not a padded one."""
+    """The last hidden state of a one-layer LSTM over each sequence, zeros for empty ones: [T, width] -> [B, width].
+
+    Sequences are sorted by length, so that step t advances the first n_t of them; nothing is padded. `nn.LSTM` on a
+    PackedSequence computes the same, but its backward on a CPU clears a tensor of all T rows in each step.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.lstm = nn.LSTM(width, width)
+        self.cell = nn.LSTMCell(width, width)
 
     def forward(self, rows: Tensor, batch: SequenceBatch) -> Tensor:
         lengths = batch.lengths()
@@ -93,11 +96,26 @@ class LastStatePooling(nn.Module):
         position = lengths[segments] - 1 - batch.steps_to_end()
         # Time-major order: all first events, longest sequence first, then all second events, ...
         order = (position * len(lengths) + rank[segments]).argsort()
-        batch_sizes = torch.bincount(position).cpu()
-        # An LSTM sums hundreds of steps, which bfloat16 does not survive.
+        # An LSTM sums over hundreds of steps, which bfloat16 does not survive.
         with torch.autocast(rows.device.type, enabled=False):
-            _, (state, _) = self.lstm(PackedSequence(rows.float()[order], batch_sizes))
-        return functional.pad(state[0], (0, 0, 0, len(lengths) - state.shape[1]))[rank]
+            inputs = functional.linear(rows.float()[order], self.cell.weight_ih, self.cell.bias_ih + self.cell.bias_hh)
+            states = self._last_states(inputs.split(torch.bincount(position).tolist()))
+        return functional.pad(states, (0, 0, 0, len(lengths) - len(states)))[rank]
+
+    def _last_states(self, steps: tuple[Tensor, ...]) -> Tensor:
+        """Runs the recurrence over inputs [n_t, 4 * width] with n_t never growing; [n_0, width], longest first."""
+        state = memory = steps[0].new_zeros(len(steps[0]), self.cell.hidden_size)
+        finished = []
+        for inputs in steps:
+            active = len(inputs)
+            if active < len(state):
+                finished.append(state[active:])
+                state, memory = state[:active], memory[:active]
+            gates = torch.addmm(inputs, state, self.cell.weight_hh.t())
+            enter, keep, update, leave = gates.chunk(4, dim=1)
+            memory = keep.sigmoid() * memory + enter.sigmoid() * update.tanh()
+            state = leave.sigmoid() * memory.tanh()
+        return torch.cat([state, *reversed(finished)])
 
 
 def pool_mean(rows: Tensor, batch: SequenceBatch) -> Tensor:
