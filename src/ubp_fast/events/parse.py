@@ -123,8 +123,8 @@ def parse_codes(file: str, column: pl.Series) -> pl.Series:
         values, problem = _codes_of_lists(column.cast(pl.List(pl.Int64), strict=False))
     else:
         raise DataError(
-            f"{file}: column '{column.name}' must hold text like '[1 2 ... 16]' or lists of integers, got {column.dtype};"
-            " write the 16 codes of each vector separated by spaces, in brackets"
+            f"{file}: column '{column.name}' must hold text like '[1 2 ... 16]' or lists of integers,"
+            f" got {column.dtype}; write the 16 codes of each vector separated by spaces, in brackets"
         )
     if problem.any():
         bad = pl.Series(problem != 0)

@@ -282,7 +282,7 @@ class EventDirectory:
             found = dict(pl.read_parquet_schema(path))
         except (pl.exceptions.PolarsError, OSError) as error:
             raise DataError(
-                f"{path}: file must be a complete Parquet file, got '{error}'; prepare the events again from their source"
+                f"{path}: file must be a complete Parquet file, got '{error}'; prepare the events again"
             ) from error
         if found != wanted:
             raise DataError(

@@ -111,7 +111,7 @@ def require_canonical(file: str, frame: pl.DataFrame, schema: dict[str, pl.DataT
     Raises:
         DataError: the first difference.
     """
-    if dict(frame.schema) != schema:
+    if list(frame.schema.items()) != list(schema.items()):
         raise DataError(
             f"{file}: columns must be {schema}, got {dict(frame.schema)}; prepare the events again from their source"
         )

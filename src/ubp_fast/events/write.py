@@ -117,7 +117,7 @@ class EventWriter:
         """Writes how text ids were numbered: value, id."""
         directory = self.directory / "maps"
         directory.mkdir(exist_ok=True)
-        table.write_parquet(directory / f"{name}.parquet")
+        _write_parquet(directory / f"{name}.parquet", table)
 
     def write_label_lists(self, lists: LabelLists) -> None:
         """Writes label lists: name -> (ids, popularity)."""
@@ -177,7 +177,7 @@ class EventWriter:
             raise bad_rows(file, "sku", f"occur in {PRODUCT_TABLE}", unknown, skus, remedy)
 
     def _write(self, name: str, frame: pl.DataFrame) -> None:
-        frame.write_parquet(self.directory / f"{name}.parquet", compression="zstd", compression_level=1)
+        _write_parquet(self.directory / f"{name}.parquet", frame)
 
     def _until(self) -> str:
         return "" if self._end_s is None else f" until {_moment(self._end_s)}"
@@ -198,6 +198,13 @@ def event_writer(directory: Path, source: str, end: str | None = None) -> Iterat
     end_s = end_seconds(end)
     with published_directory(Path(directory)) as partial:
         yield EventWriter(partial, source, end_s)
+
+
+def _write_parquet(path: Path, frame: pl.DataFrame) -> None:
+    try:
+        frame.write_parquet(path, compression="zstd", compression_level=1)
+    except pl.exceptions.PolarsError as error:  # how Polars tells of a full disk
+        raise OSError(str(error)) from error
 
 
 def _moment(timestamp_s: int) -> str:

@@ -132,7 +132,7 @@ class _Builder:
 
     def write_header(self) -> None:
         """Writes store.json."""
-        self._header["kinds"] = list(self._events.kinds)
+        self._header["kinds"] = [kind for kind in EVENT_KINDS if len(self._timestamp_s[kind])]
         (self._directory / HEADER_FILE).write_text(json.dumps(self._header, indent=1) + "\n", encoding="utf-8")
 
     def _save(self, name: str, column: np.ndarray) -> None:

@@ -117,7 +117,7 @@ class EventStore:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Kinds the events came with; the others have no rows."""
+        """Kinds that have rows, in the order of EVENT_KINDS."""
         return tuple(self.header["kinds"])
 
     @cached_property

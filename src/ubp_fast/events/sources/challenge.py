@@ -59,10 +59,7 @@ class Challenge:
         split_layout = self.layout == "split" or (self.layout == "auto" and _is_split(root))
         steps = Steps(progress, len(EVENT_KINDS) + 1)
         with event_writer(directory, "challenge", self.end) as writer:
-            if split_layout:
-                split = self._write_split(root, writer, steps)
-            else:
-                split = self._write_raw(root, writer, steps)
+            split = self._write_split(root, writer, steps) if split_layout else self._write_raw(root, writer, steps)
             self._write_lists(root, writer)
             writer.finish(split, layout="split" if split_layout else "raw")
 
@@ -141,7 +138,7 @@ def _with_target_products(products: pl.DataFrame, target: pl.DataFrame) -> pl.Da
 
 
 def _split_of_parts(root: Path, last_input_s: int, train: pl.DataFrame, validation: pl.DataFrame) -> Split:
-    """The boundaries that the parts were cut at: by the organisers' rule when that explains the parts, else at midnight.
+    """The boundaries that the parts were cut at: by the organisers' rule when it explains the parts, else at midnight.
 
     The official scoring windows do not follow the rule: their data end ten minutes after a midnight.
     """

@@ -54,7 +54,7 @@ class Synthetic:
     clients: int = 2000
     days: int = 140
     seed: int = 0
-    skus: int = 1000
+    skus: int = 500
     categories: int = 50
     urls: int = 3000
     start: str = "2022-06-23"

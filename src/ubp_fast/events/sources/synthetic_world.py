@@ -1,9 +1,9 @@
-"""The world behind synthetic events: a catalogue, clients with hidden tastes, and what they will do with what probability.
+"""The world behind synthetic events: a catalogue, clients with hidden tastes, and how probable their purchases are.
 
-A client who is alive on a day opens Poisson(session_rate) sessions and puts Poisson(adds) products into the cart of each;
-each is bought with probability buy_probability. The product is drawn in two steps: a category by the client's taste, then
-a product of that category by popularity and the client's price segment. A client dies with a constant hazard per day and
-never comes back. All of it is hidden; the events only hint at it.
+A client who is alive on a day opens Poisson(session_rate) sessions and puts Poisson(adds) products into the cart of
+each; each is bought with probability buy_probability. The product is drawn in two steps: a category by the client's
+taste, then a product of that category by popularity and the client's price segment. A client dies with a constant
+hazard per day and never comes back. All of it is hidden; the events only hint at it.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def draw_catalogue(rng: np.random.Generator, skus: int, categories: int) -> Cata
 
 def draw_clients(rng: np.random.Generator, count: int, days: int, catalogue: Catalogue) -> Clients:
     """Draws clients; three of five are there from the first day on, the others join later."""
-    session_rate = np.minimum(np.exp(rng.normal(-2.6, 1.1, count)), 5.0)
+    session_rate = np.minimum(np.exp(rng.normal(-2.2, 1.1, count)), 5.0)
     hazard = np.exp(rng.normal(np.log(1 / 150), 0.9, count))
     birth = np.where(rng.random(count) < 0.6, 0, rng.integers(0, days, count))
     lifetime = 1 + np.floor(np.minimum(rng.exponential(size=count) / hazard, days)).astype(np.int64)
@@ -146,11 +146,17 @@ def label_shares(clients: Clients, catalogue: Catalogue, column: str, labels: np
     """Probability f64 [U, n] that a product a client buys has each label: an index of a sku or category, or a price."""
     if column == "category":
         return clients.category_share[:, labels]
-    share = catalogue.sku_share[clients.price_segment]
     if column == "sku":
-        return clients.category_share[:, catalogue.sku_category[labels]] * share[:, labels]
-    by_sku = clients.category_share[:, catalogue.sku_category] * share
-    return np.stack([by_sku[:, catalogue.sku_price == label].sum(axis=1) for label in labels], axis=1)
+        inside = catalogue.sku_share[:, labels][clients.price_segment]
+        return clients.category_share[:, catalogue.sku_category[labels]] * inside
+    shares = np.empty((len(clients.price_segment), len(labels)))
+    num_categories = len(catalogue.category_popularity)
+    for segment, sku_share in enumerate(catalogue.sku_share):
+        of_label = [sku_share * (catalogue.sku_price == label) for label in labels]
+        inside = np.stack([np.bincount(catalogue.sku_category, row, num_categories) for row in of_label], axis=1)
+        rows = np.flatnonzero(clients.price_segment == segment)
+        shares[rows] = np.einsum("uk,kn->un", clients.category_share[rows], inside)
+    return shares
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:

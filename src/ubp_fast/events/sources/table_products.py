@@ -63,7 +63,8 @@ def _money(file: str, price: pl.Series) -> pl.Series:
     """Prices as f64; missing, NaN and infinite ones are null."""
     if not price.dtype.is_numeric() and price.dtype != pl.Null:
         raise DataError(
-            f"{file}: the price column must hold numbers, got {price.dtype}; remove currency signs and thousands separators"
+            f"{file}: the price column must hold numbers, got {price.dtype};"
+            " remove currency signs and thousands separators"
         )
     money = price.cast(pl.Float64)
     return pl.select(pl.when(money.is_finite()).then(money).alias("price")).to_series()
