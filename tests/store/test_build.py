@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ubp_fast.events.read import EventDirectory
+from ubp_fast.events.schema import EVENT_KINDS, DataError
+from ubp_fast.store.build import build_store
+from ubp_fast.store.event_store import EventStore
+
+Write = Callable[..., EventDirectory]
+CLIENTS = st.sampled_from([-(2**63), -1, 0, 7, 2**63 - 1])
+TIMES = st.integers(0, 12)
+ROWS = st.fixed_dictionaries(
+    {kind: st.lists(st.tuples(CLIENTS, TIMES, st.integers(0, 7)), max_size=15) for kind in EVENT_KINDS}
+)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def expected_sorted(rows: list[tuple[int, int, int]], client: int, cutoff_s: int) -> list[tuple[int, int]]:
+    """(time, item) of one client before the cutoff, by time; Python's sort keeps the file order of ties."""
+    return sorted(((t, item) for c, t, item in rows if c == client and t < cutoff_s), key=lambda event: event[0])
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=ROWS, cutoff_s=st.integers(0, 13), relevant=st.none() | st.lists(CLIENTS, unique=True, min_size=1))
+def test_equals_a_plain_reference(
+    write_events: Write, rows: dict[str, list[tuple[int, int, int]]], cutoff_s: int, relevant: list[int] | None
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        rows["page_visit"] = [(0, 0, 3), *rows["page_visit"]]  # the directory needs an event before its windows
+        events = write_events(Path(folder) / "events", rows, relevant)
+        history = [row for kind in EVENT_KINDS for row in rows[kind] if row[1] < cutoff_s]
+        clients = sorted({row[0] for row in history} if relevant is None else relevant)
+        kept = [row for row in history if row[0] in clients]
+        if not kept:
+            with pytest.raises(DataError, match="cutoff must lie after the first event of a client"):
+                build_store(events, Path(folder) / "store", cutoff_s)
+            assert not (Path(folder) / "store").exists()
+            return
+        build_store(events, Path(folder) / "store", cutoff_s)
+        store = EventStore.open(Path(folder) / "store")
+        assert store.client_ids.tolist() == clients
+        assert store.num_clients == len(clients)
+        assert store.first_timestamp_s == min(t for _, t, _ in kept)
+        check_kinds(store, rows, clients, cutoff_s)
+        check_timeline(store, clients)
+
+
+def check_kinds(
+    store: EventStore, rows: dict[str, list[tuple[int, int, int]]], clients: list[int], cutoff_s: int
+) -> None:
+    for kind in EVENT_KINDS:
+        columns = store.kind(kind)
+        for u, client in enumerate(clients):
+            inside = slice(columns.offsets[u], columns.offsets[u + 1])
+            if columns.item is None:
+                items = columns.codes[inside, 0].tolist()  # type: ignore[index]
+            else:
+                ids = store.url_ids if kind == "page_visit" else store.sku_ids
+                items = ids[columns.item[inside]].tolist()
+            found = list(zip(columns.timestamp_s[inside].tolist(), items, strict=True))
+            assert found == expected_sorted(rows[kind], client, cutoff_s), (kind, client)
+        for earlier_s in (0, 5, cutoff_s):
+            counts = store.rows_before(kind, earlier_s) - columns.offsets[:-1]
+            assert counts.tolist() == [len(expected_sorted(rows[kind], c, min(earlier_s, cutoff_s))) for c in clients]
+
+
+def check_timeline(store: EventStore, clients: list[int]) -> None:
+    timeline = store.timeline
+    for u in range(len(clients)):
+        merged = []
+        for index, kind in enumerate(EVENT_KINDS):
+            columns = store.kind(kind)
+            for row in range(columns.offsets[u], columns.offsets[u + 1]):
+                merged.append((int(columns.timestamp_s[row]), index + 1, row))
+        inside = slice(timeline.offsets[u], timeline.offsets[u + 1])
+        columns_of = (timeline.timestamp_s, timeline.kind, timeline.row)
+        assert list(zip(*(column[inside].tolist() for column in columns_of), strict=True)) == sorted(merged)
+    counts = sum(store.rows_before(kind, 5) - store.kind(kind).offsets[:-1] for kind in EVENT_KINDS)
+    np.testing.assert_array_equal(store.rows_before("timeline", 5) - timeline.offsets[:-1], counts)
+
+
+def test_dtypes(write_events: Write, tmp_path: Path) -> None:
+    rows = {kind: [(3, 5, 2), (1, 4, 2)] for kind in EVENT_KINDS}
+    build_store(write_events(tmp_path / "events", rows), tmp_path / "store", 100)
+    store = EventStore.open(tmp_path / "store")
+    timeline, products, visits = store.timeline, store.products, store.kind("page_visit")
+    assert [column.dtype for column in timeline] == [np.int64, np.int64, np.uint8, np.int64]
+    assert [column.dtype for column in products] == [np.int64, np.int32, np.int32, np.uint8]
+    assert visits.item is not None
+    assert visits.item.dtype == np.int32
+    assert store.client_ids.dtype == store.url_ids.dtype == store.category_ids.dtype == np.int64
+
+
+def test_products_by_dense_id(write_events: Write, tmp_path: Path) -> None:
+    rows = {"product_buy": [(1, 5, 30), (1, 6, 10)], "add_to_cart": [(2, 50, 20), (1, 2, 40)]}
+    build_store(write_events(tmp_path / "events", rows), tmp_path / "store", 10)
+    store = EventStore.open(tmp_path / "store")
+    assert store.sku_ids.tolist() == [-1, -1, 10, 30, 40]  # 20 comes after the cutoff
+    # Properties by position among the skus 0, 10, 20, 30, 40 of the directory: see `product_frame`.
+    assert store.category_ids[store.products.category[2:]].tolist() == [1001, 1000, 1001]
+    assert store.products.price.tolist() == [0, 1, 7 + 2, 21 + 2, 28 + 2]
+    assert store.products.name[:, 0].tolist() == [0, 0, 1, 3, 4]
+    assert store.products.category[:2].tolist() == [0, 1]
+    assert (store.num_skus, store.num_categories, store.num_prices) == (5, 4, 31)
+
+
+def test_rare_urls_are_unknown(write_events: Write, tmp_path: Path) -> None:
+    visits = [(1, time, url) for time, url in enumerate([5, 5, 5, 9, 9, 7])] + [(1, 50, 9)]
+    build_store(write_events(tmp_path / "events", {"page_visit": visits}), tmp_path / "store", 10, min_url_count=3)
+    store = EventStore.open(tmp_path / "store")
+    assert store.url_ids.tolist() == [-1, -1, 5]
+    assert store.kind("page_visit").item.tolist() == [2, 2, 2, 1, 1, 1]  # type: ignore[union-attr]
+
+
+def test_clients_without_events_keep_a_row(write_events: Write, tmp_path: Path) -> None:
+    events = write_events(tmp_path / "events", {"page_visit": [(5, 1, 1), (8, 1, 1)]}, relevant=[9, 5, 2])
+    build_store(events, tmp_path / "store", 10)
+    store = EventStore.open(tmp_path / "store")
+    assert store.client_ids.tolist() == [2, 5, 9]
+    assert store.timeline.offsets.tolist() == [0, 0, 1, 1]
+
+
+def test_nothing_after_the_cutoff_matters(write_events: Write, tmp_path: Path) -> None:
+    """Every event at or after the cutoff is changed, added or removed: the files have the same bytes."""
+    rng = np.random.default_rng(0)
+    cutoff_s = 60
+    rows = {kind: [tuple(row) for row in rng.integers(0, 100, (200, 3)).tolist()] for kind in EVENT_KINDS}
+    changed = {
+        kind: [row if row[1] < cutoff_s else (row[0] + 300, row[1] + 1, row[2] + 500) for row in table] + [(1, 60, 77)]
+        for kind, table in rows.items()
+    }
+    rows["remove_from_cart"], changed["remove_from_cart"] = [], [(1, 70, 3)]  # not even which kinds there are
+    changed["search_query"] = [row for row in changed["search_query"] if row[1] < 90]
+    # Properties stay: they belong to the catalogue. A table of all skus of both logs keeps them the same.
+    everything = [(10**6, 10**8, sku) for sku in range(700)]
+    rows["add_to_cart"] += everything
+    changed["add_to_cart"] += everything[::-1]
+    build_store(write_events(tmp_path / "events_a", rows), tmp_path / "a", cutoff_s)
+    build_store(write_events(tmp_path / "events_b", changed), tmp_path / "b", cutoff_s)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    earlier = dict(rows, page_visit=[(1, 59, 3), *rows["page_visit"]])
+    build_store(write_events(tmp_path / "events_c", earlier), tmp_path / "c", cutoff_s)
+    assert contents(tmp_path / "a") != contents(tmp_path / "c")
+
+
+def test_progress(write_events: Write, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    events = write_events(tmp_path / "events", {"page_visit": [(1, 1, 1)]})
+    build_store(events, tmp_path / "store", 10, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(done, 7) for done in range(1, 8)]
+
+
+def test_killed_while_building(write_events: Write, tmp_path: Path) -> None:
+    events = write_events(tmp_path / "events", {"page_visit": [(1, 1, 1)]})
+    program = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from ubp_fast.events.read import EventDirectory; from ubp_fast.store.build import build_store\n"
+        "def kill(done, total):\n    if done == total - 1: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "build_store(EventDirectory.open(sys.argv[1]), Path(sys.argv[2]), 10, progress=kill)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
+    command = [sys.executable, "-c", program, str(events.path), str(tmp_path / "store")]
+    assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
+    assert not (tmp_path / "store").exists()
+    build_store(events, tmp_path / "store", 10)
+    build_store(events, tmp_path / "again", 10)
+    assert contents(tmp_path / "store") == contents(tmp_path / "again")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "events", "store"]
+
+
+def test_duplicate_relevant_clients(write_events: Write, tmp_path: Path) -> None:
+    events = write_events(tmp_path / "events", {"page_visit": [(5, 1, 1)]}, relevant=[5, 6, 5])
+    with pytest.raises(DataError, match=r"relevant_clients.npy: .* got 5 \(seen before\) in row 2"):
+        build_store(events, tmp_path / "store", 10)
+    assert not (tmp_path / "store").exists()
