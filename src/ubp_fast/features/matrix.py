@@ -30,7 +30,8 @@ class FeatureMatrix:
     def __post_init__(self) -> None:
         if self.client_ids.ndim != 1 or self.client_ids.dtype != np.int64:
             raise ValueError(
-                f"FeatureMatrix: client_ids must be int64 [U], got {self.client_ids.dtype} {list(self.client_ids.shape)}"
+                f"FeatureMatrix: client_ids must be int64 [U], got {self.client_ids.dtype}"
+                f" {list(self.client_ids.shape)}"
             )
         wanted = [len(self.client_ids), len(self.names)]
         if self.values.dtype != np.float32 or list(self.values.shape) != wanted:

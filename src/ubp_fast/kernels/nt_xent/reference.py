@@ -36,7 +36,7 @@ class Problem(NamedTuple):
 
 
 class _Direction(NamedTuple):
-    """Rows `queries` [R, E] compared with rows `keys` [C, E]; `excluded` [R, C] are no negatives (positives included)."""
+    """Rows `queries` [R, E] against rows `keys` [C, E]; `excluded` [R, C]: no negatives, the positives included."""
 
     queries: Tensor
     keys: Tensor
