@@ -7,11 +7,12 @@ import polars as pl
 from ubp_fast.events.parse import parse_ids
 
 
-def number(file: str, values: pl.Series, order: pl.Series) -> tuple[pl.Series, pl.DataFrame | None]:
+def number(file: str, column: str, values: pl.Series, order: pl.Series) -> tuple[pl.Series, pl.DataFrame | None]:
     """Ids as i64; integers stay as they are, text is numbered in order of first appearance.
 
     Args:
         file: for messages.
+        column: its name in that file.
         values: ids of any integer dtype, or text; nulls stay null.
         order: row numbers in the order in which to go through the rows. By time, so that later rows cannot change
             the numbers of earlier ones.
@@ -23,7 +24,7 @@ def number(file: str, values: pl.Series, order: pl.Series) -> tuple[pl.Series, p
         DataError: neither integers nor text.
     """
     if values.dtype not in (pl.String, pl.Categorical) and not isinstance(values.dtype, pl.Enum):
-        parse_ids(file, values.drop_nulls())
+        parse_ids(file, values.drop_nulls().alias(column))
         return values.cast(pl.Int64), None
     text = values.cast(pl.String).alias("value")
     seen = text.gather(order).drop_nulls().unique(maintain_order=True)

@@ -177,9 +177,10 @@ class Table:
             of_kind.append(pl.when(pl.col("kind") == "page_visit").then("url").alias("url"))
         rows = rows.with_columns(of_kind)
         order = pl.Series(np.argsort(rows["timestamp_s"].to_numpy(), kind="stable"))
-        for name in ("client_id", "sku", "url"):
-            if name in rows.columns:
-                ids, table = number(self.path, rows[name], order)
+        columns = {"client_id": self.client_column, "sku": self.sku_column, "url": self.url_column}
+        for name, column in columns.items():
+            if column is not None:
+                ids, table = number(self.path, column, rows[name], order)
                 rows = rows.with_columns(ids)
                 if table is not None:
                     writer.write_map(name, table)
@@ -189,7 +190,7 @@ class Table:
         products, notes = product_table(self.path, rows, input_end_s, self._text_codes)
         writer.notes += notes
         in_order = pl.Series(range(len(products)), dtype=pl.UInt32)
-        category, table = number(self.path, products["category"], in_order)
+        category, table = number(self.path, self.category_column or "category", products["category"], in_order)
         if table is not None:
             writer.write_map("category", table)
         return products.with_columns(category)
