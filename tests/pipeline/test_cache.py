@@ -53,7 +53,7 @@ def test_interrupted_output_is_invisible_and_cleared(tmp_path: Path) -> None:
         (directory / "whole").write_text("y")
 
     output = cache.build("stage", "key", make, keep=("checkpoints",))
-    assert sorted(path.name for path in output.iterdir()) == ["whole"]
+    assert sorted(path.name for path in output.iterdir()) == ["checkpoints", "whole"]
 
 
 def test_full_disk_is_named(tmp_path: Path) -> None:

@@ -93,7 +93,8 @@ class StageCache:
             name: stage name.
             key: its key, see `stage_key`.
             make: fills an empty directory (but for `keep`).
-            keep: names inside a partial output that survive an interrupted run, such as a folder of checkpoints.
+            keep: names inside a partial output that survive an interrupted run, such as a folder of checkpoints; they stay
+                in the complete output.
         """
         target = self.path(name, key)
         with self._locked(target):
@@ -110,8 +111,6 @@ class StageCache:
                         " free some space and run the same command again, finished stages are kept"
                     ) from error
                 raise
-            for item in keep:
-                _remove(partial / item)
             _flush(partial)
             os.replace(partial, target)
             _flush_directory(target.parent)

@@ -1,0 +1,79 @@
+// float32 <-> bfloat16 and float16, rounding to nearest even.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace ubp {
+namespace {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+inline float bits_to_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+inline uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+inline float to_float(float value) { return value; }
+inline float to_float(BFloat16 value) { return bits_to_float(uint32_t{value.bits} << 16); }
+
+inline float to_float(Float16 value) {
+#if defined(__F16C__)
+  return _cvtsh_ss(value.bits);
+#else
+  const uint32_t sign = uint32_t{value.bits & 0x8000u} << 16, magnitude = value.bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+  if (magnitude < 0x400u) {
+    const float tiny =
+        static_cast<float>(magnitude) * 5.9604644775390625e-8f;  // 2^-24, the step of subnormals
+    return sign != 0 ? -tiny : tiny;
+  }
+  return bits_to_float(sign | ((magnitude << 13) + 0x38000000u));
+#endif
+}
+
+inline void from_float(float value, float& target) { target = value; }
+
+inline void from_float(float value, BFloat16& target) {
+  const uint32_t bits = float_to_bits(value);
+  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  target.bits = static_cast<uint16_t>(is_nan ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+inline void from_float(float value, Float16& target) {
+#if defined(__F16C__)
+  target.bits = _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const uint32_t bits = float_to_bits(value), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) {
+    target.bits = static_cast<uint16_t>(sign | 0x7e00u);
+  } else if (magnitude >= 0x477ff000u) {  // 65520 and above round to infinity
+    target.bits = static_cast<uint16_t>(sign | 0x7c00u);
+  } else if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 puts the rounded digits into the low bits
+    target.bits =
+        static_cast<uint16_t>(sign | (float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u));
+  } else {
+    target.bits =
+        static_cast<uint16_t>(sign | ((magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13));
+  }
+#endif
+}
+
+}  // namespace
+}  // namespace ubp

@@ -1,0 +1,83 @@
+#include "common/dispatch.h"
+
+#include <atomic>
+#include <stdexcept>
+
+namespace ubp {
+
+#define UBP_DECLARE(isa)                                         \
+  namespace isa_##isa {                                          \
+    void flash_attention_forward(const FlashAttentionProblem&);  \
+    void flash_attention_backward(const FlashAttentionProblem&); \
+  }
+#define UBP_ENTRY(isa) \
+  Kernels { #isa, &isa_##isa::flash_attention_forward, &isa_##isa::flash_attention_backward }
+
+UBP_DECLARE(base)
+#if UBP_X86
+UBP_DECLARE(avx2)
+UBP_DECLARE(avx512)
+UBP_DECLARE(avx512_bf16)
+#endif
+
+namespace {
+
+const Kernels kTable[] = {
+    UBP_ENTRY(base),
+#if UBP_X86
+    UBP_ENTRY(avx2),
+    UBP_ENTRY(avx512),
+    UBP_ENTRY(avx512_bf16),
+#endif
+};
+
+bool is_supported(const std::string& isa) {
+  if (isa == "base") return true;
+#if UBP_X86
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (isa == "avx2") return avx2;
+  if (isa == "avx512") return avx512;
+  if (isa == "avx512_bf16") return avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+  return false;
+}
+
+const Kernels* best() {
+  const Kernels* found = &kTable[0];
+  for (const Kernels& entry : kTable)
+    if (is_supported(entry.isa)) found = &entry;
+  return found;
+}
+
+std::atomic<const Kernels*>& current() {
+  static std::atomic<const Kernels*> chosen{best()};
+  return chosen;
+}
+
+}  // namespace
+
+const Kernels& kernels() { return *current().load(); }
+
+std::vector<std::string> usable_isas() {
+  std::vector<std::string> names;
+  for (const Kernels& entry : kTable)
+    if (is_supported(entry.isa)) names.emplace_back(entry.isa);
+  return names;
+}
+
+void set_isa(const std::string& name) {
+  for (const Kernels& entry : kTable) {
+    if (name != entry.isa) continue;
+    if (!is_supported(name))
+      throw std::invalid_argument("set_isa: name must be an instruction set of this machine, got '" + name +
+                                  "', which its processor lacks");
+    current().store(&entry);
+    return;
+  }
+  throw std::invalid_argument("set_isa: name must be an instruction set of this build, got '" + name + "'");
+}
+
+}  // namespace ubp

@@ -1,0 +1,83 @@
+// One vector type for all instruction sets: GCC vector extensions, as wide as the unit is compiled for.
+//
+// The operators +, -, *, comparison and ?: work on it lane by lane; with -ffp-contract=fast a * b + c is one
+// FMA. Everything is static: a unit compiled for AVX-512 must not leave symbols that another unit could be
+// linked to.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#define UBP_INLINE static inline __attribute__((always_inline))
+
+namespace ubp {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+constexpr int kRegisterColumns = 4;  // 6 x 4 accumulators of the 32 registers
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+constexpr int kRegisterColumns = 2;  // 6 x 2 accumulators of the 16 registers
+#else
+constexpr int kWidth = 4;
+constexpr int kRegisterColumns = 2;
+#endif
+constexpr int kRegisterRows = 6;
+
+typedef float Vec __attribute__((vector_size(kWidth * 4)));
+typedef int32_t IntVec __attribute__((vector_size(kWidth * 4)));
+
+UBP_INLINE Vec load(const float* source) {
+  Vec value;
+  std::memcpy(&value, source, sizeof(Vec));
+  return value;
+}
+
+UBP_INLINE void store(float* target, Vec value) { std::memcpy(target, &value, sizeof(Vec)); }
+
+UBP_INLINE Vec broadcast(float value) { return Vec{} + value; }
+
+UBP_INLINE Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
+
+UBP_INLINE float sum_lanes(Vec value) {
+  float total = 0.f;
+  for (int lane = 0; lane < kWidth; ++lane) total += value[lane];
+  return total;
+}
+
+UBP_INLINE float max_lanes(Vec value) {
+  float largest = value[0];
+  for (int lane = 1; lane < kWidth; ++lane) largest = value[lane] > largest ? value[lane] : largest;
+  return largest;
+}
+
+// exp(x) for x <= 88, relative error below 3e-7; anything under -87.3, minus infinity too, gives 0. NaN stays
+// NaN. x = n ln2 + r with |r| <= ln2 / 2, then a degree 6 polynomial for exp(r) (Cephes coefficients) times
+// 2^n.
+UBP_INLINE Vec exponential(Vec x) {
+  const IntVec is_zero = x < broadcast(-87.3f);
+  const Vec clamped = is_zero ? broadcast(-87.3f) : x;
+  // Adding and subtracting 1.5 * 2^23 rounds to the nearest integer; its low bits are that integer.
+  const Vec shifted = clamped * 1.44269504f + 12582912.f;
+  const Vec n = shifted - 12582912.f;
+  Vec r = clamped - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  Vec p = broadcast(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + (r + 1.f);
+  IntVec bits;
+  std::memcpy(&bits, &shifted, sizeof(bits));
+  const IntVec exponent = (bits + 127) << 23;
+  Vec power;
+  std::memcpy(&power, &exponent, sizeof(power));
+  return is_zero ? Vec{} : p * power;
+}
+
+}  // namespace
+}  // namespace ubp

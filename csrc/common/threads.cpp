@@ -1,0 +1,103 @@
+#include "common/threads.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace ubp {
+namespace {
+
+struct Job {
+  void (*task)(void*, int64_t, int);
+  void* context;
+  int64_t items;
+  std::atomic<int64_t> next{0};
+};
+
+void work(Job& job, int worker) {
+  for (int64_t item = job.next++; item < job.items; item = job.next++) job.task(job.context, item, worker);
+}
+
+class Pool {
+ public:
+  void run(Job& job, int threads) {
+    std::lock_guard<std::mutex> one_call_at_a_time(call_mutex_);
+    grow(threads - 1);
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      job_ = &job;
+      helpers_wanted_ = threads - 1;
+      helpers_running_ = threads - 1;
+      ++generation_;
+    }
+    wake_.notify_all();
+    work(job, 0);
+    std::unique_lock<std::mutex> lock(mutex_);
+    done_.wait(lock, [this] { return helpers_running_ == 0; });
+    job_ = nullptr;
+  }
+
+ private:
+  void grow(int helpers) {
+    while (static_cast<int>(threads_.size()) < helpers) {
+      const int worker = static_cast<int>(threads_.size()) + 1;
+      threads_.emplace_back([this, worker] { serve(worker); });
+      threads_.back().detach();  // they sleep until the process ends
+    }
+  }
+
+  void serve(int worker) {
+    uint64_t seen = 0;
+    for (;;) {
+      Job* job;
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock,
+                   [&] { return generation_ != seen && (worker > helpers_wanted_ || job_ != nullptr); });
+        seen = generation_;
+        if (worker > helpers_wanted_) continue;
+        job = job_;
+      }
+      work(*job, worker);
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (--helpers_running_ == 0) done_.notify_one();
+    }
+  }
+
+  std::mutex call_mutex_, mutex_;
+  std::condition_variable wake_, done_;
+  std::vector<std::thread> threads_;
+  Job* job_ = nullptr;
+  int helpers_wanted_ = 0, helpers_running_ = 0;
+  uint64_t generation_ = 0;
+};
+
+// A forked child inherits the pool's memory but none of its threads, perhaps with a mutex held: it gets a
+// pool of its own. The old one is never freed, its mutexes may be locked for good.
+Pool& pool() {
+  static std::atomic<Pool*> current{new Pool};
+  static std::atomic<pid_t> owner{getpid()};
+  const pid_t self = getpid();
+  pid_t known = owner.load();
+  if (known != self && owner.compare_exchange_strong(known, self)) current.store(new Pool);
+  return *current.load();
+}
+
+}  // namespace
+
+void parallel_for(int64_t items, int threads, void (*task)(void*, int64_t, int), void* context) {
+  threads = static_cast<int>(std::min<int64_t>(threads, items));
+  Job job{task, context, items};
+  if (threads <= 1) {
+    work(job, 0);
+    return;
+  }
+  pool().run(job, threads);
+}
+
+}  // namespace ubp

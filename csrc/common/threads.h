@@ -1,0 +1,15 @@
+// A pool of threads that outlives calls, follows the number asked for, and starts anew in a forked child.
+#pragma once
+
+#include <cstdint>
+
+namespace ubp {
+
+// Runs task(context, item, worker) for every item in [0, items), each exactly once, on at most `threads`
+// threads (the caller is one of them). `worker` is in [0, threads). Which thread takes an item is not fixed,
+// so a task must write nothing that depends on it. Calls from several threads at once run one after the
+// other.
+void parallel_for(int64_t items, int threads, void (*task)(void* context, int64_t item, int worker),
+                  void* context);
+
+}  // namespace ubp

@@ -1,0 +1,202 @@
+"""Runs the stages that are not there yet, in order, and writes the run directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+import yaml
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from ubp_fast.events.read import EventDirectory
+from ubp_fast.events.schema import DataError
+from ubp_fast.kernels import BackendUnavailable
+from ubp_fast.models.training import LOSSES_FILE
+from ubp_fast.pipeline.cache import OutputDirectoryError, StageCache, copy_directory, stage_key, write_text
+from ubp_fast.pipeline.progress import RunProgress, duration
+from ubp_fast.pipeline.run_directory import RunDirectory, environment
+from ubp_fast.pipeline.settings import Settings, read_settings
+from ubp_fast.pipeline.stages import TRAINING, Stage, plan
+from ubp_fast.report import RunSummary, render_report
+
+USER_ERROR = 2
+INTERRUPTED = 130
+ScoreTable = dict[str, dict[str, tuple[float | None, float | None]]]
+
+
+def execute(config: DictConfig, console: Console | None = None) -> int:
+    """Runs a composed configuration to its end.
+
+    Returns:
+        Exit code: 0; 2 when the input or the configuration is at fault (one line on stderr says what); 130 when
+        interrupted. Whatever was finished is found again by the next run.
+    """
+    console = console or Console()
+    try:
+        run_stages(read_settings(config), console)
+    except (DataError, OutputDirectoryError, BackendUnavailable, ValueError) as error:
+        if isinstance(error, ValueError) and os.environ.get("UBP_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from here", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def run_stages(settings: Settings, console: Console) -> Path:
+    """Makes what is missing, then profiles, scores and report; returns the run directory."""
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    run = RunDirectory(settings.directory, settings.plain)
+    run.write_json("environment.json", environment(torch.get_num_threads()))
+    cache = StageCache(settings.cache)
+    stages = plan(settings)
+    wanted = _wanted(stages, settings.stages)
+    keys = _keys(stages)
+    missing = [stage for stage in wanted if not cache.has(stage.name, keys[stage.name])]
+    progress = RunProgress(console, [(stage.name, stage.cost) for stage in missing])
+    timings: list[tuple[str, float | None]] = []
+    with progress.display():
+        for stage in wanted:
+            if stage not in missing:
+                timings.append((stage.name, None))
+            else:
+                started_s = time.monotonic()
+                folders = {name: cache.path(name, keys[name]) for name in stage.inputs}
+                with progress.stage(stage.name) as update:
+                    cache.build(
+                        stage.name,
+                        keys[stage.name],
+                        lambda folder: stage.make(settings, folders, folder, update),  # noqa: B023
+                        stage.keep,
+                    )
+                timings.append((stage.name, time.monotonic() - started_s))
+            run.link_stage(stage.name, cache.path(stage.name, keys[stage.name]))
+    _publish(settings, run, wanted, timings, console)
+    return run.path
+
+
+def _wanted(stages: Sequence[Stage], asked: Sequence[str] | None) -> list[Stage]:
+    """The stages asked for and everything they need, in order; `evaluate` stands for all scores."""
+    if asked is None:
+        return list(stages)
+    names = {stage.name for stage in stages}
+    groups = {"evaluate": {name for name in names if name.startswith("evaluate-")}, "profiles": {"stacking"}, "report": names}
+    needed: set[str] = set()
+    for name in asked:
+        chosen = groups.get(name, {name} & names)
+        if not chosen:
+            raise ValueError(f"run: stages must be among {sorted({*names, *groups})}, got '{name}'")
+        needed |= chosen
+    for stage in reversed(stages):
+        if stage.name in needed:
+            needed |= set(stage.inputs)
+    return [stage for stage in stages if stage.name in needed]
+
+
+def _keys(stages: Sequence[Stage]) -> dict[str, str]:
+    keys: dict[str, str] = {}
+    for stage in stages:
+        keys[stage.name] = stage_key(stage.name, stage.config, {name: keys[name] for name in stage.inputs})
+    return keys
+
+
+def _publish(
+    settings: Settings, run: RunDirectory, stages: Sequence[Stage], timings: list[tuple[str, float | None]], console: Console
+) -> None:
+    """Profiles, scores and report as plain files of the run directory, then a table on the screen."""
+    names = {stage.name for stage in stages}
+    if "stacking" in names:
+        copy_directory(run.path / "stages" / "stacking" / "stacked", run.path / "profiles")
+    scores = _scores(run, names)
+    if scores:
+        run.write_json("scores.json", {name: value for name, value in _score_files(run, names).items()})
+    summary = RunSummary(
+        title=settings.name,
+        scores=scores,
+        losses=_losses(run, names),
+        timings=timings,
+        facts=_facts(run, settings),
+        environment=environment(torch.get_num_threads()),
+        config_text=yaml.safe_dump(dict(settings.plain), sort_keys=False, allow_unicode=True),
+        warnings=[],
+    )
+    write_text(run.path / "report.html", render_report(summary))
+    if scores:
+        console.print(_table(scores))
+    if "stacking" in names:
+        console.print(f"profiles  {run.path / 'profiles'}", soft_wrap=True, highlight=False)
+    console.print(f"report    {run.path / 'report.html'}", soft_wrap=True, highlight=False)
+    spent_s = sum(seconds or 0.0 for _, seconds in timings)
+    console.print(f"{len(timings)} stages, {duration(spent_s)}", highlight=False)
+
+
+def _score_files(run: RunDirectory, names: set[str]) -> dict[str, dict]:
+    found = {}
+    for name in sorted(names):
+        if name.startswith("evaluate-"):
+            path = run.path / "stages" / name / "scores.json"
+            found[name.removeprefix("evaluate-")] = json.loads(path.read_text(encoding="utf-8"))
+    order = sorted(found, key=lambda name: (name.startswith("baseline"), name != "stacked", name))
+    return {name: found[name] for name in order}
+
+
+def _scores(run: RunDirectory, names: set[str]) -> ScoreTable:
+    return {
+        component: {task: (entry["score"], entry["standard_error"]) for task, entry in scores["tasks"].items()}
+        for component, scores in _score_files(run, names).items()
+    }
+
+
+def _losses(run: RunDirectory, names: set[str]) -> dict[str, list[dict[str, float]]]:
+    losses = {}
+    for name in ("contrastive", "multitask", "stacking"):
+        if name in names:
+            text = (run.path / "stages" / name / TRAINING / LOSSES_FILE).read_text(encoding="utf-8")
+            epochs = json.loads(text)["epochs"]
+            losses[name] = [{term: value for term, value in epoch.items() if term != "epoch"} for epoch in epochs]
+    return losses
+
+
+def _facts(run: RunDirectory, settings: Settings) -> dict[str, object]:
+    folder = run.path / "stages" / "events"
+    if not folder.exists():
+        return {}
+    events = EventDirectory.open(folder)
+
+    def day(seconds: int) -> str:
+        return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+
+    return {
+        "source": events.info["source"],
+        "events": events.info["rows"],
+        "profiles see events before": day(events.split.input_end_s),
+        "the fixed network learns from": f"{day(events.split.input_end_s)} to {day(events.split.validation_start_s)}",
+        "scores are of": f"{day(events.split.validation_start_s)} to {day(events.split.end_s)} (inclusive)",
+        "row orders": settings.plain["evaluation"].get("orders", 1),
+    }
+
+
+def _table(scores: ScoreTable) -> Table:
+    tasks = list(dict.fromkeys(task for values in scores.values() for task in values))
+    table = Table(title="scores", title_justify="left")
+    table.add_column("profile")
+    for task in tasks:
+        table.add_column(task.removeprefix("propensity_"), justify="right")
+    for component, values in scores.items():
+        cells = []
+        for task in tasks:
+            score, error = values.get(task, (None, None))
+            cells.append("-" if score is None else f"{score:.4f}" + ("" if error is None else f"±{error:.4f}"))
+        table.add_row(component, *cells)
+    return table

@@ -1,0 +1,142 @@
+"""The configuration of a run as typed objects; the only reader of Hydra's configuration besides `run.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from ubp_fast.pipeline.cache import digest, file_digest
+
+
+DATA_SUFFIXES = (".parquet", ".npy", ".csv", ".gz")
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Cutoffs that the models learn from, all before the profiles' own cutoff.
+
+    Attributes:
+        days: length of a target window, and the distance of two cutoffs.
+        model_cutoffs: cutoffs of the contrastive and multi-task models, at most as many as the history allows.
+        stacking_cutoffs: later cutoffs of the stacking model; the newest lies one window before the profiles' cutoff.
+    """
+
+    days: int = 14
+    model_cutoffs: int = 4
+    stacking_cutoffs: int = 1
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """One trained model: its architecture and its training."""
+
+    config: Any
+    training: Any
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a run needs to know.
+
+    Attributes:
+        name: short name for directories and titles.
+        plain: the resolved configuration as plain data.
+        source: where events come from, with `prepare(directory, progress)`.
+        optimizer: makes an optimizer from parameters.
+        stages: names of the stages that were asked for, or None for all.
+    """
+
+    name: str
+    plain: Mapping[str, Any]
+    seed: int
+    directory: Path
+    cache: Path
+    stages: tuple[str, ...] | None
+    source: Any
+    windows: Windows
+    features: Any
+    contrastive: ModelSettings
+    multitask: ModelSettings
+    stacking: ModelSettings
+    optimizer: Callable[..., Any]
+    device: str
+    threads: int | None
+    evaluation: Any
+    components: str
+    submission: Path | None
+
+    def part(self, *names: str) -> dict[str, Any]:
+        """The named groups of the plain configuration, for a stage's key."""
+        return {name: self.plain[name] for name in names}
+
+    def data_part(self) -> dict[str, Any]:
+        """What decides the events: the data group and the content of every file that it names."""
+        named = (Path(value) for value in self.plain["data"].values() if isinstance(value, str))
+        return {"data": self.plain["data"], "files": {str(path): self.content(path) for path in named if path.exists()}}
+
+    @staticmethod
+    def content(path: Path) -> str:
+        """Digest of a file, or of all data files below a directory."""
+        if path.is_file():
+            return file_digest(path)
+        files = (file for file in sorted(path.rglob("*")) if file.suffix in DATA_SUFFIXES and file.is_file())
+        return digest({str(file.relative_to(path)): file_digest(file) for file in files})
+
+
+def read_settings(config: DictConfig) -> Settings:
+    """Instantiates the parts of a composed configuration.
+
+    Raises:
+        ValueError: a value that the part it belongs to refuses.
+    """
+    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(plain, dict)
+    named = {name: value for name, value in plain.items() if name not in ("stages", "directory", "root", "cache", "compute")}
+    source_name = plain["data"]["_target_"].rsplit(".", 2)[-2]
+    name = f"{source_name}-{digest(named)[:8]}"
+    evaluation = dict(plain["evaluation"])
+    components, submission = evaluation.pop("components"), evaluation.pop("profiles")
+    if components not in ("default", "all"):
+        raise ValueError(f"run: evaluation.components must be 'default' or 'all', got '{components}'")
+    stages = plain["stages"]
+    return Settings(
+        name=name,
+        plain=plain,
+        seed=int(plain["seed"]),
+        directory=Path(plain["directory"] or Path(plain["root"]) / name),
+        cache=Path(plain["cache"]),
+        stages=None if stages in ("all", None) else tuple([stages] if isinstance(stages, str) else stages),
+        source=_make(plain["data"]),
+        windows=Windows(**plain["windows"]),
+        features=_make(plain["features"]),
+        contrastive=_model(plain["contrastive"]),
+        multitask=_model(plain["multitask"]),
+        stacking=_model(plain["stacking"]),
+        optimizer=instantiate(plain["optimizer"]),
+        device=plain["compute"]["device"],
+        threads=plain["compute"]["threads"],
+        evaluation=_make(evaluation),
+        components=components,
+        submission=None if submission is None else Path(submission),
+    )
+
+
+def data_name() -> str:
+    """Name of the chosen `data=` option of the running command."""
+    return str(HydraConfig.get().runtime.choices["data"])
+
+
+def _model(group: Mapping[str, Any]) -> ModelSettings:
+    return ModelSettings(config=_make(group["config"]), training=_make(group["training"]))
+
+
+def _make(group: Mapping[str, Any]) -> Any:
+    tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in group.items()}
+    return instantiate(tuples, _convert_="all")
+
