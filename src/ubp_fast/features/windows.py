@@ -211,7 +211,8 @@ def _top_slots(store: EventStore, kind: str, seen: np.ndarray, top_values: int) 
             "category": (np.asarray(products.category), np.asarray(store.category_ids)),
             "price": (np.asarray(products.price), prices),
         }
-    columns, labels = [], []
+    columns: list[np.ndarray] = []
+    labels: list[str] = []
     for name, (dense_of_code, originals) in tables.items():
         counts = np.bincount(dense_of_code[seen], minlength=len(originals))
         counts[:FIRST_REAL_ID] = 0

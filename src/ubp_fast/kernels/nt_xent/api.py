@@ -197,7 +197,7 @@ def _problem(
     mutates_args=(),
     schema=f"({SCHEMA}, bool normalize, str backend) -> (Tensor, Tensor)",
 )
-def _nt_xent(left, right, temperature, negatives, weight, valid, ids, normalize, backend):  # type: ignore[no-untyped-def]
+def _nt_xent(left, right, temperature, negatives, weight, valid, ids, normalize, backend):
     _check_values(left, right, temperature, weight, valid)
     problem = _problem(left, right, temperature, negatives, weight, valid, ids, normalize)
     return _implementation(backend, problem).forward(problem)
@@ -208,9 +208,7 @@ def _nt_xent(left, right, temperature, negatives, weight, valid, ids, normalize,
     mutates_args=(),
     schema=f"(Tensor grad, Tensor row_losses, {SCHEMA}, bool normalize, str backend) -> (Tensor, Tensor, Tensor)",
 )
-def _nt_xent_backward(  # type: ignore[no-untyped-def]
-    grad, row_losses, left, right, temperature, negatives, weight, valid, ids, normalize, backend
-):
+def _nt_xent_backward(grad, row_losses, left, right, temperature, negatives, weight, valid, ids, normalize, backend):
     problem = _problem(left, right, temperature, negatives, weight, valid, ids, normalize)
     return _implementation(backend, problem).backward(problem, grad, row_losses)
 
@@ -220,26 +218,24 @@ def _implementation(backend: str, problem: Problem) -> ModuleType:
 
 
 @_nt_xent.register_fake
-def _fake_forward(left, right, temperature, negatives, weight, valid, ids, normalize, backend):  # type: ignore[no-untyped-def]
+def _fake_forward(left, right, temperature, negatives, weight, valid, ids, normalize, backend):
     dtype = loss_dtype(left.dtype)
     rows = left.shape[0] * (1 if negatives == "cross" else 2)
     return left.new_empty((), dtype=dtype), left.new_empty((rows,), dtype=dtype)
 
 
 @_nt_xent_backward.register_fake
-def _fake_backward(  # type: ignore[no-untyped-def]
-    grad, row_losses, left, right, temperature, negatives, weight, valid, ids, normalize, backend
-):
+def _fake_backward(grad, row_losses, left, right, temperature, negatives, weight, valid, ids, normalize, backend):
     return left.new_empty(left.shape), right.new_empty(right.shape), torch.empty_like(temperature)
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output):
     left, right, temperature, ctx.negatives, weight, valid, ids, ctx.normalize, ctx.backend = inputs
     ctx.save_for_backward(output[1], left, right, temperature, weight, valid, ids)
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
+def _backward(ctx, grad, _):
     row_losses, left, right, temperature, weight, valid, ids = ctx.saved_tensors
     gradients = _nt_xent_backward(
         grad, row_losses, left, right, temperature, ctx.negatives, weight, valid, ids, ctx.normalize, ctx.backend

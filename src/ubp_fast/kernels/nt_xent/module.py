@@ -65,5 +65,6 @@ class NTXentLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        learned = ", learned" if self.log_temperature is not None else ""
-        return f"temperature={float(self.temperature):g}{learned}, negatives={self.negatives!r}"
+        if self.log_temperature is None:
+            return f"temperature={self.fixed_temperature:g}, negatives={self.negatives!r}"
+        return f"temperature={math.exp(self.log_temperature.item()):g} (learned), negatives={self.negatives!r}"

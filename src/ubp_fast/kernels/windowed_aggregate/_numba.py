@@ -35,7 +35,8 @@ def forward(problem: Problem) -> tuple[np.ndarray, ...]:
     sizes = problem.groups.max(axis=0, initial=-1).astype(np.int64) + 1
     group_start = np.concatenate((np.zeros(1, np.int64), np.cumsum(sizes)))
     starts_s = np.array([problem.start_s(window) for window in range(len(problem.windows_s))], np.int64)
-    threads = max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    threads = max(1, min(torch.get_num_threads(), most))
     arguments = (
         problem.offsets, problem.timestamp_s, problem.codes, problem.slots, problem.groups, problem.values,
         group_start, starts_s, problem.half_lives_s, problem.periods_s, _runs(problem.offsets, threads),
@@ -44,7 +45,8 @@ def forward(problem: Problem) -> tuple[np.ndarray, ...]:
         before = numba.get_num_threads()
         numba.set_num_threads(threads)
         try:
-            _aggregate(*(_read_only(array) for array in arguments), problem.anchor_s, problem.limit_s, *results)
+            inputs = [_read_only(array) for array in arguments]
+            _aggregate(*inputs, problem.anchor_s, problem.limit_s, *results)  # type: ignore[call-arg]
         finally:
             numba.set_num_threads(before)
     return results
@@ -66,7 +68,7 @@ def _read_only(array: np.ndarray) -> np.ndarray:
 
 
 @numba.njit(cache=True)
-def _end_of_history(timestamp_s, start, end, limit_s):  # type: ignore[no-untyped-def]
+def _end_of_history(timestamp_s, start, end, limit_s):
     """First row in [start, end) with timestamp_s >= limit_s."""
     while start < end:
         middle = (start + end) // 2
@@ -78,7 +80,7 @@ def _end_of_history(timestamp_s, start, end, limit_s):  # type: ignore[no-untype
 
 
 @numba.njit(cache=True)
-def _add_bands(array):  # type: ignore[no-untyped-def]
+def _add_bands(array):
     """[W, C] in place: from the events of each band to those of each window."""
     for window in range(1, array.shape[0]):
         for column in range(array.shape[1]):
@@ -86,7 +88,7 @@ def _add_bands(array):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True)
-def _one_client(  # type: ignore[no-untyped-def]
+def _one_client(
     client, start, end, timestamp_s, codes, slots, groups, values, group_start, starts_s, half_lives_s, periods_s,
     anchor_s, stamp, totals, counts, distinct, distinct_times, sums, decayed_totals, decayed_counts,
 ):  # fmt: skip
@@ -128,7 +130,7 @@ def _one_client(  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, parallel=True)
-def _aggregate(  # type: ignore[no-untyped-def]
+def _aggregate(
     offsets, timestamp_s, codes, slots, groups, values, group_start, starts_s, half_lives_s, periods_s, runs,
     anchor_s, limit_s, totals, counts, distinct, distinct_times, sums, decayed_totals, decayed_counts,
     first_age_s, last_age_s,

@@ -132,7 +132,7 @@ def windowed_aggregate(
     )
 
 
-def _run(  # type: ignore[no-untyped-def]
+def _run(
     offsets, timestamp_s, codes, slots, groups, values,
     anchor_s, windows_s, num_slots, half_lives_s, periods_s, include_anchor, backend,
 ) -> tuple[np.ndarray, ...]:  # fmt: skip
@@ -260,13 +260,13 @@ def _check_events(offsets: np.ndarray, timestamp_s: np.ndarray, codes: np.ndarra
     ),
     device_types="cpu",
 )
-def _windowed_aggregate(offsets, timestamp_s, codes, slots, groups, values, *scalars):  # type: ignore[no-untyped-def]
+def _windowed_aggregate(offsets, timestamp_s, codes, slots, groups, values, *scalars):
     arrays = (None if x is None else x.detach().numpy() for x in (offsets, timestamp_s, codes, slots, groups, values))
     return tuple(torch.from_numpy(result) for result in _run(*arrays, *scalars))
 
 
 @_windowed_aggregate.register_fake
-def _fake(  # type: ignore[no-untyped-def]
+def _fake(
     offsets, timestamp_s, codes, slots, groups, values,
     anchor_s, windows_s, num_slots, half_lives_s, periods_s, include_anchor, backend,
 ):  # fmt: skip
@@ -274,7 +274,7 @@ def _fake(  # type: ignore[no-untyped-def]
     columns_of_groups, columns_of_values = (
         0 if table is None else 1 if table.ndim == 1 else table.shape[1] for table in (groups, values)
     )
-    shapes: list[tuple[tuple[int, ...], torch.dtype]] = [
+    shapes = [
         ((clients, windows), torch.int32),
         ((clients, windows, num_slots), torch.int32),
         ((clients, windows, columns_of_groups), torch.int32),
