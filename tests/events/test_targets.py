@@ -56,7 +56,7 @@ def test_churn_equals_the_organisers(golden, window):
 
 
 @pytest.mark.parametrize(
-    "ids, expected", [("dup_ids", "dup_target"), ("propensity_category__ids", "object_ids_target")]
+    ("ids", "expected"), [("dup_ids", "dup_target"), ("propensity_category__ids", "object_ids_target")]
 )
 def test_repeated_and_object_label_ids(golden, window, ids, expected):
     label_ids = golden[ids].astype(object) if expected == "object_ids_target" else golden[ids]
@@ -82,7 +82,7 @@ def test_labels_equal_the_definition(seed):
     matrix = label_matrix(client_ids, purchases, "sku", label_ids)
     np.testing.assert_array_equal(matrix.dense(), brute_force(client_ids, purchases, "sku", label_ids))
     np.testing.assert_array_equal(bought(client_ids, purchases), np.isin(client_ids, purchases["client_id"]))
-    assert matrix.indptr.dtype == np.int64 and matrix.indices.dtype == np.int32
+    assert (matrix.indptr.dtype, matrix.indices.dtype) == (np.int64, np.int32)
     for row in range(matrix.num_rows):
         columns = matrix.indices[matrix.indptr[row] : matrix.indptr[row + 1]]
         assert (np.diff(columns) > 0).all(), f"columns of row {row} are not ascending: {columns}"
@@ -109,7 +109,8 @@ def test_rows_of_a_matrix(golden, window, rows):
 
 def test_no_clients():
     matrix = label_matrix(np.zeros(0, np.int64), pl.DataFrame({"client_id": [1], "sku": [2]}), "sku", np.array([2]))
-    assert isinstance(matrix, LabelMatrix) and matrix.dense().shape == (0, 1)
+    assert isinstance(matrix, LabelMatrix)
+    assert matrix.dense().shape == (0, 1)
 
 
 def test_text_label_ids_are_refused(window):
@@ -135,7 +136,9 @@ def test_new_skus_are_those_bought_more_often_than_ever_before(small):
     new = [sku for sku in by_rank if counts[sku] > before.get(sku, 0)]
     fill = [sku for sku in by_rank if sku not in new and sku not in set(top["propensity_sku"][0].tolist())]
     ids, popularity = lists["propensity_new_sku"]
-    assert ids.tolist() == (new + fill)[:10] and new and ids.tolist() != top["propensity_new_sku"][0].tolist()
+    assert new
+    assert ids.tolist() == (new + fill)[:10]
+    assert ids.tolist() != top["propensity_new_sku"][0].tolist()
     np.testing.assert_allclose(popularity, [counts[sku] / len(window) for sku in ids.tolist()])
 
 

@@ -76,7 +76,7 @@ def test_concat_follows_the_first_part():
 
 
 @pytest.mark.parametrize(
-    "ids, vectors, message",
+    ("ids", "vectors", "message"),
     [
         (np.arange(3, dtype=np.int32), np.zeros((3, 2), np.float32), "client_ids must be int64"),
         (np.arange(3), np.zeros((3, 2)), "embeddings must be float16 or float32"),

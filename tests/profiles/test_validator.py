@@ -16,13 +16,13 @@ IDS, VECTORS = "client_ids.npy", "embeddings.npy"
 # What the organisers' messages say, and the check that says it here.
 CHECKS = {
     "client ids are missing": (IDS, "missing"),
-    "client ids cannot be loaded – file is empty": (IDS, "empty_file"),
+    "client ids cannot be loaded \u2013 file is empty": (IDS, "empty_file"),
     "client ids cannot be loaded - file does not contain ndarray": (IDS, "not_array"),
-    "client ids are 0 dimensional – should be one dimensional": (IDS, "not_1d"),
+    "client ids are 0 dimensional \u2013 should be one dimensional": (IDS, "not_1d"),
     "client_ids dtype is": (IDS, "dtype"),
     "client ids are not a permutation": (IDS, "not_permutation"),
     "embeddings do not exist": (VECTORS, "missing"),
-    "embeddings cannot be loaded – file does not contain ndarray": (VECTORS, "not_array"),
+    "embeddings cannot be loaded \u2013 file does not contain ndarray": (VECTORS, "not_array"),
     "embeddings have incorrect shape": (VECTORS, "not_2d"),
     "embeddings dtype should be float16 instead got": (VECTORS, "dtype"),
     "embeddings should not contain nans": (VECTORS, "nan"),
@@ -98,7 +98,7 @@ def submission(directory: Path, ids: np.ndarray, vectors: np.ndarray) -> Path:
 
 
 @pytest.mark.parametrize(
-    "vectors, check",
+    ("vectors", "check"),
     [
         (np.zeros((3, 2049), np.float32), "too_wide"),  # before the dtype
         (np.full((3, 2), np.inf, np.float16), "infinite"),

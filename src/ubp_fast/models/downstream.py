@@ -23,12 +23,12 @@ DOWNSTREAM_SEED = 1278
 class ResidualBlock(nn.Module):
     """x + Linear(GELU(Linear(LayerNorm(x)))): float [B, hidden_dim] -> [B, hidden_dim]."""
 
-    def __init__(self, hidden_dim: int, thin_dim: int) -> None:
+    def __init__(self, hidden_dim: int, thin_dim: int, linear: type[nn.Linear] = nn.Linear) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(hidden_dim)
-        self.expand = nn.Linear(hidden_dim, thin_dim)
+        self.expand = linear(hidden_dim, thin_dim)
         self.activation = nn.GELU()
-        self.contract = nn.Linear(thin_dim, hidden_dim)
+        self.contract = linear(thin_dim, hidden_dim)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Adds the block's result to its input."""
@@ -39,13 +39,18 @@ class DownstreamBody(nn.Module):
     """The network up to its last LayerNorm: float [B, input_dim] -> [B, hidden_dim]."""
 
     def __init__(
-        self, input_dim: int, hidden_dim: int = HIDDEN_DIM, thin_dim: int = THIN_DIM, num_blocks: int = NUM_BLOCKS
+        self,
+        input_dim: int,
+        hidden_dim: int = HIDDEN_DIM,
+        thin_dim: int = THIN_DIM,
+        num_blocks: int = NUM_BLOCKS,
+        linear: type[nn.Linear] = nn.Linear,
     ) -> None:
-        """Creates the layers in the organisers' order."""
+        """Creates the layers in the organisers' order; `linear` may be a subclass that computes in another way."""
         super().__init__()
-        self.input = nn.Linear(input_dim, hidden_dim)
+        self.input = linear(input_dim, hidden_dim)
         self.input_norm = nn.LayerNorm(hidden_dim)
-        self.blocks = nn.Sequential(*(ResidualBlock(hidden_dim, thin_dim) for _ in range(num_blocks)))
+        self.blocks = nn.Sequential(*(ResidualBlock(hidden_dim, thin_dim, linear) for _ in range(num_blocks)))
         self.norm = nn.LayerNorm(hidden_dim)
 
     def forward(self, profiles: torch.Tensor) -> torch.Tensor:
@@ -63,11 +68,12 @@ class DownstreamNetwork(nn.Module):
         hidden_dim: int = HIDDEN_DIM,
         thin_dim: int = THIN_DIM,
         num_blocks: int = NUM_BLOCKS,
+        linear: type[nn.Linear] = nn.Linear,
     ) -> None:
-        """Creates body, then head."""
+        """Creates body, then head; `linear` may be a subclass that computes in another way."""
         super().__init__()
-        self.body = DownstreamBody(input_dim, hidden_dim, thin_dim, num_blocks)
-        self.head = nn.Linear(hidden_dim, num_outputs)
+        self.body = DownstreamBody(input_dim, hidden_dim, thin_dim, num_blocks, linear)
+        self.head = linear(hidden_dim, num_outputs)
 
     def forward(self, profiles: torch.Tensor) -> torch.Tensor:
         """Logits; no sigmoid."""

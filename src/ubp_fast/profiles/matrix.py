@@ -75,8 +75,8 @@ class Profiles:
         if not known.all():
             first = int(np.flatnonzero(~known)[0])
             raise DataError(
-                f"profiles: client_ids must include every client asked for, got {int((~known).sum())} without a profile,"
-                f" the first is {client_ids[first]} (row {first}); make profiles for them or leave them out"
+                f"profiles: client_ids must include every client asked for, got {int((~known).sum())} without a"
+                f" profile, the first is {client_ids[first]} (row {first}); make profiles for them or leave them out"
             )
         return order[at]
 

@@ -1,0 +1,151 @@
+"""Training of the organisers' fixed network on one task, as a plain loop over rows that lie in memory.
+
+The same steps as theirs: seed 1278, BCE with logits, AdamW (weight decay 0.01), batches of consecutive rows, the last
+one short, no shuffling; after every epoch the metrics of all rows on the labels of the validation window. What differs
+is cost only: labels are made once, gradients stay in place (`ProbeLinear`), the optimizer is fused, no checkpoints are
+written, and the forward pass of the validation takes more rows at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from ubp_fast.evaluation.linear import ProbeLinear
+from ubp_fast.evaluation.metrics import Metrics, epoch_metrics
+from ubp_fast.evaluation.tasks import TASKS, named_tasks
+from ubp_fast.events.targets import LabelMatrix
+from ubp_fast.models.downstream import DOWNSTREAM_SEED, DownstreamNetwork
+
+VALIDATION_ROWS = 1024
+# A training step costs about three validation passes over the same rows.
+TRAIN_COST = 3
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How profiles are scored; the defaults are the organisers'.
+
+    Attributes:
+        tasks: names of the tasks.
+        precision: "fp32", or "bf16" for products in bfloat16 (parameters and optimizer stay float32).
+        orders: 1 = rows in the submitted order; K > 1 = K seeded orders of the clients, the same for every submission.
+        seed: of the row orders (the network always starts from the organisers' seed).
+        epochs: the best of these counts.
+        batch_size: rows per step.
+        learning_rate: of AdamW.
+    """
+
+    tasks: tuple[str, ...] = tuple(TASKS)
+    precision: str = "fp32"
+    orders: int = 1
+    seed: int = 0
+    epochs: int = 3
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tasks", tuple(self.tasks))
+        named_tasks(self.tasks)
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f"EvaluationConfig: precision must be 'fp32' or 'bf16', got '{self.precision}'")
+        for name in ("orders", "epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"EvaluationConfig: {name} must be >= 1, got {getattr(self, name)}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"EvaluationConfig: learning_rate must be > 0, got {self.learning_rate}")
+
+
+@dataclass(frozen=True)
+class ProbeData:
+    """What one training sees.
+
+    Attributes:
+        vectors: float16 or float32 [U, D] on the device; shared by all tasks.
+        rows: i64 [n], rows of `vectors` in the order of training.
+        train: labels of these rows in the train window.
+        validation: the same in the validation window.
+        popularity: [labels], or None for churn and conversion.
+    """
+
+    vectors: torch.Tensor
+    rows: np.ndarray
+    train: LabelMatrix
+    validation: LabelMatrix
+    popularity: np.ndarray | None
+
+
+def probe_cost(num_rows: int, config: EvaluationConfig) -> int:
+    """Steps that `train_probe` reports for that many rows."""
+    return config.epochs * (TRAIN_COST + 1) * num_rows
+
+
+def train_probe(data: ProbeData, config: EvaluationConfig, report: Callable[[int], None]) -> list[Metrics]:
+    """Trains the network on one task and returns the metrics of every epoch.
+
+    Deterministic for a given number of threads; memory is the network's (about 0.8 GB) plus logits [n, labels].
+
+    Args:
+        data: at least one row.
+        config: epochs, batch size, learning rate and precision.
+        report: called with the steps done since the last call; they add up to `probe_cost`.
+    """
+    device = data.vectors.device
+    rows = torch.from_numpy(data.rows).to(device)
+    labels = dense_labels(data.train, device)
+    network = make_network(data.vectors.shape[1], data.train.num_labels, device, config.precision == "bf16")
+    layers = [module for module in network.modules() if isinstance(module, ProbeLinear)]
+    others = [module for module in network.modules() if isinstance(module, torch.nn.LayerNorm)]
+    optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, fused=True)
+    history = []
+    for _ in range(config.epochs):
+        for start in range(0, len(rows), config.batch_size):
+            batch = rows[start : start + config.batch_size]
+            for module in others:
+                module.zero_grad()
+            logits = network(data.vectors[batch].float())
+            functional.binary_cross_entropy_with_logits(logits, labels[start : start + len(batch)].float()).backward()
+            optimizer.step()
+            for layer in layers:
+                layer.refresh()
+            report(TRAIN_COST * len(batch))
+        logits = predict(network, data.vectors, rows, report)
+        history.append(epoch_metrics(logits, data.validation, data.popularity, config.batch_size))
+    return history
+
+
+def make_network(input_dim: int, num_labels: int, device: torch.device, low_precision: bool) -> DownstreamNetwork:
+    """The network with the organisers' initial parameters; the global random state stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(DOWNSTREAM_SEED)
+        network = DownstreamNetwork(input_dim, num_labels, linear=ProbeLinear)
+    network = network.to(device)
+    for module in network.modules():
+        if isinstance(module, ProbeLinear):
+            module.prepare(low_precision)
+    return network
+
+
+@torch.no_grad()
+def predict(
+    network: DownstreamNetwork, vectors: torch.Tensor, rows: torch.Tensor, report: Callable[[int], None]
+) -> torch.Tensor:
+    """Logits float32 [n, labels] of these rows."""
+    logits = torch.empty(len(rows), network.head.out_features, device=vectors.device)
+    for start in range(0, len(rows), VALIDATION_ROWS):
+        batch = rows[start : start + VALIDATION_ROWS]
+        logits[start : start + len(batch)] = network(vectors[batch].float())
+        report(len(batch))
+    return logits
+
+
+def dense_labels(labels: LabelMatrix, device: torch.device) -> torch.Tensor:
+    """All labels as uint8 [n, labels] on the device: 100 MB for 1 M clients and 100 labels."""
+    dense = torch.zeros(labels.num_rows, labels.num_labels, dtype=torch.uint8, device=device)
+    entries = np.repeat(np.arange(labels.num_rows), np.diff(labels.indptr)) * labels.num_labels + labels.indices
+    dense.view(-1)[torch.from_numpy(entries).to(device)] = 1
+    return dense
