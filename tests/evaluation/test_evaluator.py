@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ubp_fast.evaluation import TASKS, EvaluationConfig, Metrics, Targets, build_targets, evaluate, evaluator
+from ubp_fast.evaluation.evaluator import row_orders
+from ubp_fast.evaluation.probe import ProbeData, probe_cost
+from ubp_fast.events.read import EventDirectory
+from ubp_fast.events.schema import DataError
+from ubp_fast.events.sources.challenge import Challenge
+from ubp_fast.profiles import Profiles
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+@pytest.fixture(scope="module")
+def events(tmp_path_factory: pytest.TempPathFactory) -> EventDirectory:
+    directory = tmp_path_factory.mktemp("small") / "events"
+    Challenge(dir=str(GOLDEN / "small")).prepare(directory)
+    return EventDirectory.open(directory)
+
+
+@pytest.fixture(scope="module")
+def profiles() -> Profiles:
+    return Profiles.load(GOLDEN / "f_embeddings")
+
+
+@pytest.fixture(scope="module")
+def targets(events: EventDirectory, profiles: Profiles) -> Targets:
+    return build_targets(events, profiles.client_ids)
+
+
+def test_epochs_equal_the_organisers(profiles, targets):
+    expected = json.loads((GOLDEN / "f_metrics.json").read_text())
+    scores = evaluate(profiles, targets, EvaluationConfig())
+    assert list(scores.tasks) == list(TASKS)
+    for name, task in scores.tasks.items():
+        epochs = expected[name]["epochs"]
+        for number, (metrics, reference) in enumerate(zip(task.orders[0], epochs, strict=True)):
+            for part, key in (("auroc", "val_auroc"), ("diversity", "val_diversity"), ("novelty", "val_novelty")):
+                found = getattr(metrics, part)
+                where = f"{name}, epoch {number}: {part} {found}, expected {reference.get(key)}"
+                assert (found is None) == (key not in reference), where
+                assert found is None or abs(found - reference[key]) <= 5e-3, where
+            assert abs(metrics.score - reference["weighted"]) <= 5e-3
+        assert abs(task.score - max(epoch["weighted"] for epoch in epochs)) <= 5e-3
+
+
+@pytest.fixture
+def trainings(monkeypatch: pytest.MonkeyPatch) -> list[ProbeData]:
+    """Replaces the training by a formula of its data, and keeps what it was given."""
+    seen: list[ProbeData] = []
+
+    def pretend(data: ProbeData, config: EvaluationConfig, report) -> list[Metrics]:
+        seen.append(data)
+        report(probe_cost(len(data.rows), config))
+        return [Metrics(float(data.vectors[data.rows[0], 0]), None, None)]
+
+    monkeypatch.setattr(evaluator, "train_probe", pretend)
+    return seen
+
+
+def test_clients_and_labels_of_the_tasks(profiles, targets, trainings, events):
+    evaluate(profiles, targets, EvaluationConfig())
+    active = np.isin(profiles.client_ids, events.active_clients)
+    assert 0 < active.sum() < len(active)
+    np.testing.assert_array_equal(trainings[0].rows, np.flatnonzero(active))
+    bought = {
+        window: set(events.purchases(*window)["client_id"].to_list())
+        for window in (events.split.train_window_s, events.split.validation_window_s)
+    }
+    for data in trainings[:2]:
+        for labels, buyers in zip((data.train, data.validation), bought.values(), strict=True):
+            expected = [client not in buyers for client in profiles.client_ids[data.rows].tolist()]
+            np.testing.assert_array_equal(labels.dense()[:, 0], expected)
+    for data in trainings[1:]:
+        np.testing.assert_array_equal(data.rows, np.arange(len(active)))
+
+
+def test_equal_tasks_are_trained_once(profiles, targets, trainings):
+    everyone = np.ones(len(profiles.client_ids), bool)
+    tasks = {name: replace(task, included=everyone) for name, task in targets.tasks.items()}
+    steps: list[tuple[int, int]] = []
+    scores = evaluate(
+        profiles, replace(targets, tasks=tasks), EvaluationConfig(), progress=lambda *pair: steps.append(pair)
+    )
+    assert len(trainings) == 5
+    assert scores.tasks["churn"] == scores.tasks["conversion"]
+    assert steps[-1] == (5 * probe_cost(len(everyone), EvaluationConfig()),) * 2
+
+
+def test_seeded_orders_do_not_depend_on_the_submitted_order(profiles, targets, trainings, events):
+    config = EvaluationConfig(orders=2, tasks=("conversion", "churn"))
+    first = evaluate(profiles, targets, config)
+    flipped = Profiles(profiles.client_ids[::-1].copy(), profiles.embeddings[::-1].copy())
+    second = evaluate(flipped, build_targets(events, flipped.client_ids), config)
+    assert first.order_digests == second.order_digests
+    assert len(set(first.order_digests)) == 2
+    for data, other in zip(trainings[:4], trainings[4:], strict=True):
+        np.testing.assert_array_equal(profiles.client_ids[data.rows], flipped.client_ids[other.rows])
+        np.testing.assert_array_equal(data.train.dense(), other.train.dense())
+        np.testing.assert_array_equal(data.validation.dense(), other.validation.dense())
+    assert evaluate(profiles, targets, EvaluationConfig()).order_digests != (first.order_digests[0],)
+
+
+def test_one_order_is_the_submitted_one():
+    ids = np.array([5, 3, 9])
+    (order,) = row_orders(ids, EvaluationConfig())
+    np.testing.assert_array_equal(order, [0, 1, 2])
+    assert [order.tolist() for order in row_orders(ids, EvaluationConfig(orders=3, seed=1))] != [
+        order.tolist() for order in row_orders(ids, EvaluationConfig(orders=3, seed=2))
+    ]
+
+
+def test_float32_vectors_are_scored_as_they_would_be_submitted(profiles, targets, trainings):
+    vectors = profiles.embeddings.astype(np.float32)
+    evaluate(Profiles(profiles.client_ids, vectors + 1e-5), targets, EvaluationConfig(tasks=("conversion",)))
+    np.testing.assert_array_equal(trainings[0].vectors.numpy(), (vectors + 1e-5).astype(np.float16))
+    vectors[4, 2] = 1e6
+    with pytest.raises(DataError, match="column 2 must fit float16"):
+        evaluate(Profiles(profiles.client_ids, vectors), targets, EvaluationConfig())
+
+
+def test_profiles_are_aligned_by_client(profiles, targets, trainings):
+    flipped = Profiles(profiles.client_ids[::-1].copy(), profiles.embeddings[::-1].copy())
+    evaluate(flipped, targets, EvaluationConfig(tasks=("conversion",)))
+    np.testing.assert_array_equal(trainings[0].vectors.numpy(), profiles.embeddings)
+
+
+def test_vectors_of_width_zero_are_refused(profiles, targets):
+    with pytest.raises(ValueError, match="got width 0"):
+        evaluate(Profiles(profiles.client_ids, profiles.embeddings[:, :0]), targets, EvaluationConfig())
