@@ -24,6 +24,12 @@ def events(tmp_path_factory: pytest.TempPathFactory) -> EventDirectory:
     return EventDirectory.open(directory)
 
 
+def copy_files(source: Path, target: Path) -> None:
+    for file in source.iterdir():
+        if file.is_file():
+            (target / file.name).write_bytes(file.read_bytes())
+
+
 @pytest.mark.parametrize("form", ["file_order", "time_sorted"])
 def test_equals_the_golden_vectors(events: EventDirectory, form: str) -> None:
     golden = np.load(GOLDEN / f"c_baseline_{form}.npz")
@@ -59,9 +65,7 @@ def test_shop_with_purchases_only(events: EventDirectory) -> None:
 
 
 def test_targets_are_not_seen(events: EventDirectory, tmp_path: Path) -> None:
-    for file in events.path.iterdir():
-        if file.is_file():
-            (tmp_path / file.name).write_bytes(file.read_bytes())
+    copy_files(events.path, tmp_path)
     for kind in events.kinds:
         table = pl.read_parquet(tmp_path / f"{kind}.parquet")
         table.filter(pl.col("timestamp_s") < events.split.input_end_s).write_parquet(tmp_path / f"{kind}.parquet")
@@ -71,9 +75,16 @@ def test_targets_are_not_seen(events: EventDirectory, tmp_path: Path) -> None:
 
 
 def test_relevant_clients_without_events(events: EventDirectory, tmp_path: Path) -> None:
-    for file in events.path.iterdir():
-        if file.is_file():
-            (tmp_path / file.name).write_bytes(file.read_bytes())
+    copy_files(events.path, tmp_path)
     np.save(tmp_path / "relevant_clients.npy", np.array([2**62], np.int64))
     with pytest.raises(DataError, match="input must hold events of relevant clients, got none"):
+        organisers_features(EventDirectory.open(tmp_path))
+
+
+def test_sku_without_properties(events: EventDirectory, tmp_path: Path) -> None:
+    copy_files(events.path, tmp_path)
+    products = events.products()
+    sold = events.frame("product_buy")["sku"][0]
+    products.filter(pl.col("sku") != sold).write_parquet(tmp_path / "product_properties.parquet")
+    with pytest.raises(DataError, match=rf"product_buy: column 'sku' must have properties, got none for sku {sold} "):
         organisers_features(EventDirectory.open(tmp_path))
