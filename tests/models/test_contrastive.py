@@ -20,7 +20,8 @@ def test_every_client_gets_a_vector(store: EventStore) -> None:
     model, batch = small_contrastive(store).eval(), whole_batch(store)
     profile = model(batch)
     assert profile.shape == (30, model.embedding_width) == (30, 32)
-    assert profile.dtype == torch.float32 and profile.isfinite().all()
+    assert profile.dtype == torch.float32
+    assert profile.isfinite().all()
     assert torch.equal(profile[EMPTY_CLIENT], model.history.empty)
 
 

@@ -80,7 +80,8 @@ def test_winner_widths_and_tables() -> None:
     config = ConcatenatedEventConfig()
     assert config.width == 412
     embedding = ConcatenatedEventEmbedding(config, EventSizes(4, 3, 3, 0, ("product_buy",)))
-    assert embedding.day.weight.shape == (365, 16) and embedding.week.weight.shape == (53, 4)
+    assert embedding.day.weight.shape == (365, 16)
+    assert embedding.week.weight.shape == (53, 4)
 
 
 def test_absent_kinds_have_no_parameters(purchases_store: EventStore) -> None:

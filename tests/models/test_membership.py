@@ -27,7 +27,8 @@ def test_logistic_regression_is_at_its_optimum() -> None:
 def test_relevant_looking_clients_weigh_more() -> None:
     columns, relevant = clients()
     weights = membership_weights(columns, relevant)
-    assert weights.dtype == np.float32 and (weights > 0).all()
+    assert weights.dtype == np.float32
+    assert (weights > 0).all()
     assert abs(weights.mean() - 1) < 1e-6
     assert weights[columns[:, 0] > 1].mean() > 3 * weights[columns[:, 0] < -1].mean()
     assert weights.tolist() == membership_weights(columns, relevant).tolist()

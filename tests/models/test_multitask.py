@@ -21,7 +21,8 @@ def test_masked_bce_by_hand() -> None:
     torch.testing.assert_close(masked_bce(logits, labels), counted)
     nobody = masked_bce(logits.requires_grad_(), torch.zeros(3, 2))
     nobody.backward()
-    assert nobody == 0 and not logits.grad.any()
+    assert nobody == 0
+    assert not logits.grad.any()
 
 
 def test_terms_by_hand(store: EventStore) -> None:
@@ -39,7 +40,8 @@ def test_profile_does_not_depend_on_company(store: EventStore) -> None:
     batch = whole_batch(store)
     model = small_multitask(store, outputs_of(batch.labels)).eval()
     profile = model(batch)
-    assert profile.shape == (30, model.embedding_width) and profile.isfinite().all()
+    assert profile.shape == (30, model.embedding_width)
+    assert profile.isfinite().all()
     order = [7, EMPTY_CLIENT, 0]
     torch.testing.assert_close(model(pick_views(batch, order)), profile[order], rtol=1e-4, atol=1e-5)
 

@@ -53,7 +53,8 @@ def test_constant_columns_do_not_divide_by_zero(model: StackingModel) -> None:
 
 def test_inputs_stay_as_they_are_by_default() -> None:
     config = StackingConfig()
-    assert not config.standardise and config.profile_width == 512
+    assert not config.standardise
+    assert config.profile_width == 512
     assert config.labels == ("churn", "buy_sku", "buy_category")
 
 

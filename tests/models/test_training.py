@@ -64,7 +64,8 @@ def test_killed_and_continued_equals_undisturbed(store: EventStore, tmp_path: Pa
             train(store, tmp_path / "b", optimizer, progress=kill_at(step))
     seen: list[tuple[int, int]] = []
     continued, other_losses = train(store, tmp_path / "b", optimizer, progress=lambda *at: seen.append(at))
-    assert seen[0] == (2 * steps + 1, 3 * steps) and seen[-1] == (3 * steps, 3 * steps)
+    assert seen[0] == (2 * steps + 1, 3 * steps)
+    assert seen[-1] == (3 * steps, 3 * steps)
     assert weights(undisturbed) == weights(continued)
     assert losses == other_losses
     for name in ("model.safetensors", "losses.json"):
@@ -103,8 +104,10 @@ def test_finished_training_is_only_loaded(store: EventStore, tmp_path: Path) -> 
     trained, losses = train(store, tmp_path)
     seen: list[tuple[int, int]] = []
     again, other_losses = train(store, tmp_path, progress=lambda *at: seen.append(at))
-    assert len(seen) == 1 and seen[0][0] == seen[0][1]
-    assert weights(trained) == weights(again) and losses == other_losses
+    assert len(seen) == 1
+    assert seen[0][0] == seen[0][1]
+    assert weights(trained) == weights(again)
+    assert losses == other_losses
 
 
 def test_seed_decides(store: EventStore, tmp_path: Path) -> None:
@@ -190,7 +193,8 @@ def test_embed_keeps_order_and_does_not_depend_on_batches(store: EventStore, tmp
     seen: list[tuple[int, int]] = []
     small = ViewLoader(store, views, batch_size=7, history_length=64)
     profiles = embed(model, small, lambda *at: seen.append(at))
-    assert profiles.dtype == np.float32 and profiles.shape == (30, 32)
+    assert profiles.dtype == np.float32
+    assert profiles.shape == (30, 32)
     assert seen == [(step, 5) for step in range(1, 6)]
     large = embed(model, ViewLoader(store, views, batch_size=100, history_length=64))
     np.testing.assert_allclose(profiles, large, rtol=1e-4, atol=1e-5)

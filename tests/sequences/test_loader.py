@@ -75,7 +75,8 @@ def test_derived_positions_and_ages(store: EventStore) -> None:
     history = batch.history
     steps = history.steps_to_end()
     assert (steps[history.cu_seqlens[1:].long()[history.lengths() > 0] - 1] == 0).all()
-    assert (steps.max() < 64) and (history.age_s() > 0).all()
+    assert steps.max() < 64
+    assert (history.age_s() > 0).all()
     assert torch.equal(history.segments().bincount(minlength=store.num_clients), history.lengths())
 
 
@@ -104,7 +105,8 @@ def test_features_labels_and_weights_follow_their_views(store: EventStore) -> No
     for batch in loader:
         client = batch.history.client.float()
         assert torch.equal(batch.features[:, 0], client)
-        assert torch.equal(batch.labels["churn"], client) and torch.equal(batch.weight, client)
+        assert torch.equal(batch.labels["churn"], client)
+        assert torch.equal(batch.weight, client)
 
 
 def test_loader_without_events_gives_features(store: EventStore) -> None:
@@ -128,7 +130,8 @@ def test_events_from_the_cutoff_on_do_not_reach_the_history(tmp_path: Path) -> N
 def test_purchases_only(tmp_path: Path) -> None:
     store = make_store(tmp_path, kinds=("product_buy",))
     (batch,) = ViewLoader(store, views_at(store, [CUTOFF_S]), batch_size=99, history_length=64)
-    assert batch.history.num_tokens and (batch.history.kind == 1).all()
+    assert batch.history.num_tokens
+    assert (batch.history.kind == 1).all()
 
 
 def test_bad_arguments_are_named(store: EventStore) -> None:

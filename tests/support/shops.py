@@ -1,4 +1,4 @@
-"""Small shops for tests: seeded events of chosen kinds with tastes that can be learned, as event directory and store."""
+"""Small shops for tests: seeded events of chosen kinds with tastes that can be learned, and their stores."""
 
 from __future__ import annotations
 

@@ -3,9 +3,9 @@
     pre-norm   x <- x + drop(attention(norm(x)));  x <- x + drop(ff(norm(x)))
     post-norm  x <- norm(x + drop(attention(x)));  x <- norm(x + drop(ff(x)))
 
-With the same weights it equals `torch.nn.TransformerEncoder` on each client alone, except that attention weights are not
-dropped out. Pooling: the last event, the mean, or the last state of an LSTM. An empty sequence gets a learned vector.
-[T, d] events and their SequenceBatch -> [B, d].
+With the same weights it equals `torch.nn.TransformerEncoder` on each client alone, except that attention weights are
+not dropped out. Pooling: the last event, the mean, or the last state of an LSTM. An empty sequence gets a vector of its
+own. [T, d] events and their SequenceBatch -> [B, d].
 
 Source: Vaswani et al. 2017; spec 3.4 and 4.3.
 """
@@ -13,6 +13,7 @@ Source: Vaswani et al. 2017; spec 3.4 and 4.3.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +24,7 @@ from torch.nn import functional
 from ubp_fast.kernels import flash_attention
 from ubp_fast.sequences.batch import SequenceBatch
 
-_ACTIVATIONS = {"gelu": functional.gelu, "relu": functional.relu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": functional.gelu, "relu": functional.relu}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """One vector per event: what the event is about (by kind), and how long before the cutoff it happened.
 
 `ProjectedEventEmbedding` (contrastive model, spec 3.3/3.4): concatenated tables, one Linear + ReLU per kind of content.
-`ConcatenatedEventEmbedding` (multi-task model, spec 4.3): [kind | content | day | week], content ReLU(Linear) for items.
+`ConcatenatedEventEmbedding` (multi-task model, spec 4.3): [kind | content | day | week], ReLU(Linear) for items.
 Both look up each table only for the events that have the field, and have parameters only for the kinds that exist.
 Packed events [T] -> float [T, width].
 """

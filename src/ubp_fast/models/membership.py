@@ -48,7 +48,7 @@ def activity_columns(store: EventStore, cutoff_s: int) -> np.ndarray:
 
 
 def fit_logistic(columns: np.ndarray, target: np.ndarray, l2: float, steps: int) -> np.ndarray:
-    """Coefficients float64 [F + 1] (intercept last, not penalised) of a ridge logistic regression by Newton's method."""
+    """Coefficients float64 [F + 1] (intercept last, not penalised) of ridge logistic regression by Newton's method."""
     design = np.column_stack([columns, np.ones(len(columns))])
     penalty = np.append(np.full(columns.shape[1], l2), 1e-6)
     coefficients = np.zeros(design.shape[1])

@@ -1,7 +1,7 @@
 """Progressive layered extraction: shared and own experts per task, mixed by gates, in two levels.
 
-Level 1 mixes experts of the profile per task and once for all; level 2 does so again on those mixtures; each task ends in
-its tower. Profile [B, E] -> one tensor of logits [B, n] per task.
+Level 1 mixes experts of the profile per task and once for all; level 2 does so again on those mixtures; each task ends
+in its tower. Profile [B, E] -> one tensor of logits [B, n] per task.
 
 Source: Tang et al. 2020 (RecSys), constants of spec 4.5.
 """
@@ -37,7 +37,7 @@ def _uniform(*shape: int, fan_in: int) -> nn.Parameter:
 
 
 class ExpertBank(nn.Module):
-    """G groups of K experts, each Linear - ReLU - dropout - Linear, in two batched products: [B, G, in] -> [B, G, K, out]."""
+    """G groups of K experts, each Linear - ReLU - dropout - Linear, as two products: [B, G, in] -> [B, G, K, out]."""
 
     def __init__(self, groups: int, experts: int, inputs: int, hidden: int, outputs: int, dropout: float) -> None:
         super().__init__()

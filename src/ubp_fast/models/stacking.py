@@ -103,7 +103,7 @@ def join_blocks(blocks: Sequence[np.ndarray], is_row_normalised: Sequence[bool])
         raise ValueError(f"join_blocks: blocks must have equal rows, got {[len(block) for block in blocks]}")
     joined = []
     for block, is_normalised in zip(blocks, is_row_normalised, strict=True):
-        values = np.asarray(block, np.float32)
+        values: np.ndarray = np.asarray(block, np.float32)
         if is_normalised:
             length = np.linalg.norm(values, axis=1, keepdims=True)
             values = values / np.where(length > 0, length, 1.0)

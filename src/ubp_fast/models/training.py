@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import time
 import warnings
@@ -79,12 +78,12 @@ def fit(
 
     Raises:
         ValueError: a loader without views.
-        FloatingPointError: a loss that is not finite, at the end of its epoch.
+        FloatingPointError: a loss that is not finite.
     """
     if not len(loader):
         raise ValueError("fit: loader must have at least one view, got none; use an earlier cutoff or more data")
     directory.mkdir(parents=True, exist_ok=True)
-    identity = {"training": asdict(config), "views": loader.num_views, "steps_per_epoch": len(loader)}
+    identity: dict[str, Any] = {"training": asdict(config), "views": loader.num_views, "steps_per_epoch": len(loader)}
     identity["training"].pop("checkpoint_every_s")
     finished = _load_finished(model, directory, identity)
     if finished is not None:
@@ -131,7 +130,8 @@ def embed(model: nn.Module, loader: ViewLoader, progress: Progress | None = None
             parts.append(model(batch.to(device)).float().cpu().numpy())
             if progress is not None:
                 progress(step, len(loader))
-    return np.concatenate(parts) if parts else np.empty((0, int(model.embedding_width)), np.float32)
+    width: Any = model.embedding_width
+    return np.concatenate(parts) if parts else np.empty((0, width), np.float32)
 
 
 class _Job(lightning.LightningModule):
@@ -149,7 +149,8 @@ class _Job(lightning.LightningModule):
         validation: ViewLoader | None,
     ) -> None:
         super().__init__()
-        self.model, self.loader, self.validation = model, loader, validation
+        self.model: Any = model
+        self.loader, self.validation = loader, validation
         self.optimizer_factory, self.config = optimizer_factory, config
         self.directory, self.identity, self.progress = directory, identity, progress
         self.losses: list[dict[str, float]] = []
@@ -193,8 +194,15 @@ class _Job(lightning.LightningModule):
 
     def training_step(self, batch: ViewBatch, batch_index: int) -> Tensor:
         terms = self.model.loss(batch)
-        self._terms.append((batch.num_views, {name: term.detach() for name, term in terms.items()}))
-        return torch.stack(list(terms.values())).sum()
+        values = torch.stack(list(terms.values()))
+        if not values.detach().isfinite().all():
+            name, term = next((name, term.item()) for name, term in terms.items() if not term.isfinite())
+            raise FloatingPointError(
+                f"fit: {name} must stay finite, got {term} in epoch {self.epochs_done}, step {batch_index};"
+                " use a smaller learning rate or precision='fp32'"
+            )
+        self._terms.append((batch.num_views, dict(zip(terms, values.detach().unbind(), strict=True))))
+        return values.sum()
 
     def on_train_batch_end(self, outputs: object, batch: ViewBatch, batch_index: int) -> None:
         if self.progress is not None:
@@ -207,12 +215,6 @@ class _Job(lightning.LightningModule):
         self._terms = []
         if self.validation is not None:
             losses |= {f"validation_{name}": value for name, value in self._validate(self.validation).items()}
-        for name, value in losses.items():
-            if not math.isfinite(value):
-                raise FloatingPointError(
-                    f"fit: {name} must stay finite, got {value} in epoch {self.epochs_done};"
-                    " use a smaller learning rate or precision='fp32'"
-                )
         self.losses.append(losses)
         self.loader.set_epoch(self.epochs_done)
         is_last = self.epochs_done == self.config.epochs

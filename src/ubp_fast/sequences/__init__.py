@@ -1,4 +1,4 @@
-"""Packed batches of client histories, assembled from the store: views, label windows, loaders. Nothing is ever padded."""
+"""Packed batches of client histories, assembled from the store: views, label windows, loaders. Nothing is padded."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The batch types of the project: event sequences packed end to end, and what belongs to the same client views.
 
-Letters: T events of the whole batch, B client views, F static features. Row `cu_seqlens[b]` is the first event of view b
-and `cu_seqlens[b + 1] - 1` its last one, oldest first; an empty history has two equal entries.
+Letters: T events of the whole batch, B client views, F static features. Row `cu_seqlens[b]` is the first event of view
+b and `cu_seqlens[b + 1] - 1` its last one, oldest first; an empty history has two equal entries.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Training labels of client views, from the store: what was bought or put into the cart in [cutoff, cutoff + 14 days)."""
+"""Training labels of client views, from the store: what was bought or put into the cart from the cutoff on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ubp_fast.events.targets import LabelMatrix
-from ubp_fast.sequences.loader import check_windows_inside
+from ubp_fast.sequences.loader import check_windows_inside, item_ids
 from ubp_fast.sequences.sampling import TARGET_WINDOW_S, Views, rows_at, token_rows
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def window_labels(
             labels["add"] = happened.astype(np.float32)
         rows, _ = token_rows(start, end)
         view = np.repeat(np.arange(len(start)), end - start)
-        sku = store.kind(kind).item[rows]
+        sku = item_ids(store, kind)[rows]
         for name, (ids, _) in label_lists.items():
             column = name.removeprefix("propensity_")
             label = label_of_sku(store, column, ids)[sku]

@@ -1,4 +1,4 @@
-"""Batches straight from the memory-mapped store: a handful of array operations per batch, no work per client in Python."""
+"""Batches straight from the memory-mapped store: a few array operations per batch, no work per client in Python."""
 
 from __future__ import annotations
 
@@ -52,6 +52,13 @@ def check_windows_inside(store: EventStore, views: Views, window_s: int) -> None
         )
 
 
+def item_ids(store: EventStore, name: str) -> np.ndarray:
+    """Dense sku or url ids, int32 [N], of a kind that is not a search."""
+    item = store.kind(name).item
+    assert item is not None, name
+    return item
+
+
 def assemble(store: EventStore, views: Views, start: np.ndarray, end: np.ndarray) -> SequenceBatch:
     """Packs timeline rows [start[i], end[i]) of each view into one batch."""
     rows, offsets = token_rows(start, end)
@@ -61,13 +68,13 @@ def assemble(store: EventStore, views: Views, start: np.ndarray, end: np.ndarray
     codes = np.zeros((len(rows), NUM_CODES), np.int64)
     for name in store.kinds:
         chosen = np.flatnonzero(kind == 1 + EVENT_KINDS.index(name))
-        columns = store.kind(name)
-        if name == "search_query":
-            codes[chosen] = columns.codes[row[chosen]]
+        query_codes = store.kind(name).codes
+        if query_codes is not None:
+            codes[chosen] = query_codes[row[chosen]]
         elif name == "page_visit":
-            url[chosen] = columns.item[row[chosen]]
+            url[chosen] = item_ids(store, name)[row[chosen]]
         else:
-            sku[chosen] = columns.item[row[chosen]]
+            sku[chosen] = item_ids(store, name)[row[chosen]]
             codes[chosen] = store.products.name[sku[chosen]]
     arrays = {
         "kind": kind.astype(np.int64),
