@@ -62,7 +62,11 @@ def test_imports_point_left(path: Path) -> None:
 
 
 def test_hydra_stays_at_the_edge() -> None:
-    users = {stage_of(path) for path in MODULES if {name.split(".")[0] for name in imported_modules(path)} & {"hydra", "omegaconf"}}
+    users = {
+        stage_of(path)
+        for path in MODULES
+        if {name.split(".")[0] for name in imported_modules(path)} & {"hydra", "omegaconf"}
+    }
     assert users <= {"run", "pipeline"}
 
 

@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from ubp_fast.pipeline.cache import OutputDirectoryError, StageCache, copy_directory, digest, stage_key, writable_directory
+from ubp_fast.pipeline.cache import (
+    OutputDirectoryError,
+    StageCache,
+    copy_directory,
+    digest,
+    stage_key,
+    writable_directory,
+)
 
 
 def test_digest_ignores_key_order_but_not_values() -> None:

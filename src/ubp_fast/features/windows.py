@@ -80,7 +80,9 @@ class DecayedConfig:
             raise ValueError(f"DecayedConfig: label_kinds must be among {list(SKU_KINDS)}, got {sorted(unknown)}")
 
 
-def aggregated_features(store: EventStore, cutoff_s: int, config: AggregatedConfig | None = None) -> FeatureMatrix:
+def aggregated_features(
+    store: EventStore, cutoff_s: int, config: AggregatedConfig | None = None, lists_cutoff_s: int | None = None
+) -> FeatureMatrix:
     """Windowed counts of every client, all windows [cutoff - days, cutoff).
 
     Per kind of the store: number of events and different items over all time and per window, active days, recency in
@@ -91,6 +93,8 @@ def aggregated_features(store: EventStore, cutoff_s: int, config: AggregatedConf
         store: event store.
         cutoff_s: seconds since 1970 UTC.
         config: windows and lists.
+        lists_cutoff_s: the lists of frequent values are made from events before it, `cutoff_s` when None. The same one
+            for several cutoffs gives all of them the same columns; it must not be after the profiles' own cutoff.
 
     Returns:
         [U, F] float32, all >= 0; clients in the order of the store.
@@ -101,7 +105,7 @@ def aggregated_features(store: EventStore, cutoff_s: int, config: AggregatedConf
     for kind in store.kinds:
         columns = store.kind(kind)
         codes = item_codes(columns)
-        seen = codes[np.asarray(columns.timestamp_s) < cutoff_s]
+        seen = codes[np.asarray(columns.timestamp_s) < (cutoff_s if lists_cutoff_s is None else lists_cutoff_s)]
         slots, labels = _top_slots(store, kind, seen, config.top_values)
         result = windowed_aggregate(
             columns.offsets,

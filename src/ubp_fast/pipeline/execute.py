@@ -21,10 +21,11 @@ from ubp_fast.events.schema import DataError
 from ubp_fast.kernels import BackendUnavailable
 from ubp_fast.models.training import LOSSES_FILE
 from ubp_fast.pipeline.cache import OutputDirectoryError, StageCache, copy_directory, stage_key, write_text
+from ubp_fast.pipeline.model_stages import TRAINING
 from ubp_fast.pipeline.progress import RunProgress, duration
 from ubp_fast.pipeline.run_directory import RunDirectory, environment
 from ubp_fast.pipeline.settings import Settings, read_settings
-from ubp_fast.pipeline.stages import TRAINING, Stage, plan
+from ubp_fast.pipeline.stages import Stage, plan
 from ubp_fast.report import RunSummary, render_report
 
 USER_ERROR = 2
@@ -91,7 +92,11 @@ def _wanted(stages: Sequence[Stage], asked: Sequence[str] | None) -> list[Stage]
     if asked is None:
         return list(stages)
     names = {stage.name for stage in stages}
-    groups = {"evaluate": {name for name in names if name.startswith("evaluate-")}, "profiles": {"stacking"}, "report": names}
+    groups = {
+        "evaluate": {name for name in names if name.startswith("evaluate-")},
+        "profiles": {"stacking"},
+        "report": names,
+    }
     needed: set[str] = set()
     for name in asked:
         chosen = groups.get(name, {name} & names)
@@ -112,7 +117,11 @@ def _keys(stages: Sequence[Stage]) -> dict[str, str]:
 
 
 def _publish(
-    settings: Settings, run: RunDirectory, stages: Sequence[Stage], timings: list[tuple[str, float | None]], console: Console
+    settings: Settings,
+    run: RunDirectory,
+    stages: Sequence[Stage],
+    timings: list[tuple[str, float | None]],
+    console: Console,
 ) -> None:
     """Profiles, scores and report as plain files of the run directory, then a table on the screen."""
     names = {stage.name for stage in stages}
@@ -120,7 +129,7 @@ def _publish(
         copy_directory(run.path / "stages" / "stacking" / "stacked", run.path / "profiles")
     scores = _scores(run, names)
     if scores:
-        run.write_json("scores.json", {name: value for name, value in _score_files(run, names).items()})
+        run.write_json("scores.json", _score_files(run, names))
     summary = RunSummary(
         title=settings.name,
         scores=scores,
@@ -159,7 +168,7 @@ def _scores(run: RunDirectory, names: set[str]) -> ScoreTable:
 
 
 def _losses(run: RunDirectory, names: set[str]) -> dict[str, list[dict[str, float]]]:
-    losses = {}
+    losses: dict[str, list[dict[str, float]]] = {}
     for name in ("contrastive", "multitask", "stacking"):
         if name in names:
             text = (run.path / "stages" / name / TRAINING / LOSSES_FILE).read_text(encoding="utf-8")

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from ubp_fast.pipeline.cache import digest, file_digest
-
 
 DATA_SUFFIXES = (".parquet", ".npy", ".csv", ".gz")
 
@@ -60,7 +58,8 @@ class Settings:
     stages: tuple[str, ...] | None
     source: Any
     windows: Windows
-    features: Any
+    aggregated: Any
+    decayed: Any
     contrastive: ModelSettings
     multitask: ModelSettings
     stacking: ModelSettings
@@ -95,11 +94,12 @@ def read_settings(config: DictConfig) -> Settings:
     Raises:
         ValueError: a value that the part it belongs to refuses.
     """
-    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    assert isinstance(plain, dict)
-    named = {name: value for name, value in plain.items() if name not in ("stages", "directory", "root", "cache", "compute")}
-    source_name = plain["data"]["_target_"].rsplit(".", 2)[-2]
-    name = f"{source_name}-{digest(named)[:8]}"
+    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    named = {
+        name: value for name, value in plain.items() if name not in ("stages", "directory", "root", "cache", "compute")
+    }
+    source = plain["data"]["_target_"].rsplit(".", 2)[-2]
+    name = f"{source}-{digest(named)[:8]}"
     evaluation = dict(plain["evaluation"])
     components, submission = evaluation.pop("components"), evaluation.pop("profiles")
     if components not in ("default", "all"):
@@ -114,7 +114,8 @@ def read_settings(config: DictConfig) -> Settings:
         stages=None if stages in ("all", None) else tuple([stages] if isinstance(stages, str) else stages),
         source=_make(plain["data"]),
         windows=Windows(**plain["windows"]),
-        features=_make(plain["features"]),
+        aggregated=_make(plain["features"]["aggregated"]),
+        decayed=_make(plain["features"]["decayed"]),
         contrastive=_model(plain["contrastive"]),
         multitask=_model(plain["multitask"]),
         stacking=_model(plain["stacking"]),
@@ -127,16 +128,18 @@ def read_settings(config: DictConfig) -> Settings:
     )
 
 
-def data_name() -> str:
-    """Name of the chosen `data=` option of the running command."""
-    return str(HydraConfig.get().runtime.choices["data"])
-
-
 def _model(group: Mapping[str, Any]) -> ModelSettings:
     return ModelSettings(config=_make(group["config"]), training=_make(group["training"]))
 
 
-def _make(group: Mapping[str, Any]) -> Any:
-    tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in group.items()}
-    return instantiate(tuples, _convert_="all")
-
+def _make(value: Any) -> Any:
+    """Builds the dataclasses that `_target_` names, innermost first; lists become tuples."""
+    if isinstance(value, Mapping):
+        arguments = {name: _make(item) for name, item in value.items() if name != "_target_"}
+        if "_target_" not in value:
+            return arguments
+        try:
+            return get_class(value["_target_"])(**arguments)
+        except TypeError as error:
+            raise ValueError(f"run: configuration of {value['_target_']} must fit its fields, got: {error}") from error
+    return tuple(_make(item) for item in value) if isinstance(value, list) else value
