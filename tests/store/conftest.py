@@ -31,9 +31,9 @@ def frame_of(kind: str, rows: list[tuple[int, int, int]]) -> pl.DataFrame:
 
 
 def product_frame(skus: list[int]) -> pl.DataFrame:
-    """Properties that differ between skus."""
-    index = np.arange(len(skus))
-    codes = np.repeat(index[:, None], 16, axis=1).astype(np.uint8)
+    """Properties that follow from the sku."""
+    index = np.array(skus)
+    codes = np.repeat(index[:, None] % 256, 16, axis=1).astype(np.uint8)
     columns = [pl.Series(skus), pl.Series(1000 + index % 3), pl.Series(index * 7 % 100), pl.Series(codes, dtype=CODES)]
     return pl.DataFrame(columns, schema=PRODUCT_SCHEMA)
 
