@@ -32,7 +32,8 @@ class EvaluationConfig:
 
     Attributes:
         tasks: names of the tasks.
-        precision: "fp32", or "bf16" for products in bfloat16 (parameters and optimizer stay float32).
+        precision: "fp32", or "bf16": products inside the residual blocks in bfloat16; the first and the last layer, the
+            parameters and the optimizer stay float32.
         orders: 1 = rows in the submitted order; K > 1 = K seeded orders of the clients, the same for every submission.
         seed: of the row orders (the network always starts from the organisers' seed).
         epochs: the best of these counts.
@@ -124,9 +125,12 @@ def make_network(input_dim: int, num_labels: int, device: torch.device, low_prec
         torch.manual_seed(DOWNSTREAM_SEED)
         network = DownstreamNetwork(input_dim, num_labels, linear=ProbeLinear)
     network = network.to(device)
+    inner = set(network.body.blocks.modules())
     for module in network.modules():
         if isinstance(module, ProbeLinear):
-            module.prepare(low_precision)
+            # The first layer stays exact: profiles may hold large numbers (raw counts), of which bf16 keeps only
+            # three digits, and the small differences between clients would be gone. First and last layer cost little.
+            module.prepare(low_precision and module in inner)
     return network
 
 
