@@ -15,7 +15,7 @@ def test_log_lines_name_every_stage_and_the_share_done() -> None:
             with progress.stage(name) as update:
                 update(1, 2)
     lines = text.getvalue().splitlines()
-    assert [line.split() for line in lines][0][:2] == ["0%", "events"]
+    assert lines[0].split()[:2] == ["0%", "events"]
     assert any("25%" in line and "store ..." in line for line in lines)
     assert "100%" in lines[-1] and "store done" in lines[-1]
 

@@ -1,9 +1,9 @@
 """Outputs of the stages on disk: found again by what they were made from, complete or not there at all.
 
-A stage's key is a hash of its name, its configuration, the keys of its inputs and the package's own source. A stage writes
-into `<name>-<key>.partial`; when it returns, the folder is flushed to disk and renamed to `<name>-<key>`. A process killed at any
-moment therefore leaves either a complete output or a partial folder that the next run clears (or resumes from, for
-training stages, which keep their checkpoints there).
+A stage's key is a hash of its name, its configuration, the keys of its inputs and the package's own source. A stage
+writes into `<name>-<key>.partial`; when it returns, the folder is flushed to disk and renamed to `<name>-<key>`. A
+process killed at any moment therefore leaves either a complete output or a partial folder that the next run clears (or
+resumes from, for training stages, which keep their checkpoints there).
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ class StageCache:
             name: stage name.
             key: its key, see `stage_key`.
             make: fills an empty directory (but for `keep`).
-            keep: names inside a partial output that survive an interrupted run, such as a folder of checkpoints; they stay
-                in the complete output.
+            keep: names inside a partial output that survive an interrupted run, such as a folder of checkpoints;
+                they stay in the complete output.
         """
         target = self.path(name, key)
         with self._locked(target):

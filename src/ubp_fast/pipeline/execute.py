@@ -43,7 +43,7 @@ def execute(config: DictConfig, console: Console | None = None) -> int:
     console = console or Console()
     try:
         run_stages(read_settings(config), console)
-    except (DataError, OutputDirectoryError, BackendUnavailable, ValueError) as error:
+    except (DataError, OutputDirectoryError, BackendUnavailable, FloatingPointError, ValueError) as error:
         if isinstance(error, ValueError) and os.environ.get("UBP_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)

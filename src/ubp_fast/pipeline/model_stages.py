@@ -19,6 +19,7 @@ from ubp_fast.models.event_embedding import EventSizes
 from ubp_fast.models.multitask import MULTITASK_LABELS, MultitaskModel
 from ubp_fast.models.stacking import StackingModel, join_blocks
 from ubp_fast.models.training import embed, fit
+from ubp_fast.models.weights import initialise
 from ubp_fast.pipeline.progress import ProgressCallback
 from ubp_fast.pipeline.settings import Settings
 from ubp_fast.profiles import Profiles
@@ -36,8 +37,7 @@ def make_contrastive(settings: Settings, inputs: Inputs, directory: Path, progre
     config, training = settings.contrastive.config, settings.contrastive.training
     model_cutoffs, _ = cutoffs_of(store, settings)
     views = views_at(store, model_cutoffs, with_history=True)
-    torch.manual_seed(settings.seed)
-    model = ContrastiveModel(config, EventSizes.of(store))
+    model = initialise(lambda: ContrastiveModel(config, EventSizes.of(store)), settings.seed)
     edges = age_quantiles_days(store, views, max_length=config.history_length, bins=config.events.age_bins)
     model.set_age_edges(edges)
     loader = ViewLoader(
@@ -48,7 +48,7 @@ def make_contrastive(settings: Settings, inputs: Inputs, directory: Path, progre
         future_length=config.future_length,
         shuffle_seed=settings.seed,
     )
-    fit(model, loader, settings.optimizer, training, directory / TRAINING, progress)
+    fit(model, loader, settings.contrastive.optimizer, training, directory / TRAINING, progress)
 
     def loader_at(views: Views, cutoff_s: int) -> ViewLoader:
         return ViewLoader(store, views, batch_size=INFERENCE_BATCH, history_length=config.history_length)
@@ -69,8 +69,8 @@ def make_multitask(settings: Settings, inputs: Inputs, directory: Path, progress
     scaler = Scaler("minmax").fit(features)
     scaler.save(directory / "scaler")
     labels = _labels(store, views, inputs["features"], MULTITASK_LABELS)
-    torch.manual_seed(settings.seed)
-    model = MultitaskModel(config, EventSizes.of(store), features.shape[1], _widths(labels))
+    sizes, widths = EventSizes.of(store), _widths(labels)
+    model = initialise(lambda: MultitaskModel(config, sizes, features.shape[1], widths), settings.seed)
     loader = ViewLoader(
         store,
         views,
@@ -80,7 +80,7 @@ def make_multitask(settings: Settings, inputs: Inputs, directory: Path, progress
         labels=labels,
         shuffle_seed=settings.seed,
     )
-    fit(model, loader, settings.optimizer, training, directory / TRAINING, progress)
+    fit(model, loader, settings.multitask.optimizer, training, directory / TRAINING, progress)
 
     def loader_at(views: Views, cutoff_s: int) -> ViewLoader:
         values = FeatureMatrix.load(inputs["features"] / f"static-{cutoff_s}").values
@@ -103,13 +103,12 @@ def make_stacking(settings: Settings, inputs: Inputs, directory: Path, progress:
     views = views_at(store, cutoffs)
     joined = _rows_of(views, {cutoff_s: _blocks_at(inputs, cutoff_s) for cutoff_s in cutoffs})
     labels = _labels(store, views, inputs["features"], config.labels)
-    torch.manual_seed(settings.seed)
-    model = StackingModel(config, joined.shape[1], _widths(labels))
+    model = initialise(lambda: StackingModel(config, joined.shape[1], _widths(labels)), settings.seed)
     model.fit_scaling(joined)
     loader = ViewLoader(
         None, views, batch_size=training.batch_size, features=joined, labels=labels, shuffle_seed=settings.seed
     )
-    fit(model, loader, settings.optimizer, training, directory / TRAINING, progress)
+    fit(model, loader, settings.stacking.optimizer, training, directory / TRAINING, progress)
     final = ViewLoader(
         None,
         views_at(store, [store.cutoff_s]),

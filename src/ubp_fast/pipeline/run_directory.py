@@ -88,8 +88,8 @@ def _refuse_foreign_content(path: Path, config: Mapping[str, object]) -> None:
     if differing:
         shown = ", ".join(f"{name} ({earlier.get(name)!r} there, {wanted.get(name)!r} now)" for name in differing[:5])
         raise OutputDirectoryError(
-            f"{path}: directory must hold a run of the same configuration, got {len(differing)} differing keys: {shown};"
-            " choose another directory=, or leave it out to get one per configuration"
+            f"{path}: directory must hold a run of the same configuration, got {len(differing)} differing keys:"
+            f" {shown}; choose another directory=, or leave it out to get one per configuration"
         )
 
 

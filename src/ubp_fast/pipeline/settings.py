@@ -32,10 +32,11 @@ class Windows:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """One trained model: its architecture and its training."""
+    """One trained model: its architecture, its training, and what makes its optimizer from parameters."""
 
     config: Any
     training: Any
+    optimizer: Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,6 @@ class Settings:
         name: short name for directories and titles.
         plain: the resolved configuration as plain data.
         source: where events come from, with `prepare(directory, progress)`.
-        optimizer: makes an optimizer from parameters.
         stages: names of the stages that were asked for, or None for all.
     """
 
@@ -63,7 +63,6 @@ class Settings:
     contrastive: ModelSettings
     multitask: ModelSettings
     stacking: ModelSettings
-    optimizer: Callable[..., Any]
     device: str
     threads: int | None
     evaluation: Any
@@ -119,7 +118,6 @@ def read_settings(config: DictConfig) -> Settings:
         contrastive=_model(plain["contrastive"]),
         multitask=_model(plain["multitask"]),
         stacking=_model(plain["stacking"]),
-        optimizer=instantiate(plain["optimizer"]),
         device=plain["compute"]["device"],
         threads=plain["compute"]["threads"],
         evaluation=_make(evaluation),
@@ -129,7 +127,7 @@ def read_settings(config: DictConfig) -> Settings:
 
 
 def _model(group: Mapping[str, Any]) -> ModelSettings:
-    return ModelSettings(config=_make(group["config"]), training=_make(group["training"]))
+    return ModelSettings(_make(group["config"]), _make(group["training"]), instantiate(group["optimizer"]))
 
 
 def _make(value: Any) -> Any:

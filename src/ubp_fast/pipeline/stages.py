@@ -1,4 +1,4 @@
-"""The stages of a run: what each is made from, and how. Data only flows forward; every stage writes files into its folder.
+"""The stages of a run: what each is made from, and how. Data only flows forward, each stage fills its own folder.
 
 events -> store -> features -> contrastive, multitask -> stacking -> profiles
    └──> baselines                                            evaluate:<component> -> report
@@ -64,7 +64,6 @@ def plan(settings: Settings) -> list[Stage]:
         score = Stage("evaluate-submission", ("events",), config, evaluate_submission, 60)
         return [events, _baselines(settings), score, *_baseline_scores(settings)]
     common = settings.part("seed", "windows")
-    trained = common | settings.part("optimizer")
     stages = [
         events,
         Stage("store", ("events",), {}, make_store, 2),
@@ -72,18 +71,16 @@ def plan(settings: Settings) -> list[Stage]:
         Stage(
             "contrastive",
             ("store", "features"),
-            trained | settings.part("contrastive"),
+            common | settings.part("contrastive"),
             make_contrastive,
             60,
             (TRAINING,),
         ),
-        Stage(
-            "multitask", ("store", "features"), trained | settings.part("multitask"), make_multitask, 60, (TRAINING,)
-        ),
+        Stage("multitask", ("store", "features"), common | settings.part("multitask"), make_multitask, 60, (TRAINING,)),
         Stage(
             "stacking",
             ("store", "features", "contrastive", "multitask"),
-            trained | settings.part("stacking"),
+            common | settings.part("stacking"),
             make_stacking,
             30,
             (TRAINING,),

@@ -1,0 +1,53 @@
+"""Small runs of the whole pipeline for tests."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from rich.console import Console
+
+import ubp_fast
+from ubp_fast.pipeline import execute
+
+CONF = Path(ubp_fast.__file__).resolve().parent / "conf"
+SMALL = Path(__file__).resolve().parent.parent / "golden" / "small"
+
+# Seconds instead of minutes: one cutoff each, narrow models, one epoch of the evaluation's network on one task.
+TINY = (
+    "windows.model_cutoffs=1",
+    "windows.stacking_cutoffs=1",
+    "contrastive.config.events.width=32",
+    "contrastive.config.history_length=16",
+    "contrastive.config.future_length=8",
+    "multitask.config.history_length=16",
+    "multitask.config.profile_width=32",
+    "stacking.config.profile_width=64",
+    "stacking.training.epochs=1",
+    "evaluation.tasks=[churn]",
+    "evaluation.epochs=1",
+    "compute.threads=1",
+)
+
+
+def composed(*overrides: str) -> DictConfig:
+    """The configuration that the command line would make of these overrides."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("run", overrides=list(overrides))
+
+
+def run_tiny(root: Path, *overrides: str) -> tuple[int, Path, str]:
+    """Runs in this process; exit code, run directory (the only one below `root`), and what was printed."""
+    text = io.StringIO()
+    code = execute(composed(*TINY, f"root={root}", *overrides), Console(file=text, width=160))
+    runs = [path for path in root.iterdir() if path.name != "cache"] if root.exists() else []
+    return code, runs[0] if runs else root, text.getvalue()
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Bytes of every file below a directory, by relative name."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()
+    }

@@ -1,0 +1,95 @@
+"""Every yaml composes, builds its objects, and repeats the defaults that live in the dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from hydra.errors import ConfigCompositionException
+from support.runs import CONF, composed
+
+from ubp_fast.pipeline.settings import read_settings
+
+REQUIRED = {"challenge": ("data.dir=somewhere",), "table": ("data.path=events.parquet",)}
+ENTRY = {
+    "data": "data",
+    "compute": "compute",
+    "features": "features",
+    "evaluation": "evaluation",
+    "experiment": "experiment",
+}
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def test_every_group_is_covered() -> None:
+    groups = {path.name for path in CONF.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert groups == {*ENTRY, "model", "optimizer"}
+
+
+@pytest.mark.parametrize(("group", "option"), [(group, option) for group in ENTRY for option in options(group)])
+def test_option_composes_and_builds(group: str, option: str) -> None:
+    settings = read_settings(composed(f"{ENTRY[group]}={option}", *REQUIRED.get(option, ())))
+    assert settings.name
+    assert settings.directory.parent == Path("runs")
+
+
+@pytest.mark.parametrize("option", options("optimizer"))
+@pytest.mark.parametrize("model", options("model"))
+def test_optimizers_of_every_model(model: str, option: str) -> None:
+    import torch
+
+    settings = read_settings(composed(f"optimizer@{model}.optimizer={option}"))
+    optimizer = getattr(settings, model).optimizer([torch.nn.Parameter(torch.zeros(2))])
+    assert isinstance(optimizer, torch.optim.Optimizer)
+
+
+def differences(value: object, default: object, path: str = "") -> list[str]:
+    if not dataclasses.is_dataclass(value):
+        return [] if value == default else [f"{path}: yaml {value!r}, dataclass {default!r}"]
+    assert type(value) is type(default)
+    return [
+        line
+        for item in dataclasses.fields(value)
+        for line in differences(getattr(value, item.name), getattr(default, item.name), f"{path}.{item.name}")
+    ]
+
+
+def test_yaml_repeats_the_constructors_defaults() -> None:
+    settings = read_settings(composed("~experiment"))
+    objects = [settings.source, settings.aggregated, settings.decayed, settings.evaluation, settings.windows]
+    for model in (settings.contrastive, settings.multitask, settings.stacking):
+        objects += [model.config, model.training]
+    for option in options("data"):
+        objects.append(read_settings(composed(f"data={option}", *REQUIRED.get(option, ()))).source)
+    required = {"dir": "somewhere", "path": "events.parquet"}
+    for value in objects:
+        needed = {item.name: required[item.name] for item in dataclasses.fields(value) if item.name in required}
+        assert differences(value, type(value)(**needed), type(value).__name__) == []
+
+
+def test_demo_is_smaller_than_the_winner() -> None:
+    demo, winner = read_settings(composed()), read_settings(composed("experiment=winner"))
+    assert demo.contrastive.config.events.width < winner.contrastive.config.events.width == 512
+    assert winner.multitask.training.epochs == 25
+    assert winner.contrastive.config.temperature == 0.02
+
+
+def test_unknown_key_is_named() -> None:
+    with pytest.raises(ConfigCompositionException, match=r"data\.clinets"):
+        composed("data=synthetic", "data.clinets=5")
+
+
+def test_added_key_that_no_field_takes_is_named() -> None:
+    with pytest.raises(ValueError, match="clinets"):
+        read_settings(composed("data=synthetic", "+data.clinets=5"))
+
+
+def test_name_of_a_run_follows_what_matters() -> None:
+    names = [
+        read_settings(composed(*extra)).name for extra in ((), ("compute.threads=1",), ("stages=[store]",), ("seed=1",))
+    ]
+    assert names[0] == names[1] == names[2] != names[3]

@@ -1,0 +1,219 @@
+"""The whole way, small: events to scores, the same bytes again, no future in a profile, bad input refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from support.runs import SMALL, TINY, contents, run_tiny
+
+from ubp_fast.events.read import EventDirectory
+from ubp_fast.profiles import validate
+
+SYNTHETIC = ("data=synthetic", "data.clients=200", "data.skus=60", "data.urls=80")
+
+
+@pytest.fixture(scope="module")
+def synthetic_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    code, run, printed = run_tiny(tmp_path_factory.mktemp("synthetic"), *SYNTHETIC)
+    assert code == 0
+    assert "stacked" in printed and "baseline_log1p" in printed and "report.html" in printed
+    return run
+
+
+def test_run_directory_is_complete(synthetic_run: Path) -> None:
+    names = {path.name for path in synthetic_run.iterdir()}
+    assert names == {"config.yaml", "environment.json", "profiles", "report.html", "scores.json", "stages"}
+    scores = json.loads((synthetic_run / "scores.json").read_text())
+    assert list(scores) == ["stacked", "baseline_log1p"]
+    assert 0.0 <= scores["stacked"]["tasks"]["churn"]["score"] <= 1.0
+    assert json.loads((synthetic_run / "environment.json").read_text())["threads"] == 1
+    report = (synthetic_run / "report.html").read_text()
+    assert all(
+        text in report for text in ("stacked", "baseline_log1p", "contrastive", "multitask", "Where the time went")
+    )
+
+
+def test_profiles_pass_the_organisers_rules(synthetic_run: Path) -> None:
+    events = EventDirectory.open(synthetic_run / "stages" / "events")
+    verdict = validate(synthetic_run / "profiles", events.relevant_clients)
+    assert verdict.passed, verdict.problems
+    profiles = verdict.require()
+    assert profiles.dim == 64
+    assert np.unique(profiles.embeddings, axis=0).shape[0] > profiles.num_clients // 2, (
+        "profiles must tell clients apart"
+    )
+
+
+def test_second_run_takes_everything_from_the_cache(synthetic_run: Path) -> None:
+    before = contents(synthetic_run / "profiles")
+    started_s = time.monotonic()
+    code, run, printed = run_tiny(synthetic_run.parent, *SYNTHETIC)
+    assert (code, run) == (0, synthetic_run)
+    assert " ..." not in printed, "no stage may run again"
+    assert contents(run / "profiles") == before
+    assert time.monotonic() - started_s < 60
+
+
+def test_another_place_gives_the_same_bytes(synthetic_run: Path, tmp_path: Path) -> None:
+    code, run, _ = run_tiny(tmp_path, *SYNTHETIC, "stages=[profiles]")
+    assert code == 0
+    assert contents(run / "profiles") == contents(synthetic_run / "profiles")
+    assert not (run / "scores.json").exists()
+
+
+def test_submission_of_somebody_is_scored(synthetic_run: Path, tmp_path: Path) -> None:
+    code, run, printed = run_tiny(
+        tmp_path, *SYNTHETIC, "stages=[evaluate]", f"evaluation.profiles={synthetic_run / 'profiles'}"
+    )
+    assert code == 0
+    scores = json.loads((run / "scores.json").read_text())
+    assert set(scores) == {"submission", "baseline_log1p"}
+    ours = json.loads((synthetic_run / "scores.json").read_text())["stacked"]
+    assert scores["submission"]["tasks"]["churn"]["score"] == ours["tasks"]["churn"]["score"]
+    assert "contrastive" not in printed
+
+
+def test_bad_submission_is_refused_by_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    submission = tmp_path / "submission"
+    submission.mkdir()
+    np.save(submission / "client_ids.npy", np.arange(3))
+    vectors = np.zeros((3, 4), np.float16)
+    vectors[1, 2] = np.nan
+    np.save(submission / "embeddings.npy", vectors)
+    code, _, _ = run_tiny(tmp_path / "runs", *SYNTHETIC, "stages=[evaluate]", f"evaluation.profiles={submission}")
+    assert code == 2
+    assert "row 1" in capsys.readouterr().err
+
+
+def challenge_directory(target: Path) -> Path:
+    """The organisers' small data, writable; raw layout, so that the split is ours."""
+    target.mkdir()
+    for path in SMALL.glob("*.parquet"):
+        shutil.copyfile(path, target / path.name)
+    (target / "input").mkdir()
+    shutil.copyfile(SMALL / "input" / "relevant_clients.npy", target / "input" / "relevant_clients.npy")
+    return target
+
+
+def test_nothing_after_the_cutoff_moves_a_profile(tmp_path: Path) -> None:
+    data = challenge_directory(tmp_path / "data")
+    overrides = (f"data.dir={data}", "data=challenge", "data.layout=raw", "stages=[profiles]")
+    code, run, _ = run_tiny(tmp_path / "first", *overrides)
+    assert code == 0
+    before = contents(run / "profiles")
+    cutoff_s = EventDirectory.open(run / "stages" / "events").split.input_end_s
+    changed = sum(change_future(data / f"{kind}.parquet", cutoff_s) for kind in ("product_buy", "add_to_cart"))
+    for kind in ("remove_from_cart", "page_visit", "search_query"):
+        changed += change_future(data / f"{kind}.parquet", cutoff_s)
+    assert changed > 1000
+    code, run, _ = run_tiny(tmp_path / "second", *overrides)
+    assert code == 0
+    assert contents(run / "profiles") == before
+
+
+def change_future(path: Path, cutoff_s: int) -> int:
+    """Every event at or after the cutoff goes to another client with another item; half of them disappear.
+
+    The last purchase keeps its time: it is what the cutoff is made from.
+    """
+    table = pl.read_parquet(path)
+    seconds = table["timestamp"].cast(pl.String).str.slice(0, 19).str.to_datetime().dt.epoch("s")
+    past, future = (
+        table.filter(seconds < cutoff_s),
+        table.filter(seconds >= cutoff_s).sort("timestamp", descending=True),
+    )
+    item = table.columns[2]
+    future = future.with_columns(pl.col("client_id").reverse(), pl.col(item).shuffle(seed=1))
+    kept = pl.concat([future.head(1), future.tail(len(future) - 1).gather_every(2)])
+    pl.concat([past, kept]).write_parquet(path)
+    return len(future)
+
+
+def test_killed_at_random_moments_ends_with_the_same_bytes(synthetic_run: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "ubp_fast.run",
+        *TINY,
+        *SYNTHETIC,
+        "stages=[profiles]",
+        f"root={tmp_path / 'runs'}",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    moments = random.Random(7)
+    for attempt in range(5):
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        process.stdout.readline()  # the first stage has begun: what was imported by then is no part of the run
+        time.sleep(moments.uniform(0.05, 1.5) + 0.7 * attempt)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    (run,) = (path for path in (tmp_path / "runs").iterdir() if path.name != "cache")
+    assert contents(run / "profiles") == contents(synthetic_run / "profiles")
+    assert not list((tmp_path / "runs" / "cache").glob("*.partial"))
+
+
+def test_other_configuration_does_not_overwrite_a_run(synthetic_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(synthetic_run / "profiles")
+    code, _, _ = run_tiny(synthetic_run.parent, *SYNTHETIC, "seed=5", f"directory={synthetic_run}")
+    assert code == 2
+    assert "seed" in capsys.readouterr().err
+    assert contents(synthetic_run / "profiles") == before
+
+
+def test_unknown_stage_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_tiny(tmp_path, *SYNTHETIC, "stages=[trian]")[0] == 2
+    assert "'trian'" in capsys.readouterr().err
+
+
+def test_command_line_names_an_unknown_key(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ubp_fast.run", "data=synthetic", "data.clinets=5"]
+    answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert answer.returncode == 1
+    assert "clinets" in answer.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: (data / "product_buy.parquet").unlink(), r"product_buy\.parquet: table must exist"),
+        (lambda data: truncate(data / "page_visit.parquet"), r"page_visit\.parquet: file must be a complete Parquet"),
+        (lambda data: null_id(data / "add_to_cart.parquet"), r"add_to_cart\.parquet: column 'client_id'.*row 7"),
+    ],
+    ids=["missing table", "truncated table", "null id"],
+)
+def test_bad_input_leaves_nothing_half_written(change, message, tmp_path, capsys) -> None:  # type: ignore[no-untyped-def]
+    data = challenge_directory(tmp_path / "data")
+    change(data)
+    code, run, _ = run_tiny(tmp_path / "runs", "data=challenge", f"data.dir={data}", "data.layout=raw")
+    assert code == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert not (run / "profiles").exists()
+    assert not [path for path in (tmp_path / "runs" / "cache").glob("events-*") if not path.name.endswith(".partial")]
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def null_id(path: Path) -> None:
+    table = pl.read_parquet(path).with_row_index("row")
+    ids = pl.when(pl.col("row") == 7).then(None).otherwise(pl.col("client_id")).alias("client_id")
+    table.with_columns(ids).drop("row").write_parquet(path)
