@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     problem = _contiguous(problem)
     output = torch.empty(problem.query.shape, dtype=problem.query.dtype)
     lse = torch.empty(problem.query.shape[:2], dtype=torch.float32)
-    _core.flash_attention_forward(*_arguments(problem), output.data_ptr(), lse.data_ptr())
+    _core.flash_attention_forward(*_arguments(problem), *(tensor.data_ptr() for tensor in (output, lse)))
     return output, lse
 
 
@@ -44,7 +46,7 @@ def _contiguous(problem: Problem) -> Problem:
     return problem._replace(**{name: getattr(problem, name).contiguous() for name in names})
 
 
-def _arguments(problem: Problem) -> tuple:
+def _arguments(problem: Problem) -> tuple[Any, ...]:
     tokens, heads, width = problem.query.shape
     sizes = [tokens, problem.key.shape[0], len(problem.cu_seqlens) - 1, heads, width]
     addresses = (tensor.data_ptr() for tensor in problem[:5])

@@ -6,8 +6,8 @@ For each sequence and head, with S = scale * Q K^T:
     backward   delta_i = <dO_i, O_i>          dS_ij = scale * P_ij (<dO_i, V_j> - delta_i)
                dQ = dS K                      dK = dS^T Q                 dV = P^T dO
 
-Memory beyond inputs and outputs: one float per query and head (lse) and, on the CPU, some rows per thread. The reference
-stores the scores of one sequence at a time.
+Memory beyond inputs and outputs: one float per query and head (lse) and, on the CPU, some rows per thread. The
+reference stores the scores of one sequence at a time.
 Source: Dao et al. 2022 and 2023 (FlashAttention, FlashAttention-2); Milakov and Gimelshein 2018 (online softmax).
 """
 
@@ -79,7 +79,7 @@ def flash_attention(
 
 def _check(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, cu_seqlens_key: Tensor) -> None:
     require(query.ndim == 3, OP, "query", "have shape [T, H, D]", list(query.shape))
-    tokens, heads, width = query.shape
+    heads, width = query.shape[1:]
     require(1 <= width <= MAX_WIDTH, OP, "query", f"have a width D in 1..{MAX_WIDTH}", width)
     require_dtype(OP, "query", query, FLOATS)
     require(
@@ -154,24 +154,22 @@ def _implementation(backend: str, problem: Problem) -> ModuleType:
 
 
 @_forward_op.register_fake
-def _fake_forward(query, key, value, cu_seqlens, cu_seqlens_key, causal, scale, backend):  # type: ignore[no-untyped-def]
+def _fake_forward(query, key, value, cu_seqlens, cu_seqlens_key, causal, scale, backend):
     return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=lse_dtype(query.dtype))
 
 
 @_backward_op.register_fake
-def _fake_backward(  # type: ignore[no-untyped-def]
-    grad_output, query, key, value, output, lse, cu_seqlens, cu_seqlens_key, causal, scale, backend
-):
+def _fake_backward(grad_output, query, key, value, output, lse, cu_seqlens, cu_seqlens_key, causal, scale, backend):
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output):
     query, key, value, cu_seqlens, cu_seqlens_key, ctx.causal, ctx.scale, ctx.backend = inputs
     ctx.save_for_backward(query, key, value, *output, cu_seqlens, cu_seqlens_key)
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, grad_output, _):  # type: ignore[no-untyped-def]
+def _backward(ctx, grad_output, _):
     gradients = _backward_op(grad_output, *ctx.saved_tensors, ctx.causal, ctx.scale, ctx.backend)
     wanted = (gradient if need else None for gradient, need in zip(gradients, ctx.needs_input_grad, strict=False))
     return (*wanted, None, None, None, None, None)
