@@ -3,6 +3,13 @@
 `nn.Linear` gets a fresh gradient matrix in every step. The matrices of the downstream network are 32 MiB each, which
 the allocator takes from and gives back to the operating system each time: clearing those pages costs more than the
 optimizer. Here the gradient is computed straight into a buffer that stays.
+
+In low precision the rows of a batch are centred first: with m their mean,
+
+    x W^T = bf16(x - m) bf16(W)^T + m W^T,      dW = bf16(dy)^T bf16(x - m) + (sum dy)^T m
+
+and the terms with m, one row each, keep float32's digits. Profiles may have a large part that all clients share (raw
+counts have); bf16 has three digits, and without this step the differences between clients would be gone.
 """
 
 from __future__ import annotations
@@ -14,36 +21,58 @@ from torch import nn
 from torch.nn import functional
 
 
-class _LinearInto(torch.autograd.Function):
-    """x W^T + b in the dtype of `weight`; writes dW and db into `.grad` of the parameters, replacing what is there."""
+class _ExactLinear(torch.autograd.Function):
+    """x W^T + b; writes dW and db into `.grad` of the parameters, replacing what is there."""
 
     @staticmethod
-    def forward(
-        ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, layer: ProbeLinear, _parameter: torch.Tensor
-    ) -> torch.Tensor:
-        rounded = inputs.to(weight.dtype)
-        ctx.save_for_backward(rounded, weight)
+    def forward(ctx: Any, inputs: torch.Tensor, layer: ProbeLinear, parameter: torch.Tensor) -> torch.Tensor:
         ctx.layer = layer
-        return layer.apply_weight(rounded, weight)
+        ctx.save_for_backward(inputs, parameter)
+        return functional.linear(inputs, parameter, layer.bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
         inputs, weight = ctx.saved_tensors
+        torch.mm(gradient.t(), inputs, out=ctx.layer.weight.grad)
+        torch.sum(gradient, dim=0, out=ctx.layer.bias.grad)
+        return (torch.mm(gradient, weight) if ctx.needs_input_grad[0] else None), None, None
+
+
+class _RoundedLinear(torch.autograd.Function):
+    """The same with products in bf16."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: torch.Tensor, layer: ProbeLinear, parameter: torch.Tensor) -> torch.Tensor:
+        output, centred, mean = layer.rounded(inputs)
+        ctx.layer = layer
+        ctx.save_for_backward(centred, mean)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
         layer: ProbeLinear = ctx.layer
-        rounded = gradient.to(weight.dtype)
-        if weight.dtype == torch.float32:
-            torch.mm(rounded.t(), inputs, out=layer.weight.grad)
-        else:
-            layer.weight.grad.copy_(torch.mm(rounded.t(), inputs, out=layer.low_gradient))  # type: ignore[union-attr]
-        torch.sum(gradient, dim=0, out=layer.bias.grad)
-        to_inputs = torch.mm(rounded, weight).float() if ctx.needs_input_grad[0] else None
-        return to_inputs, None, None, None
+        centred, mean = ctx.saved_tensors
+        total = torch.sum(gradient, dim=0, out=layer.bias.grad)
+        # (sum dy)^T m as three more rows of the same product: each factor is split into a bf16 number and its rest.
+        (total_high, total_low), (mean_high, mean_low) = _split(total), _split(mean)
+        rounded = gradient.bfloat16()
+        rows = torch.cat([rounded, torch.stack([total_high, total_high, total_low])])
+        columns = torch.cat([centred, torch.stack([mean_high, mean_low, mean_high])])
+        layer.weight.grad.copy_(torch.mm(rows.t(), columns, out=layer.low_gradient))  # type: ignore[union-attr]
+        return (torch.mm(rounded, layer.low_weight).float() if ctx.needs_input_grad[0] else None), None, None
+
+
+def _split(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two bf16 tensors whose sum is nearly `values`."""
+    high = values.bfloat16()
+    return high, (values - high).bfloat16()
 
 
 class ProbeLinear(nn.Linear):
-    """`nn.Linear` with kept gradient buffers and, after `use_low_precision`, bf16 products.
+    """`nn.Linear` with kept gradient buffers and, if asked for, products in bf16.
 
-    Call it once per forward and backward pass: gradients replace, they do not add up. Inputs and outputs are float32.
+    Call `prepare` first. Gradients replace, they do not add up: one forward and backward pass per step. Inputs, outputs
+    and parameters are float32.
     """
 
     low_weight: torch.Tensor | None = None
@@ -63,16 +92,16 @@ class ProbeLinear(nn.Linear):
         if self.low_weight is not None:
             self.low_weight.copy_(self.weight.detach())
 
-    def apply_weight(self, inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """The product in the dtype of `weight`, bias added in float32."""
-        if weight.dtype == torch.float32:
-            return functional.linear(inputs, weight, self.bias)
-        return functional.linear(inputs, weight).float().add_(self.bias)
+    def rounded(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Output float32 [B, outputs] by products in bf16, the centred inputs bf16 [B, inputs] and their mean."""
+        mean = inputs.mean(dim=0)
+        centred = (inputs - mean).bfloat16()
+        shared = functional.linear(mean, self.weight, self.bias)
+        return functional.linear(centred, self.low_weight).float().add_(shared), centred, mean
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Float32 [B, inputs] -> float32 [B, outputs]; parameters get their gradients in the buffers of `prepare`."""
-        weight = self.weight if self.low_weight is None else self.low_weight
         if not torch.is_grad_enabled():
-            return self.apply_weight(inputs.to(weight.dtype), weight)
-        # The parameter goes in so that autograd visits this layer even when its inputs need no gradient.
-        return _LinearInto.apply(inputs, weight.detach(), self, self.weight)
+            return super().forward(inputs) if self.low_weight is None else self.rounded(inputs)[0]
+        # The weight goes in so that autograd visits this layer even when its inputs need no gradient.
+        return (_ExactLinear if self.low_weight is None else _RoundedLinear).apply(inputs, self, self.weight)
