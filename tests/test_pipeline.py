@@ -109,7 +109,7 @@ def challenge_directory(target: Path) -> Path:
 
 def test_nothing_after_the_cutoff_moves_a_profile(tmp_path: Path) -> None:
     data = challenge_directory(tmp_path / "data")
-    overrides = (f"data.dir={data}", "data=challenge", "data.layout=raw", "stages=[profiles]")
+    overrides = (f"data.dir={data}", "data=challenge", "data.layout=raw", "stages=[profiles]", "store.all_clients=true")
     code, run, _ = run_tiny(tmp_path / "first", *overrides)
     assert code == 0
     before = contents(run / "profiles")

@@ -134,6 +134,16 @@ def test_clients_without_events_keep_a_row(write_events: Write, tmp_path: Path) 
     assert store.timeline.offsets.tolist() == [0, 0, 1, 1]
 
 
+def test_all_clients_keeps_those_that_need_no_profile(write_events: Write, tmp_path: Path) -> None:
+    buys = [(3, 1, 0), (9, 2, 1), (11, 8, 0)]
+    events = write_events(tmp_path / "events", {"product_buy": buys}, relevant=[9, 4])
+    for all_clients, ids, relevant in ((False, [4, 9], [True, True]), (True, [3, 4, 9], [False, True, True])):
+        build_store(events, tmp_path / f"store-{all_clients}", 5, all_clients=all_clients)
+        store = EventStore.open(tmp_path / f"store-{all_clients}")
+        assert store.client_ids.tolist() == ids
+        assert store.is_relevant.tolist() == relevant
+
+
 def test_nothing_after_the_cutoff_matters(write_events: Write, tmp_path: Path) -> None:
     """Every event at or after the cutoff is changed, added or removed: the files have the same bytes."""
     rng = np.random.default_rng(0)

@@ -16,6 +16,7 @@ from ubp_fast.features.matrix import FeatureMatrix
 from ubp_fast.features.scaling import Scaler
 from ubp_fast.models.contrastive import ContrastiveModel
 from ubp_fast.models.event_embedding import EventSizes
+from ubp_fast.models.membership import activity_columns, membership_weights
 from ubp_fast.models.multitask import MULTITASK_LABELS, MultitaskModel
 from ubp_fast.models.stacking import StackingModel, join_blocks
 from ubp_fast.models.training import embed, fit
@@ -36,7 +37,8 @@ def make_contrastive(settings: Settings, inputs: Inputs, directory: Path, progre
     store = EventStore.open(inputs["store"])
     config, training = settings.contrastive.config, settings.contrastive.training
     model_cutoffs, _ = cutoffs_of(store, settings)
-    views = views_at(store, model_cutoffs, with_history=True)
+    views = views_at(store, model_cutoffs, with_history=True, relevant_only=False)
+    weight = membership_weights(activity_columns(store, store.cutoff_s), np.asarray(store.is_relevant))
     model = initialise(lambda: ContrastiveModel(config, EventSizes.of(store)), settings.seed)
     edges = age_quantiles_days(store, views, max_length=config.history_length, bins=config.events.age_bins)
     model.set_age_edges(edges)
@@ -46,6 +48,7 @@ def make_contrastive(settings: Settings, inputs: Inputs, directory: Path, progre
         batch_size=training.batch_size,
         history_length=config.history_length,
         future_length=config.future_length,
+        weight=weight[views.row],
         shuffle_seed=settings.seed,
     )
     fit(model, loader, settings.contrastive.optimizer, training, directory / TRAINING, progress)
@@ -89,7 +92,7 @@ def make_multitask(settings: Settings, inputs: Inputs, directory: Path, progress
             views,
             batch_size=INFERENCE_BATCH,
             history_length=config.history_length,
-            features=scaler.transform(values),
+            features=scaler.transform(values[views.row]),
         )
 
     _write_vectors("multitask", model, loader_at, store, settings, directory)
@@ -101,7 +104,7 @@ def make_stacking(settings: Settings, inputs: Inputs, directory: Path, progress:
     config, training = settings.stacking.config, settings.stacking.training
     _, cutoffs = cutoffs_of(store, settings)
     views = views_at(store, cutoffs)
-    joined = _rows_of(views, {cutoff_s: _blocks_at(inputs, cutoff_s) for cutoff_s in cutoffs})
+    joined = np.concatenate([_blocks_at(store, inputs, cutoff_s) for cutoff_s in cutoffs])  # in the order of views
     labels = _labels(store, views, inputs["features"], config.labels)
     model = initialise(lambda: StackingModel(config, joined.shape[1], _widths(labels)), settings.seed)
     model.fit_scaling(joined)
@@ -113,9 +116,9 @@ def make_stacking(settings: Settings, inputs: Inputs, directory: Path, progress:
         None,
         views_at(store, [store.cutoff_s]),
         batch_size=INFERENCE_BATCH,
-        features=_blocks_at(inputs, store.cutoff_s),
+        features=_blocks_at(store, inputs, store.cutoff_s),
     )
-    Profiles(np.asarray(store.client_ids), embed(model, final).astype(np.float16)).save(directory / "stacked")
+    _profiles(store, embed(model, final)).save(directory / "stacked")
 
 
 def cutoffs_of(store: EventStore, settings: Settings) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -165,14 +168,19 @@ def _write_vectors(
     for cutoff_s in (*stacking, store.cutoff_s):
         vectors = embed(model, loader_at(views_at(store, [cutoff_s]), cutoff_s))
         np.save(directory / f"vectors-{cutoff_s}.npy", vectors)
-    Profiles(np.asarray(store.client_ids), vectors.astype(np.float16)).save(directory / name)
+    _profiles(store, vectors).save(directory / name)
 
 
-def _blocks_at(inputs: Inputs, cutoff_s: int) -> np.ndarray:
-    """Everything that is known about the clients at a cutoff, side by side, float32 [U, F]."""
+def _profiles(store: EventStore, vectors: np.ndarray) -> Profiles:
+    return Profiles(store.client_ids[store.is_relevant], vectors).to_float16()
+
+
+def _blocks_at(store: EventStore, inputs: Inputs, cutoff_s: int) -> np.ndarray:
+    """Everything that is known about the relevant clients at a cutoff, side by side, float32 [relevant U, F]."""
+    rows = store.is_relevant
     vectors = [
         np.load(inputs[name] / f"vectors-{cutoff_s}.npy", allow_pickle=False) for name in ("contrastive", "multitask")
     ]
-    aggregated = FeatureMatrix.load(inputs["features"] / f"aggregated-{cutoff_s}").values
-    decayed = FeatureMatrix.load(inputs["features"] / f"decayed-{cutoff_s}").values
+    aggregated = FeatureMatrix.load(inputs["features"] / f"aggregated-{cutoff_s}").values[rows]
+    decayed = FeatureMatrix.load(inputs["features"] / f"decayed-{cutoff_s}").values[rows]
     return join_blocks([*vectors, np.log1p(aggregated), decayed], [False, False, True, False])

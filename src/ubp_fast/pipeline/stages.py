@@ -66,7 +66,7 @@ def plan(settings: Settings) -> list[Stage]:
     common = settings.part("seed", "windows")
     stages = [
         events,
-        Stage("store", ("events",), {}, make_store, 2),
+        Stage("store", ("events",), settings.part("store"), make_store, 2),
         Stage("features", ("events", "store"), common | settings.part("features"), make_features, 8),
         Stage(
             "contrastive",
@@ -119,7 +119,7 @@ def make_events(settings: Settings, inputs: Inputs, directory: Path, progress: P
 def make_store(settings: Settings, inputs: Inputs, directory: Path, progress: ProgressCallback) -> None:
     """Client-sorted columns of everything before the profiles' cutoff, and nothing after it."""
     events = EventDirectory.open(inputs["events"])
-    build_store(events, directory, events.split.input_end_s, progress=progress)
+    build_store(events, directory, events.split.input_end_s, **settings.plain["store"], progress=progress)
 
 
 def make_features(settings: Settings, inputs: Inputs, directory: Path, progress: ProgressCallback) -> None:

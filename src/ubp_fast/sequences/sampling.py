@@ -35,13 +35,16 @@ def rows_at(store: EventStore, name: str, views: Views, shift_s: int = 0) -> np.
     return ends
 
 
-def views_at(store: EventStore, cutoffs_s: Sequence[int], *, with_history: bool = False) -> Views:
+def views_at(
+    store: EventStore, cutoffs_s: Sequence[int], *, with_history: bool = False, relevant_only: bool = True
+) -> Views:
     """Every client at every cutoff, cutoff by cutoff in the given order, clients in store order.
 
     Args:
         cutoffs_s: moments in seconds since 1970 UTC, none after the store's own cutoff.
         with_history: leave out views without any event before their cutoff. Wanted in training; never at inference,
             where every client gets a vector.
+        relevant_only: leave out clients that need no profile.
 
     Raises:
         ValueError: no cutoff, or one after the store's.
@@ -53,8 +56,8 @@ def views_at(store: EventStore, cutoffs_s: Sequence[int], *, with_history: bool 
             f"views_at: cutoffs_s must not be after the store's cutoff {store.cutoff_s}, got {max(cutoffs_s)};"
             " build a store that reaches further"
         )
-    rows = np.tile(np.arange(store.num_clients, dtype=np.int64), len(cutoffs_s))
-    views = Views(rows, np.repeat(np.asarray(cutoffs_s, np.int64), store.num_clients))
+    chosen = np.flatnonzero(store.is_relevant) if relevant_only else np.arange(store.num_clients)
+    views = Views(np.tile(chosen, len(cutoffs_s)), np.repeat(np.asarray(cutoffs_s, np.int64), len(chosen)))
     if not with_history:
         return views
     kept = rows_at(store, "timeline", views) > store.timeline.offsets[views.row]

@@ -17,7 +17,12 @@ from ubp_fast.store.vocabulary import FIRST_ID, UNKNOWN, encode, vocabulary
 
 
 def build_store(
-    events: EventDirectory, path: Path, cutoff_s: int, min_url_count: int = 1, progress: Progress | None = None
+    events: EventDirectory,
+    path: Path,
+    cutoff_s: int,
+    min_url_count: int = 1,
+    all_clients: bool = False,
+    progress: Progress | None = None,
 ) -> None:
     """Writes the store of all events with `timestamp_s < cutoff_s`; nothing later is looked at.
 
@@ -29,14 +34,16 @@ def build_store(
         path: new or empty directory; it appears when the store is complete.
         cutoff_s: seconds since 1970 UTC.
         min_url_count: urls with fewer visits before the cutoff share the id "unknown" (the winner: 10).
+        all_clients: also keep clients that the source does not name as relevant (`EventStore.is_relevant` tells them
+            apart), for models that learn from everybody.
         progress: called with (steps done, steps in all).
 
     Raises:
         DataError: no event before the cutoff, or the directory is in use or cannot be written.
     """
-    clients = _clients(events, cutoff_s)
+    clients, is_relevant = _clients(events, cutoff_s, all_clients)
     with published_directory(Path(path)) as partial:
-        builder = _Builder(events, partial, cutoff_s, clients)
+        builder = _Builder(events, partial, cutoff_s, clients, is_relevant)
         steps = Steps(progress, len(EVENT_KINDS) + 2)
         for kind in EVENT_KINDS:
             builder.sort_kind(kind)
@@ -48,26 +55,33 @@ def build_store(
         steps.done()
 
 
-def _clients(events: EventDirectory, cutoff_s: int) -> np.ndarray:
-    """Client ids of the store, ascending."""
+def _clients(events: EventDirectory, cutoff_s: int, all_clients: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Client ids of the store, ascending, and which of them need a profile."""
     relevant = events.relevant_clients
-    if relevant is not None:
-        return np.sort(relevant)
+    if relevant is not None and not all_clients:
+        return np.sort(relevant), np.ones(len(relevant), bool)
     before = pl.col("timestamp_s") < cutoff_s
     parts = [events.scan(kind).filter(before).select(pl.col("client_id").unique()) for kind in events.kinds]
-    return pl.concat(parts).collect()["client_id"].unique().sort().to_numpy()
+    present = pl.concat(parts).collect()["client_id"].unique().sort().to_numpy()
+    if relevant is None:
+        return present, np.ones(len(present), bool)
+    clients = np.union1d(present, relevant)
+    return clients, np.isin(clients, relevant)
 
 
 class _Builder:
     """Steps of one build, in the order in which `build_store` calls them; holds the sorted columns of all kinds."""
 
-    def __init__(self, events: EventDirectory, directory: Path, cutoff_s: int, clients: np.ndarray) -> None:
+    def __init__(
+        self, events: EventDirectory, directory: Path, cutoff_s: int, clients: np.ndarray, is_relevant: np.ndarray
+    ) -> None:
         self._events, self._directory, self._cutoff_s, self._clients = events, directory, cutoff_s, clients
         self._client_row: dict[str, np.ndarray] = {}
         self._timestamp_s: dict[str, np.ndarray] = {}
         self._item: dict[str, np.ndarray] = {}
         self._header: dict[str, object] = {"format": FORMAT, "cutoff_s": cutoff_s, "num_clients": len(clients)}
         self._save("client_ids", clients.astype(np.int64))
+        self._save("is_relevant", is_relevant)
 
     def sort_kind(self, kind: str) -> None:
         """Reads the history of one kind and sorts it by client and time, ties in file order."""

@@ -125,6 +125,11 @@ class EventStore:
         """i64 [U], ascending."""
         return self._column("client_ids")
 
+    @cached_property
+    def is_relevant(self) -> np.ndarray:
+        """Bool [U], clients that need a profile; others are there for models that learn from everybody."""
+        return self._column("is_relevant")
+
     def kind(self, name: str) -> KindColumns:
         """Columns of one kind, without rows when the kind is absent.
 
