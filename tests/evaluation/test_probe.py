@@ -149,3 +149,24 @@ def test_dense_labels_equal_the_matrix():
 def test_wrong_configurations_are_refused(field, value, message):
     with pytest.raises(ValueError, match=message):
         EvaluationConfig(**{field: value})
+
+
+def test_bf16_keeps_small_differences_beside_a_large_shared_part():
+    """Rounded without centring, rows that differ by less than 1/256 of their size would all look the same."""
+    torch.manual_seed(0)
+    layer, plain = ProbeLinear(64, 8), nn.Linear(64, 8)
+    plain.load_state_dict(layer.state_dict())
+    layer.prepare(low_precision=True)
+    generator = torch.Generator().manual_seed(1)
+    inputs = 1000 * torch.randn(64, generator=generator) + torch.randn(32, 64, generator=generator)
+    weight = torch.randn(32, 8, generator=generator)
+    outputs, exact = layer(inputs), plain(inputs)
+    for result in (outputs, exact):
+        (result * weight).sum().backward()
+    outputs, exact = outputs.detach(), exact.detach()
+    spread = exact - exact.mean(0)
+    assert float((outputs - exact).abs().max()) < 0.03 * float(spread.abs().max())
+    error = float((layer.weight.grad - plain.weight.grad).abs().max())
+    assert error < 0.01 * float(plain.weight.grad.abs().max())
+    with torch.no_grad():
+        torch.testing.assert_close(layer(inputs), outputs)

@@ -33,8 +33,8 @@ class _ExactLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
         inputs, weight = ctx.saved_tensors
-        torch.mm(gradient.t(), inputs, out=ctx.layer.weight.grad)
-        torch.sum(gradient, dim=0, out=ctx.layer.bias.grad)
+        torch.mm(gradient.t(), inputs, out=_kept(ctx.layer.weight))
+        torch.sum(gradient, dim=0, out=_kept(ctx.layer.bias))
         return (torch.mm(gradient, weight) if ctx.needs_input_grad[0] else None), None, None
 
 
@@ -52,14 +52,21 @@ class _RoundedLinear(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
         layer: ProbeLinear = ctx.layer
         centred, mean = ctx.saved_tensors
-        total = torch.sum(gradient, dim=0, out=layer.bias.grad)
+        total = torch.sum(gradient, dim=0, out=_kept(layer.bias))
         # (sum dy)^T m as three more rows of the same product: each factor is split into a bf16 number and its rest.
         (total_high, total_low), (mean_high, mean_low) = _split(total), _split(mean)
         rounded = gradient.bfloat16()
         rows = torch.cat([rounded, torch.stack([total_high, total_high, total_low])])
         columns = torch.cat([centred, torch.stack([mean_high, mean_low, mean_high])])
-        layer.weight.grad.copy_(torch.mm(rows.t(), columns, out=layer.low_gradient))  # type: ignore[union-attr]
+        _kept(layer.weight).copy_(torch.mm(rows.t(), columns, out=layer.low_gradient))
         return (torch.mm(rounded, layer.low_weight).float() if ctx.needs_input_grad[0] else None), None, None
+
+
+def _kept(parameter: torch.Tensor) -> torch.Tensor:
+    """The gradient buffer of a parameter."""
+    if parameter.grad is None:
+        raise RuntimeError("ProbeLinear: prepare() must be called before the first backward pass")
+    return parameter.grad
 
 
 def _split(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,13 +82,15 @@ class ProbeLinear(nn.Linear):
     and parameters are float32.
     """
 
-    low_weight: torch.Tensor | None = None
-    low_gradient: torch.Tensor | None = None
+    low_precision = False
+    low_weight: torch.Tensor
+    low_gradient: torch.Tensor
 
     def prepare(self, low_precision: bool) -> None:
         """Allocates the buffers, once the parameters are on their device."""
         self.weight.grad = torch.zeros_like(self.weight)
         self.bias.grad = torch.zeros_like(self.bias)
+        self.low_precision = low_precision
         if low_precision:
             self.low_weight = torch.empty_like(self.weight, dtype=torch.bfloat16, requires_grad=False)
             self.low_gradient = torch.empty_like(self.low_weight)
@@ -89,7 +98,7 @@ class ProbeLinear(nn.Linear):
 
     def refresh(self) -> None:
         """Rounds the weight again after the optimizer has changed it."""
-        if self.low_weight is not None:
+        if self.low_precision:
             self.low_weight.copy_(self.weight.detach())
 
     def rounded(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -102,6 +111,6 @@ class ProbeLinear(nn.Linear):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Float32 [B, inputs] -> float32 [B, outputs]; parameters get their gradients in the buffers of `prepare`."""
         if not torch.is_grad_enabled():
-            return super().forward(inputs) if self.low_weight is None else self.rounded(inputs)[0]
+            return self.rounded(inputs)[0] if self.low_precision else super().forward(inputs)
         # The weight goes in so that autograd visits this layer even when its inputs need no gradient.
-        return (_ExactLinear if self.low_weight is None else _RoundedLinear).apply(inputs, self, self.weight)
+        return (_RoundedLinear if self.low_precision else _ExactLinear).apply(inputs, self, self.weight)
