@@ -129,7 +129,9 @@ def test_losses_fall_and_are_recorded(store: EventStore, tmp_path: Path, optimiz
     assert losses[-1]["nt_xent"] < 0.8 * losses[0]["nt_xent"]
     for entry in losses:
         assert entry["loss"] == pytest.approx(entry["nt_xent"] + entry["future_activity"])
-    assert json.loads((tmp_path / "losses.json").read_text())["epochs"] == losses
+    record = json.loads((tmp_path / "losses.json").read_text())
+    assert record["epochs"] == losses
+    assert record["curve"][-1]["epoch"] == len(losses)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

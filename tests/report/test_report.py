@@ -13,7 +13,7 @@ def test_report_is_one_page_with_scores_losses_and_times() -> None:
         RunSummary(
             title="demo & co",
             scores=SCORES,
-            losses={"contrastive": [{"loss": 2.0}, {"loss": 1.5, "extra": 0.1}]},
+            losses={"contrastive": [{"epoch": 0.5, "loss": 2.0}, {"epoch": 1.0, "loss": 1.5, "extra": 0.1}]},
             timings=[("store", 1.25), ("events", None)],
             facts={"clients": 2464},
             environment={"packages": {"torch": "2.13.0"}},

@@ -33,6 +33,7 @@ Progress = Callable[[int, int], None]
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 MODEL_FILE, LOSSES_FILE = "model.safetensors", "losses.json"
+CURVE_POINTS = 60
 _CHECKPOINT, _PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 _UNREADABLE = (OSError, EOFError, RuntimeError, KeyError, ValueError, TypeError, UnpicklingError, SafetensorError)
 
@@ -60,6 +61,9 @@ def fit(
     validation: ViewLoader | None = None,
 ) -> list[dict[str, float]]:
     """Trains `model` in place and leaves `model.safetensors` and `losses.json` in `directory`.
+
+    `losses.json` holds `epochs` (what is returned) and `curve`: the mean terms of about `CURVE_POINTS` equal parts of
+    the training, each with the `epoch` it ends at.
 
     Called again with a directory that holds checkpoints of the same training, it continues; with a finished one, it
     only loads. Unreadable checkpoints, and those of another training, are passed over.
@@ -107,7 +111,7 @@ def fit(
         )
         trainer.fit(job, train_dataloaders=loader)
     write_atomically(directory / MODEL_FILE, lambda path: save_model(model, path))
-    text = json.dumps({**identity, "epochs": job.losses}, indent=1)
+    text = json.dumps({**identity, "epochs": job.losses, "curve": job.curve}, indent=1)
     write_atomically(directory / LOSSES_FILE, lambda path: path.write_text(text, encoding="utf-8"))
     for name in (_CHECKPOINT, _PREVIOUS):
         (directory / name).unlink(missing_ok=True)
@@ -154,6 +158,8 @@ class _Job(lightning.LightningModule):
         self.optimizer_factory, self.config = optimizer_factory, config
         self.directory, self.identity, self.progress = directory, identity, progress
         self.losses: list[dict[str, float]] = []
+        self.curve: list[dict[str, float]] = []
+        self._curve_start = 0
         self._resumed: dict[str, Any] | None = None
         self._terms: list[tuple[int, dict[str, Tensor]]] = []
         self._saved_at = time.monotonic()
@@ -172,7 +178,7 @@ class _Job(lightning.LightningModule):
                 if state["identity"] != self.identity:
                     continue
                 self.model.load_state_dict(state["model"])
-                self.losses, self._resumed = state["losses"], state["optimizer"]
+                self.losses, self.curve, self._resumed = state["losses"], state["curve"], state["optimizer"]
                 return
             except _UNREADABLE:
                 continue
@@ -205,14 +211,19 @@ class _Job(lightning.LightningModule):
         return values.sum()
 
     def on_train_batch_end(self, outputs: object, batch: ViewBatch, batch_index: int) -> None:
+        steps = len(self.loader)
+        done, total = self.epochs_done * steps + batch_index + 1, self.config.epochs * steps
+        part = self._terms[self._curve_start :]
+        if len(part) >= math.ceil(total / CURVE_POINTS) or batch_index + 1 == steps:
+            self.curve.append({"epoch": done / steps, **_mean_terms(part)})
+            self._curve_start = len(self._terms)
         if self.progress is not None:
-            steps = len(self.loader)
-            self.progress(self.epochs_done * steps + batch_index + 1, self.config.epochs * steps)
+            self.progress(done, total)
 
     def on_train_epoch_end(self) -> None:
         _switch(self.optimizer, is_training=False)
         losses = {"epoch": float(self.epochs_done), **_mean_terms(self._terms)}
-        self._terms = []
+        self._terms, self._curve_start = [], 0
         if self.validation is not None:
             losses |= {f"validation_{name}": value for name, value in self._validate(self.validation).items()}
         self.losses.append(losses)
@@ -233,6 +244,7 @@ class _Job(lightning.LightningModule):
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "losses": self.losses,
+            "curve": self.curve,
         }
         current = self.directory / _CHECKPOINT
         if current.exists():
@@ -261,6 +273,7 @@ def _load_finished(model: nn.Module, directory: Path, identity: dict[str, Any]) 
     try:
         record = json.loads((directory / LOSSES_FILE).read_text(encoding="utf-8"))
         epochs = record.pop("epochs")
+        record.pop("curve")
         if record != identity:
             return None
         load_model(model, directory / MODEL_FILE)

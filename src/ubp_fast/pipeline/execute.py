@@ -172,8 +172,7 @@ def _losses(run: RunDirectory, names: set[str]) -> dict[str, list[dict[str, floa
     for name in ("contrastive", "multitask", "stacking"):
         if name in names:
             text = (run.path / "stages" / name / TRAINING / LOSSES_FILE).read_text(encoding="utf-8")
-            epochs = json.loads(text)["epochs"]
-            losses[name] = [{term: value for term, value in epoch.items() if term != "epoch"} for epoch in epochs]
+            losses[name] = json.loads(text)["curve"]
     return losses
 
 

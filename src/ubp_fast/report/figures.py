@@ -6,7 +6,6 @@ import io
 from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 INK = "#222222"
 PALETTE = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#9d755d", "#72b7b2")
@@ -34,7 +33,7 @@ def score_figure(scores: Mapping[str, Mapping[str, tuple[float | None, float | N
             error_kw={"ecolor": INK, "elinewidth": 1.0},
             label=component,
         )
-    axes.set_xticks(range(len(tasks)), tasks)
+    axes.set_xticks(range(len(tasks)), [task.removeprefix("propensity_") for task in tasks])
     axes.set_ylabel("score")
     axes.set_ylim(*_score_limits(scores))
     axes.legend(frameon=False, ncols=max(len(components), 1), loc="upper center", bbox_to_anchor=(0.5, 1.16))
@@ -42,22 +41,21 @@ def score_figure(scores: Mapping[str, Mapping[str, tuple[float | None, float | N
 
 
 def loss_figure(history: Sequence[Mapping[str, float]], title: str) -> bytes:
-    """One line per loss term over the epochs.
+    """One line per loss term over the training.
 
     Args:
-        history: mean loss terms of each epoch, in order.
+        history: mean loss terms of consecutive parts of the training; `epoch` says where each ends.
         title: the model's name.
     """
     figure = Figure(figsize=(4.4, 2.8), layout="constrained")
     axes = figure.add_subplot()
-    epochs = range(1, len(history) + 1)
-    for position, term in enumerate(dict.fromkeys(term for epoch in history for term in epoch)):
-        values = [epoch.get(term, float("nan")) for epoch in history]
-        axes.plot(epochs, values, marker="o", markersize=3, color=PALETTE[position % len(PALETTE)], label=term)
+    epochs = [part["epoch"] for part in history]
+    for position, term in enumerate(dict.fromkeys(term for part in history for term in part if term != "epoch")):
+        values = [part.get(term, float("nan")) for part in history]
+        axes.plot(epochs, values, marker="o", markersize=2, color=PALETTE[position % len(PALETTE)], label=term)
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("epoch")
     axes.set_ylabel("loss")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, fontsize=7)
     return _png(figure)
 

@@ -25,7 +25,7 @@ class RunSummary:
     Attributes:
         title: name of the run.
         scores: component -> task -> (score, standard error over row orders or None).
-        losses: model -> mean loss terms per epoch.
+        losses: model -> mean loss terms of consecutive parts of its training, with the `epoch` where each ends.
         timings: (stage, seconds or None when it came from the cache), in order.
         facts: short facts such as the number of clients and the windows.
         environment: versions and machine.
