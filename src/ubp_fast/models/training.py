@@ -60,11 +60,9 @@ def fit(
     progress: Progress | None = None,
     validation: ViewLoader | None = None,
 ) -> list[dict[str, float]]:
-    """Trains `model` in place and leaves `model.safetensors` and `losses.json` in `directory`.
+    """Trains `model` in place; leaves `model.safetensors` and `losses.json` in `directory`.
 
-    `losses.json` holds `epochs` (what is returned) and `curve`: the mean terms of about `CURVE_POINTS` equal parts of
-    the training, each with the `epoch` it ends at.
-
+    `losses.json`: `epochs`, what is returned, and `curve`, means over about `CURVE_POINTS` parts of the training.
     Called again with a directory that holds checkpoints of the same training, it continues; with a finished one, it
     only loads. Unreadable checkpoints, and those of another training, are passed over.
 
@@ -214,7 +212,7 @@ class _Job(lightning.LightningModule):
         steps = len(self.loader)
         done, total = self.epochs_done * steps + batch_index + 1, self.config.epochs * steps
         part = self._terms[self._curve_start :]
-        if len(part) >= math.ceil(total / CURVE_POINTS) or batch_index + 1 == steps:
+        if len(part) >= -(-total // CURVE_POINTS) or batch_index + 1 == steps:
             self.curve.append({"epoch": done / steps, **_mean_terms(part)})
             self._curve_start = len(self._terms)
         if self.progress is not None:
@@ -239,13 +237,8 @@ class _Job(lightning.LightningModule):
             return _mean_terms([(batch.num_views, self.model.loss(batch)) for batch in batches])
 
     def _checkpoint(self) -> None:
-        state = {
-            "identity": self.identity,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "losses": self.losses,
-            "curve": self.curve,
-        }
+        state = {"identity": self.identity, "losses": self.losses, "curve": self.curve}
+        state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         current = self.directory / _CHECKPOINT
         if current.exists():
             os.replace(current, self.directory / _PREVIOUS)
