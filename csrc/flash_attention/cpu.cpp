@@ -245,6 +245,19 @@ void gradient_row(float* scores, float* products, int64_t visible, int64_t padde
   }
 }
 
+// <a_i, b_i> of each row, summed in the order of `multiply`: where a query sees one key, <dO, V> and <dO, O>
+// are then the same number and their difference is 0, not a rounding error.
+void row_products(float* result, Operand a, Operand b, int64_t rows, int64_t width) {
+  for (int64_t row = 0; row < rows; ++row) result[row] = 0.f;
+  constexpr int kChains = 8;  // rows side by side, to hide the latency of the additions
+  for (int64_t first = 0; first < rows; first += kChains) {
+    const int64_t end = smaller(first + kChains, rows);
+    for (int64_t column = 0; column < width; ++column)
+      for (int64_t row = first; row < end; ++row)
+        result[row] += a.data[row * a.stride + column] * b.data[row * b.stride + column];
+  }
+}
+
 struct Gradients {
   float *query, *key, *value;
 };
@@ -302,13 +315,8 @@ void backward_task(const FlashAttentionProblem& problem, const Task& task, Works
   float deltas[kBackwardRows];
   for (int64_t row = 0; row < task.queries; row += kBackwardRows) {
     const int64_t rows = smaller(kBackwardRows, task.queries - row);
-    for (int64_t at = 0; at < rows; ++at) {
-      Vec sums = {};
-      for (int64_t column = 0; column < task.padded; column += kWidth)
-        sums += load(output.data + (row + at) * output.stride + column) *
-                load(grad_output.data + (row + at) * grad_output.stride + column);
-      deltas[at] = sum_lanes(sums);
-    }
+    row_products(deltas, {output.data + row * output.stride, output.stride},
+                 {grad_output.data + row * grad_output.stride, grad_output.stride}, rows, task.width);
     const Gradients block{gradients.query + row * stride, gradients.key, gradients.value};
     backward_block<T>(problem, task, {query.data + row * query.stride, query.stride}, key,
                       {grad_output.data + row * grad_output.stride, grad_output.stride}, keys, values, deltas,

@@ -71,9 +71,8 @@ def flash_attention(
     cu_seqlens_key = cu_seqlens if cu_seqlens_key is None else cu_seqlens_key
     _check(query, key, value, cu_seqlens, cu_seqlens_key)
     scale = 1.0 / math.sqrt(query.shape[2]) if scale is None else float(scale)
-    require(math.isfinite(scale), OP, "scale", "be finite", scale)
-    offsets = cu_seqlens.to(torch.int32), cu_seqlens_key.to(torch.int32)
-    output, _ = _forward_op(query, key, value, *offsets, causal, scale, backend)
+    require(abs(scale) <= torch.finfo(torch.float32).max, OP, "scale", "be finite in float32", scale)
+    output, _ = _forward_op(query, key, value, cu_seqlens, cu_seqlens_key, causal, scale, backend)
     return output
 
 
@@ -105,8 +104,9 @@ def _check(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, cu_seq
 
 
 def _check_offsets(name: str, offsets: Tensor, tokens: int) -> None:
-    """Rules about values; inside the op, where reading them cannot break a graph."""
+    """Rules about values; inside the op, where reading them cannot break a graph, and before int64 becomes int32."""
     values = offsets.tolist()
+    require(tokens < 2**31, OP, name, "count fewer than 2^31 rows", tokens)
     require(values[0] == 0, OP, name, "start at 0", values[0])
     require(values[-1] == tokens, OP, name, f"end at the number of rows {tokens}", values[-1])
     for at in range(1, len(values)):
@@ -127,7 +127,7 @@ def _forward_op(
 ) -> tuple[Tensor, Tensor]:
     _check_offsets("cu_seqlens", cu_seqlens, query.shape[0])
     _check_offsets("cu_seqlens_key", cu_seqlens_key, key.shape[0])
-    problem = Problem(query, key, value, cu_seqlens, cu_seqlens_key, causal, scale)
+    problem = Problem(query, key, value, cu_seqlens.int(), cu_seqlens_key.int(), causal, scale)
     return _implementation(backend, problem).forward(problem)
 
 
@@ -145,7 +145,7 @@ def _backward_op(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    problem = Problem(query, key, value, cu_seqlens, cu_seqlens_key, causal, scale)
+    problem = Problem(query, key, value, cu_seqlens.int(), cu_seqlens_key.int(), causal, scale)
     return _implementation(backend, problem).backward(problem, output, lse, grad_output)
 
 

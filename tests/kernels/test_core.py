@@ -1,0 +1,147 @@
+"""The compiled module: instruction sets, threads, fork, and no symbol of one instruction set that another could use."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from support.cases import PackedCase, packed_inputs
+from support.closeness import assert_matches_reference
+
+from ubp_fast import _core
+from ubp_fast.kernels import flash_attention
+
+CASE = PackedCase("mixed", (40, 0, 7, 65), width=32)
+
+
+@pytest.fixture(autouse=True)
+def same_isa() -> Iterator[None]:
+    before = _core.isa()
+    yield
+    _core.set_isa(before)
+
+
+def result() -> torch.Tensor:
+    return flash_attention(*packed_inputs(CASE, torch.float32), backend="native")
+
+
+def test_best_isa_is_chosen() -> None:
+    assert _core.usable_isas()[0] == "base"
+    assert _core.isa() == _core.usable_isas()[-1]
+
+
+def test_every_isa_agrees() -> None:
+    inputs = packed_inputs(CASE, torch.float32)
+    truth = flash_attention(*(part.double() for part in inputs[:3]), *inputs[3:])
+    reference = flash_attention(*inputs, backend="reference")
+    for isa in _core.usable_isas():
+        _core.set_isa(isa)
+        assert _core.isa() == isa
+        assert_matches_reference(result(), reference, truth, "flash_attention", isa)
+
+
+@pytest.mark.parametrize("name", ["", "sse9", "AVX2"])
+def test_unknown_isa(name: str) -> None:
+    before = _core.isa()
+    with pytest.raises(ValueError, match=f"^set_isa: name must be an instruction set of this build, got '{name}'"):
+        _core.set_isa(name)
+    assert _core.isa() == before
+
+
+def test_unusable_isa() -> None:
+    unusable = {"avx2", "avx512", "avx512_bf16"} - set(_core.usable_isas())
+    if not unusable:
+        pytest.skip("this processor has every instruction set of the build")
+    for name in unusable:
+        with pytest.raises(ValueError, match=f"got '{name}'"):
+            _core.set_isa(name)
+
+
+def _send_result(sender: Connection) -> None:
+    sender.send_bytes(result().numpy().tobytes())
+    sender.close()
+    os._exit(0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # fork in a process that has threads is what is tested
+def test_fork_after_the_pool_was_used() -> None:
+    torch.set_num_threads(3)
+    before = result().numpy().tobytes()
+    for _ in range(3):
+        receiver, sender = multiprocessing.Pipe(duplex=False)
+        child = multiprocessing.get_context("fork").Process(target=_send_result, args=(sender,))
+        child.start()
+        assert receiver.poll(60), "the forked child does not answer"
+        assert receiver.recv_bytes() == before
+        child.join()
+    assert result().numpy().tobytes() == before
+
+
+def test_many_threads_call_at_once() -> None:
+    torch.set_num_threads(2)
+    wanted = result()
+    barrier = threading.Barrier(6)
+
+    def call(_: int) -> bool:
+        barrier.wait()
+        return all(torch.equal(result(), wanted) for _ in range(20))
+
+    with ThreadPoolExecutor(6) as executor:
+        assert all(executor.map(call, range(6)))
+
+
+def test_thread_count_follows_torch() -> None:
+    code = """
+import psutil, torch
+from ubp_fast.kernels import flash_attention
+query = torch.randn(64, 4, 16)
+counts = []
+for threads in (1, 3, 2, 5):
+    torch.set_num_threads(threads)
+    before = psutil.Process().num_threads()
+    flash_attention(query, query, query, torch.arange(0, 65, 8), backend="native")
+    counts.append(psutil.Process().num_threads() - before)
+print(counts)
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split("\n")[0] == "[0, 2, 0, 2]"  # the pool grows to threads - 1 helpers and keeps them
+
+
+def test_wrong_addresses_never_reach_the_kernel() -> None:
+    offsets = torch.tensor([0, 4], dtype=torch.int32)
+    addresses = (0, 0, 0, offsets.data_ptr(), offsets.data_ptr())
+    for sizes, rule in (
+        ([4, 4, 1, 2], "sizes must be"),
+        ([4, 4, -1, 2, 8], "sizes must not be negative"),
+        ([4, 4, 1, 2, 0], "width must be in 1..256, got 0"),
+        ([4, 4, 1, 2, 257], "width must be in 1..256, got 257"),
+        ([5, 4, 1, 2, 8], "cu_seqlens must end at the number of tokens 5, got 4"),
+        ([4, 3, 1, 2, 8], "cu_seqlens_key must end at the number of tokens 3, got 4"),
+    ):
+        with pytest.raises(ValueError, match=f"flash_attention: {rule}"):
+            _core.flash_attention_forward(*addresses, sizes, 0, False, 1.0, 1, 0, 0)
+    with pytest.raises(ValueError, match="dtype must be 0, 1 or 2, got 3"):
+        _core.flash_attention_forward(*addresses, [4, 4, 1, 2, 8], 3, False, 1.0, 1, 0, 0)
+    with pytest.raises(ValueError, match="threads must be >= 1, got 0"):
+        _core.flash_attention_forward(*addresses, [4, 4, 1, 2, 8], 0, False, 1.0, 0, 0, 0)
+
+
+def test_module_needs_no_torch() -> None:
+    """The module links to the C++ runtime only, and imports without Python packages."""
+    libraries = {Path(item.path).name for item in psutil.Process().memory_maps() if ".so" in item.path}
+    assert any(name.startswith("_core") for name in libraries)
+    code = f"import importlib.util as u; s = u.spec_from_file_location('_core', {_core.__file__!r}); "
+    code += "m = u.module_from_spec(s); s.loader.exec_module(m); import sys; "
+    code += "print(m.isa(), 'torch' in sys.modules, 'numpy' in sys.modules)"
+    found = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == [_core.isa(), "False", "False"]
