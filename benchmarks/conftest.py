@@ -1,0 +1,82 @@
+"""Runs the cases pinned to one thread, writes results/<machine>/<commit>.json, prints the table of bars."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]  # contest, bars; the tests' rule of closeness
+
+import bars  # noqa: E402
+from contest import Contest, Ratio, keep_freed_memory, machine  # noqa: E402
+
+RATIOS = pytest.StashKey[list[Ratio]]()
+KEEPS_MEMORY = pytest.StashKey[bool]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[RATIOS] = []
+    config.stash[KEEPS_MEMORY] = keep_freed_memory()
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def contest(benchmark: Any, request: pytest.FixtureRequest) -> Contest:
+    """Hands the case its race; pytest-benchmark stores what it measures."""
+    torch.manual_seed(0)
+    return Contest(benchmark, request.config.stash[RATIOS])
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    ratios = session.config.stash[RATIOS]
+    if ratios and exitstatus == 0:
+        _write(session.config)
+        if bars.missed(ratios):
+            session.exitstatus = 1
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    ratios = config.stash[RATIOS]
+    if not ratios:
+        return
+    terminalreporter.section("figures against bars (wall clock, median of rounds)")
+    terminalreporter.write_line(bars.table(ratios))
+    for item in bars.missed(ratios):
+        terminalreporter.write_line(
+            f"BELOW ITS BAR: {item.figure} against {item.rival}: {item.ratio:.2f}x < {item.bar}x"
+        )
+
+
+def _write(config: pytest.Config) -> None:
+    """Adds the cases of this run to the file of this machine and commit; other cases in it stay."""
+    facts = {**machine(), "glibc_keeps_freed_memory": config.stash[KEEPS_MEMORY]}
+    name = re.sub(r"[^a-z0-9]+", "-", f"{facts['cpu']}-{facts['cores']}-cores".lower()).strip("-")
+    path = HERE / "results" / name / f"{_commit()}.json"
+    cases = {}
+    if path.exists():
+        cases = json.loads(path.read_text(encoding="utf-8"))["cases"]
+    for run in config._benchmarksession.benchmarks:  # type: ignore[attr-defined]
+        cases[run.name] = dict(run.extra_info)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"machine": facts, "cases": dict(sorted(cases.items()))}, indent=1)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _commit() -> str:
+    """Short hash of HEAD, "-dirty" when tracked sources differ from it, "unknown" outside a clone."""
+    try:
+        head = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(head, cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
+        changed = ["git", "status", "--porcelain", "--untracked-files=no", "--", "../src", "../csrc", "."]
+        state = subprocess.run(changed, cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{commit}-dirty" if state else commit

@@ -1,0 +1,230 @@
+"""A fair race: contender and rivals take turns inside one process, on the same inputs, after their results agreed."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+CONTENDER = "ubp_fast"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one competitor needed, in milliseconds per call and bytes above the start of the call.
+
+    Attributes:
+        median_ms: wall clock.
+        low_ms: 20 % quantile of the wall clock.
+        high_ms: 80 % quantile of the wall clock.
+        cpu_ms: median CPU time of the process, all threads.
+        peak_bytes: largest growth of the resident set during one call.
+        rounds: how often it was timed.
+    """
+
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    cpu_ms: float
+    peak_bytes: int
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One figure against one rival: how many times as fast the contender is, and what it must reach."""
+
+    figure: str
+    rival: str
+    ratio: float
+    cpu_ratio: float
+    bar: float | None
+
+    @property
+    def is_ok(self) -> bool:
+        """No bar, or reached."""
+        return self.bar is None or self.ratio >= self.bar
+
+
+class Contest:
+    """Times a contender against rivals, round by round; `benchmarks/conftest.py` hands one to each case."""
+
+    def __init__(self, benchmark: Any, ratios: list[Ratio]) -> None:
+        self._benchmark, self._ratios = benchmark, ratios
+
+    def run(
+        self,
+        figure: str,
+        contender: Callable[[], Any],
+        rivals: dict[str, tuple[Callable[[], Any], float | None]],
+        check: Callable[[str, Any, Any], None],
+        seconds: float = 6.0,
+        min_rounds: int = 7,
+        threads: dict[str, int] | None = None,
+        facts: dict[str, Any] | None = None,
+    ) -> None:
+        """Checks that all results agree, then times all competitors in turns.
+
+        Args:
+            figure: what is measured.
+            contender: the call under test; its inputs exist before.
+            rivals: name -> (call, bar): the contender must be `bar` times as fast, None sets no bar.
+            check: called with the rival's name and both results; raises when they differ. Runs before any timing.
+            seconds: the rounds go on for about this long.
+            min_rounds: but there are at least so many.
+            threads: torch threads of a competitor, 1 when absent.
+            facts: inputs and sizes, stored with the result.
+        """
+        competitors = {CONTENDER: contender, **{name: call for name, (call, _) in rivals.items()}}
+        threads = {name: (threads or {}).get(name, 1) for name in competitors}
+        results = {}
+        for name, call in competitors.items():  # warm-up, too
+            with torch_threads(threads[name]):
+                results[name] = call()
+        for name in rivals:
+            check(name, results[CONTENDER], results[name])
+        del results
+        samples = self._rounds(competitors, threads, seconds, min_rounds)
+        timings = {name: self._timing(samples[name], call, threads[name]) for name, call in competitors.items()}
+        ratios = [
+            Ratio(
+                figure,
+                name,
+                float(
+                    np.median([rival / mine for (mine, _), (rival, _) in zip(samples[CONTENDER], times, strict=True)])
+                ),
+                timings[name].cpu_ms / timings[CONTENDER].cpu_ms,
+                rivals[name][1],
+            )
+            for name, times in samples.items()
+            if name != CONTENDER
+        ]
+        self._ratios.extend(ratios)
+        self._benchmark.extra_info.update(
+            figure=figure,
+            timings={name: asdict(timing) for name, timing in timings.items()},
+            ratios=[{**asdict(ratio), "is_ok": ratio.is_ok} for ratio in ratios],
+            threads=threads,
+            facts=facts or {},
+        )
+
+    def _rounds(
+        self, competitors: dict[str, Callable[[], Any]], threads: dict[str, int], seconds: float, min_rounds: int
+    ) -> dict[str, list[tuple[float, float]]]:
+        """(wall, CPU) seconds of each call. pytest-benchmark times the contender's calls, the rivals run in between."""
+        samples: dict[str, list[tuple[float, float]]] = {name: [] for name in competitors}
+
+        def timed(name: str) -> None:
+            cpu, wall = time.process_time(), time.perf_counter()
+            competitors[name]()
+            samples[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+
+        def between() -> None:
+            torch.set_num_threads(1)
+            for name in competitors:
+                if name != CONTENDER:
+                    with torch_threads(threads[name]):
+                        timed(name)
+            torch.set_num_threads(threads[CONTENDER])
+
+        with quiet_collector():
+            start = time.perf_counter()
+            between()
+            timed(CONTENDER)
+            one_round_s = time.perf_counter() - start
+            for times in samples.values():
+                times.clear()
+            rounds = max(min_rounds, min(200, int(seconds / one_round_s)))
+            self._benchmark.pedantic(timed, args=(CONTENDER,), setup=between, rounds=rounds, iterations=1)
+        torch.set_num_threads(1)
+        return samples
+
+    @staticmethod
+    def _timing(samples: list[tuple[float, float]], call: Callable[[], Any], threads: int) -> Timing:
+        wall_ms = np.array([wall for wall, _ in samples]) * 1e3
+        low, median, high = np.quantile(wall_ms, (0.2, 0.5, 0.8))
+        cpu_ms = float(np.median([cpu for _, cpu in samples])) * 1e3
+        with torch_threads(threads):
+            peak = peak_extra_bytes(call)
+        return Timing(float(median), float(low), float(high), cpu_ms, peak, len(samples))
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Runs the block with that many torch threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def quiet_collector() -> Iterator[None]:
+    """No garbage collection inside a timed call."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def peak_extra_bytes(call: Callable[[], Any]) -> int:
+    """Largest growth of the resident set while `call` runs once, from heap that was given back to the system."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    process, stop = psutil.Process(), threading.Event()
+    start = peak = process.memory_info().rss
+
+    def watch() -> None:
+        nonlocal peak
+        while not stop.wait(0.0005):
+            peak = max(peak, process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    result = call()
+    peak = max(peak, process.memory_info().rss)
+    del result
+    stop.set()
+    watcher.join()
+    return peak - start
+
+
+def keep_freed_memory() -> bool:
+    """Tells glibc to keep freed memory (no trim, no mmap), for all competitors; False where that is not possible.
+
+    Otherwise every large tensor is returned to the system and page faults are timed instead of kernels, mostly for
+    the rivals, which allocate more.
+    """
+    trim_threshold, mmap_max = -1, -4
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(mmap_max, 0)) and bool(mallopt(trim_threshold, 2**31 - 1))
+
+
+def machine() -> dict[str, str]:
+    """CPU model, cores, versions: what a number depends on, and nothing that names the computer."""
+    model = platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    return {
+        "cpu": model,
+        "cores": str(os.cpu_count()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
