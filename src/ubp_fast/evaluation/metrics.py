@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from ubp_fast.events.targets import LabelMatrix
 
@@ -110,14 +111,13 @@ def auroc_per_label(scores: torch.Tensor, labels: LabelMatrix) -> np.ndarray:
 
 def batch_sigmoid_(logits: torch.Tensor, batch_size: int) -> torch.Tensor:
     """Applies the sigmoid in place to every batch of rows with a value outside [0, 1]; returns `logits` [n, L]."""
-    num_rows = len(logits)
-    outside = ((logits < 0) | (logits > 1)).any(dim=1)
-    starts = range(0, num_rows, batch_size)
-    if num_rows and bool(torch.stack([outside[start : start + batch_size].any() for start in starts]).all()):
+    row_outside = ((logits < 0) | (logits > 1)).any(dim=1)
+    padded = functional.pad(row_outside, (0, -len(logits) % batch_size))
+    outside = padded.view(-1, batch_size).any(dim=1)
+    if outside.all():
         return logits.sigmoid_()
-    for start in starts:
-        if bool(outside[start : start + batch_size].any()):
-            logits[start : start + batch_size].sigmoid_()
+    for number in outside.nonzero()[:, 0].tolist():
+        logits[number * batch_size : (number + 1) * batch_size].sigmoid_()
     return logits
 
 

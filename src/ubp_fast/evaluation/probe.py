@@ -4,6 +4,10 @@ The same steps as theirs: seed 1278, BCE with logits, AdamW (weight decay 0.01),
 one short, no shuffling; after every epoch the metrics of all rows on the labels of the validation window. What differs
 is cost only: labels are made once, gradients stay in place (`ProbeLinear`), the optimizer is fused, no checkpoints are
 written, and the forward pass of the validation takes more rows at a time.
+
+precision="bf16" takes about 0.4 of the CPU time of fp32 on a processor with bf16 products. Measured drift of a task's
+score on Complete Journey (2,464 clients, one row order): at most 0.0008 with raw counts as profiles, 0.0001 with log1p
+of them; another row order moves the same scores by about 0.01.
 """
 
 from __future__ import annotations
@@ -122,7 +126,7 @@ def train_probe(data: ProbeData, config: EvaluationConfig, report: Callable[[int
 def make_network(input_dim: int, num_labels: int, device: torch.device, low_precision: bool) -> DownstreamNetwork:
     """The network with the organisers' initial parameters; the global random state stays as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(DOWNSTREAM_SEED)
+        torch.default_generator.manual_seed(DOWNSTREAM_SEED)
         network = DownstreamNetwork(input_dim, num_labels, linear=ProbeLinear)
     network = network.to(device)
     inner = set(network.body.blocks.modules())
