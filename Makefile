@@ -4,7 +4,7 @@ CASE ?= bench
 INSTALLED := .venv/installed
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test lint format bench wheel
+.PHONY: demo test lint format bench wheel sanitize
 
 demo: $(INSTALLED)  ## real retail purchases -> profiles, scores, report
 	$(BIN)/python -m ubp_fast.run
@@ -28,6 +28,14 @@ bench: $(INSTALLED)  ## make bench CASE=flash_attention
 
 wheel: $(INSTALLED)
 	$(BIN)/pip wheel --no-deps -w dist .
+
+sanitize: $(INSTALLED)  ## fuzz of the compiled module under the address and undefined-behaviour sanitizers
+	cmake -S . -B build/sanitize -DCMAKE_BUILD_TYPE=Release -DUBP_CUDA=OFF -DUBP_SANITIZE=address,undefined \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	cmake --build build/sanitize
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 PYTHONMALLOC=malloc \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+	  $(BIN)/python tests/kernels/fuzz_core.py build/sanitize 300
 
 $(INSTALLED): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

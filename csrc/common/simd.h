@@ -41,16 +41,23 @@ UBP_INLINE Vec broadcast(float value) { return Vec{} + value; }
 
 UBP_INLINE Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
 
+// Lane i of the result is lane i + distance, around the end.
+UBP_INLINE Vec rotate(Vec value, int distance) {
+  IntVec lanes;
+  for (int lane = 0; lane < kWidth; ++lane) lanes[lane] = (lane + distance) % kWidth;
+  return __builtin_shuffle(value, lanes);
+}
+
 UBP_INLINE float sum_lanes(Vec value) {
-  float total = 0.f;
-  for (int lane = 0; lane < kWidth; ++lane) total += value[lane];
-  return total;
+#pragma GCC unroll 4
+  for (int half = kWidth / 2; half > 0; half /= 2) value += rotate(value, half);
+  return value[0];
 }
 
 UBP_INLINE float max_lanes(Vec value) {
-  float largest = value[0];
-  for (int lane = 1; lane < kWidth; ++lane) largest = value[lane] > largest ? value[lane] : largest;
-  return largest;
+#pragma GCC unroll 4
+  for (int half = kWidth / 2; half > 0; half /= 2) value = maximum(value, rotate(value, half));
+  return value[0];
 }
 
 // exp(x) for x <= 88, relative error below 3e-7; anything under -87.3, minus infinity too, gives 0. NaN stays

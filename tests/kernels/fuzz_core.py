@@ -1,0 +1,88 @@
+"""Seeded fuzz of the compiled module without torch: `make sanitize` runs it in a build with sanitizers.
+
+Usage: python tests/kernels/fuzz_core.py <folder of _core> [rounds] [seed]
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import sys
+from array import array
+from pathlib import Path
+from typing import Any
+
+ITEM_BYTES = (4, 2, 2)  # float32, bfloat16, float16
+TYPECODES = ("f", "H", "H")
+
+
+def load_core(folder: Path) -> Any:
+    """The module file itself: the package around it would import torch."""
+    path = next(folder.glob("_core*.so"))
+    spec = importlib.util.spec_from_file_location("_core", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def offsets(generator: random.Random, lengths: list[int]) -> array[int]:
+    """True offsets, or, one time in four, damaged ones."""
+    values = [0]
+    for length in lengths:
+        values.append(values[-1] + length)
+    if generator.random() < 0.25:
+        values[generator.randrange(len(values))] += generator.choice((-(2**31) // 2, -7, -1, 1, 5, 2**30))
+    return array("i", values)
+
+
+def numbers(generator: random.Random, dtype: int, count: int) -> array[Any]:
+    """Exactly `count` numbers, so that a read past the end is seen; any bit pattern for the 16-bit types."""
+    if dtype == 0:
+        special = (0.0, float("nan"), float("inf"), -1e38)
+        values = (
+            generator.choice(special) if generator.random() < 0.01 else generator.gauss(0, 3) for _ in range(count)
+        )
+        return array("f", values)
+    return array("H", (generator.getrandbits(16) for _ in range(count)))
+
+
+def one_round(core: Any, generator: random.Random) -> bool:
+    """One problem, forward and backward; True when it was accepted."""
+    sequences, heads = generator.randrange(6), generator.randrange(1, 4)
+    width = generator.choice((1, 3, 16, 17, 32, 59, 64, 100, 128, 256, 0, 257))
+    longest = generator.choice((2, 30, 60, 300))
+    lengths = [generator.randrange(longest) for _ in range(sequences)]
+    key_lengths = lengths if generator.random() < 0.5 else [generator.randrange(longest) for _ in range(sequences)]
+    dtype, is_causal = generator.randrange(3), generator.random() < 0.5
+    rows, keys = (sum(part) * heads * width for part in (lengths, key_lengths))
+    cu_query, cu_key = offsets(generator, lengths), offsets(generator, key_lengths)
+    inputs = [numbers(generator, dtype, count) for count in (rows, keys, keys)]
+    output, grad_output = numbers(generator, dtype, rows), numbers(generator, dtype, rows)
+    lse = array("f", bytes(4 * sum(lengths) * heads))
+    gradients = [array(TYPECODES[dtype], bytes(ITEM_BYTES[dtype] * count)) for count in (rows, keys, keys)]
+    sizes = [sum(lengths), sum(key_lengths), sequences, heads, width]
+    addresses = [part.buffer_info()[0] for part in (*inputs, cu_query, cu_key)]
+    options = (sizes, dtype, is_causal, generator.uniform(-2, 2), generator.randrange(5))
+    results = [part.buffer_info()[0] for part in (output, lse, grad_output, *gradients)]
+    core.set_isa(generator.choice(core.usable_isas()))
+    try:
+        core.flash_attention_forward(*addresses, *options, *results[:2])
+        core.flash_attention_backward(*addresses, *options, *results)
+    except ValueError as error:
+        if not str(error).startswith("flash_attention: "):
+            raise
+        return False
+    return True
+
+
+def main() -> None:
+    folder = sys.argv[1]
+    rounds, seed = (int(sys.argv[at]) if len(sys.argv) > at else default for at, default in ((2, 300), (3, 0)))
+    core, generator = load_core(Path(folder)), random.Random(seed)
+    accepted = sum(one_round(core, generator) for _ in range(rounds))
+    print(f"{rounds} problems, {accepted} accepted, no sanitizer report")
+
+
+if __name__ == "__main__":
+    main()
