@@ -36,7 +36,7 @@ def test_run_directory_is_complete(synthetic_run: Path) -> None:
     names = {path.name for path in synthetic_run.iterdir()}
     assert names == {"config.yaml", "environment.json", "profiles", "report.html", "scores.json", "stages"}
     scores = json.loads((synthetic_run / "scores.json").read_text())
-    assert list(scores) == ["stacked", "baseline_log1p"]
+    assert list(scores) == ["stacked", "baseline_log1p", "baseline_raw"]
     assert 0.0 <= scores["stacked"]["tasks"]["churn"]["score"] <= 1.0
     assert json.loads((synthetic_run / "environment.json").read_text())["threads"] == 1
     report = (synthetic_run / "report.html").read_text()
@@ -79,7 +79,7 @@ def test_submission_of_somebody_is_scored(synthetic_run: Path, tmp_path: Path) -
     )
     assert code == 0
     scores = json.loads((run / "scores.json").read_text())
-    assert set(scores) == {"submission", "baseline_log1p"}
+    assert set(scores) == {"submission", "baseline_log1p", "baseline_raw"}
     ours = json.loads((synthetic_run / "scores.json").read_text())["stacked"]
     assert scores["submission"]["tasks"]["churn"]["score"] == ours["tasks"]["churn"]["score"]
     assert "contrastive" not in printed

@@ -59,10 +59,11 @@ class Stage:
 def plan(settings: Settings) -> list[Stage]:
     """All stages of a run in order; scoring a finished submission needs only the events."""
     events = Stage("events", (), settings.data_part(), make_events, 3)
+    baselines = Stage("baselines", ("events",), {}, make_baselines, 5)
     if settings.submission is not None:
-        config = settings.part("evaluation") | {"files": settings.content(settings.submission)}
+        config = _evaluation_part(settings) | {"files": settings.content(settings.submission)}
         score = Stage("evaluate-submission", ("events",), config, evaluate_submission, 60)
-        return [events, _baselines(settings), score, *_baseline_scores(settings)]
+        return [events, baselines, score, *(_score(settings, name) for name in BASELINES)]
     common = settings.part("seed", "windows")
     stages = [
         events,
@@ -85,21 +86,18 @@ def plan(settings: Settings) -> list[Stage]:
             30,
             (TRAINING,),
         ),
-        _baselines(settings),
+        baselines,
     ]
-    components: tuple[str, ...] = ("stacked", BASELINES[0])
-    if settings.components == "all":
-        components = ("stacked", "contrastive", "multitask", *BASELINES)
+    parts = ("contrastive", "multitask") if settings.components == "all" else ()
+    components = ("stacked", *parts, *BASELINES)
     return stages + [_score(settings, component) for component in components]
 
 
-def _baselines(settings: Settings) -> Stage:
-    return Stage("baselines", ("events",), {}, make_baselines, 5)
-
-
-def _baseline_scores(settings: Settings) -> list[Stage]:
-    chosen = BASELINES if settings.components == "all" else BASELINES[:1]
-    return [_score(settings, component) for component in chosen]
+def _evaluation_part(settings: Settings) -> dict[str, Any]:
+    """What can change a score: not which other components are scored beside it."""
+    return {
+        name: value for name, value in settings.plain["evaluation"].items() if name not in ("components", "profiles")
+    }
 
 
 def _score(settings: Settings, component: str) -> Stage:
@@ -108,7 +106,7 @@ def _score(settings: Settings, component: str) -> Stage:
     def make(settings: Settings, inputs: Inputs, directory: Path, progress: ProgressCallback) -> None:
         _write_scores(settings, inputs["events"], Profiles.load(inputs[folder] / component), directory, progress)
 
-    return Stage(f"evaluate-{component}", ("events", folder), settings.part("evaluation"), make, 60)
+    return Stage(f"evaluate-{component}", ("events", folder), _evaluation_part(settings), make, 60)
 
 
 def make_events(settings: Settings, inputs: Inputs, directory: Path, progress: ProgressCallback) -> None:
