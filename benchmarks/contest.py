@@ -120,6 +120,63 @@ class Contest:
             facts=facts or {},
         )
 
+    def once(
+        self,
+        figure: str,
+        contenders: dict[str, Callable[[], Any]],
+        rival: tuple[str, Callable[[], Any]],
+        bars: dict[str, float],
+        check: Callable[[str, Any, Any], None],
+        most_bytes: int | None = None,
+        facts: dict[str, Any] | None = None,
+    ) -> None:
+        """One call of each, for work of minutes: bars are about CPU time, results are checked before they count.
+
+        Args:
+            figure: what is measured.
+            contenders: name -> call.
+            rival: name and call.
+            bars: name of a contender -> how many times less CPU time it must need.
+            check: called with a contender's name, its result and the rival's; raises when they differ.
+            most_bytes: each contender's growth of the resident set must stay below.
+            facts: inputs and sizes, stored with the result.
+        """
+        samples, results, peaks = {}, {}, {}
+
+        def timed(name: str, call: Callable[[], Any]) -> None:
+            def measured() -> None:
+                cpu, wall = time.process_time(), time.perf_counter()
+                results[name] = call()
+                samples[name] = (time.perf_counter() - wall, time.process_time() - cpu)
+
+            with torch_threads(1):
+                peaks[name] = peak_extra_bytes(measured)
+
+        for name, call in contenders.items():
+            timed(name, call)
+        self._benchmark.pedantic(timed, args=rival, rounds=1, iterations=1)
+        rival_name = rival[0]
+        ratios = []
+        for name in contenders:
+            check(name, results[name], results[rival_name])
+            cpu_ratio = samples[rival_name][1] / samples[name][1]
+            ratios.append(Ratio(f"{figure}, {name} (by CPU time)", rival_name, cpu_ratio, cpu_ratio, bars[name]))
+            if most_bytes is not None:
+                room = most_bytes / max(peaks[name], 1)
+                ratios.append(Ratio(f"{figure}, {name}: memory", f"{most_bytes / 1e9:g} GB", room, room, 1.0))
+        self._ratios.extend(ratios)
+        timings = {
+            name: asdict(Timing(wall * 1e3, wall * 1e3, wall * 1e3, cpu * 1e3, peaks[name], 1))
+            for name, (wall, cpu) in samples.items()
+        }
+        self._benchmark.extra_info.update(
+            figure=figure,
+            timings=timings,
+            ratios=[{**asdict(ratio), "is_ok": ratio.is_ok} for ratio in ratios],
+            threads=dict.fromkeys(samples, 1),
+            facts=facts or {},
+        )
+
     def _rounds(
         self, competitors: dict[str, Callable[[], Any]], threads: dict[str, int], seconds: float, min_rounds: int
     ) -> dict[str, list[tuple[float, float]]]:
