@@ -19,7 +19,7 @@ UBP_INLINE void register_tile(float* c, int64_t c_stride, Operand a, Operand b, 
   for (int row = 0; row < kRows; ++row)
 #pragma GCC unroll 8
     for (int column = 0; column < kColumns; ++column)
-      sums[row][column] = Vec{};
+      sums[row][column] = adds ? load(c + row * c_stride + column * kWidth) : Vec{};
   for (int64_t step = 0; step < k; ++step) {
     Vec right[kColumns];
 #pragma GCC unroll 8
@@ -37,8 +37,7 @@ UBP_INLINE void register_tile(float* c, int64_t c_stride, Operand a, Operand b, 
   for (int row = 0; row < kRows; ++row)
 #pragma GCC unroll 8
     for (int column = 0; column < kColumns; ++column)
-      store(c + row * c_stride + column * kWidth,
-            adds ? load(c + row * c_stride + column * kWidth) + sums[row][column] : sums[row][column]);
+      store(c + row * c_stride + column * kWidth, sums[row][column]);
 }
 
 template <bool kIsTransposed, int kColumns>

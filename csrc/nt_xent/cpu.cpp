@@ -60,9 +60,7 @@ struct Run {
   double* moments;   // [blocks]
 };
 
-constexpr int64_t kPart = 32;  // columns summed one after the other; the parts' sums are added up
-
-// Summed in parts of the width like the tiles: equal rows then have a gap of exactly 0.
+// Sequential over the width like `multiply`: equal rows then have a gap of exactly 0.
 void positive_products(Run& run) {
   constexpr int64_t kChains = 8;
   const NTXentProblem& problem = *run.problem;
@@ -70,15 +68,11 @@ void positive_products(Run& run) {
   for (int64_t first = 0; first < problem.pairs; first += kChains) {
     const int64_t count = smaller(kChains, problem.pairs - first);
     float products[kChains] = {};
-    for (int64_t part = 0; part < problem.width; part += kPart) {
-      float sums[kChains] = {};
-      for (int64_t column = part; column < smaller(part + kPart, problem.width); ++column)
-        for (int64_t at = 0; at < count; ++at) {
-          const int64_t here = (first + at) * problem.stride + column;
-          sums[at] += left[here] * right[here];
-        }
-      for (int64_t at = 0; at < count; ++at) products[at] += sums[at];
-    }
+    for (int64_t column = 0; column < problem.width; ++column)
+      for (int64_t at = 0; at < count; ++at) {
+        const int64_t here = (first + at) * problem.stride + column;
+        products[at] += left[here] * right[here];
+      }
     for (int64_t at = 0; at < count; ++at) run.positives[first + at] = products[at];
   }
 }
@@ -160,10 +154,7 @@ void multiply_stripe(const Run& run, Tile& tile, int64_t first, int64_t rows) {
   const Operand left{problem.rows + (tile.first_row + first) * problem.stride, problem.stride};
   for (int64_t column = 0; column < tile.padded; column += kPanel) {
     const Operand right{run.panels + (tile.first_column + column) * problem.width, kPanel};
-    for (int64_t part = 0; part < problem.width; part += kPart)
-      multiply<false>(tile.products + column, kBlock, {left.data + part, left.stride},
-                      {right.data + part * kPanel, kPanel}, rows, kPanel, smaller(kPart, problem.width - part),
-                      part > 0);
+    multiply<false>(tile.products + column, kBlock, left, right, rows, kPanel, problem.width, false);
   }
 }
 
