@@ -112,56 +112,6 @@ void flash_attention_backward(Address query, Address key, Address value, Address
   launch(problem, ubp::kernels().flash_attention_backward);
 }
 
-void require_nt_xent(bool condition, const std::string& message) {
-  if (!condition) throw std::invalid_argument("nt_xent: " + message);
-}
-
-ubp::NTXentProblem make_nt_xent(Address rows, Address ids, const std::vector<int64_t>& sizes, int form,
-                                bool has_ids, double temperature, int threads, Address losses) {
-  require_nt_xent(sizes.size() == 3, "sizes must be (pairs, width, stride)");
-  require_nt_xent(sizes[0] >= 1 && sizes[0] < (int64_t{1} << 30),
-                  "pairs must be in 1..2^30 - 1, got " + std::to_string(sizes[0]));
-  require_nt_xent(sizes[1] >= 1 && sizes[1] <= 2048,
-                  "width must be in 1..2048, got " + std::to_string(sizes[1]));
-  require_nt_xent(sizes[2] >= (sizes[1] + 15) / 16 * 16,
-                  "stride must hold the width in whole vectors of 16, got " + std::to_string(sizes[2]));
-  require_nt_xent(form >= 0 && form <= 2, "form must be 0, 1 or 2, got " + std::to_string(form));
-  require_nt_xent(temperature > 0, "temperature must be > 0, got " + std::to_string(temperature));
-  require_nt_xent(threads >= 1, "threads must be >= 1, got " + std::to_string(threads));
-  ubp::NTXentProblem problem{};
-  problem.rows = reinterpret_cast<const float*>(rows);
-  problem.ids = reinterpret_cast<const int32_t*>(ids);
-  problem.pairs = sizes[0];
-  problem.width = sizes[1];
-  problem.stride = sizes[2];
-  problem.form = static_cast<ubp::NTXentForm>(form);
-  problem.has_ids = has_ids;
-  problem.temperature = temperature;
-  problem.threads = threads;
-  problem.losses = reinterpret_cast<double*>(losses);
-  return problem;
-}
-
-void nt_xent_forward(Address rows, Address ids, const std::vector<int64_t>& sizes, int form, bool has_ids,
-                     double temperature, int threads, Address losses) {
-  const ubp::NTXentProblem problem =
-      make_nt_xent(rows, ids, sizes, form, has_ids, temperature, threads, losses);
-  py::gil_scoped_release released;
-  ubp::kernels().nt_xent_forward(problem);
-}
-
-double nt_xent_backward(Address rows, Address ids, const std::vector<int64_t>& sizes, int form, bool has_ids,
-                        double temperature, int threads, Address losses, Address weight, Address grad_rows) {
-  ubp::NTXentProblem problem = make_nt_xent(rows, ids, sizes, form, has_ids, temperature, threads, losses);
-  double moment = 0;
-  problem.weight = reinterpret_cast<const float*>(weight);
-  problem.grad_rows = reinterpret_cast<float*>(grad_rows);
-  problem.moment = &moment;
-  py::gil_scoped_release released;
-  ubp::kernels().nt_xent_backward(problem);
-  return moment;
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_core, module) {
@@ -173,6 +123,4 @@ PYBIND11_MODULE(_core, module) {
              "Uses another instruction set; ValueError when it cannot.");
   module.def("flash_attention_forward", &flash_attention_forward);
   module.def("flash_attention_backward", &flash_attention_backward);
-  module.def("nt_xent_forward", &nt_xent_forward);
-  module.def("nt_xent_backward", &nt_xent_backward);
 }

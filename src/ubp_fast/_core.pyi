@@ -37,25 +37,3 @@ def flash_attention_backward(
     grad_key: int,
     grad_value: int,
 ) -> None: ...
-def nt_xent_forward(
-    rows: int,
-    ids: int,
-    sizes: Sequence[int],
-    form: int,
-    has_ids: bool,
-    temperature: float,
-    threads: int,
-    losses: int,
-) -> None: ...
-def nt_xent_backward(
-    rows: int,
-    ids: int,
-    sizes: Sequence[int],
-    form: int,
-    has_ids: bool,
-    temperature: float,
-    threads: int,
-    losses: int,
-    weight: int,
-    grad_rows: int,
-) -> float: ...

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
-from support.closeness import assert_matches_reference
 from torch import Tensor
 from torch.nn import functional
 
-from ubp_fast import _core
 from ubp_fast.kernels.backends import BackendUnavailable
 from ubp_fast.kernels.nt_xent import NTXentLoss, nt_xent
 from ubp_fast.kernels.nt_xent.api import NEGATIVES
 
-BACKENDS = ["reference", "native"]
+BACKENDS = ["reference"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROWS = [0, 1, 2, 3, 63, 64, 65, 127, 131]
 WIDTHS = [1, 59, 64, 100]
@@ -29,9 +25,9 @@ def rows(count: int, width: int, seed: int, dtype: torch.dtype = torch.float64) 
     return torch.randn(count, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def pair(count: int, width: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor]:
+def pair(count: int, width: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """Half of the rows are planted matches, so that the softmax is not flat."""
-    left, right = rows(count, width, seed + 1), rows(count, width, seed + 2)
+    left, right = rows(count, width, 1), rows(count, width, 2)
     right[::2] = left[::2] + 0.3 * right[::2]
     return left.to(dtype), right.to(dtype)
 
@@ -299,12 +295,11 @@ def test_non_contiguous_rows() -> None:
 
 @FORMS
 @pytest.mark.parametrize("used", [(), ("weight", "valid", "ids")], ids=["plain", "options"])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck(used: tuple[str, ...], negatives: str, backend: str) -> None:
+def test_opcheck(used: tuple[str, ...], negatives: str) -> None:
     left, right = pair(5, 4, torch.float32)
     chosen = [value if name in used else None for name, value in options(5).items()]
     tau = torch.tensor(0.2, requires_grad=True)
-    arguments = (left.requires_grad_(), right.requires_grad_(), tau, negatives, *chosen, True, backend)
+    arguments = (left.requires_grad_(), right.requires_grad_(), tau, negatives, *chosen, True, "reference")
     torch.library.opcheck(torch.ops.ubp_fast.nt_xent.default, arguments)
     row_losses = torch.ops.ubp_fast.nt_xent(*arguments)[1]
     detached = tuple(value.detach() if isinstance(value, Tensor) else value for value in arguments)
@@ -376,7 +371,7 @@ WRONG = [
         ValueError,
         "right must be finite .* row 0",
     ),
-    ({"left": GOOD.double(), "right": GOOD.double(), "backend": "native"}, BackendUnavailable, "float64"),
+    ({"backend": "native"}, BackendUnavailable, "native"),
     ({"backend": "triton"}, BackendUnavailable, "triton"),
     ({"backend": "numpy"}, ValueError, "numpy"),
 ]
@@ -392,132 +387,3 @@ def test_bad_arguments(change: dict, error: type[Exception], message: str) -> No
 def test_module_rejects_a_temperature_that_is_not_positive() -> None:
     with pytest.raises(ValueError, match="temperature must be finite and > 0, got 0"):
         NTXentLoss(0)
-
-
-@pytest.fixture
-def every_isa() -> Iterator[list[str]]:
-    before = _core.isa()
-    yield _core.usable_isas()
-    _core.set_isa(before)
-
-
-def compare(pairs: list, temperature: float, dtype: torch.dtype, case: object, **chosen) -> None:
-    """Loss and all gradients of native against the reference in the same dtype and in float64.
-
-    Several draws count as one result: the reference's error of a single number is a matter of luck.
-    """
-    every = []
-    for backend, used in (("native", dtype), ("reference", dtype), ("reference", torch.float64)):
-        drawn = [results(a.to(dtype), b.to(dtype), temperature, used, backend, **chosen) for a, b in pairs]
-        every.append([torch.stack(values) for values in zip(*drawn, strict=True)])
-    for index, (mine, same, exact) in enumerate(zip(*every, strict=True)):
-        kept = torch.promote_types(dtype, torch.float32) if index in (0, 3) else dtype
-        assert_matches_reference(mine.to(kept), same.to(kept), exact, f"nt_xent {index}", case)
-
-
-# Native misses the project's bound here: the products are summed one after the other over the width, and a small
-# temperature enlarges that rounding. The bound stays as it is; summing in parts would mend it.
-KNOWN_MISSES = {
-    "test_native_grid[2-59-0.005-cross]",
-    "test_native_grid[2-59-0.005-symmetric]",
-    "test_native_grid[3-512-0.005-cross]",
-    "test_native_grid[127-512-0.005-cross]",
-    "test_native_grid[127-512-0.005-simclr]",
-    "test_native_grid[385-512-0.01-symmetric]",
-    "test_native_grid[385-512-0.01-simclr]",
-    "test_native_on_special_rows[0.1-equal-False-cross]",
-    "test_native_on_special_rows[0.1-large-False-cross]",
-    "test_native_on_special_rows[0.1-large-False-symmetric]",
-    "test_native_on_special_rows[0.1-large-False-simclr]",
-    "test_native_on_special_rows[0.01-duplicates-False-simclr]",
-    "test_native_on_special_rows[0.01-equal-False-cross]",
-    "test_native_on_special_rows[0.01-large-True-cross]",
-    "test_native_on_special_rows[0.01-large-True-symmetric]",
-    "test_native_on_special_rows[0.01-large-False-cross]",
-    "test_native_on_special_rows[0.01-large-False-symmetric]",
-    "test_native_on_special_rows[0.01-large-False-simclr]",
-}
-
-
-@pytest.fixture(autouse=True)
-def known_misses(request: pytest.FixtureRequest) -> None:
-    if request.node.name in KNOWN_MISSES:
-        request.applymarker(
-            pytest.mark.xfail(raises=AssertionError, reason="rounding of products at small temperature")
-        )
-
-
-GRID = list(itertools.product((1, 2, 3, 63, 64, 65, 127, 191, 193, 385), (1, 59, 64, 100, 128, 256, 512), TEMPERATURES))
-LARGE = [(1000, 59, 0.1), (1000, 128, 0.005), (1031, 64, 0.02), (1031, 100, 1.0)]
-
-
-@FORMS
-@pytest.mark.parametrize(("count", "width", "temperature"), [*GRID[::4], *LARGE], ids=str)
-def test_native_grid(count: int, width: int, temperature: float, negatives: str) -> None:
-    pairs = [pair(count, width, seed=2 * draw) for draw in range(12 if count < 100 else 4)]
-    compare(pairs, temperature, torch.float32, (count, width, temperature, negatives), negatives=negatives)
-
-
-@FORMS
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("kind", ["duplicates", "zeros", "equal", "planted", "large"])
-@pytest.mark.parametrize("temperature", [0.1, 0.01])
-def test_native_on_special_rows(temperature: float, kind: str, normalize: bool, negatives: str) -> None:
-    compare(
-        [special(kind, draw) for draw in range(4)],
-        temperature,
-        torch.float32,
-        (kind, temperature, negatives),
-        negatives=negatives,
-        normalize=normalize,
-        **options(201),
-    )
-
-
-def special(kind: str, draw: int) -> tuple[Tensor, Tensor]:
-    left, right = (side / 8 for side in pair(201, 64, seed=2 * draw))
-    if kind == "duplicates":
-        left, right = left[:67].repeat(3, 1), right[:67].repeat(3, 1)
-    elif kind == "zeros":
-        left[::3], right[1::4] = 0, 0
-    elif kind == "equal":
-        left, right = left[:1].repeat(201, 1), left[:1].repeat(201, 1)
-    elif kind == "planted":
-        right = left.clone()
-    else:
-        left, right = left * 30, right * 30
-    return left, right
-
-
-@FORMS
-@pytest.mark.parametrize("temperature", [0.1, 0.01])
-def test_every_isa_and_thread_count(temperature: float, negatives: str, every_isa: list[str]) -> None:
-    left, right = pair(500, 59)
-    chosen = {"negatives": negatives, **options(500)}
-    for isa in every_isa:
-        _core.set_isa(isa)
-        compare(
-            [pair(500, 59, seed=seed) for seed in (0, 2, 4)], temperature, torch.float32, (isa, negatives), **chosen
-        )
-        found = []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            found.append(results(left, right, temperature, torch.float32, "native", **chosen))
-        for other in found[1:]:
-            assert all(map(torch.equal, found[0], other))
-
-
-@pytest.mark.parametrize("change", ["pairs", "width", "stride", "form", "temperature", "threads", "sizes"])
-def test_wrong_numbers_never_reach_the_kernel(change: str) -> None:
-    sizes = {"pairs": [0, 8, 32], "width": [1, 2049, 4096], "stride": [1, 20, 20], "sizes": [1, 8]}
-    arguments = [sizes.get(change, [1, 8, 32]), 3 if change == "form" else 0, False]
-    arguments += [0.0 if change == "temperature" else 0.1, 0 if change == "threads" else 1]
-    with pytest.raises(ValueError, match=f"^nt_xent: {change} must"):
-        _core.nt_xent_forward(0, 0, *arguments, 0)
-
-
-def test_auto_takes_native_where_it_can() -> None:
-    left, right = pair(300, 59, torch.float32)
-    assert torch.equal(nt_xent(left, right), nt_xent(left, right, backend="native"))
-    left, right = left.double(), right.double()
-    assert torch.equal(nt_xent(left, right), nt_xent(left, right, backend="reference"))
