@@ -1,11 +1,12 @@
 #include "common/threads.h"
 
-#include <unistd.h>
+#include <pthread.h>
 
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -77,18 +78,25 @@ class Pool {
   uint64_t generation_ = 0;
 };
 
-// A forked child inherits the pool's memory but none of its threads, perhaps with a mutex held: it gets a
-// pool of its own. The old one is never freed, its mutexes may be locked for good.
+std::atomic<Pool*> current_pool{nullptr};
+
+// A forked child inherits the pool's memory but none of its threads, perhaps with a mutex held: it forgets
+// that pool, while it still has one thread, and makes its own at the first call. The old one is never freed,
+// its mutexes may be locked for good.
 Pool& pool() {
-  static std::atomic<Pool*> current{new Pool};
-  static std::atomic<pid_t> owner{getpid()};
-  const pid_t self = getpid();
-  pid_t known = owner.load();
-  if (known != self && owner.compare_exchange_strong(known, self)) current.store(new Pool);
-  return *current.load();
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { current_pool.store(nullptr); });
+  static_cast<void>(registered);
+  Pool* known = current_pool.load();
+  if (known != nullptr) return *known;
+  Pool* fresh = new Pool;
+  if (current_pool.compare_exchange_strong(known, fresh)) return *fresh;
+  delete fresh;  // another thread was first; this one has no threads yet
+  return *known;
 }
 
 }  // namespace
+
+void throw_out_of_memory() { throw std::bad_alloc(); }
 
 void parallel_for(int64_t items, int threads, void (*task)(void*, int64_t, int), void* context) {
   threads = static_cast<int>(std::min<int64_t>(threads, items));

@@ -12,4 +12,8 @@ namespace ubp {
 void parallel_for(int64_t items, int threads, void (*task)(void* context, int64_t item, int worker),
                   void* context);
 
+// Throws std::bad_alloc. Kernel units call this instead of throwing: library code instantiated there could be
+// linked to other instruction sets. Only from the thread that called the kernel.
+[[noreturn]] void throw_out_of_memory();
+
 }  // namespace ubp

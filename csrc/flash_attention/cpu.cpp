@@ -36,13 +36,14 @@ struct Workspace {
   float* block = nullptr;
   int64_t capacity = 0, used = 0;
 
-  void reserve(int64_t floats) {
+  // False when the system has no memory left.
+  bool reserve(int64_t floats) {
     used = 0;
-    if (floats <= capacity) return;
+    if (floats <= capacity) return true;
     std::free(block);
-    capacity = floats;
     block = static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>((floats * 4 + 63) / 64 * 64)));
-    if (block == nullptr) std::abort();
+    capacity = block == nullptr ? 0 : floats;
+    return block != nullptr;
   }
 
   float* take(int64_t floats) {
@@ -190,9 +191,11 @@ void forward_block(const FlashAttentionProblem& problem, const Task& task, Opera
 }
 
 template <class T>
-void forward_task(const FlashAttentionProblem& problem, const Task& task, Workspace& workspace) {
-  if (task.queries == 0) return;
-  workspace.reserve((2 * task.queries + 2 * task.keys) * task.padded + task.padded * task.padded_keys + 256);
+bool forward_task(const FlashAttentionProblem& problem, const Task& task, Workspace& workspace) {
+  if (task.queries == 0) return true;
+  if (!workspace.reserve((2 * task.queries + 2 * task.keys) * task.padded + task.padded * task.padded_keys +
+                         256))
+    return false;
   const Operand query = float_rows<T>(problem.query, task.query_offset, task.queries, task, workspace);
   const Operand key = float_rows<T>(problem.key, task.key_offset, task.keys, task, workspace);
   const Operand value = float_rows<T>(problem.value, task.key_offset, task.keys, task, workspace);
@@ -204,6 +207,7 @@ void forward_task(const FlashAttentionProblem& problem, const Task& task, Worksp
                      output + row * task.padded, row, rows);
   }
   write_rows<T>(problem.output, task.query_offset, output, task.queries, task);
+  return true;
 }
 
 // P and dS of one block, from scores and <dO, V>; both in place.
@@ -270,10 +274,11 @@ void backward_block(const FlashAttentionProblem& problem, const Task& task, Oper
 }
 
 template <class T>
-void backward_task(const FlashAttentionProblem& problem, const Task& task, Workspace& workspace) {
+bool backward_task(const FlashAttentionProblem& problem, const Task& task, Workspace& workspace) {
   const int64_t stride = task.padded;
-  workspace.reserve((4 * task.queries + 5 * task.keys) * task.padded + 2 * task.padded * task.padded_keys +
-                    2 * kBackwardRows * kKeyBlock + 512);
+  if (!workspace.reserve((4 * task.queries + 5 * task.keys) * task.padded +
+                         2 * task.padded * task.padded_keys + 2 * kBackwardRows * kKeyBlock + 512))
+    return false;
   const Operand query = float_rows<T>(problem.query, task.query_offset, task.queries, task, workspace);
   const Operand output = float_rows<T>(problem.output, task.query_offset, task.queries, task, workspace);
   const Operand grad_output =
@@ -304,32 +309,36 @@ void backward_task(const FlashAttentionProblem& problem, const Task& task, Works
   write_rows<T>(problem.grad_query, task.query_offset, gradients.query, task.queries, task);
   write_rows<T>(problem.grad_key, task.key_offset, gradients.key, task.keys, task);
   write_rows<T>(problem.grad_value, task.key_offset, gradients.value, task.keys, task);
+  return true;
 }
 
 struct Run {
   const FlashAttentionProblem* problem;
   Workspace workspaces[kMaxThreads];
+  bool is_out_of_memory;  // set by any worker, read when all are done
 };
 
 template <class T, bool kIsForward>
 void run_item(void* context, int64_t item, int worker) {
   Run& run = *static_cast<Run*>(context);
+  if (__atomic_load_n(&run.is_out_of_memory, __ATOMIC_RELAXED)) return;
   const Task task = make_task(*run.problem, item);
-  if (kIsForward)
-    forward_task<T>(*run.problem, task, run.workspaces[worker]);
-  else
-    backward_task<T>(*run.problem, task, run.workspaces[worker]);
+  Workspace& workspace = run.workspaces[worker];
+  const bool is_done = kIsForward ? forward_task<T>(*run.problem, task, workspace)
+                                  : backward_task<T>(*run.problem, task, workspace);
+  if (!is_done) __atomic_store_n(&run.is_out_of_memory, true, __ATOMIC_RELAXED);
 }
 
 template <bool kIsForward>
 void run(const FlashAttentionProblem& problem) {
-  Run run{&problem, {}};
+  Run run{&problem, {}, false};
   auto task = &run_item<float, kIsForward>;
   if (problem.dtype == DType::kBFloat16) task = &run_item<BFloat16, kIsForward>;
   if (problem.dtype == DType::kFloat16) task = &run_item<Float16, kIsForward>;
   const int threads = problem.threads < kMaxThreads ? problem.threads : kMaxThreads;
   parallel_for(problem.sequences * problem.heads, threads, task, &run);
   for (Workspace& workspace : run.workspaces) std::free(workspace.block);
+  if (run.is_out_of_memory) throw_out_of_memory();
 }
 
 }  // namespace

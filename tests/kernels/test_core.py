@@ -117,6 +117,26 @@ print(counts)
     assert found.stdout.split("\n")[0] == "[0, 2, 0, 2]"  # the pool grows to threads - 1 helpers and keeps them
 
 
+def test_no_memory_is_an_error_not_a_crash() -> None:
+    code = """
+import resource, torch
+from pathlib import Path
+from ubp_fast.kernels import flash_attention
+torch.set_num_threads(1)
+query = torch.ones(40000, 1, 256, dtype=torch.bfloat16)
+flash_attention(query[:8], query[:8], query[:8], torch.tensor([0, 8]))
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, -1))
+try:
+    flash_attention(query, query, query, torch.tensor([0, 40000]))
+except MemoryError:
+    resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+    print("refused", flash_attention(query[:8], query[:8], query[:8], torch.tensor([0, 8])).sum().item())
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout.split()) == (0, ["refused", "2048.0"]), found.stderr[-2000:]
+
+
 def test_wrong_addresses_never_reach_the_kernel() -> None:
     offsets = torch.tensor([0, 4], dtype=torch.int32)
     addresses = (0, 0, 0, offsets.data_ptr(), offsets.data_ptr())

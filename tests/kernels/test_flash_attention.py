@@ -200,6 +200,23 @@ def test_compiles_as_one_graph() -> None:
         torch.testing.assert_close(mine, theirs)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what torch.compile itself imports
+def test_other_batch_sizes_do_not_compile_again() -> None:
+    """A message that formatted the number of sequences once made every batch size a graph of its own."""
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(flash_attention, fullgraph=True, dynamic=True, backend=count)
+    for lengths in ((3, 5), (4, 0, 9), (30, 2, 1, 7), (5, 6, 7, 8, 9)):
+        tensors = packed_inputs(PackedCase("batch", lengths), torch.float32)[:4]
+        torch.testing.assert_close(compiled(*tensors), flash_attention(*tensors))
+    assert len(graphs) == 1
+
+
 def arguments(**change: Any) -> dict[str, Any]:
     tensors = {name: torch.randn(6, 2, 4) for name in ("query", "key", "value")}
     return {**tensors, "cu_seqlens": torch.tensor([0, 2, 6]), **change}

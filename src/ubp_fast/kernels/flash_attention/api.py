@@ -94,13 +94,10 @@ def _check(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, cu_seq
         require_dtype(OP, name, offsets, (torch.int32, torch.int64))
         require(offsets.ndim == 1 and len(offsets) >= 1, OP, name, "have shape [B + 1]", list(offsets.shape))
         require(offsets.device == query.device, OP, name, f"be on the device of query, {query.device}", offsets.device)
-    require(
-        len(cu_seqlens) == len(cu_seqlens_key),
-        OP,
-        "cu_seqlens_key",
-        f"have {len(cu_seqlens)} entries like cu_seqlens",
-        len(cu_seqlens_key),
-    )
+    # The message is formatted only when it is raised: formatting a size makes torch.compile specialise on it.
+    if len(cu_seqlens) != len(cu_seqlens_key):
+        rule = f"have {len(cu_seqlens)} entries like cu_seqlens"
+        require(False, OP, "cu_seqlens_key", rule, len(cu_seqlens_key))
 
 
 def _check_offsets(name: str, offsets: Tensor, tokens: int) -> None:
@@ -167,9 +164,12 @@ def _setup_context(ctx, inputs, output):
     query, key, value, cu_seqlens, cu_seqlens_key, ctx.causal, ctx.scale, ctx.backend = inputs
     ctx.save_for_backward(query, key, value, *output, cu_seqlens, cu_seqlens_key)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for the log-sum-exp
 
 
 def _backward(ctx, grad_output, _):
+    if grad_output is None:
+        return (None,) * 8
     gradients = _backward_op(grad_output, *ctx.saved_tensors, ctx.causal, ctx.scale, ctx.backend)
     wanted = (gradient if need else None for gradient, need in zip(gradients, ctx.needs_input_grad, strict=False))
     return (*wanted, None, None, None, None, None)
