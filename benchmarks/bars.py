@@ -1,8 +1,15 @@
-"""Figures against bars: the table at the end of a run, and whether all bars were reached."""
+"""Figures against bars: the table at the end of a run, whether all bars were reached, and the tables of the README.
+
+`python benchmarks/bars.py` makes the README's tables again from the committed results that it names.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from contest import Ratio
 
@@ -25,3 +32,42 @@ def table(ratios: Sequence[Ratio]) -> str:
 def missed(ratios: Sequence[Ratio]) -> list[Ratio]:
     """Those below their bar; NaN is below."""
     return [item for item in ratios if not item.is_ok]
+
+
+def markdown(cases: dict[str, Any]) -> str:
+    """The stored cases as a README table: figure, our time, each rival's time, ratio and bar."""
+    lines = ["| figure | ours | rival | rival's time | ratio | bar |", "|---|---|---|---|---|---|"]
+    for case in cases.values():
+        for item in case["ratios"]:
+            name = next((one for one in case["timings"] if one != item["rival"] and one in item["figure"]), "ubp_fast")
+            ours, theirs = case["timings"].get(name), case["timings"].get(item["rival"])
+            bar = "" if item["bar"] is None else f"{item['bar']:g}x" + ("" if item["is_ok"] else " **missed**")
+            times = [_time(timing) for timing in (ours, theirs)]
+            lines.append(
+                f"| {item['figure']} | {times[0]} | {item['rival']} | {times[1]} | {item['ratio']:.2f}x | {bar} |"
+            )
+    return "\n".join(lines)
+
+
+def _time(timing: dict[str, float] | None) -> str:
+    if timing is None:
+        return ""
+    milliseconds = timing["median_ms"] if timing["rounds"] > 1 else timing["cpu_ms"]
+    return f"{milliseconds / 1e3:.1f} s" if milliseconds >= 10_000 else f"{milliseconds:.1f} ms"
+
+
+def rewrite_readme(readme: Path) -> str:
+    """The README with every table between `<!-- benchmarks: FILE -->` and `<!-- end -->` made again from FILE."""
+
+    def table_of(found: re.Match[str]) -> str:
+        cases = json.loads((readme.parent / found[1]).read_text(encoding="utf-8"))["cases"]
+        return f"<!-- benchmarks: {found[1]} -->\n\n{markdown(cases)}\n\n<!-- end -->"
+
+    return re.sub(
+        r"<!-- benchmarks: (\S+) -->.*?<!-- end -->", table_of, readme.read_text(encoding="utf-8"), flags=re.S
+    )
+
+
+if __name__ == "__main__":
+    path = Path(__file__).resolve().parent.parent / "README.md"
+    path.write_text(rewrite_readme(path), encoding="utf-8")
