@@ -19,19 +19,25 @@ import bars  # noqa: E402
 from contest import Contest, Ratio, keep_freed_memory, machine  # noqa: E402
 
 RATIOS = pytest.StashKey[list[Ratio]]()
-KEEPS_MEMORY = pytest.StashKey[bool]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[RATIOS] = []
-    config.stash[KEEPS_MEMORY] = keep_freed_memory()
+    config.addinivalue_line("markers", "plain_glibc: measured with the C library as it is; these cases run first")
     torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The setting of `keep_freed_memory` cannot be taken back, so the cases without it come first.
+    items.sort(key=lambda item: item.get_closest_marker("plain_glibc") is None)
 
 
 @pytest.fixture
 def contest(benchmark: Any, request: pytest.FixtureRequest) -> Contest:
     """Hands the case its race; pytest-benchmark stores what it measures."""
     torch.manual_seed(0)
+    is_plain = request.node.get_closest_marker("plain_glibc") is not None
+    benchmark.extra_info["glibc_keeps_freed_memory"] = not is_plain and keep_freed_memory()
     return Contest(benchmark, request.config.stash[RATIOS])
 
 
@@ -57,7 +63,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 def _write(config: pytest.Config) -> None:
     """Adds the cases of this run to the file of this machine and commit; other cases in it stay."""
-    facts = {**machine(), "glibc_keeps_freed_memory": config.stash[KEEPS_MEMORY]}
+    facts = machine()
     name = re.sub(r"[^a-z0-9]+", "-", f"{facts['cpu']}-{facts['cores']}-cores".lower()).strip("-")
     path = HERE / "results" / name / f"{_commit()}.json"
     cases = {}
