@@ -223,8 +223,10 @@ def torch_threads(count: int) -> Iterator[None]:
     """Runs the block with that many torch threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
-    yield
-    torch.set_num_threads(before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager
@@ -232,8 +234,10 @@ def quiet_collector() -> Iterator[None]:
     """No garbage collection inside a timed call."""
     gc.collect()
     gc.disable()
-    yield
-    gc.enable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def peak_extra_bytes(call: Callable[[], Any]) -> int:
@@ -250,11 +254,13 @@ def peak_extra_bytes(call: Callable[[], Any]) -> int:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    result = call()
-    peak = max(peak, process.memory_info().rss)
-    del result
-    stop.set()
-    watcher.join()
+    try:
+        result = call()
+        peak = max(peak, process.memory_info().rss)
+        del result
+    finally:
+        stop.set()
+        watcher.join()
     return peak - start
 
 
