@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from support.runs import SMALL, TINY, contents, run_tiny
+from support.runs import NETWORK, SMALL, TINY, contents, run_tiny
 
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.profiles import validate
@@ -50,7 +50,7 @@ def test_profiles_pass_the_organisers_rules(synthetic_run: Path) -> None:
     verdict = validate(synthetic_run / "profiles", events.relevant_clients)
     assert verdict.passed, verdict.problems
     profiles = verdict.require()
-    assert profiles.dim == 64
+    assert 64 < profiles.dim <= 2048
     assert np.unique(profiles.embeddings, axis=0).shape[0] > profiles.num_clients // 2, (
         "profiles must tell clients apart"
     )
@@ -107,9 +107,11 @@ def challenge_directory(target: Path) -> Path:
     return target
 
 
-def test_nothing_after_the_cutoff_moves_a_profile(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stacking", [(), NETWORK], ids=["reduced rank", "network"])
+def test_nothing_after_the_cutoff_moves_a_profile(stacking: tuple[str, ...], tmp_path: Path) -> None:
     data = challenge_directory(tmp_path / "data")
-    overrides = (f"data.dir={data}", "data=challenge", "data.layout=raw", "stages=[profiles]", "store.all_clients=true")
+    common = ("data=challenge", "data.layout=raw", "stages=[profiles]", "store.all_clients=true")
+    overrides = (f"data.dir={data}", *common, *stacking)
     code, run, _ = run_tiny(tmp_path / "first", *overrides)
     assert code == 0
     before = contents(run / "profiles")

@@ -24,12 +24,14 @@ TINY = (
     "contrastive.config.future_length=8",
     "multitask.config.history_length=16",
     "multitask.config.profile_width=32",
-    "stacking.config.profile_width=64",
-    "stacking.training.epochs=1",
+    "windows.labels=100",
     "evaluation.tasks=[churn]",
     "evaluation.epochs=1",
     "compute.threads=1",
 )
+
+# The winner's stacking network instead of the reduced-rank regression.
+NETWORK = ("model@stacking=stacking", "stacking.config.profile_width=64", "stacking.config.standardise=true")
 
 
 def composed(*overrides: str) -> DictConfig:

@@ -171,8 +171,9 @@ def _losses(run: RunDirectory, names: set[str]) -> dict[str, list[dict[str, floa
     losses: dict[str, list[dict[str, float]]] = {}
     for name in ("contrastive", "multitask", "stacking"):
         if name in names:
-            text = (run.path / "stages" / name / TRAINING / LOSSES_FILE).read_text(encoding="utf-8")
-            losses[name] = json.loads(text)["curve"]
+            path = run.path / "stages" / name / TRAINING / LOSSES_FILE
+            if path.exists():  # a model in closed form has no losses
+                losses[name] = json.loads(path.read_text(encoding="utf-8"))["curve"]
     return losses
 
 

@@ -18,6 +18,7 @@ from ubp_fast.models.contrastive import ContrastiveModel
 from ubp_fast.models.event_embedding import EventSizes
 from ubp_fast.models.membership import activity_columns, membership_weights
 from ubp_fast.models.multitask import MULTITASK_LABELS, MultitaskModel
+from ubp_fast.models.reduced_rank import ReducedRankConfig, ReducedRankModel
 from ubp_fast.models.stacking import StackingModel, join_blocks
 from ubp_fast.models.training import embed, fit
 from ubp_fast.models.weights import initialise
@@ -99,13 +100,34 @@ def make_multitask(settings: Settings, inputs: Inputs, directory: Path, progress
 
 
 def make_stacking(settings: Settings, inputs: Inputs, directory: Path, progress: ProgressCallback) -> None:
-    """Stacking model on later cutoffs than its parts learned from; its activations are the final profiles."""
+    """Joins all blocks at later cutoffs than its parts learned from; what comes out are the final profiles."""
     store = EventStore.open(inputs["store"])
-    config, training = settings.stacking.config, settings.stacking.training
+    config = settings.stacking.config
     _, cutoffs = cutoffs_of(store, settings)
     views = views_at(store, cutoffs)
     joined = np.concatenate([_blocks_at(store, inputs, cutoff_s) for cutoff_s in cutoffs])  # in the order of views
     labels = _labels(store, views, inputs["features"], config.labels)
+    if isinstance(config, ReducedRankConfig):
+        model = ReducedRankModel(config).fit(joined, labels)
+        model.save(directory / "reduced_rank.safetensors")
+        vectors = model.transform(_blocks_at(store, inputs, store.cutoff_s))
+    else:
+        vectors = _train_stacking(settings, store, inputs, joined, labels, views, directory, progress)
+    _profiles(store, vectors).save(directory / "stacked")
+
+
+def _train_stacking(
+    settings: Settings,
+    store: EventStore,
+    inputs: Inputs,
+    joined: np.ndarray,
+    labels: dict[str, Any],
+    views: Views,
+    directory: Path,
+    progress: ProgressCallback,
+) -> np.ndarray:
+    """The winner's stacking network: its activations at the profiles' cutoff."""
+    config, training = settings.stacking.config, settings.stacking.training
     model = initialise(lambda: StackingModel(config, joined.shape[1], _widths(labels)), settings.seed)
     model.fit_scaling(joined)
     loader = ViewLoader(
@@ -118,7 +140,7 @@ def make_stacking(settings: Settings, inputs: Inputs, directory: Path, progress:
         batch_size=INFERENCE_BATCH,
         features=_blocks_at(store, inputs, store.cutoff_s),
     )
-    _profiles(store, embed(model, final)).save(directory / "stacked")
+    return embed(model, final)
 
 
 def cutoffs_of(store: EventStore, settings: Settings) -> tuple[tuple[int, ...], tuple[int, ...]]:

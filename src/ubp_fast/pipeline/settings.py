@@ -23,16 +23,18 @@ class Windows:
         days: length of a target window, and the distance of two cutoffs.
         model_cutoffs: cutoffs of the contrastive and multi-task models, at most as many as the history allows.
         stacking_cutoffs: later cutoffs of the stacking model; the newest lies one window before the profiles' cutoff.
+        labels: values per label list (category, sku, new sku, price) that the models learn to predict.
     """
 
     days: int = 14
     model_cutoffs: int = 4
     stacking_cutoffs: int = 1
+    labels: int = 100
 
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """One trained model: its architecture, its training, and what makes its optimizer from parameters."""
+    """One model: its architecture, its training (None: closed form), and what makes its optimizer from parameters."""
 
     config: Any
     training: Any

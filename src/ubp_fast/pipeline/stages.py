@@ -124,7 +124,10 @@ def make_features(settings: Settings, inputs: Inputs, directory: Path, progress:
     """Label lists of the newest known window, and feature matrices at every cutoff that a model looks at."""
     store = EventStore.open(inputs["store"])
     lists = make_label_lists(
-        EventDirectory.open(inputs["events"]), store.cutoff_s - settings.windows.days * 86_400, store.cutoff_s
+        EventDirectory.open(inputs["events"]),
+        store.cutoff_s - settings.windows.days * 86_400,
+        store.cutoff_s,
+        settings.windows.labels,
     )
     for name, (ids, popularity) in lists.items():
         np.save(directory / f"{name}.npy", ids)

@@ -1,0 +1,139 @@
+"""Reduced-rank regression: against plain regressions, its scaling, determinism and errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ubp_fast.events.targets import LabelMatrix
+from ubp_fast.models import reduced_rank
+from ubp_fast.models.reduced_rank import ReducedRankConfig, ReducedRankModel
+
+
+def label_matrix(dense: np.ndarray) -> LabelMatrix:
+    rows, columns = np.nonzero(dense)
+    indptr = np.searchsorted(rows, np.arange(len(dense) + 1)).astype(np.int64)
+    return LabelMatrix(indptr, columns.astype(np.int32), dense.shape[1])
+
+
+def example(clients: int = 600) -> tuple[np.ndarray, dict[str, LabelMatrix | np.ndarray], np.ndarray]:
+    """Blocks of 12 columns on very different scales; labels caused by two hidden directions."""
+    random = np.random.default_rng(3)
+    causes = random.normal(size=(clients, 2))
+    blocks = np.concatenate([causes, random.normal(size=(clients, 9)), np.full((clients, 1), 7.0)], axis=1)
+    blocks = blocks @ np.diag([100.0, 0.01, *np.ones(10)]) + 50
+    bought = (causes @ random.normal(size=(2, 20)) + random.normal(size=(clients, 20)) > 1.5).astype(np.float32)
+    churn = (causes[:, 0] + random.normal(size=clients) > 0).astype(np.float32)
+    return blocks.astype(np.float32), {"buy_sku": label_matrix(bought), "churn": churn}, causes
+
+
+def test_directions_are_those_of_the_predictions() -> None:
+    blocks, labels, _ = example()
+    config = ReducedRankConfig(rank=3, ridge=0.2, detail=0)
+    profile = ReducedRankModel(config).fit(blocks, labels).transform(blocks)[:, :-1].astype(np.float64)
+    deviation = blocks.std(axis=0, dtype=np.float64)
+    inputs = (blocks - blocks.mean(axis=0, dtype=np.float64)) / np.where(deviation > 1e-6, deviation, np.inf)
+    predictions = []
+    for name in sorted(labels):
+        label = labels[name]
+        wanted = label.dense() if isinstance(label, LabelMatrix) else label[:, None]
+        penalty = 0.2 * len(inputs) * np.eye(12)
+        predicted = inputs @ np.linalg.solve(inputs.T @ inputs + penalty, inputs.T @ (wanted - wanted.mean(axis=0)))
+        predictions.append(predicted / predicted.std(axis=0) / predicted.shape[1] ** 0.25)
+    left, _, _ = np.linalg.svd(np.concatenate(predictions, axis=1), full_matrices=False)
+    for column in range(3):
+        alike = abs(left[:, column] @ profile[:, column]) / np.linalg.norm(profile[:, column])
+        assert alike == pytest.approx(1.0, abs=1e-6)
+
+
+def test_columns_have_variance_one_and_the_last_is_one() -> None:
+    blocks, labels, causes = example()
+    profile = ReducedRankModel(ReducedRankConfig(rank=2, detail=0)).fit(blocks, labels).transform(blocks)
+    assert profile.shape == (600, 3) and profile.dtype == np.float32
+    assert profile[:, :2].std(axis=0) == pytest.approx(1.0, abs=1e-5)
+    assert profile[:, :2].mean(axis=0) == pytest.approx(0.0, abs=1e-5)
+    assert (profile[:, 2] == 1).all()
+    explained = np.linalg.lstsq(profile, causes, rcond=None)[1] / ((causes - causes.mean(axis=0)) ** 2).sum(axis=0)
+    assert (explained < 0.1).all(), "both causes must be found in two columns"
+
+
+def test_detail_is_the_standardised_blocks() -> None:
+    blocks, labels, _ = example()
+    blocks[3, 5] = 1e6
+    profile = ReducedRankModel(ReducedRankConfig(rank=2, detail=0.1)).fit(blocks, labels).transform(blocks)
+    assert profile.shape == (600, 3 + 12)
+    detail = profile[:, 3:]
+    assert detail[:, :5].std(axis=0) == pytest.approx(0.1, abs=1e-6)
+    assert detail[3, 5] == pytest.approx(1.0), "at most 10 deviations"
+    assert (detail[:, 11] == 0).all(), "a constant column says nothing"
+    assert np.corrcoef(detail[:, 0], blocks[:, 0])[0, 1] == pytest.approx(1.0)
+
+
+def test_columns_that_matter_are_kept_when_there_is_no_room() -> None:
+    blocks, labels, _ = example()
+    profile = ReducedRankModel(ReducedRankConfig(rank=2, max_width=5)).fit(blocks, labels).transform(blocks)
+    assert profile.shape == (600, 5)
+    for column in range(2):  # the two causes among twelve columns
+        assert np.corrcoef(profile[:, 3 + column], blocks[:, column])[0, 1] == pytest.approx(1.0)
+
+
+def test_rows_at_once_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks, labels, _ = example()
+    whole = ReducedRankModel(ReducedRankConfig()).fit(blocks, labels).transform(blocks)
+    monkeypatch.setattr(reduced_rank, "ROWS_AT_ONCE", 77)
+    parts = ReducedRankModel(ReducedRankConfig()).fit(blocks, labels).transform(blocks)
+    np.testing.assert_allclose(parts, whole, atol=1e-4)
+
+
+def test_scale_and_order_of_columns_do_not_matter() -> None:
+    blocks, labels, _ = example()
+    config = ReducedRankConfig(rank=2, detail=0)
+    before = ReducedRankModel(config).fit(blocks, labels).transform(blocks)
+    changed = blocks[:, ::-1] * np.float32(8) - 3
+    np.testing.assert_allclose(ReducedRankModel(config).fit(changed, labels).transform(changed), before, atol=1e-3)
+
+
+def test_saved_model_gives_the_same_profiles(tmp_path: Path) -> None:
+    blocks, labels, _ = example()
+    model = ReducedRankModel(ReducedRankConfig()).fit(blocks, labels)
+    model.save(tmp_path / "model.safetensors")
+    again = ReducedRankModel.load(tmp_path / "model.safetensors", ReducedRankConfig())
+    assert np.array_equal(again.transform(blocks), model.transform(blocks))
+
+
+def test_fewer_causes_than_asked_for_give_fewer_columns() -> None:
+    blocks, labels, _ = example()
+    model = ReducedRankModel(ReducedRankConfig(rank=8, detail=0)).fit(blocks, {"churn": labels["churn"]})
+    assert model.transform(blocks).shape == (600, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda blocks, labels: blocks.__setitem__((4, 2), np.nan), r"finite, got nan at \[4, 2\]"),
+        (lambda blocks, labels: labels.__setitem__("churn", np.zeros(5)), "churn must have 600 rows, got 5"),
+        (lambda blocks, labels: blocks.__setitem__(slice(None), 1.0), "must depend on the blocks"),
+    ],
+    ids=["nan", "rows", "constant"],
+)
+def test_errors(change, message: str) -> None:  # type: ignore[no-untyped-def]
+    blocks, labels, _ = example()
+    change(blocks, labels)
+    with pytest.raises(ValueError, match=message):
+        ReducedRankModel(ReducedRankConfig()).fit(blocks, labels)
+
+
+def test_bad_constants_are_refused() -> None:
+    with pytest.raises(ValueError, match="rank must be >= 1, got 0"):
+        ReducedRankConfig(rank=0)
+    with pytest.raises(ValueError, match="ridge must be > 0, got 0"):
+        ReducedRankConfig(ridge=0.0)
+    with pytest.raises(ValueError, match="detail must be >= 0, got -1"):
+        ReducedRankConfig(detail=-1.0)
+    with pytest.raises(ValueError, match="max_width must be > rank 8, got 8"):
+        ReducedRankConfig(max_width=8)
+    blocks, labels, _ = example()
+    with pytest.raises(ValueError, match="12 columns of the fit, got 3"):
+        ReducedRankModel(ReducedRankConfig()).fit(blocks, labels).transform(blocks[:, :3])
