@@ -112,6 +112,75 @@ void flash_attention_backward(Address query, Address key, Address value, Address
   launch(problem, ubp::kernels().flash_attention_backward);
 }
 
+void require_nt_xent(bool condition, const std::string& message) {
+  if (!condition) throw std::invalid_argument("nt_xent: " + message);
+}
+
+// Rows are read and written through `kept`, so its numbers must lie inside the tensors.
+ubp::NTXentProblem make_nt_xent(Address left, Address right, Address kept, Address ids,
+                                const std::vector<int64_t>& sizes, int dtype, int form, bool has_ids,
+                                bool is_normalized, double temperature, int threads, Address losses) {
+  require_nt_xent(sizes.size() == 3, "sizes must be (rows, pairs, width)");
+  require_nt_xent(sizes[1] >= 1 && sizes[1] < (int64_t{1} << 30) && sizes[1] <= sizes[0],
+                  "pairs must be in 1..2^30 - 1 and at most the rows, got " + std::to_string(sizes[1]));
+  require_nt_xent(sizes[2] >= 1 && sizes[2] <= 2048,
+                  "width must be in 1..2048, got " + std::to_string(sizes[2]));
+  require_nt_xent(dtype >= 0 && dtype <= 2, "dtype must be 0, 1 or 2, got " + std::to_string(dtype));
+  require_nt_xent(form >= 0 && form <= 2, "form must be 0, 1 or 2, got " + std::to_string(form));
+  require_nt_xent(temperature > 0, "temperature must be > 0, got " + std::to_string(temperature));
+  require_nt_xent(threads >= 1, "threads must be >= 1, got " + std::to_string(threads));
+  ubp::NTXentProblem problem{};
+  problem.left = reinterpret_cast<const void*>(left);
+  problem.right = reinterpret_cast<const void*>(right);
+  problem.kept = reinterpret_cast<const int64_t*>(kept);
+  problem.ids = reinterpret_cast<const int32_t*>(ids);
+  problem.pairs = sizes[1];
+  problem.width = sizes[2];
+  problem.dtype = static_cast<ubp::DType>(dtype);
+  problem.form = static_cast<ubp::NTXentForm>(form);
+  problem.has_ids = has_ids;
+  problem.is_normalized = is_normalized;
+  problem.temperature = temperature;
+  problem.threads = threads;
+  problem.losses = reinterpret_cast<double*>(losses);
+  int64_t previous = -1;
+  for (int64_t pair = 0; pair < problem.pairs; ++pair) {
+    require_nt_xent(problem.kept[pair] > previous && problem.kept[pair] < sizes[0],
+                    "kept must rise and stay below the number of rows, got " +
+                        std::to_string(problem.kept[pair]) + " at entry " + std::to_string(pair));
+    require_nt_xent(problem.ids[pair] >= 0, "ids must be >= 0, got " + std::to_string(problem.ids[pair]) +
+                                                " at entry " + std::to_string(pair));
+    previous = problem.kept[pair];
+  }
+  return problem;
+}
+
+void nt_xent_forward(Address left, Address right, Address kept, Address ids,
+                     const std::vector<int64_t>& sizes, int dtype, int form, bool has_ids, bool is_normalized,
+                     double temperature, int threads, Address losses) {
+  const ubp::NTXentProblem problem = make_nt_xent(left, right, kept, ids, sizes, dtype, form, has_ids,
+                                                  is_normalized, temperature, threads, losses);
+  py::gil_scoped_release released;
+  ubp::kernels().nt_xent_forward(problem);
+}
+
+double nt_xent_backward(Address left, Address right, Address kept, Address ids,
+                        const std::vector<int64_t>& sizes, int dtype, int form, bool has_ids,
+                        bool is_normalized, double temperature, int threads, Address losses, Address weight,
+                        double factor, Address grad_left, Address grad_right) {
+  ubp::NTXentProblem problem = make_nt_xent(left, right, kept, ids, sizes, dtype, form, has_ids,
+                                            is_normalized, temperature, threads, losses);
+  double moment = 0;
+  problem.weight = reinterpret_cast<const float*>(weight);
+  problem.factor = factor;
+  problem.grad_left = reinterpret_cast<void*>(grad_left);
+  problem.grad_right = reinterpret_cast<void*>(grad_right);
+  problem.moment = &moment;
+  py::gil_scoped_release released;
+  ubp::kernels().nt_xent_backward(problem);
+  return moment;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, module) {
@@ -123,4 +192,6 @@ PYBIND11_MODULE(_core, module) {
              "Uses another instruction set; ValueError when it cannot.");
   module.def("flash_attention_forward", &flash_attention_forward);
   module.def("flash_attention_backward", &flash_attention_backward);
+  module.def("nt_xent_forward", &nt_xent_forward);
+  module.def("nt_xent_backward", &nt_xent_backward);
 }

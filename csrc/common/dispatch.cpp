@@ -9,9 +9,14 @@ namespace ubp {
   namespace isa_##isa {                                          \
     void flash_attention_forward(const FlashAttentionProblem&);  \
     void flash_attention_backward(const FlashAttentionProblem&); \
+    void nt_xent_forward(const NTXentProblem&);                  \
+    void nt_xent_backward(const NTXentProblem&);                 \
   }
-#define UBP_ENTRY(isa) \
-  Kernels { #isa, &isa_##isa::flash_attention_forward, &isa_##isa::flash_attention_backward }
+#define UBP_ENTRY(isa)                                                               \
+  Kernels {                                                                          \
+    #isa, &isa_##isa::flash_attention_forward, &isa_##isa::flash_attention_backward, \
+        &isa_##isa::nt_xent_forward, &isa_##isa::nt_xent_backward                    \
+  }
 
 UBP_DECLARE(base)
 #if UBP_X86

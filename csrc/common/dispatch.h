@@ -5,12 +5,14 @@
 #include <vector>
 
 #include "flash_attention/flash_attention.h"
+#include "nt_xent/nt_xent.h"
 
 namespace ubp {
 
 struct Kernels {
   const char* isa;
   FlashAttentionFunction flash_attention_forward, flash_attention_backward;
+  NTXentFunction nt_xent_forward, nt_xent_backward;
 };
 
 // The kernels in use; at first those of the best instruction set of this machine.

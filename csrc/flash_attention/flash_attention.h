@@ -11,9 +11,9 @@
 
 #include <cstdint>
 
-namespace ubp {
+#include "common/dtype.h"
 
-enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+namespace ubp {
 
 struct FlashAttentionProblem {
   const void *query, *key, *value;

@@ -47,8 +47,8 @@ def numbers(generator: random.Random, dtype: int, count: int) -> array[Any]:
     return array("H", (generator.getrandbits(16) for _ in range(count)))
 
 
-def one_round(core: Any, generator: random.Random) -> bool:
-    """One problem, forward and backward; True when it was accepted."""
+def flash_attention(core: Any, generator: random.Random) -> None:
+    """One problem, forward and backward."""
     sequences, heads = generator.randrange(6), generator.randrange(1, 4)
     width = generator.choice((1, 3, 16, 17, 32, 59, 64, 100, 128, 256, 0, 257))
     longest = generator.choice((2, 30, 60, 300))
@@ -65,12 +65,54 @@ def one_round(core: Any, generator: random.Random) -> bool:
     addresses = [part.buffer_info()[0] for part in (*inputs, cu_query, cu_key)]
     options = (sizes, dtype, is_causal, generator.uniform(-2, 2), generator.randrange(5))
     results = [part.buffer_info()[0] for part in (output, lse, grad_output, *gradients)]
+    core.flash_attention_forward(*addresses, *options, *results[:2])
+    core.flash_attention_backward(*addresses, *options, *results)
+
+
+def nt_xent(core: Any, generator: random.Random) -> None:
+    """One problem, forward and backward; one in eight large enough for float32 or bfloat16 tiles."""
+    rows = generator.choice((1, 2, 3, 63, 65, 127, 193, generator.randrange(1, 260)))
+    width = generator.choice((1, 2, 3, 15, 16, 17, 59, 64, 100, 0, 2049))
+    if generator.random() < 0.15:
+        rows, width = generator.choice(((193, 512), (300, 256), (385, 131), (97, 2048)))
+    kept = [row for row in range(rows) if generator.random() < 0.8] or [0]
+    pairs, damage = len(kept), generator.random()
+    if damage < 0.1:
+        kept[generator.randrange(pairs)] = generator.choice((-1, rows, 0, 2**62, -(2**62)))
+    ids = [generator.randrange(1 + rows // 2) for _ in kept]
+    if 0.1 < damage < 0.15:
+        ids[-1] = -1
+    kept_rows, row_ids = array("q", kept), array("i", ids)
+    dtype, form = generator.randrange(3), generator.choice((0, 1, 2, 2, 3))
+    sides = [numbers(generator, dtype, rows * width) for _ in range(2)]
+    gradients = [array(TYPECODES[dtype], bytes(ITEM_BYTES[dtype] * rows * width)) for _ in range(2)]
+    losses, weight = array("d", bytes(16 * pairs)), array("f", (generator.random() for _ in kept))
+    arguments = (
+        *(part.buffer_info()[0] for part in (*sides, kept_rows, row_ids)),
+        [rows, pairs, width],
+        dtype,
+        form,
+        generator.random() < 0.5,
+        generator.random() < 0.7,
+        generator.choice((1.0, 0.1, 0.02, 0.005, 1e-30, 1e30, 0.0, float("nan"))),
+        generator.randrange(5),
+        losses.buffer_info()[0],
+    )
+    factor = generator.choice((1.0, 0.0, float("inf"), 1e-300))
+    core.nt_xent_forward(*arguments)
+    core.nt_xent_backward(*arguments, weight.buffer_info()[0], factor, *(part.buffer_info()[0] for part in gradients))
+
+
+OPERATORS = (flash_attention, nt_xent)
+
+
+def is_accepted(core: Any, generator: random.Random, operator: Any) -> bool:
+    """One round on a random instruction set; False when the problem was refused in the operator's words."""
     core.set_isa(generator.choice(core.usable_isas()))
     try:
-        core.flash_attention_forward(*addresses, *options, *results[:2])
-        core.flash_attention_backward(*addresses, *options, *results)
+        operator(core, generator)
     except ValueError as error:
-        if not str(error).startswith("flash_attention: "):
+        if not str(error).startswith(f"{operator.__name__}: "):
             raise
         return False
     return True
@@ -79,9 +121,11 @@ def one_round(core: Any, generator: random.Random) -> bool:
 def main() -> None:
     folder = sys.argv[1]
     rounds, seed = (int(sys.argv[at]) if len(sys.argv) > at else default for at, default in ((2, 300), (3, 0)))
-    core, generator = load_core(Path(folder)), random.Random(seed)
-    accepted = sum(one_round(core, generator) for _ in range(rounds))
-    print(f"{rounds} problems, {accepted} accepted, no sanitizer report")
+    core = load_core(Path(folder))
+    for operator in OPERATORS:
+        generator = random.Random(seed)
+        accepted = sum(is_accepted(core, generator, operator) for _ in range(rounds))
+        print(f"{operator.__name__}: {rounds} problems, {accepted} accepted, no sanitizer report")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ Which rows meet which (N pairs left_i, right_i):
 
 The positive is always a candidate. Any other candidate is dropped if its row is not valid, or has the same id.
 
-Memory: the reference holds several [N, N] matrices ([2N, 2N] for simclr) in the dtype of the inputs.
+Memory: native holds a few [2N, E] float32 matrices, whatever N; the reference holds several [N, N] matrices
+([2N, 2N] for simclr) in the dtype of the inputs. Both are deterministic.
 Source: Sohn 2016 (N-pair loss), van den Oord et al. 2018 (InfoNCE), Chen et al. 2020 (SimCLR, NT-Xent).
 """
 
@@ -30,14 +31,14 @@ import torch
 from torch import Tensor
 
 from ubp_fast.kernels import backends
-from ubp_fast.kernels.nt_xent import reference
+from ubp_fast.kernels.nt_xent import _native, reference
 from ubp_fast.kernels.nt_xent.reference import Problem
 
 NEGATIVES = ("cross", "symmetric", "simclr")
 MAX_WIDTH = 2048
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference}
-ORDER = ("reference",)
+IMPLEMENTATIONS: dict[str, ModuleType] = {"native": _native, "reference": reference}
+ORDER = ("native", "reference")
 SCHEMA = "Tensor left, Tensor right, Tensor temperature, str negatives, Tensor? weight, Tensor? valid, Tensor? ids"
 
 
@@ -71,7 +72,8 @@ def nt_xent(
             anything, NaN included. None: all rows are valid.
         ids: [N] integer; rows with the same id are no negatives of each other. None: all ids differ.
         normalize: divide every row by its length first. Zero rows stay zero and get gradient 0.
-        backend: "auto" or a name; "reference" is the only one that exists yet.
+        backend: "auto" or a name. "auto" is "native" for float32, bfloat16 and float16 on the CPU, else "reference"
+            (float64, GPU).
 
     Returns:
         0-d loss: float32, float64 for float64 inputs. 0 (gradients 0) if no row is valid or all weights are 0.
@@ -221,7 +223,7 @@ def _implementation(backend: str, problem: Problem) -> ModuleType:
 def _fake_forward(left, right, temperature, negatives, weight, valid, ids, normalize, backend):
     dtype = loss_dtype(left.dtype)
     rows = left.shape[0] * (1 if negatives == "cross" else 2)
-    return left.new_empty((), dtype=dtype), left.new_empty((rows,), dtype=dtype)
+    return left.new_empty((), dtype=dtype), left.new_empty((rows,), dtype=torch.float64)
 
 
 @_nt_xent_backward.register_fake

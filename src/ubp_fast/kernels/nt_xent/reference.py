@@ -58,7 +58,7 @@ def unsupported(problem: Problem) -> str | None:
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Loss (0-d) and the row losses [N] ([2N] for symmetric and simclr), both in the dtype of the loss."""
+    """Loss (0-d) and the row losses [N] ([2N] for symmetric and simclr), in the dtype of the loss and in float64."""
     left, right = (_prepare(rows, problem) for rows in (problem.left, problem.right))
     losses = []
     for direction in _directions(left.rows, right.rows, problem):
@@ -68,11 +68,12 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
         losses.append((peak + torch.log1p(inner)).to(problem.row_weight.dtype))
     row_losses = torch.cat(losses)
     weight = _weight_per_row_loss(problem, row_losses)
-    return (weight * row_losses).sum() / _or_one(weight.sum()), row_losses
+    return (weight * row_losses).sum() / _or_one(weight.sum()), row_losses.double()
 
 
 def backward(problem: Problem, grad: Tensor, row_losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of left, right and temperature from the row losses that `forward` returned."""
+    row_losses = row_losses.to(problem.row_weight.dtype)
     left, right = (_prepare(rows, problem) for rows in (problem.left, problem.right))
     grad_left, grad_right = torch.zeros_like(left.rows), torch.zeros_like(right.rows)
     weight = _weight_per_row_loss(problem, row_losses)

@@ -1,0 +1,491 @@
+// nt_xent on the CPU, compiled once per instruction set.
+//
+// The matrix of similarities is cut into tiles of 192 x 192. Each tile is computed once and serves its rows
+// and its columns; simclr's matrix is symmetric, there only the tiles on and above the diagonal are computed.
+//
+//   forward    tile -> exponentials -> row sums, column sums
+//   backward   tile -> G = weight p (rows) + weight p (columns) -> dA += G B, dB += G^T A
+//
+// Tiles run in phases. Within a phase no two tiles share rows or columns, so threads never write to the same
+// place, and each sum is added up in the order of the phases: results do not depend on the thread count.
+//
+// Products are s / tau: the panels of the columns carry the factor. Where it stays below kLargestShared for
+// all pairs, its exponentials and their sums fit into a Real with full precision and one exponential serves
+// row and column. Otherwise rows and columns keep running maxima and take one each.
+//
+// Three arithmetics: double for small problems, where it costs a few milliseconds at most, and wherever |s| /
+// tau may exceed 60, because float would leave errors of 1e-5 in the exponents; pairs of bfloat16 for inputs
+// of that type where the machine has the instruction; float for the rest.
+#include <cmath>
+
+#include "nt_xent/rows.h"
+
+#define UBP_JOIN_(a, b) a##b
+#define UBP_JOIN(a, b) UBP_JOIN_(a, b)
+
+namespace ubp {
+namespace {
+
+constexpr int64_t kStripe = 96;  // rows of a tile that are computed at a time
+constexpr int64_t kExactOperations = int64_t{1} << 25;
+static_assert(kBlock % kStripe == 0 && kStripe % 2 == 0, "tiles consist of whole stripes of whole pairs");
+
+// One tile: where its rows and columns are, and copies of what belongs to its columns, padded to whole
+// panels.
+template <class A>
+struct Tile {
+  using Real = typename A::Real;
+  int64_t first_row, rows, first_column, columns, padded;
+  bool is_diagonal;  // of a symmetric matrix: columns repeat the rows
+  bool is_masked;    // some pairs are no negatives
+  alignas(64) Real scales[kBlock], positives[kBlock], factors[kBlock];
+  alignas(64) Real losses[kBlock], rests[kBlock];  // loss = Real + rest: large losses keep their digits
+  alignas(64) typename A::Int ids[kBlock];
+  alignas(64) Real products[kStripe * kBlock];
+  // Products after rounding to pairs of neighbours in a row, and in a column.
+  alignas(64) uint32_t across[kIsScaled<A> ? kStripe * kBlock / 2 : 1];
+  alignas(64) uint32_t down[kIsScaled<A> ? kStripe * kBlock / 2 : 1];
+};
+
+template <class A>
+bool meets_diagonal(const Run<A>& run, int64_t first_row, int64_t first_column) {
+  const auto overlaps = [&](int64_t shift) {
+    const int64_t distance = first_column - first_row - shift;
+    return distance > -kBlock && distance < kBlock;
+  };
+  const int64_t pairs = run.problem->pairs;
+  return overlaps(0) || (run.problem->form == NTXentForm::kSimclr && (overlaps(pairs) || overlaps(-pairs)));
+}
+
+template <class A>
+void place_tile(const Run<A>& run, int64_t row_block, int64_t column_block, Tile<A>& tile) {
+  using Real = typename A::Real;
+  const NTXentProblem& problem = *run.problem;
+  const int64_t side = run.row_side.count;
+  tile.first_row = row_block * kBlock;
+  tile.first_column = column_block * kBlock;
+  tile.rows = smaller(kBlock, side - tile.first_row);
+  tile.columns = smaller(kBlock, side - tile.first_column);
+  tile.padded = round_up(tile.columns, kPanel<A>);
+  tile.is_diagonal = problem.form == NTXentForm::kSimclr && row_block == column_block;
+  tile.is_masked =
+      problem.has_ids || tile.columns < tile.padded || meets_diagonal(run, tile.first_row, tile.first_column);
+  const bool has_loss = run.is_backward && problem.form != NTXentForm::kCross;
+  for (int64_t at = 0; at < tile.padded; ++at) {
+    const bool exists = at < tile.columns;
+    const int64_t index = run.column_side.first + tile.first_column + (exists ? at : 0);
+    tile.scales[at] = run.column_scales[index];
+    tile.positives[at] = run.positives[index % problem.pairs];
+    tile.ids[at] = exists ? problem.ids[index % problem.pairs] : -1;
+    tile.factors[at] = has_loss ? run.factors[index] : Real{0};
+    const double loss = has_loss ? problem.losses[index] : 0.0;
+    tile.losses[at] = static_cast<Real>(loss);
+    tile.rests[at] = static_cast<Real>(loss - static_cast<double>(tile.losses[at]));
+  }
+}
+
+template <class A>
+void multiply_stripe(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t rows) {
+  const Side<A>& a = run.row_side;
+  const typename A::Element* left = a.rows + (tile.first_row + first) * a.stride;
+  for (int64_t column = 0; column < tile.padded; column += kPanel<A>) {
+    const typename A::Element* panel = run.column_side.panels + (tile.first_column + column) * a.width;
+    for (int64_t part = 0; part < a.width; part += A::kPart)
+      multiply<A, false>(tile.products + column, kBlock, {left + part, a.stride},
+                         {panel + part * kPanel<A>, kPanel<A>}, rows, kPanel<A>,
+                         smaller(A::kPart, a.width - part), part > 0);
+  }
+}
+
+// The same steps in the same order as in the tiles: equal rows then have a gap of exactly 0.
+template <class A>
+void positive_products(Run<A>& run) {
+  const Side<A>&a = run.row_side, &b = run.column_side;
+  for (int64_t pair = 0; pair < run.problem->pairs; ++pair) {
+    const int64_t column = run.problem->pairs + pair - b.first, lane = column % kPanel<A>;
+    const typename A::Element* panel = b.panels + (column - lane) * b.width + lane / A::kLanes * A::kLanes;
+    alignas(64) typename A::Real products[A::kLanes];
+    for (int64_t part = 0; part < a.width; part += A::kPart)
+      register_tile<A, false, 1, 1>(products, 0, {a.rows + pair * a.stride + part, a.stride},
+                                    {panel + part * kPanel<A>, kPanel<A>}, smaller(A::kPart, a.width - part),
+                                    part > 0);
+    typename A::Real positive = products[lane % A::kLanes];
+    if (kIsScaled<A>) positive = positive * run.scales[pair] * run.column_scales[run.problem->pairs + pair];
+    run.positives[pair] = positive;
+  }
+}
+
+template <class A>
+UBP_INLINE typename A::Vec similarity(const Tile<A>& tile, const typename A::Real* products, int64_t at,
+                                      typename A::Real row_scale) {
+  using Vec = typename A::Vec;
+  const Vec product = load_as<Vec>(products + at);
+  return kIsScaled<A> ? product * row_scale * load_as<Vec>(tile.scales + at) : product;
+}
+
+template <class A>
+UBP_INLINE typename A::IntVec no_negative(const Tile<A>& tile, int64_t at, typename A::Int id) {
+  const auto ids = load_as<typename A::IntVec>(tile.ids + at);
+  return (ids == id) | (ids < 0);
+}
+
+template <class A, bool kIsMasked>
+void shared_sums(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t rows,
+                 typename A::Real* column_sums) {
+  using Vec = typename A::Vec;
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t index = tile.first_row + first + row;
+    const auto id = static_cast<typename A::Int>(run.problem->ids[index % run.problem->pairs]);
+    const typename A::Real* products = tile.products + row * kBlock;
+    Vec sum = {};
+    for (int64_t at = 0; at < tile.padded; at += A::kLanes) {
+      Vec value = exponential(similarity(tile, products, at, run.scales[index]));
+      if (kIsMasked) value = no_negative(tile, at, id) ? Vec{} : value;
+      sum += value;
+      store_as(column_sums + at, load_as<Vec>(column_sums + at) + value);
+    }
+    run.sums[index] += static_cast<double>(add_lanes(sum));
+  }
+}
+
+template <class A>
+void raise_maximum(const Run<A>& run, int64_t index, typename A::Real largest) {
+  if (!(largest > run.maxima[index])) return;
+  run.sums[index] *= std::exp(static_cast<double>(run.maxima[index]) - static_cast<double>(largest));
+  run.maxima[index] = largest;
+}
+
+// Rows, then columns, of a stripe that holds similarities; those that are no negatives are -infinity.
+template <class A>
+void running_sums(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t rows, bool has_columns) {
+  using Real = typename A::Real;
+  using Vec = typename A::Vec;
+  const Vec lowest = Vec{} - static_cast<Real>(INFINITY);
+  for (int64_t row = 0; row < rows; ++row) {
+    const Real* values = tile.products + row * kBlock;
+    const int64_t index = tile.first_row + first + row;
+    Vec largest = lowest, sum = {};
+    for (int64_t at = 0; at < tile.padded; at += A::kLanes) {
+      const Vec value = load_as<Vec>(values + at);
+      largest = value > largest ? value : largest;
+    }
+    raise_maximum(run, index, largest_lane(largest));
+    for (int64_t at = 0; at < tile.padded; at += A::kLanes)
+      sum += exponential(load_as<Vec>(values + at) - run.maxima[index]);
+    run.sums[index] += static_cast<double>(add_lanes(sum));
+  }
+  if (!has_columns) return;
+  for (int64_t at = 0; at < tile.padded; at += A::kLanes) {
+    Vec largest = lowest, sum = {}, reference = {};
+    for (int64_t row = 0; row < rows; ++row) {
+      const Vec value = load_as<Vec>(tile.products + row * kBlock + at);
+      largest = value > largest ? value : largest;
+    }
+    const int64_t count = smaller(A::kLanes, tile.columns - at),
+                  index = run.column_side.first + tile.first_column + at;
+    for (int64_t lane = 0; lane < count; ++lane) {
+      raise_maximum(run, index + lane, largest[lane]);
+      reference[lane] = run.maxima[index + lane];
+    }
+    for (int64_t row = 0; row < rows; ++row)
+      sum += exponential(load_as<Vec>(tile.products + row * kBlock + at) - reference);
+    for (int64_t lane = 0; lane < count; ++lane) run.sums[index + lane] += static_cast<double>(sum[lane]);
+  }
+}
+
+template <class A>
+void mask_similarities(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t rows) {
+  using Vec = typename A::Vec;
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t index = tile.first_row + first + row;
+    const auto id = static_cast<typename A::Int>(run.problem->ids[index % run.problem->pairs]);
+    typename A::Real* products = tile.products + row * kBlock;
+    for (int64_t at = 0; at < tile.padded; at += A::kLanes) {
+      const Vec value = similarity(tile, products, at, run.scales[index]);
+      const Vec lowest = Vec{} - static_cast<typename A::Real>(INFINITY);
+      store_as(products + at, no_negative(tile, at, id) ? lowest : value);
+    }
+  }
+}
+
+template <class A>
+void forward_tile(const Run<A>& run, Tile<A>& tile) {
+  const bool has_columns = run.problem->form != NTXentForm::kCross && !tile.is_diagonal;
+  for (int64_t first = 0; first < tile.rows; first += kStripe) {
+    alignas(64) typename A::Real column_sums[kBlock] = {};
+    const int64_t rows = smaller(kStripe, tile.rows - first);
+    multiply_stripe(run, tile, first, rows);
+    if (!run.is_shared) {
+      if (tile.is_masked || kIsScaled<A>) mask_similarities(run, tile, first, rows);
+      running_sums(run, tile, first, rows, has_columns);
+    } else if (tile.is_masked) {
+      shared_sums<A, true>(run, tile, first, rows, column_sums);
+    } else {
+      shared_sums<A, false>(run, tile, first, rows, column_sums);
+    }
+    if (!run.is_shared || !has_columns) continue;
+    for (int64_t at = 0; at < tile.columns; ++at)
+      run.sums[run.column_side.first + tile.first_column + at] += static_cast<double>(column_sums[at]);
+  }
+}
+
+// Products -> G in place. Returns sum G (s - positive), rows and columns each with their own positive.
+template <class A, bool kIsShared, bool kIsMasked>
+double gradient_stripe(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t rows) {
+  using Real = typename A::Real;
+  using Vec = typename A::Vec;
+  double total = 0;
+  const bool has_columns = run.problem->form != NTXentForm::kCross;
+  for (int64_t row = 0; row < rows; ++row) {
+    Real* products = tile.products + row * kBlock;
+    const int64_t index = tile.first_row + first + row, pair = index % run.problem->pairs;
+    const auto id = static_cast<typename A::Int>(run.problem->ids[pair]);
+    const Real positive = run.positives[pair], factor = run.factors[index], scale = run.scales[index],
+               loss = static_cast<Real>(run.problem->losses[index]),
+               rest = static_cast<Real>(run.problem->losses[index] - static_cast<double>(loss));
+    Vec moment = {};
+    for (int64_t at = 0; at < tile.padded; at += A::kLanes) {
+      const Vec value = similarity(tile, products, at, scale);
+      const Vec row_gap = value - positive, column_gap = value - load_as<Vec>(tile.positives + at);
+      Vec by_row, by_column = {};
+      if (kIsShared) {
+        const Vec power = exponential(value);
+        by_row = power * factor;
+        by_column = power * load_as<Vec>(tile.factors + at);
+      } else {
+        by_row = exponential(row_gap - loss - rest) * factor;
+        if (has_columns)
+          by_column =
+              exponential(column_gap - load_as<Vec>(tile.losses + at) - load_as<Vec>(tile.rests + at)) *
+              load_as<Vec>(tile.factors + at);
+      }
+      if (kIsMasked) {
+        const auto excluded = no_negative(tile, at, id);
+        by_row = excluded ? Vec{} : by_row;
+        by_column = excluded ? Vec{} : by_column;
+      }
+      moment += by_row * row_gap + by_column * column_gap;
+      const Vec both = by_row + by_column;
+      store_as(products + at, kIsScaled<A> ? both * scale * load_as<Vec>(tile.scales + at) : both);
+    }
+    total += static_cast<double>(add_lanes(moment));
+  }
+  return total;
+}
+
+// G rounded to bfloat16: neighbours in a row as one element, and neighbours in a column.
+template <class A>
+void round_gradients(Tile<A>& tile, int64_t rows) {
+  if (rows % 2 == 1)
+    for (int64_t at = 0; at < tile.padded; ++at) tile.products[rows * kBlock + at] = 0;
+  for (int64_t row = 0; row < rows; row += 2)
+    for (int64_t at = 0; at < tile.padded; at += A::kLanes) {
+      const typename A::Real* even = tile.products + row * kBlock + at;
+      uint32_t* across = tile.across + (row * kBlock + at) / 2;
+      A::round_pairs(load_as<typename A::Vec>(even), load_as<typename A::Vec>(even + kBlock), across,
+                     across + kBlock / 2, tile.down + row / 2 * kBlock + at);
+    }
+}
+
+// dA += G B and, unless the columns repeat the rows, dB += G^T A.
+template <class A>
+void add_gradients(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t rows) {
+  const Side<A>&a = run.row_side, &b = run.column_side;
+  const int64_t stride = a.step_stride, width = round_up(run.problem->width, A::kLanes),
+                row = tile.first_row + first;
+  Operand<A> across, down;
+  if constexpr (kIsScaled<A>) {
+    round_gradients(tile, rows);
+    across = {tile.across, kBlock / 2};
+    down = {tile.down, kBlock};
+  } else {
+    across = down = {tile.products, kBlock};
+  }
+  multiply<A, false>(a.grad + row * stride, stride, across,
+                     {b.steps + tile.first_column / A::kPair * stride, stride}, rows, width,
+                     (tile.columns + A::kPair - 1) / A::kPair, true);
+  if (!tile.is_diagonal)
+    multiply<A, true>(b.grad + tile.first_column * stride, stride, down,
+                      {a.steps + row / A::kPair * stride, stride}, tile.columns, width,
+                      (rows + A::kPair - 1) / A::kPair, true);
+}
+
+template <class A>
+void backward_tile(const Run<A>& run, Tile<A>& tile, int64_t row_block) {
+  double moment = 0;
+  for (int64_t first = 0; first < tile.rows; first += kStripe) {
+    const int64_t rows = smaller(kStripe, tile.rows - first);
+    multiply_stripe(run, tile, first, rows);
+    if (run.is_shared)
+      moment += tile.is_masked ? gradient_stripe<A, true, true>(run, tile, first, rows)
+                               : gradient_stripe<A, true, false>(run, tile, first, rows);
+    else
+      moment += tile.is_masked ? gradient_stripe<A, false, true>(run, tile, first, rows)
+                               : gradient_stripe<A, false, false>(run, tile, first, rows);
+    add_gradients(run, tile, first, rows);
+  }
+  run.moments[row_block] +=
+      tile.is_diagonal ? moment / 2 : moment;  // there each pair was met from both sides
+}
+
+// The tiles of a phase. Symmetric matrix: blocks i and j with i + j = 2 phase modulo an odd number, which
+// pairs each block with one other; the one that is left meets itself.
+template <class A>
+void run_item(void* context, int64_t item, int) {
+  const Run<A>& run = *static_cast<Run<A>*>(context);
+  int64_t row_block = item, column_block = (item + run.phase) % run.blocks;
+  if (run.problem->form == NTXentForm::kSimclr) {
+    const int64_t odd = run.blocks | 1, one = (run.phase + item) % odd,
+                  other = (run.phase - item + odd) % odd;
+    row_block = smaller(one, other);
+    column_block = one + other - row_block;
+    if (column_block >= run.blocks) return;
+  }
+  Tile<A> tile;
+  place_tile(run, row_block, column_block, tile);
+  if (run.is_backward)
+    backward_tile(run, tile, row_block);
+  else
+    forward_tile(run, tile);
+}
+
+template <class A>
+void run_phases(Run<A>& run) {
+  const bool is_simclr = run.problem->form == NTXentForm::kSimclr;
+  const int64_t phases = is_simclr ? run.blocks | 1 : run.blocks;
+  for (run.phase = 0; run.phase < phases; ++run.phase)
+    parallel_for(is_simclr ? (phases + 1) / 2 : run.blocks, run.problem->threads, &run_item<A>, &run);
+}
+
+template <class A>
+Side<A> make_side(const Run<A>& run, Memory& memory, int64_t first, int64_t count, bool is_column) {
+  Side<A> side{};
+  side.first = first;
+  side.count = count;
+  const int64_t padded = round_up(run.problem->width, 16);
+  side.width = (run.problem->width + A::kPair - 1) / A::kPair;
+  // More than needed: rows a power of two apart would share few sets of the cache.
+  side.step_stride = padded + 16;
+  side.stride = padded / A::kPair + 16;
+  side.rows = memory.take_zeros<typename A::Element>((count + 1) * side.stride);
+  side.steps = side.rows;
+  if (is_column)
+    side.panels = memory.take_zeros<typename A::Element>(round_up(count, kPanel<A>) * side.width);
+  if (!run.is_backward) return side;
+  if (kIsScaled<A>) side.steps = memory.take_zeros<typename A::Element>((count + 1) / 2 * side.step_stride);
+  side.grad = memory.take_zeros<typename A::Real>(count * side.step_stride);
+  return side;
+}
+
+template <class A>
+void for_each_side(Run<A>& run, void (*task)(void*, int64_t, int)) {
+  SideOfRun<A> part{&run, &run.row_side};
+  parallel_for(run.blocks, run.problem->threads, task, &part);
+  if (run.problem->form == NTXentForm::kSimclr) return;
+  part.side = &run.column_side;
+  parallel_for(run.blocks, run.problem->threads, task, &part);
+}
+
+template <class A>
+void start(Run<A>& run, Memory& memory, double exponent) {
+  using Real = typename A::Real;
+  const NTXentProblem& problem = *run.problem;
+  const bool is_simclr = problem.form == NTXentForm::kSimclr;
+  const int64_t rows = 2 * problem.pairs, side = is_simclr ? rows : problem.pairs;
+  run.blocks = (side + kBlock - 1) / kBlock;
+  run.inverse = 1.0 / problem.temperature;
+  run.scales = memory.take<Real>(rows);
+  run.column_scales = memory.take<Real>(rows);
+  run.stored_lengths = memory.take<double>(rows);
+  run.lengths = memory.take<double>(rows);
+  run.positives = memory.take<Real>(problem.pairs);
+  run.row_side = make_side(run, memory, 0, side, is_simclr);
+  run.column_side = is_simclr ? run.row_side : make_side(run, memory, side, side, true);
+  for_each_side(run, &prepare_block<A>);
+  run.is_shared = exponent <= A::kLargestShared;
+  positive_products(run);
+}
+
+// exp of one number, exactly as the tiles compute it: equal products must give equal exponentials.
+template <class A>
+double exponential_of(typename A::Real value) {
+  return static_cast<double>(exponential(typename A::Vec{} + value)[0]);
+}
+
+template <class A>
+void forward(const NTXentProblem& problem, double exponent) {
+  Memory memory;
+  Run<A> run{};
+  run.problem = &problem;
+  start(run, memory, exponent);
+  const int64_t rows = 2 * problem.pairs;
+  run.maxima = memory.take<typename A::Real>(rows);
+  run.sums = memory.take_zeros<double>(rows);
+  for (int64_t row = 0; row < rows; ++row) run.maxima[row] = run.positives[row % problem.pairs];
+  run_phases(run);
+  const int64_t losses = problem.form == NTXentForm::kCross ? problem.pairs : rows;
+  for (int64_t row = 0; row < losses; ++row) {
+    const typename A::Real positive = run.positives[row % problem.pairs];
+    if (run.is_shared) {
+      problem.losses[row] = std::log1p(run.sums[row] / exponential_of<A>(positive));
+    } else {
+      const double peak = static_cast<double>(run.maxima[row]) - static_cast<double>(positive);
+      problem.losses[row] = peak + std::log1p(std::expm1(-peak) + run.sums[row]);
+    }
+  }
+  memory.release();
+}
+
+template <class A>
+void backward(const NTXentProblem& problem, double exponent) {
+  Memory memory;
+  Run<A> run{};
+  run.problem = &problem;
+  run.is_backward = true;
+  start(run, memory, exponent);
+  const int64_t rows = problem.form == NTXentForm::kCross ? problem.pairs : 2 * problem.pairs;
+  run.factors = memory.take<typename A::Real>(rows);
+  run.moments = memory.take_zeros<double>(run.blocks);
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t pair = row % problem.pairs;
+    double factor = static_cast<double>(problem.weight[pair]);
+    if (run.is_shared) factor *= std::exp(-problem.losses[row]) / exponential_of<A>(run.positives[pair]);
+    run.factors[row] = static_cast<typename A::Real>(factor);
+  }
+  run_phases(run);
+  double moment = 0;
+  for (int64_t block = 0; block < run.blocks; ++block) moment += run.moments[block];
+  *problem.moment = moment;
+  for_each_side(run, &finish_block<A>);
+  memory.release();
+}
+
+bool is_small(const NTXentProblem& problem) {
+  const int64_t side = problem.form == NTXentForm::kSimclr ? 2 * problem.pairs : problem.pairs;
+  return side <= kExactOperations / side / problem.width;
+}
+
+template <bool kIsBackward>
+void run(const NTXentProblem& problem) {
+  const double exponent = largest_exponent(problem);
+  const auto with = [&](auto arithmetic) {
+    using A = decltype(arithmetic);
+    kIsBackward ? backward<A>(problem, exponent) : forward<A>(problem, exponent);
+  };
+  if (is_small(problem)) return with(DoubleArithmetic{});
+#if defined(__AVX512BF16__)
+  if (problem.dtype == DType::kBFloat16) return with(PairArithmetic{});
+#endif
+  if (exponent <= FloatArithmetic::kLargestShared) return with(FloatArithmetic{});
+  with(DoubleArithmetic{});
+}
+
+}  // namespace
+
+namespace UBP_JOIN(isa_, UBP_ISA) {
+
+void nt_xent_forward(const NTXentProblem& problem) { run<false>(problem); }
+void nt_xent_backward(const NTXentProblem& problem) { run<true>(problem); }
+
+}  // namespace UBP_JOIN(isa_,UBP_ISA)
+}  // namespace ubp

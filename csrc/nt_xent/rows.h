@@ -1,0 +1,305 @@
+// What belongs to single rows: reading and normalising them, the layouts the tiles want, and at the end the
+// way from gradients of normalised rows to gradients of the inputs.
+#pragma once
+
+#include <cstdlib>
+
+#include "common/convert.h"
+#include "common/threads.h"
+#include "nt_xent/arithmetic.h"
+#include "nt_xent/nt_xent.h"
+
+namespace ubp {
+namespace {
+
+constexpr int64_t kBlock = 192;  // rows and columns of a tile
+constexpr int64_t kMaxWidth = 2048;
+
+UBP_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+UBP_INLINE int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+// Everything one call allocates. No destructor: unwinding needs a symbol that all instruction sets would
+// share. Only the thread that called the kernel takes memory.
+class Memory {
+ public:
+  template <class T>
+  T* take(int64_t count) {
+    const int64_t bytes = round_up(count * static_cast<int64_t>(sizeof(T)) + 1, 64);
+    void* block = std::aligned_alloc(64, static_cast<size_t>(bytes));
+    if (block == nullptr) {
+      release();
+      throw_out_of_memory();
+    }
+    blocks_[count_++] = block;
+    return static_cast<T*>(block);
+  }
+
+  template <class T>
+  T* take_zeros(int64_t count) {
+    T* block = take<T>(count);
+    std::memset(static_cast<void*>(block), 0, static_cast<size_t>(count) * sizeof(T));
+    return block;
+  }
+
+  void release() {
+    for (int at = 0; at < count_; ++at) std::free(blocks_[at]);
+    count_ = 0;
+  }
+
+ private:
+  void* blocks_[24];
+  int count_ = 0;
+};
+
+// The rows, or the columns, of the matrix of similarities.
+template <class A>
+struct Side {
+  int64_t first, count;                // numbers of its rows among [left; right]
+  typename A::Element* rows;           // [count rounded up, stride]
+  typename A::Element* steps;          // two rows side by side for pairs, else `rows`
+  typename A::Element* panels;         // [count / panel][steps of a row][panel]; columns only
+  typename A::Real* grad;              // [count, step_stride]
+  int64_t stride, step_stride, width;  // `width`: steps of a row
+};
+
+// What all tiles share. Per-row arrays have 2 pairs entries: left, then right.
+template <class A>
+struct Run {
+  const NTXentProblem* problem;
+  Side<A> row_side, column_side;  // the same for simclr
+  int64_t blocks;                 // of rows, and of columns
+  double inverse;                 // 1 / temperature
+  bool is_shared, is_backward;
+  int64_t phase;
+  typename A::Real *scales,
+      *column_scales;           // pairs: row = scale * stored row; columns also times 1 / temperature
+  double* stored_lengths;       // pairs: length of the stored row
+  double* lengths;              // of the input row
+  typename A::Real* positives;  // [pairs] s_i,p(i) / temperature
+  typename A::Real* maxima;     // forward, running maximum of s / temperature
+  double* sums;                 // forward, sum of exponentials of the negatives
+  typename A::Real* factors;    // backward, shared: weight exp(-s_i,p(i) / tau - loss); else weight
+  double* moments;              // [blocks]
+};
+
+template <class A>
+constexpr int64_t kPanel = kRegisterColumns * A::kLanes;  // columns of one packed panel
+
+template <class A>
+constexpr bool kIsScaled = A::kPair == 2;  // normalised rows are not stored: bfloat16 would round them
+
+template <class T>
+void read_numbers(const void* tensor, int64_t row, int64_t width, double* target) {
+  const T* source = static_cast<const T*>(tensor) + row * width;
+  for (int64_t at = 0; at < width; ++at) target[at] = static_cast<double>(to_float(source[at]));
+}
+
+void read_row(const NTXentProblem& problem, int64_t index, double* target) {
+  const bool is_left = index < problem.pairs;
+  const void* tensor = is_left ? problem.left : problem.right;
+  const int64_t row = problem.kept[is_left ? index : index - problem.pairs];
+  if (problem.dtype == DType::kFloat32) read_numbers<float>(tensor, row, problem.width, target);
+  if (problem.dtype == DType::kBFloat16) read_numbers<BFloat16>(tensor, row, problem.width, target);
+  if (problem.dtype == DType::kFloat16) read_numbers<Float16>(tensor, row, problem.width, target);
+}
+
+constexpr int64_t kDoubles = kWidth / 2;  // in a vector
+
+double dot_product(const double* a, const double* b, int64_t count) {  // `count` in whole vectors
+  DoubleVec sum = {};
+  for (int64_t at = 0; at < count; at += kDoubles)
+    sum += load_as<DoubleVec>(a + at) * load_as<DoubleVec>(b + at);
+  return add_lanes(sum);
+}
+
+double largest_magnitude(const double* row, int64_t count) {
+  DoubleVec largest = {};
+  for (int64_t at = 0; at < count; at += kDoubles) {
+    const DoubleVec value = load_as<DoubleVec>(row + at), magnitude = value < 0.0 ? -value : value;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return largest_lane(largest);
+}
+
+void divide(double* row, int64_t count, double by) {
+  for (int64_t at = 0; at < count; at += kDoubles) store_as(row + at, load_as<DoubleVec>(row + at) / by);
+}
+
+// No |s| / tau is larger.
+double largest_exponent(const NTXentProblem& problem) {
+  if (problem.is_normalized) return 1.0 / problem.temperature;
+  double left = 0, right = 0;
+  alignas(64) double row[kMaxWidth + 16] = {};
+  for (int64_t index = 0; index < 2 * problem.pairs; ++index) {
+    read_row(problem, index, row);
+    const double length = std::sqrt(dot_product(row, row, round_up(problem.width, 16)));
+    double& longest = index < problem.pairs ? left : right;
+    if (!(length <= longest)) longest = length;
+  }
+  const double longer = left > right ? left : right;
+  return (problem.form == NTXentForm::kSimclr ? longer * longer : left * right) / problem.temperature;
+}
+
+double power_of_two_below(double value) {
+  uint64_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  bits &= uint64_t{0x7ff} << 52;
+  std::memcpy(&value, &bits, sizeof(bits));
+  return value;
+}
+
+// Rows are divided by their largest number before their length is taken, as in the reference: rows of one
+// number then become exactly 1 or -1. For pairs by a power of two only, so that bfloat16 keeps every digit.
+template <class A>
+void normalise(const Run<A>& run, int64_t index, double* row, int64_t padded) {
+  run.scales[index] = 1;
+  run.column_scales[index] = static_cast<typename A::Real>(run.inverse);
+  run.stored_lengths[index] = 1.0;
+  if (!run.problem->is_normalized) {
+    run.lengths[index] = std::sqrt(dot_product(row, row, padded));
+    return;
+  }
+  const double largest = largest_magnitude(row, padded);
+  run.lengths[index] = 0.0;
+  if (!(largest > 0.0)) return;
+  const double divisor = kIsScaled<A> ? power_of_two_below(largest) : largest;
+  divide(row, padded, divisor);
+  const double length = std::sqrt(dot_product(row, row, padded));
+  run.lengths[index] = length * divisor;
+  if (kIsScaled<A>) {
+    run.stored_lengths[index] = length;
+    run.scales[index] = static_cast<typename A::Real>(1.0 / length);
+    run.column_scales[index] = static_cast<typename A::Real>(run.inverse / length);
+  } else {
+    divide(row, padded, length);
+  }
+}
+
+uint32_t pair_of(double low, double high) {
+  BFloat16 a, b;
+  from_float(static_cast<float>(low), a);
+  from_float(static_cast<float>(high), b);
+  return uint32_t{a.bits} | uint32_t{b.bits} << 16;
+}
+
+template <class A>
+void store_row(const Side<A>& side, int64_t at, const double* row) {
+  typename A::Element* target = side.rows + at * side.stride;
+  for (int64_t step = 0; step < side.width; ++step) {
+    if constexpr (kIsScaled<A>)
+      target[step] = pair_of(row[2 * step], row[2 * step + 1]);
+    else
+      target[step] = static_cast<typename A::Element>(row[step]);
+  }
+}
+
+// One row into its panel. Without scales the panels carry 1 / temperature: each number is rounded by itself,
+// a factor of all products would err in one direction.
+template <class A>
+void pack_column(const Run<A>& run, const Side<A>& side, int64_t at, const double* row) {
+  const int64_t lane = at % kPanel<A>;
+  typename A::Element* panel = side.panels + (at - lane) * side.width + lane;
+  for (int64_t step = 0; step < side.width; ++step) {
+    if constexpr (kIsScaled<A>)
+      panel[step * kPanel<A>] = side.rows[at * side.stride + step];
+    else
+      panel[step * kPanel<A>] = static_cast<typename A::Element>(row[step] * run.inverse);
+  }
+}
+
+template <class A>
+struct SideOfRun {
+  const Run<A>* run;
+  const Side<A>* side;
+};
+
+template <class A>
+void prepare_block(void* context, int64_t block, int) {
+  const auto& [run, side] = *static_cast<SideOfRun<A>*>(context);
+  alignas(64) double row[kMaxWidth + 16];
+  const int64_t padded = round_up(run->problem->width, 16), start = block * kBlock,
+                end = smaller(start + kBlock, side->count);
+  for (int64_t at = start; at < end; ++at) {
+    for (int64_t column = run->problem->width; column < padded; ++column) row[column] = 0.0;
+    read_row(*run->problem, side->first + at, row);
+    normalise(*run, side->first + at, row, padded);
+    store_row(*side, at, row);
+    if (side->panels != nullptr) pack_column(*run, *side, at, row);
+  }
+  if constexpr (kIsScaled<A>) {  // the row after the last one is zero
+    if (run->is_backward)
+      for (int64_t at = start; at < end; at += 2)
+        A::join_rows(side->rows + at * side->stride, side->rows + (at + 1) * side->stride, side->width,
+                     side->steps + at / 2 * side->step_stride);
+  }
+}
+
+// Number `column` of a normalised row.
+template <class A>
+void unit_row(const Run<A>& run, const Side<A>& side, int64_t at, int64_t padded, double* target) {
+  const typename A::Element* row = side.rows + at * side.stride;
+  for (int64_t step = 0; step < padded / A::kPair; ++step) {
+    if constexpr (kIsScaled<A>) {
+      target[2 * step] = static_cast<double>(bits_to_float(row[step] << 16));
+      target[2 * step + 1] = static_cast<double>(bits_to_float(row[step] & 0xffff0000u));
+    } else {
+      target[step] = static_cast<double>(row[step]);
+    }
+  }
+  if (kIsScaled<A>) divide(target, padded, run.stored_lengths[side.first + at]);
+}
+
+template <class T>
+void write_numbers(void* tensor, int64_t row, int64_t width, const double* numbers) {
+  T* target = static_cast<T*>(tensor) + row * width;
+  for (int64_t at = 0; at < width; ++at) from_float(static_cast<float>(numbers[at]), target[at]);
+}
+
+void write_row(const NTXentProblem& problem, int64_t index, const double* numbers) {
+  const bool is_left = index < problem.pairs;
+  void* tensor = is_left ? problem.grad_left : problem.grad_right;
+  const int64_t row = problem.kept[is_left ? index : index - problem.pairs];
+  if (problem.dtype == DType::kFloat32) write_numbers<float>(tensor, row, problem.width, numbers);
+  if (problem.dtype == DType::kBFloat16) write_numbers<BFloat16>(tensor, row, problem.width, numbers);
+  if (problem.dtype == DType::kFloat16) write_numbers<Float16>(tensor, row, problem.width, numbers);
+}
+
+// The positive's entry of the gradient is minus the sum of the row's others: no cancellation when the loss is
+// near zero.
+double slope_of_positive(const NTXentProblem& problem, int64_t pair) {
+  double share = std::expm1(-problem.losses[pair]);
+  if (problem.form != NTXentForm::kCross) share += std::expm1(-problem.losses[pair + problem.pairs]);
+  return share * static_cast<double>(problem.weight[pair]);
+}
+
+template <class A>
+void finish_block(void* context, int64_t block, int) {
+  const auto& [run, side] = *static_cast<SideOfRun<A>*>(context);
+  const NTXentProblem& problem = *run->problem;
+  alignas(64) double unit[kMaxWidth], partner[kMaxWidth], slope[kMaxWidth];
+  const int64_t padded = round_up(problem.width, 16);
+  for (int64_t at = block * kBlock; at < smaller((block + 1) * kBlock, side->count); ++at) {
+    const int64_t index = side->first + at, pair = index % problem.pairs;
+    const int64_t other = index < problem.pairs ? index + problem.pairs : pair;
+    const Side<A>& there = other < run->column_side.first ? run->row_side : run->column_side;
+    unit_row(*run, *side, at, padded, unit);
+    unit_row(*run, there, other - there.first, padded, partner);
+    const double by_positive = slope_of_positive(problem, pair),
+                 stored = kIsScaled<A> ? run->stored_lengths[index] * problem.temperature : 1.0;
+    const typename A::Real* grad = side->grad + at * side->step_stride;
+    for (int64_t column = 0; column < padded; ++column)
+      slope[column] = static_cast<double>(grad[column]) * stored + by_positive * partner[column];
+    double factor = problem.factor;
+    if (problem.is_normalized) {
+      const double along = dot_product(slope, unit, padded), length = run->lengths[index];
+      for (int64_t column = 0; column < padded; ++column) slope[column] -= unit[column] * along;
+      factor = length > 0.0 ? factor / length : 0.0;
+    }
+    for (int64_t column = 0; column < padded; ++column)
+      slope[column] = factor == 0.0 ? 0.0 : slope[column] * factor;
+    write_row(problem, index, slope);
+  }
+}
+
+}  // namespace
+}  // namespace ubp

@@ -1,0 +1,95 @@
+"""The compiled CPU kernels: `csrc/nt_xent/cpu.cpp`, in the instruction set that suits the machine.
+
+Rows that are not valid are left out; the others are read, normalised and written where they lie. Small problems are
+computed in float64, large ones in float32, or, for bfloat16 rows where the processor has the instruction, in bfloat16
+products of the rows as they are. Memory: a few [2N, E] matrices. The same for every number of threads, bit by bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ubp_fast import _core
+from ubp_fast.kernels.nt_xent.reference import Problem
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+FORMS = {"cross": 0, "symmetric": 1, "simclr": 2}
+
+
+def unsupported(problem: Problem) -> str | None:
+    """Why this problem cannot run here, or None."""
+    if problem.left.device.type != "cpu":
+        return f"it computes on the CPU, the tensors are on {problem.left.device}"
+    if problem.left.dtype not in DTYPES:
+        return f"it computes float32, bfloat16 and float16, the tensors are {problem.left.dtype}"
+    return None
+
+
+def forward(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Loss (0-d) and the row losses [N] ([2N] for symmetric and simclr), float64; 0 for rows that are not valid."""
+    directions, count = _directions(problem), len(problem.left)
+    row_losses = torch.zeros(directions, count, dtype=torch.float64)
+    kept = _kept(problem)
+    if len(kept):
+        losses = torch.empty(directions, len(kept), dtype=torch.float64)
+        _call(_core.nt_xent_forward, problem, kept, losses)
+        row_losses = losses if len(kept) == count else row_losses.index_copy_(1, kept, losses)
+    weight = problem.row_weight.double()
+    total = weight.sum() * directions
+    loss = (row_losses * weight).sum() / torch.where(total == 0, 1.0, total)
+    return loss.float(), row_losses.flatten()
+
+
+def backward(problem: Problem, grad: Tensor, row_losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of left, right and temperature; the similarities are computed again."""
+    kept, total = _kept(problem), float(problem.row_weight.double().sum()) * _directions(problem)
+    make = torch.empty if len(kept) == len(problem.left) else torch.zeros
+    grad_left, grad_right = (make(problem.left.shape, dtype=problem.left.dtype) for _ in range(2))
+    if not len(kept) or total == 0:
+        return grad_left.zero_(), grad_right.zero_(), torch.zeros_like(problem.temperature)
+    losses = row_losses.view(_directions(problem), -1)[:, kept].contiguous()
+    weight = problem.row_weight[kept].contiguous()
+    factor = float(grad) / (total * float(problem.temperature))
+    moment = _call(
+        _core.nt_xent_backward,
+        problem,
+        kept,
+        losses,
+        weight.data_ptr(),
+        factor,
+        grad_left.data_ptr(),
+        grad_right.data_ptr(),
+    )
+    return grad_left, grad_right, torch.full_like(problem.temperature, -moment * factor)
+
+
+def _directions(problem: Problem) -> int:
+    return 1 if problem.negatives == "cross" else 2
+
+
+def _kept(problem: Problem) -> Tensor:
+    """Numbers of the rows that take part, int64 [K]."""
+    return torch.arange(len(problem.left)) if problem.valid is None else problem.valid.nonzero().flatten()
+
+
+def _call(function: Any, problem: Problem, kept: Tensor, losses: Tensor, *more: Any) -> Any:
+    left, right = problem.left.contiguous(), problem.right.contiguous()
+    if problem.ids is None:
+        ids = torch.arange(len(kept), dtype=torch.int32)
+    else:
+        ids = torch.unique(problem.ids[kept], return_inverse=True)[1].int()
+    return function(
+        *(tensor.data_ptr() for tensor in (left, right, kept, ids)),
+        [len(left), len(kept), left.shape[1]],
+        DTYPES[left.dtype],
+        FORMS[problem.negatives],
+        problem.ids is not None,
+        problem.normalize,
+        float(problem.temperature),
+        torch.get_num_threads(),
+        losses.data_ptr(),
+        *more,
+    )

@@ -1,0 +1,178 @@
+"""nt_xent's compiled backend: the bound of closeness over the grid, special rows, instruction sets, threads."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from support.contrastive_cases import assert_native_is_close, options, pair, results
+from torch import Tensor
+
+from ubp_fast import _core
+from ubp_fast.kernels.nt_xent import nt_xent
+from ubp_fast.kernels.nt_xent.api import NEGATIVES
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+COUNTS = (1, 2, 3, 63, 64, 65, 127, 1000, 1031)
+WIDTHS = (1, 59, 64, 100, 128, 256, 512)
+TEMPERATURES = (1.0, 0.1, 0.02, 0.01, 0.005)
+FORMS = pytest.mark.parametrize("negatives", NEGATIVES)
+VARIANTS = ("plain", "options", "lengths")  # lengths: options, and rows are taken as they are
+
+
+def assert_grid_case_is_close(
+    count: int, width: int, temperature: float, dtype: torch.dtype, negatives: str, variant: str
+) -> None:
+    left, right = pair(count, width)
+    if variant == "lengths":
+        left, right = left / width**0.5, right / width**0.5
+    chosen = {} if variant == "plain" else options(count)
+    case = f"N={count} E={width} tau={temperature} {negatives} {variant}"
+    assert_native_is_close(
+        left.to(dtype),
+        right.to(dtype),
+        temperature,
+        case,
+        negatives=negatives,
+        normalize=variant != "lengths",
+        **chosen,
+    )
+
+
+# Every count meets every width, every temperature every form; small enough for each run.
+SMALL = [
+    (count, width, TEMPERATURES[(at + count) % 5], NEGATIVES[at % 3], VARIANTS[at % 3 if count > 3 else 0])
+    for at, (count, width) in enumerate(itertools.product(COUNTS[:7], WIDTHS))
+]
+LARGE = [(1000, 59, 0.1), (1000, 128, 0.005), (1031, 64, 0.02), (1031, 100, 1.0), (385, 512, 0.01)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("count", "width", "temperature", "negatives", "variant"), SMALL, ids=str)
+def test_small_problems(
+    count: int, width: int, temperature: float, negatives: str, variant: str, dtype: torch.dtype
+) -> None:
+    assert_grid_case_is_close(count, width, temperature, dtype, negatives, variant)
+
+
+@FORMS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("count", "width", "temperature"), LARGE, ids=str)
+def test_large_problems(count: int, width: int, temperature: float, dtype: torch.dtype, negatives: str) -> None:
+    assert_grid_case_is_close(count, width, temperature, dtype, negatives, "options")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("count", COUNTS)
+def test_whole_grid(count: int, width: int, dtype: torch.dtype) -> None:
+    misses = []
+    for temperature, negatives, variant in itertools.product(TEMPERATURES, NEGATIVES, VARIANTS):
+        try:
+            assert_grid_case_is_close(count, width, temperature, dtype, negatives, variant)
+        except AssertionError as error:
+            misses.append(str(error))
+    assert not misses, "\n".join(misses)
+
+
+def special(kind: str, count: int, width: int) -> tuple[Tensor, Tensor]:
+    left, right = (side / width**0.5 for side in pair(count, width))
+    if kind == "duplicates":
+        left, right = (side[: count // 3].repeat(3, 1) for side in (left, right))
+    elif kind == "zeros":
+        left[::3], right[1::4] = 0, 0
+    elif kind == "equal":
+        left, right = left[:1].repeat(count, 1), left[:1].repeat(count, 1)
+    elif kind == "planted":
+        right = left.clone()
+    elif kind == "large":
+        left, right = left * 30, right * 30
+    return left.float(), right.float()
+
+
+@FORMS
+@pytest.mark.parametrize("normalize", [True, False], ids=["normalized", "lengths"])
+@pytest.mark.parametrize("kind", ["duplicates", "zeros", "equal", "planted", "large"])
+@pytest.mark.parametrize("temperature", [0.1, 0.01])
+@pytest.mark.parametrize(("count", "width"), [(201, 64), (390, 128)], ids=["small", "large"])
+def test_special_rows(count: int, width: int, temperature: float, kind: str, normalize: bool, negatives: str) -> None:
+    left, right = special(kind, count, width)
+    case = f"N={count} tau={temperature} {kind} {negatives} normalize={normalize}"
+    chosen = {"negatives": negatives, "normalize": normalize, **options(len(left))}
+    assert_native_is_close(left, right, temperature, case, **chosen)
+
+
+@pytest.fixture
+def every_isa() -> Iterator[list[str]]:
+    before = _core.isa()
+    yield _core.usable_isas()
+    _core.set_isa(before)
+
+
+@FORMS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("temperature", [0.1, 0.01])
+def test_every_isa_and_thread_count(
+    temperature: float, dtype: torch.dtype, negatives: str, every_isa: list[str]
+) -> None:
+    left, right = pair(600, 59, dtype)
+    chosen = {"negatives": negatives, **options(600)}
+    for isa in every_isa:
+        _core.set_isa(isa)
+        assert_native_is_close(left, right, temperature, f"{isa} {negatives}", **chosen)
+        found = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(results(left, right, temperature, dtype, backend="native", **chosen))
+        for other in found[1:]:
+            assert all(map(torch.equal, found[0], other))
+
+
+def test_small_problems_on_every_isa(every_isa: list[str]) -> None:
+    left, right = pair(65, 59, torch.float32)
+    for isa in every_isa:
+        _core.set_isa(isa)
+        assert_native_is_close(left, right, 0.005, isa, negatives="simclr", **options(65))
+
+
+WRONG_NUMBERS = {
+    "pairs": {"sizes": [3, 0, 8]},
+    "width": {"sizes": [3, 1, 2049]},
+    "sizes": {"sizes": [3, 1]},
+    "dtype": {"dtype": 3},
+    "form": {"form": -1},
+    "temperature": {"temperature": float("nan")},
+    "threads": {"threads": 0},
+    "kept": {"kept": [2, 1]},
+    "ids": {"ids": [0, -1]},
+}
+
+
+@pytest.mark.parametrize("argument", WRONG_NUMBERS)
+def test_wrong_numbers_never_reach_the_kernel(argument: str) -> None:
+    given = {"sizes": [3, 2, 8], "dtype": 0, "form": 0, "temperature": 0.1, "threads": 1, "kept": [0, 1], "ids": [0, 1]}
+    given |= WRONG_NUMBERS[argument]
+    kept, ids = torch.tensor(given["kept"]), torch.tensor(given["ids"], dtype=torch.int32)
+    rows, losses = torch.zeros(3, 8), torch.zeros(4, dtype=torch.float64)
+    with pytest.raises(ValueError, match=f"^nt_xent: {argument} must"):
+        _core.nt_xent_forward(
+            *(tensor.data_ptr() for tensor in (rows, rows, kept, ids)),
+            given["sizes"],
+            given["dtype"],
+            given["form"],
+            False,
+            True,
+            given["temperature"],
+            given["threads"],
+            losses.data_ptr(),
+        )
+
+
+def test_auto_takes_native_where_it_can() -> None:
+    left, right = pair(600, 59, torch.float32)
+    assert torch.equal(nt_xent(left, right), nt_xent(left, right, backend="native"))
+    left, right = left.double(), right.double()
+    assert torch.equal(nt_xent(left, right), nt_xent(left, right, backend="reference"))
