@@ -92,7 +92,7 @@ def write(shop: tuple[dict[str, pl.DataFrame], pl.DataFrame, list[int]], source:
     np.save(path / "relevant_clients.npy", np.array(clients))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(shop=shops())
 def test_random_shops_equal_plain_polars(
     shop: tuple, store: EventStore, golden: EventDirectory, tmp_path_factory: pytest.TempPathFactory
