@@ -48,6 +48,9 @@ def test_optimizers_of_every_model(model: str, option: str) -> None:
 
 
 def differences(value: object, default: object, path: str = "") -> list[str]:
+    if isinstance(value, tuple) and isinstance(default, tuple) and len(value) == len(default):
+        pairs = enumerate(zip(value, default, strict=True))
+        return [line for index, (one, other) in pairs for line in differences(one, other, f"{path}[{index}]")]
     if not dataclasses.is_dataclass(value):
         return [] if value == default else [f"{path}: yaml {value!r}, dataclass {default!r}"]
     assert type(value) is type(default)
@@ -64,6 +67,7 @@ def test_yaml_repeats_the_constructors_defaults() -> None:
     for model in (settings.contrastive, settings.multitask, settings.stacking):
         objects += [model.config, model.training]
     objects.append(read_settings(composed("~experiment", "model@stacking=reduced_rank")).stacking.config)
+    objects.append(read_settings(composed("features=rich")).rich)
     for option in options("data"):
         objects.append(read_settings(composed(f"data={option}", *REQUIRED.get(option, ()))).source)
     required = {"dir": "somewhere", "path": "events.parquet"}

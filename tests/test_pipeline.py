@@ -73,6 +73,16 @@ def test_another_place_gives_the_same_bytes(synthetic_run: Path, tmp_path: Path)
     assert not (run / "scores.json").exists()
 
 
+def test_rich_features_reach_the_profile(synthetic_run: Path, tmp_path: Path) -> None:
+    code, run, _ = run_tiny(tmp_path, *SYNTHETIC, "features=rich", "stages=[profiles]")
+    assert code == 0
+    kinds = {path.name.split("-")[0] for path in (run / "stages" / "features").iterdir() if path.is_dir()}
+    assert kinds == {"static", "aggregated", "decayed", "rich"}
+    rich = np.load(run / "profiles" / "embeddings.npy")
+    assert rich.shape == np.load(synthetic_run / "profiles" / "embeddings.npy").shape
+    assert np.isfinite(rich).all()
+
+
 def test_submission_of_somebody_is_scored(synthetic_run: Path, tmp_path: Path) -> None:
     code, run, printed = run_tiny(
         tmp_path, *SYNTHETIC, "stages=[evaluate]", f"evaluation.profiles={synthetic_run / 'profiles'}"

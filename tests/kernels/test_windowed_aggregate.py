@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ubp_fast.kernels.backends import BackendUnavailable
-from ubp_fast.kernels.windowed_aggregate import WindowedAggregate, windowed_aggregate
+from ubp_fast.kernels.windowed_aggregate import WindowedAggregate, windowed_aggregate, windowed_counts_csr
 
-INTEGERS = ("totals", "counts", "distinct", "distinct_times", "first_age_s", "last_age_s", "sums")
+INTEGERS = ("totals", "counts", "distinct", "distinct_times", "first_age_s", "last_age_s", "num_events", "sums")
 ANCHOR_S = 1_000
 
 
@@ -53,7 +54,9 @@ def assert_same(found: WindowedAggregate, wanted: WindowedAggregate) -> None:
         if name in INTEGERS:
             np.testing.assert_array_equal(mine, theirs, err_msg=name)
         else:
-            np.testing.assert_allclose(mine, theirs, rtol=1e-12, atol=0, err_msg=name)
+            # Entropy is a difference of logarithms, so its rounding follows them and not the difference.
+            atol = 1e-13 if name == "entropy" else 0
+            np.testing.assert_allclose(mine, theirs, rtol=1e-12, atol=atol, err_msg=name)
 
 
 @st.composite
@@ -74,7 +77,23 @@ def shops(draw: st.DrawFn) -> dict[str, Any]:
 @given(arguments=shops(), include_anchor=st.booleans())
 def test_numba_equals_the_reference_on_random_shops(arguments: dict[str, Any], include_anchor: bool) -> None:
     wanted = call(arguments, include_anchor=include_anchor, backend="reference")
-    assert_same(call(arguments, include_anchor=include_anchor, backend="numba"), wanted)
+    found = call(arguments, include_anchor=include_anchor, backend="numba")
+    assert_same(found, wanted)
+    names = ("offsets", "timestamp_s", "codes", "anchor_s", "windows_s", "slots", "num_slots")
+    offsets, timestamp_s, codes, *others = (arguments[name] for name in names)
+    sparse = windowed_counts_csr(
+        offsets, timestamp_s, codes, **dict(zip(names[3:], others, strict=True)), include_anchor=include_anchor
+    )
+    dense = wanted.counts.reshape(len(offsets) - 1, 5 * 6)
+    rows, columns = np.nonzero(dense)
+    np.testing.assert_array_equal(np.repeat(np.arange(len(dense)), np.diff(sparse.indptr)), rows)
+    np.testing.assert_array_equal(sparse.indices, columns)
+    np.testing.assert_array_equal(sparse.counts, dense[rows, columns])
+
+
+def entropy_of(groups: list[int]) -> float:
+    counts = np.array([groups.count(group) for group in set(groups)])
+    return float(-(counts / len(groups) * np.log(counts / len(groups))).sum()) if groups else 0.0
 
 
 def by_hand(arguments: dict[str, Any], include_anchor: bool) -> dict[str, np.ndarray]:
@@ -84,14 +103,16 @@ def by_hand(arguments: dict[str, Any], include_anchor: bool) -> dict[str, np.nda
     limit = ANCHOR_S + include_anchor
     for start, end in itertools.pairwise(offsets):
         events = [(int(t), int(c)) for t, c in zip(times[start:end], codes[start:end], strict=True) if t < limit]
-        rows: dict[str, list] = {name: [] for name in ("totals", "counts", "distinct", "distinct_times", "sums")}
+        names = ("totals", "counts", "distinct", "distinct_times", "sums", "entropy")
+        rows: dict[str, list] = {name: [] for name in names}
         for window in arguments["windows_s"]:
             inside = [(t, c) for t, c in events if window is None or t >= ANCHOR_S - window]
             rows["totals"].append(len(inside))
             hits = [slot for _, c in inside for slot in arguments["slots"][c] if slot >= 0]
             rows["counts"].append([hits.count(slot) for slot in range(6)])
-            groups = [{arguments["groups"][c, d] for _, c in inside} - {-1} for d in range(2)]
-            rows["distinct"].append([len(group) for group in groups])
+            groups = [[group for _, c in inside if (group := int(arguments["groups"][c, d])) >= 0] for d in range(2)]
+            rows["distinct"].append([len(set(group)) for group in groups])
+            rows["entropy"].append([entropy_of(group) for group in groups])
             rows["distinct_times"].append([len({t // p for t, _ in inside}) for p in arguments["periods_s"]])
             rows["sums"].append([sum(arguments["values"][c, v] for _, c in inside) for v in range(2)])
         for name, row in rows.items():
@@ -104,6 +125,7 @@ def by_hand(arguments: dict[str, Any], include_anchor: bool) -> dict[str, np.nda
                 for row in weights
             ]
         )
+        result["num_events"].append(len(events))
         result["first_age_s"].append(ANCHOR_S - events[0][0] if events else -1)
         result["last_age_s"].append(ANCHOR_S - events[-1][0] if events else -1)
     return {name: np.array(rows) for name, rows in result.items()}
@@ -118,7 +140,7 @@ def test_equals_the_definition(backend: str, include_anchor: bool) -> None:
     arguments = shop(counts, times.tolist(), generator.integers(0, 5, sum(counts)).tolist())
     found = call(arguments, include_anchor=include_anchor, backend=backend)
     for name, wanted in by_hand(arguments, include_anchor).items():
-        np.testing.assert_allclose(getattr(found, name), wanted, rtol=1e-12, err_msg=name)
+        np.testing.assert_allclose(getattr(found, name), wanted, rtol=1e-12, atol=1e-14, err_msg=name)
 
 
 def test_window_holds_its_start_and_not_the_anchor() -> None:
@@ -145,17 +167,57 @@ def test_means_are_zero_where_a_window_is_empty() -> None:
     assert found.span_s.tolist() == [90, 0]
 
 
-def random_shop(clients: int = 300, seed: int = 5) -> dict[str, Any]:
+def test_ratios_of_neighbouring_windows() -> None:
+    found = windowed_aggregate(np.array([0, 4, 4]), np.array([1, 2, 60, 95]), anchor_s=100, windows_s=[10, 50, None])
+    assert found.ratios.tolist() == [[0.5, 0.5], [0, 0]]
+
+
+def test_old_events_and_long_half_lives() -> None:
+    """Decay tables end at 8.5 years; what is older, and counts beyond the table of logarithms, are computed."""
+    ages = np.array([10**12, 3 * 10**8, 2**28 + 1, 2**28 - 1, 4096, 4095, 1, 0] + [5] * 10_000)
+    arguments = {"half_lives_s": (5e8, 1e3), "groups": np.array([0]), "windows_s": (None,), "include_anchor": True}
+    times, codes = np.sort(-ages), np.zeros(len(ages), np.int32)
+    found = windowed_aggregate(np.array([0, len(ages)]), times, codes, anchor_s=0, **arguments)
+    wanted = [sum(0.5 ** (age / half_life) for age in ages.tolist()) for half_life in (5e8, 1e3)]
+    np.testing.assert_allclose(found.decayed_totals[0], wanted, rtol=1e-12)
+    reference = windowed_aggregate(np.array([0, len(ages)]), times, codes, anchor_s=0, **arguments, backend="reference")
+    assert found.entropy[0, 0, 0] == reference.entropy[0, 0, 0] == 0
+    many = np.arange(len(ages), dtype=np.int32) // 9_000
+    found, reference = (
+        windowed_aggregate(
+            np.array([0, len(ages)]), times, many, anchor_s=0, windows_s=(None,), groups=np.arange(2), backend=backend
+        )
+        for backend in ("numba", "reference")
+    )
+    np.testing.assert_allclose(found.entropy, reference.entropy, rtol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["reference", "numba"])
+def test_counts_go_to_columns_of_a_memory_map(backend: str, tmp_path: Path) -> None:
+    arguments = random_shop()
+    wanted = call(arguments).counts
+    clients, windows, slots = wanted.shape
+    matrix = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.float32, (clients, 3 + windows * slots))
+    target = matrix[:, 2:-1].reshape(clients, windows, slots, copy=False)
+    found = call(arguments, out=target, backend=backend)
+    assert found.counts is target
+    np.testing.assert_array_equal(matrix[:, 2:-1].reshape(wanted.shape), wanted)
+    assert not matrix[:, :2].any()
+    assert not matrix[:, -1].any()
+
+
+def random_shop(clients: int = 300, seed: int = 5, most: int = 5_000) -> dict[str, Any]:
     generator = np.random.default_rng(seed)
     counts = generator.poisson(8, clients)
-    counts[7] = 5_000
+    counts[7] = most
     events = int(counts.sum())
     times = generator.integers(0, 1_200, events)
     return shop(counts.tolist(), times.tolist(), generator.integers(0, 5, events).tolist())
 
 
 def test_results_do_not_depend_on_threads() -> None:
-    arguments = {**random_shop(), "values": np.random.default_rng(6).standard_normal((5, 2))}
+    # Enough events for several threads, most of them from one client.
+    arguments = {**random_shop(3_000, most=130_000), "values": np.random.default_rng(6).standard_normal((5, 2))}
     before = torch.get_num_threads()
     try:
         results = []
@@ -255,6 +317,8 @@ WRONG = [
     ({"anchor_s": 2**63}, ValueError, "anchor_s must be a time in seconds"),
     ({"offsets": torch.tensor([0, 2, 3])}, TypeError, "all NumPy or all tensors"),
     ({"backend": "triton"}, BackendUnavailable, "triton"),
+    ({"out": np.zeros((2, 1, 3), np.int32)}, ValueError, r"out must be writeable int32 or float32 \[2, 1, 2\]"),
+    ({"out": np.zeros((2, 1, 2))}, ValueError, "got float64"),
 ]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 NAMES_FILE = "names.json"
+CHECKED_ROWS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,15 @@ class FeatureMatrix:
 
     Attributes:
         client_ids: int64 [U], each once.
-        values: float32 [U, F], finite.
-        names: F different names; units are part of a name ("..._days").
+        values: float32 or float16 [U, F], finite.
+        names: F different names.
+        units: F units such as "events", "days", "log1p events"; "" where none is known, all of them if none is given.
     """
 
     client_ids: np.ndarray
     values: np.ndarray
     names: tuple[str, ...]
+    units: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.client_ids.ndim != 1 or self.client_ids.dtype != np.int64:
@@ -34,20 +37,25 @@ class FeatureMatrix:
                 f" {list(self.client_ids.shape)}"
             )
         wanted = [len(self.client_ids), len(self.names)]
-        if self.values.dtype != np.float32 or list(self.values.shape) != wanted:
+        if self.values.dtype not in (np.float32, np.float16) or list(self.values.shape) != wanted:
             raise ValueError(
-                f"FeatureMatrix: values must be float32 {wanted}, got {self.values.dtype} {list(self.values.shape)}"
+                f"FeatureMatrix: values must be float32 {wanted}, got {self.values.dtype} {list(self.values.shape)};"
+                " float16 is possible too"
             )
+        object.__setattr__(self, "units", self.units or ("",) * len(self.names))
+        if len(self.units) != len(self.names):
+            raise ValueError(f"FeatureMatrix: units must be {len(self.names)} like names, got {len(self.units)}")
         if len(set(self.names)) != len(self.names):
             repeated = next(name for name in self.names if self.names.count(name) > 1)
             raise ValueError(f"FeatureMatrix: names must differ, got '{repeated}' more than once")
-        bad = ~np.isfinite(self.values)
-        if bad.any():
-            row, column = (int(index[0]) for index in np.nonzero(bad))
-            raise ValueError(
-                f"FeatureMatrix: values must be finite, got {self.values[row, column]} for client"
-                f" {self.client_ids[row]} in '{self.names[column]}' ({int(bad.sum())} values)"
-            )
+        for first in range(0, len(self.values), CHECKED_ROWS):
+            bad = ~np.isfinite(self.values[first : first + CHECKED_ROWS])
+            if bad.any():
+                row, column = (int(index[0]) for index in np.nonzero(bad))
+                raise ValueError(
+                    f"FeatureMatrix: values must be finite, got {self.values[first + row, column]} for client"
+                    f" {self.client_ids[first + row]} in '{self.names[column]}' ({int(bad.sum())} values)"
+                )
 
     @classmethod
     def join(cls, blocks: Sequence[FeatureMatrix]) -> FeatureMatrix:
@@ -65,28 +73,34 @@ class FeatureMatrix:
                     f"FeatureMatrix: blocks must have the same clients in the same order, got others in block {index}"
                 )
         values = np.concatenate([block.values for block in blocks], axis=1)
-        return cls(first.client_ids, values, tuple(name for block in blocks for name in block.names))
+        names = tuple(name for block in blocks for name in block.names)
+        return cls(first.client_ids, values, names, tuple(unit for block in blocks for unit in block.units))
 
     def save(self, directory: Path) -> None:
         """Writes client_ids.npy, values.npy and, last, names.json; each one complete or not there."""
         directory.mkdir(parents=True, exist_ok=True)
         write_array(directory / "client_ids.npy", np.asarray(self.client_ids))
         write_array(directory / "values.npy", self.values)
-        write_json(directory / NAMES_FILE, list(self.names))
+        write_json(directory / NAMES_FILE, {"names": self.names, "units": self.units})
 
     @classmethod
-    def load(cls, directory: Path) -> FeatureMatrix:
-        """Reads what `save` wrote.
+    def load(cls, directory: Path, memory_map: bool = False) -> FeatureMatrix:
+        """Reads what `save` wrote; with `memory_map` the values stay in their file.
 
         Raises:
             FileNotFoundError: a file is missing.
             ValueError: the files do not fit together.
         """
-        names = json.loads((directory / NAMES_FILE).read_text(encoding="utf-8"))
-        client_ids, values = (
-            np.load(directory / name, allow_pickle=False) for name in ("client_ids.npy", "values.npy")
-        )
-        return cls(client_ids, values, tuple(names))
+        columns = json.loads((directory / NAMES_FILE).read_text(encoding="utf-8"))
+        client_ids = np.load(directory / "client_ids.npy", allow_pickle=False)
+        values = load_array(directory / "values.npy", memory_map)
+        return cls(client_ids, values, tuple(columns["names"]), tuple(columns["units"]))
+
+
+def load_array(path: Path, memory_map: bool) -> np.ndarray:
+    """An npy file in memory or, if it holds anything, mapped read-only."""
+    array = np.load(path, mmap_mode="r", allow_pickle=False) if memory_map and path.stat().st_size > 512 else None
+    return np.load(path, allow_pickle=False) if array is None else array
 
 
 def write_array(path: Path, array: np.ndarray) -> None:

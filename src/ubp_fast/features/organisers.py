@@ -65,17 +65,19 @@ def organisers_features(
     if not blocks:
         raise DataError(f"{events.path}: input must hold events of relevant clients, got none; check relevant_clients")
     client_ids = _client_order([table["client_id"] for _, table in blocks])
-    values, names = [], []
+    values, names, units = [], [], []
     for kind, table in blocks:
         rows = _rows_of(client_ids, table["client_id"].to_numpy())
         if kind == "search_query":
             block = _query_means(rows, table["query"].to_numpy(), len(client_ids))
             names += [f"{kind}_mean_code_{code}" for code in range(block.shape[1])]
+            units += ["code"] * block.shape[1]
         else:
             block, kind_names = _statistics(rows, table, len(client_ids), windows_days, top_values)
             names += [f"{kind}_{name}" for name in kind_names]
+            units += ["events"] * block.shape[1]
         values.append(block)
-    return FeatureMatrix(client_ids, np.concatenate(values, axis=1), tuple(names))
+    return FeatureMatrix(client_ids, np.concatenate(values, axis=1), tuple(names), tuple(units))
 
 
 def _input_events(events: EventDirectory, kind: str) -> pl.DataFrame:

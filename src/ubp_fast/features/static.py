@@ -60,7 +60,7 @@ def static_features(store: EventStore, cutoff_s: int) -> FeatureMatrix:
     for short, result in (("all", everything), *((SHORT_NAMES[kind], found[kind]) for kind in SHORT_NAMES)):
         columns |= _times(short, result, history_days)
     values = np.stack([column.astype(np.float32) for column in columns.values()], axis=1)
-    return FeatureMatrix(np.array(store.client_ids), values, tuple(columns))
+    return FeatureMatrix(np.array(store.client_ids), values, tuple(columns), tuple(_unit(name) for name in columns))
 
 
 def whole_history_days(store: EventStore, cutoff_s: int) -> int:
@@ -111,6 +111,12 @@ def _of_kind(store: EventStore, kind: str, cutoff_s: int) -> WindowedAggregate:
         values=values,
         periods_s=(1,),
     )
+
+
+def _unit(name: str) -> str:
+    if name.endswith("_days"):
+        return "days"
+    return "flag" if name.endswith("_flag") else "price bucket" if name.endswith("_price_mean") else "items"
 
 
 def _times(short: str, result: WindowedAggregate, history_days: int) -> dict[str, np.ndarray]:

@@ -1,5 +1,7 @@
 """Features of clients at a cutoff: what they did in windows before it, and what they keep doing.
 
+    count_features        the organisers' columns from the store, for any number of clients (`counts.py`)
+    rich_features         what the strongest systems added, as declared blocks (`rich.py`)
     aggregated_features   counts of popular values, distinct items, mean prices, active days per window, recency
     decayed_features      log1p of exponentially decayed counts per label, activity at several half-lives, recency
     static_features       the 46 summary numbers of the winner's multi-task model (`static.py`)
@@ -10,7 +12,7 @@ All but the last are anchored at the cutoff and read only events before it, list
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +21,8 @@ from ubp_fast.events.schema import SKU_KINDS
 from ubp_fast.events.split import DAY_S
 from ubp_fast.features.matrix import FeatureMatrix
 from ubp_fast.features.organisers import organisers_features
-from ubp_fast.features.static import FIRST_REAL_ID, item_codes, price_table, static_features
+from ubp_fast.features.popular import LabelLists, PopularValues, label_slots, popular_values
+from ubp_fast.features.static import item_codes, price_table, static_features
 from ubp_fast.kernels.windowed_aggregate import WindowedAggregate, windowed_aggregate
 from ubp_fast.store.event_store import EventStore
 
@@ -31,8 +34,6 @@ __all__ = [
     "organisers_features",
     "static_features",
 ]
-
-LabelLists = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,8 @@ def aggregated_features(
     for kind in store.kinds:
         columns = store.kind(kind)
         codes = item_codes(columns)
-        seen = codes[np.asarray(columns.timestamp_s) < (cutoff_s if lists_cutoff_s is None else lists_cutoff_s)]
-        slots, labels = _top_slots(store, kind, seen, config.top_values)
+        popular = _popular(store, kind, cutoff_s if lists_cutoff_s is None else lists_cutoff_s, config)
+        slots, labels = (None, []) if popular is None else (popular.slots, [*popular.labels])
         result = windowed_aggregate(
             columns.offsets,
             columns.timestamp_s,
@@ -120,11 +121,10 @@ def aggregated_features(
             periods_s=(DAY_S,),
         )
         windows = [*(f"{days}d" for days in config.windows_days), "all"]
-        block = _window_columns(store, kind, result, windows, labels) | _recency(store, result, cutoff_s)
+        block = _window_columns(kind, result, windows, labels) | _recency(store, result, cutoff_s)
         values += block.values()
         names += [f"{kind}_{name}" for name in block]
-    matrix = np.stack(values, axis=1) if values else np.zeros((store.num_clients, 0))
-    return FeatureMatrix(np.array(store.client_ids), matrix.astype(np.float32), tuple(names))
+    return matrix_of(store, values, names, [_unit(name) for name in names])
 
 
 def decayed_features(
@@ -164,69 +164,31 @@ def decayed_features(
         block = _activity(store, kind, cutoff_s, config)
         values += block.values()
         names += [f"{kind}_{name}" for name in block]
-    matrix = np.log1p(np.stack(values, axis=1)) if values else np.zeros((store.num_clients, 0))
-    return FeatureMatrix(np.array(store.client_ids), matrix.astype(np.float32), tuple(names))
+    units = [f"log1p {_unit(name)}" for name in names]
+    return matrix_of(store, [np.log1p(column) for column in values], names, units)
 
 
-def label_slots(store: EventStore, lists: LabelLists) -> tuple[np.ndarray, list[str]]:
-    """Slots [num_skus, lists] of every dense sku in the lists laid side by side, and the names of all slots.
-
-    Raises:
-        ValueError: the last word of a list's name is not category, sku or price.
-    """
-    products = store.products
-    category_ids = np.asarray(store.category_ids)[products.category]
-    ids_of_sku = {
-        "sku": np.asarray(store.sku_ids),
-        "category": category_ids,
-        "price": products.price.astype(np.int64) - FIRST_REAL_ID,
-    }
-    slots = np.full((store.num_skus, len(lists)), -1, np.int32)
-    labels: list[str] = []
-    for index, (name, (ids, _)) in enumerate(lists.items()):
-        column = name.rsplit("_", 1)[-1]
-        if column not in ids_of_sku:
-            raise ValueError(f"label list: name must end in _category, _sku or _price, got '{name}'")
-        slots[FIRST_REAL_ID:, index] = _positions(ids, ids_of_sku[column][FIRST_REAL_ID:], len(labels))
-        labels += [f"{name}_{value}" for value in ids.tolist()]
-    return slots, labels
+def matrix_of(
+    store: EventStore, columns: Sequence[np.ndarray], names: Sequence[str], units: Sequence[str]
+) -> FeatureMatrix:
+    """Columns of all clients of the store as float32, without a wider copy of the whole."""
+    values = np.empty((store.num_clients, len(columns)), np.float32)
+    for index, column in enumerate(columns):
+        values[:, index] = column
+    return FeatureMatrix(np.array(store.client_ids), values, tuple(names), tuple(units))
 
 
-def _positions(ids: np.ndarray, values: np.ndarray, start: int) -> np.ndarray:
-    """start + index of each value in `ids` (its first one), -1 if it is not there."""
-    different, first = np.unique(ids, return_index=True)
-    if not len(different):
-        return np.full(len(values), -1, np.int32)
-    near = np.minimum(np.searchsorted(different, values), len(different) - 1)
-    return np.where(different[near] == values, first[near] + start, -1).astype(np.int32)
+def _popular(store: EventStore, kind: str, before_s: int, config: AggregatedConfig) -> PopularValues | None:
+    return None if kind == "search_query" else popular_values(store, kind, before_s, config.top_values)
 
 
-def _top_slots(store: EventStore, kind: str, seen: np.ndarray, top_values: int) -> tuple[np.ndarray | None, list[str]]:
-    """Slots of the most frequent values (ties: smaller id) per column of a kind, and their names."""
-    if kind == "search_query":
-        return None, []
-    if kind == "page_visit":
-        tables = {"url": (np.arange(store.num_urls), np.asarray(store.url_ids))}
-    else:
-        products = store.products
-        prices = np.arange(store.num_prices) - FIRST_REAL_ID
-        tables = {
-            "sku": (np.arange(store.num_skus), np.asarray(store.sku_ids)),
-            "category": (np.asarray(products.category), np.asarray(store.category_ids)),
-            "price": (np.asarray(products.price), prices),
-        }
-    columns: list[np.ndarray] = []
-    labels: list[str] = []
-    for name, (dense_of_code, originals) in tables.items():
-        counts = np.bincount(dense_of_code[seen], minlength=len(originals))
-        counts[:FIRST_REAL_ID] = 0
-        top = np.lexsort((originals, -counts))[:top_values]
-        top = top[counts[top] > 0]
-        slot_of_dense = np.full(len(originals), -1, np.int32)
-        slot_of_dense[top] = len(labels) + np.arange(len(top))
-        columns.append(slot_of_dense[dense_of_code])
-        labels += [f"{name}_{value}" for value in originals[top].tolist()]
-    return np.stack(columns, axis=1), labels
+def _unit(name: str) -> str:
+    """Unit of a column of counts, active days, recency, mean prices or different items."""
+    if name.endswith("_days") or "_active_days_" in name:
+        return "days"
+    if "_mean_price_" in name:
+        return "price bucket"
+    return "items" if "_different_" in name else "events"
 
 
 def _distinct_groups(store: EventStore, kind: str, codes: np.ndarray) -> np.ndarray:
@@ -238,7 +200,7 @@ def _distinct_groups(store: EventStore, kind: str, codes: np.ndarray) -> np.ndar
 
 
 def _window_columns(
-    store: EventStore, kind: str, result: WindowedAggregate, windows: list[str], labels: list[str]
+    kind: str, result: WindowedAggregate, windows: list[str], labels: list[str]
 ) -> dict[str, np.ndarray]:
     """Columns per window, the named windows first, all history last; top values only inside the named windows."""
     columns = {}

@@ -105,12 +105,13 @@ def make_stacking(settings: Settings, inputs: Inputs, directory: Path, progress:
     config = settings.stacking.config
     _, cutoffs = cutoffs_of(store, settings)
     views = views_at(store, cutoffs)
-    joined = np.concatenate([_blocks_at(store, inputs, cutoff_s) for cutoff_s in cutoffs])  # in the order of views
+    # Rows in the order of the views.
+    joined = np.concatenate([_blocks_at(store, inputs, cutoff_s, settings) for cutoff_s in cutoffs])
     labels = _labels(store, views, inputs["features"], config.labels)
     if isinstance(config, ReducedRankConfig):
         model = ReducedRankModel(config).fit(joined, labels)
         model.save(directory / "reduced_rank.safetensors")
-        vectors = model.transform(_blocks_at(store, inputs, store.cutoff_s))
+        vectors = model.transform(_blocks_at(store, inputs, store.cutoff_s, settings))
     else:
         vectors = _train_stacking(settings, store, inputs, joined, labels, views, directory, progress)
     _profiles(store, vectors).save(directory / "stacked")
@@ -138,7 +139,7 @@ def _train_stacking(
         None,
         views_at(store, [store.cutoff_s]),
         batch_size=INFERENCE_BATCH,
-        features=_blocks_at(store, inputs, store.cutoff_s),
+        features=_blocks_at(store, inputs, store.cutoff_s, settings),
     )
     return embed(model, final)
 
@@ -197,7 +198,7 @@ def _profiles(store: EventStore, vectors: np.ndarray) -> Profiles:
     return Profiles(store.client_ids[store.is_relevant], vectors).to_float16()
 
 
-def _blocks_at(store: EventStore, inputs: Inputs, cutoff_s: int) -> np.ndarray:
+def _blocks_at(store: EventStore, inputs: Inputs, cutoff_s: int, settings: Settings) -> np.ndarray:
     """Everything that is known about the relevant clients at a cutoff, side by side, float32 [relevant U, F]."""
     rows = store.is_relevant
     vectors = [
@@ -205,4 +206,8 @@ def _blocks_at(store: EventStore, inputs: Inputs, cutoff_s: int) -> np.ndarray:
     ]
     aggregated = FeatureMatrix.load(inputs["features"] / f"aggregated-{cutoff_s}").values[rows]
     decayed = FeatureMatrix.load(inputs["features"] / f"decayed-{cutoff_s}").values[rows]
-    return join_blocks([*vectors, np.log1p(aggregated), decayed], [False, False, True, False])
+    blocks, is_normalised = [*vectors, np.log1p(aggregated), decayed], [False, False, True, False]
+    if settings.rich is not None:
+        blocks.append(FeatureMatrix.load(inputs["features"] / f"rich-{cutoff_s}").values[rows])
+        is_normalised.append(False)
+    return join_blocks(blocks, is_normalised)

@@ -50,6 +50,7 @@ class Settings:
         plain: the resolved configuration as plain data.
         source: where events come from, with `prepare(directory, progress)`.
         stages: names of the stages that were asked for, or None for all.
+        rich: the rich feature set, None without one.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Settings:
     windows: Windows
     aggregated: Any
     decayed: Any
+    rich: Any
     contrastive: ModelSettings
     multitask: ModelSettings
     stacking: ModelSettings
@@ -117,6 +119,7 @@ def read_settings(config: DictConfig) -> Settings:
         windows=Windows(**plain["windows"]),
         aggregated=_make(plain["features"]["aggregated"]),
         decayed=_make(plain["features"]["decayed"]),
+        rich=_make(plain["features"].get("rich")),
         contrastive=_model(plain["contrastive"]),
         multitask=_model(plain["multitask"]),
         stacking=_model(plain["stacking"]),

@@ -17,6 +17,7 @@ import numpy as np
 from ubp_fast.evaluation import build_targets, evaluate
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.targets import make_label_lists
+from ubp_fast.features.rich import rich_features
 from ubp_fast.features.windows import aggregated_features, decayed_features, organisers_features, static_features
 from ubp_fast.pipeline.model_stages import (
     TRAINING,
@@ -140,6 +141,8 @@ def make_features(settings: Settings, inputs: Inputs, directory: Path, progress:
             aggregated = aggregated_features(store, cutoff_s, settings.aggregated, lists_cutoff_s=store.cutoff_s)
             aggregated.save(directory / f"aggregated-{cutoff_s}")
             decayed_features(store, cutoff_s, lists, settings.decayed).save(directory / f"decayed-{cutoff_s}")
+            if settings.rich is not None:
+                rich_features(store, cutoff_s, lists, settings.rich).save(directory / f"rich-{cutoff_s}")
         progress(done + 1, len(cutoffs))
 
 

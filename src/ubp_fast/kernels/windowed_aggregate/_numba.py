@@ -3,16 +3,20 @@
 An event is added to the smallest window that holds it, and a running sum over windows follows at the end of the client:
 the cost does not depend on the number of windows. Newest first makes distinct counts exact in the same pass: the first
 sighting of a group is its newest one, so it lies in the smallest window that contains the group at all. A stamp per
-group (the last client that showed it) makes that one comparison, and is never cleared.
+group (the last client that showed it) makes that one comparison, and is never cleared. The group's number of events so
+far stands beside it: entropy needs sum c ln c, which each event moves from c ln c to (c + 1) ln(c + 1).
 
-Each thread takes a run of clients with about the same number of events and owns their rows of the results: nothing is
+Decay needs no power per event: 2^-(age / half-life) is a product of two table entries, of age // 4096 and age % 4096.
+
+Each thread takes runs of clients with about the same number of events and owns their rows of the results: nothing is
 shared, and the results do not depend on the number of threads. Sums add newest first, band by band, in float64.
-Memory beyond the results: one int64 stamp per group and thread.
+Memory beyond the results: two int32 per group and thread.
 """
 
 from __future__ import annotations
 
-import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numba
 import numpy as np
@@ -20,8 +24,13 @@ import torch
 
 from ubp_fast.kernels.windowed_aggregate.reference import Problem
 
-# The fallback threading layer of Numba ends the process when two Python threads enter it at once.
-_one_at_a_time = threading.Lock()
+FINE_BITS = 12
+# 8.5 years; what is older is rare and pays for its own powers.
+MAX_COARSE = 1 << 16
+# A thread starts in about 0.1 ms: below this many events it does not pay.
+MIN_EVENTS_PER_THREAD = 50_000
+_X_LOG_X = np.arange(1, 4098) * np.log(np.arange(1, 4098))
+GAINS = np.concatenate((np.zeros(1), np.diff(_X_LOG_X)))
 
 
 def unsupported(problem: Problem) -> str | None:
@@ -29,47 +38,121 @@ def unsupported(problem: Problem) -> str | None:
     return None
 
 
-def forward(problem: Problem) -> tuple[np.ndarray, ...]:
-    """The arrays of `WindowedAggregate`."""
-    results = problem.empty_results()
+def prepare(problem: Problem) -> tuple[np.ndarray, ...]:
+    """What all blocks of clients share: every array but the offsets, and tables made from them."""
     sizes = problem.groups.max(axis=0, initial=-1).astype(np.int64) + 1
     group_start = np.concatenate((np.zeros(1, np.int64), np.cumsum(sizes)))
     starts_s = np.array([problem.start_s(window) for window in range(len(problem.windows_s))], np.int64)
-    most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
-    threads = max(1, min(torch.get_num_threads(), most))
     arguments = (
-        problem.offsets, problem.timestamp_s, problem.codes, problem.slots, problem.groups, problem.values,
-        group_start, starts_s, problem.half_lives_s, problem.periods_s, _runs(problem.offsets, threads),
+        problem.timestamp_s, problem.codes, problem.slots, problem.groups, problem.values, group_start, starts_s,
+        problem.half_lives_s, *_decay_tables(problem), problem.periods_s, GAINS,
     )  # fmt: skip
-    with _one_at_a_time:
-        before = numba.get_num_threads()
-        numba.set_num_threads(threads)
-        try:
-            inputs = [_read_only(array) for array in arguments]
-            _aggregate(*inputs, problem.anchor_s, problem.limit_s, *results)  # type: ignore[call-arg]
-        finally:
-            numba.set_num_threads(before)
+    return tuple(read_only(array) for array in arguments)
+
+
+def forward(
+    problem: Problem, prepared: tuple[np.ndarray, ...], out: np.ndarray | None, threads: int | None
+) -> tuple[np.ndarray, ...]:
+    """The arrays of `WindowedAggregate`; counts are added to `out` where it is given."""
+    results = problem.empty_results(out)
+    inputs = (read_only(problem.offsets), *prepared)
+    totals, counts, first_age_s, last_age_s, num_events = (results[place] for place in (0, 1, 7, 8, 9))
+    lives = (problem.anchor_s, problem.limit_s, first_age_s, last_age_s, num_events)
+    others = (problem.groups.shape[1], problem.values.shape[1], len(problem.periods_s), len(problem.half_lives_s))
+
+    def work(first: int, last: int) -> None:
+        if not any(others):
+            starts_s = prepared[6]
+            _count(first, last, *inputs[:4], starts_s, *lives, totals, counts)  # type: ignore[call-arg]
+            return
+        _aggregate(first, last, *inputs, problem.anchor_s, problem.limit_s, *results)  # type: ignore[call-arg]
+
+    over_clients(problem.offsets, work, threads)
     return results
 
 
-def _runs(offsets: np.ndarray, threads: int) -> np.ndarray:
-    """[threads + 1] client rows that split the events into runs of about equal size."""
-    events = np.linspace(offsets[0], offsets[-1], threads + 1).astype(np.int64)
+def over_clients(offsets: np.ndarray, work: Callable[[int, int], object], threads: int | None = None) -> None:
+    """Calls work(first, last) for runs of clients that are all of them together, in torch's number of threads."""
+    num_events = int(offsets[-1] - offsets[0])
+    threads = max(1, min(threads or torch.get_num_threads(), num_events // MIN_EVENTS_PER_THREAD))
+    if threads == 1:
+        work(0, len(offsets) - 1)
+        return
+    # Several runs per thread even out clients whose events cost more or less than others'.
+    runs = _runs(offsets, 4 * threads)
+    with ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(work, int(runs[i]), int(runs[i + 1])) for i in range(len(runs) - 1)]:
+            done.result()
+
+
+def first_fault(offsets: np.ndarray, timestamp_s: np.ndarray, codes: np.ndarray, num_codes: int) -> tuple[int, int]:
+    """First row whose code is not in [0, num_codes) and first row that is earlier than its client's row before, or -1.
+
+    A negative `num_codes` leaves the codes unchecked.
+    """
+    inputs = [read_only(array) for array in (offsets, timestamp_s, codes)]
+    faults: list[tuple[int, int]] = []
+
+    def work(first: int, last: int) -> None:
+        faults.append(_first_fault(first, last, *inputs, num_codes))  # type: ignore[call-arg]
+
+    over_clients(offsets, work)
+    bad_code, falls = (min((row for row in rows if row >= 0), default=-1) for rows in zip(*faults, strict=True))
+    return bad_code, falls
+
+
+def _decay_tables(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+    """2^-(age / half-life) for ages of multiples of 4096 s [H, C] and for ages below 4096 s [H, 4096]."""
+    half_lives_s = problem.half_lives_s[:, None]
+    if not half_lives_s.size:
+        return np.zeros((0, 0)), np.zeros((0, 0))
+    starts = problem.offsets[:-1][np.diff(problem.offsets) > 0]
+    oldest_s = problem.anchor_s - int(problem.timestamp_s[starts].min()) if len(starts) else 0
+    coarse = np.arange(min(max(oldest_s, 0) >> FINE_BITS, MAX_COARSE - 1) + 1) << FINE_BITS
+    return np.exp2(-coarse / half_lives_s), np.exp2(-np.arange(1 << FINE_BITS) / half_lives_s)
+
+
+def _runs(offsets: np.ndarray, count: int) -> np.ndarray:
+    """[count + 1] client rows that split the events into runs of about equal size."""
+    events = np.linspace(offsets[0], offsets[-1], count + 1).astype(np.int64)
     runs = np.searchsorted(offsets, events).astype(np.int64)
     runs[0], runs[-1] = 0, len(offsets) - 1
     return np.maximum.accumulate(np.minimum(runs, len(offsets) - 1))
 
 
-def _read_only(array: np.ndarray) -> np.ndarray:
+def read_only(array: np.ndarray) -> np.ndarray:
     """A view with one fixed type: memory-mapped columns must not trigger a second compilation."""
-    view = np.ascontiguousarray(array).view()
+    view = np.ascontiguousarray(array).view(np.ndarray)
     view.flags.writeable = False
     return view
 
 
-@numba.njit(cache=True)
-def _end_of_history(timestamp_s, start, end, limit_s):
+@numba.njit(cache=True, nogil=True)
+def _first_fault(first, last, offsets, timestamp_s, codes, num_codes):
+    bad_code, falls = np.int64(-1), np.int64(-1)
+    for client in range(first, last):
+        start, end = offsets[client], offsets[client + 1]
+        faults = False
+        for row in range(start + 1, end):
+            faults |= timestamp_s[row] < timestamp_s[row - 1]
+        if num_codes >= 0:
+            for row in range(start, end):
+                faults |= (codes[row] < 0) | (codes[row] >= num_codes)
+        if not faults:
+            continue
+        for row in range(start, end):
+            if bad_code < 0 and num_codes >= 0 and (codes[row] < 0 or codes[row] >= num_codes):
+                bad_code = row
+            if falls < 0 and row > start and timestamp_s[row] < timestamp_s[row - 1]:
+                falls = row
+    return bad_code, falls
+
+
+@numba.njit(cache=True, nogil=True)
+def end_of_history(timestamp_s, start, end, limit_s):
     """First row in [start, end) with timestamp_s >= limit_s."""
+    if start == end or timestamp_s[end - 1] < limit_s:
+        return end
     while start < end:
         middle = (start + end) // 2
         if timestamp_s[middle] < limit_s:
@@ -79,7 +162,7 @@ def _end_of_history(timestamp_s, start, end, limit_s):
     return start
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, nogil=True)
 def _add_bands(array):
     """[W, C] in place: from the events of each band to those of each window."""
     for window in range(1, array.shape[0]):
@@ -87,39 +170,69 @@ def _add_bands(array):
             array[window, column] += array[window - 1, column]
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, nogil=True)
+def _decay(
+    start, end, timestamp_s, codes, slots, half_lives_s, coarse, fine, anchor_s, decayed_totals, decayed_counts
+):  # fmt: skip
+    """Adds the weights of rows [start, end), newest first."""
+    for row in range(end - 1, start - 1, -1):
+        age_s, code = anchor_s - timestamp_s[row], codes[row]
+        step = age_s >> FINE_BITS
+        for half_life in range(half_lives_s.size):
+            if step < coarse.shape[1]:
+                weight = coarse[half_life, step] * fine[half_life, age_s & ((1 << FINE_BITS) - 1)]
+            else:
+                weight = np.exp2(-age_s / half_lives_s[half_life])
+            decayed_totals[half_life] += weight
+            for column in range(slots.shape[1]):
+                if slots[code, column] >= 0:
+                    decayed_counts[half_life, slots[code, column]] += weight
+
+
+@numba.njit(cache=True, nogil=True)
+def _add_groups(code, band, mark, groups, group_start, gains, seen, grouped, distinct, entropy):
+    """One event in its groups: a new one is counted, sum c ln c follows."""
+    for column in range(groups.shape[1]):
+        group = groups[code, column]
+        if group < 0:
+            continue
+        place = group_start[column] + group
+        if seen[place, 0] != mark:
+            seen[place, 0] = mark
+            seen[place, 1] = 0
+            distinct[band, column] += 1
+        count = seen[place, 1]
+        seen[place, 1] = count + 1
+        grouped[band, column] += 1
+        if count < gains.size:
+            entropy[band, column] += gains[count]
+        else:
+            entropy[band, column] += (count + 1) * np.log(count + 1) - count * np.log(count)
+
+
+@numba.njit(cache=True, nogil=True)
 def _one_client(
-    client, start, end, timestamp_s, codes, slots, groups, values, group_start, starts_s, half_lives_s, periods_s,
-    anchor_s, stamp, totals, counts, distinct, distinct_times, sums, decayed_totals, decayed_counts,
+    mark, start, end, timestamp_s, codes, slots, groups, values, group_start, starts_s, periods_s, gains,
+    seen, grouped, period_seen, totals, counts, distinct, distinct_times, sums, entropy,
 ):  # fmt: skip
     """Adds the events in rows [start, end) of one client to its row of the results, newest first."""
-    num_windows, num_half_lives = starts_s.size, half_lives_s.size
-    period_seen = np.zeros(periods_s.size, np.int64)
+    num_windows = starts_s.size
+    # Few events: each one goes to all its windows at once. Many: to its smallest one, and a running sum follows.
+    is_summed = (end - start) * slots.shape[1] > counts.shape[1]
     band = 0
     for row in range(end - 1, start - 1, -1):
         time_s, code = timestamp_s[row], codes[row]
         while band < num_windows and time_s < starts_s[band]:
             band += 1
-        if band == num_windows and num_half_lives == 0:
-            break
-        for half_life in range(num_half_lives):
-            weight = np.exp2(-(anchor_s - time_s) / half_lives_s[half_life])
-            decayed_totals[half_life] += weight
-            for column in range(slots.shape[1]):
-                if slots[code, column] >= 0:
-                    decayed_counts[half_life, slots[code, column]] += weight
         if band == num_windows:
-            continue
+            break
         totals[band] += 1
         for column in range(slots.shape[1]):
-            if slots[code, column] >= 0:
-                counts[band, slots[code, column]] += 1
-        for column in range(groups.shape[1]):
-            if groups[code, column] >= 0:
-                place = group_start[column] + groups[code, column]
-                if stamp[place] != client:
-                    stamp[place] = client
-                    distinct[band, column] += 1
+            slot = slots[code, column]
+            if slot >= 0:
+                for window in range(band, band + 1 if is_summed else num_windows):
+                    counts[window, slot] += 1
+        _add_groups(code, band, mark, groups, group_start, gains, seen, grouped, distinct, entropy)
         for column in range(periods_s.size):
             period = time_s // periods_s[column]
             if row == end - 1 or period != period_seen[column]:
@@ -127,32 +240,95 @@ def _one_client(
                 distinct_times[band, column] += 1
         for column in range(values.shape[1]):
             sums[band, column] += values[code, column]
+    if is_summed:
+        _add_bands(counts)
 
 
-@numba.njit(cache=True, parallel=True)
+@numba.njit(cache=True, nogil=True)
 def _aggregate(
-    offsets, timestamp_s, codes, slots, groups, values, group_start, starts_s, half_lives_s, periods_s, runs,
-    anchor_s, limit_s, totals, counts, distinct, distinct_times, sums, decayed_totals, decayed_counts,
-    first_age_s, last_age_s,
+    first, last, offsets, timestamp_s, codes, slots, groups, values, group_start, starts_s, half_lives_s, coarse, fine,
+    periods_s, gains, anchor_s, limit_s, totals, counts, distinct, distinct_times, sums, decayed_totals,
+    decayed_counts, first_age_s, last_age_s, num_events, entropy,
 ):  # fmt: skip
-    for run in numba.prange(runs.size - 1):
-        stamp = np.full(group_start[-1], -1, np.int64)
-        for client in range(runs[run], runs[run + 1]):
-            start = offsets[client]
-            end = _end_of_history(timestamp_s, start, offsets[client + 1], limit_s)
-            if start == end:
-                continue
-            first_age_s[client] = anchor_s - timestamp_s[start]
-            last_age_s[client] = anchor_s - timestamp_s[end - 1]
-            _one_client(
-                client, start, end, timestamp_s, codes, slots, groups, values, group_start, starts_s, half_lives_s,
-                periods_s, anchor_s, stamp, totals[client], counts[client], distinct[client], distinct_times[client],
-                sums[client], decayed_totals[client], decayed_counts[client],
+    """Clients in rows [first, last)."""
+    seen = np.zeros((group_start[-1], 2), np.int32)
+    grouped = np.zeros((starts_s.size, groups.shape[1]), np.int64)
+    period_seen = np.zeros(periods_s.size, np.int64)
+    for client in range(first, last):
+        start = offsets[client]
+        end = end_of_history(timestamp_s, start, offsets[client + 1], limit_s)
+        if start == end:
+            continue
+        num_events[client] = end - start
+        first_age_s[client] = anchor_s - timestamp_s[start]
+        last_age_s[client] = anchor_s - timestamp_s[end - 1]
+        if half_lives_s.size:
+            _decay(
+                start, end, timestamp_s, codes, slots, half_lives_s, coarse, fine, anchor_s, decayed_totals[client],
+                decayed_counts[client],
             )  # fmt: skip
-            totals_of_client = totals[client]
-            for window in range(1, starts_s.size):
-                totals_of_client[window] += totals_of_client[window - 1]
-            _add_bands(counts[client])
-            _add_bands(distinct[client])
-            _add_bands(distinct_times[client])
-            _add_bands(sums[client])
+        if starts_s.size == 0 or timestamp_s[end - 1] < starts_s[-1]:
+            continue
+        grouped[:] = 0
+        _one_client(
+            client - first + 1, start, end, timestamp_s, codes, slots, groups, values, group_start, starts_s,
+            periods_s, gains, seen, grouped, period_seen, totals[client], counts[client], distinct[client],
+            distinct_times[client], sums[client], entropy[client],
+        )  # fmt: skip
+        totals_of_client = totals[client]
+        for window in range(1, starts_s.size):
+            totals_of_client[window] += totals_of_client[window - 1]
+        _add_bands(distinct[client])
+        _add_bands(distinct_times[client])
+        _add_bands(sums[client])
+        _add_bands(entropy[client])
+        _add_bands(grouped)
+        _finish_entropy(grouped, distinct[client], entropy[client])
+
+
+@numba.njit(cache=True, nogil=True)
+def _count(
+    first, last, offsets, timestamp_s, codes, slots, starts_s, anchor_s, limit_s, first_age_s, last_age_s, num_events,
+    totals, counts,
+):  # fmt: skip
+    """`_aggregate` of totals and counts alone: a client costs so little that slices of arrays would be most of it."""
+    num_windows, num_columns, num_slots = starts_s.size, slots.shape[1], counts.shape[2]
+    for client in range(first, last):
+        start = offsets[client]
+        end = end_of_history(timestamp_s, start, offsets[client + 1], limit_s)
+        if start == end:
+            continue
+        num_events[client] = end - start
+        first_age_s[client] = anchor_s - timestamp_s[start]
+        last_age_s[client] = anchor_s - timestamp_s[end - 1]
+        is_summed = (end - start) * num_columns > num_slots
+        band = 0
+        for row in range(end - 1, start - 1, -1):
+            time_s = timestamp_s[row]
+            while band < num_windows and time_s < starts_s[band]:
+                band += 1
+            if band == num_windows:
+                break
+            totals[client, band] += 1
+            for column in range(num_columns):
+                slot = slots[codes[row], column]
+                if slot >= 0:
+                    for window in range(band, band + 1 if is_summed else num_windows):
+                        counts[client, window, slot] += 1
+        for window in range(1, num_windows):
+            totals[client, window] += totals[client, window - 1]
+            if is_summed:
+                for slot in range(num_slots):
+                    counts[client, window, slot] += counts[client, window - 1, slot]
+
+
+@numba.njit(cache=True, nogil=True)
+def _finish_entropy(grouped, distinct, entropy):
+    """From sum c ln c to ln n - (sum c ln c) / n, in place; exactly 0 for a single group."""
+    for window in range(grouped.shape[0]):
+        for column in range(grouped.shape[1]):
+            events = grouped[window, column]
+            if distinct[window, column] > 1:
+                entropy[window, column] = np.log(events) - entropy[window, column] / events
+            else:
+                entropy[window, column] = 0.0

@@ -14,9 +14,12 @@ what distinct counts tell apart, `values[code]` what sums add up.
     sums            sum of values[c_k, column] over E(u, w)
     decayed_totals  sum over all k before the anchor of 2^(-(anchor - t_k) / half_life); decayed_counts: per slot
     first_age_s     anchor - t of the oldest event before the anchor; last_age_s: of the newest
+    num_events      |E(u, infinity)|: all events before the anchor
+    entropy         - sum over different groups[c_k, column] of p ln p, p the group's share of the events in E(u, w)
 
-Cost of the compiled backend: one pass over the events of the longest window (over all events with half-lives).
-Memory: the dense results; pass a part of `offsets` to work in blocks of clients.
+Cost of the compiled backend: one pass over the events of the longest window, one more over all of them for half-lives.
+Memory: the dense results; pass a part of `offsets` to work in blocks of clients, let `out` be a part of a larger matrix
+such as a memory map, or count sparsely with `windowed_counts_csr`.
 Source: windows and distinct counts as in the organisers' aggregated features of the RecSys Challenge 2025.
 """
 
@@ -52,6 +55,8 @@ class WindowedAggregate(NamedTuple):
         decayed_counts: [U, H, L] float64.
         first_age_s: [U] int64 seconds, -1 for a client without events before the anchor.
         last_age_s: [U] int64 seconds, likewise.
+        num_events: [U] int64, all events before the anchor.
+        entropy: [U, W, D] float64 nats, 0 where a window is empty.
     """
 
     totals: Any
@@ -63,6 +68,13 @@ class WindowedAggregate(NamedTuple):
     decayed_counts: Any
     first_age_s: Any
     last_age_s: Any
+    num_events: Any
+    entropy: Any
+
+    @property
+    def ratios(self) -> Any:
+        """[U, W - 1] share of each window's events that lie in the next shorter one, 0 where a window is empty."""
+        return self.totals[:, :-1] / self.totals[:, 1:].clip(1)
 
     @property
     def means(self) -> Any:
@@ -89,9 +101,10 @@ def windowed_aggregate(
     half_lives_s: Sequence[float] = (),
     periods_s: Sequence[int] = (),
     include_anchor: bool = False,
+    out: np.ndarray | None = None,
     backend: str = "auto",
 ) -> WindowedAggregate:
-    """Counts, totals, distinct counts, sums, recency and decayed counts per client, all windows in one pass.
+    """Counts, totals, distinct counts, sums, recency, entropy and decayed counts per client, all windows in one pass.
 
     Args:
         offsets: [U + 1] int64, ascending: events of client u are rows offsets[u]..offsets[u + 1]. It need not start
@@ -107,6 +120,8 @@ def windowed_aggregate(
         half_lives_s: > 0, seconds.
         periods_s: > 0, seconds: 1 counts distinct timestamps, 86,400 active days (UTC).
         include_anchor: events at the anchor itself count.
+        out: zeros int32 or float32 [U, W, num_slots] of any strides, for NumPy input only; becomes `counts`. float32
+            is exact up to 2^24 events.
         backend: "auto", "numba" or "reference".
 
     Returns:
@@ -126,17 +141,82 @@ def windowed_aggregate(
         raise ValueError(f"windowed_aggregate: windows_s must have None only as the last one, got {list(windows_s)}")
     windows = [ALL_HISTORY if window is None else int(window) for window in windows_s]
     half_lives, periods = [float(value) for value in half_lives_s], [int(value) for value in periods_s]
-    run = _windowed_aggregate if are_tensors == {True} else _run
-    return WindowedAggregate(
-        *run(*arrays, int(anchor_s), windows, int(num_slots), half_lives, periods, bool(include_anchor), backend)
-    )
+    scalars = (int(anchor_s), windows, int(num_slots), half_lives, periods, bool(include_anchor), backend)
+    if are_tensors == {True}:
+        if out is not None:
+            raise TypeError("windowed_aggregate: out must come with NumPy arrays, got tensors")
+        return WindowedAggregate(*_windowed_aggregate(*arrays, *scalars))
+    return WindowedAggregate(*_run(*arrays, *scalars, out))
+
+
+class WindowedAggregator:
+    """A windowed aggregation for many blocks of clients: checks and tables are made once. See `window_aggregator`."""
+
+    def __init__(self, problem: Problem, backend: str) -> None:
+        name = backends.resolve("windowed_aggregate", backend, IMPLEMENTATIONS, ORDER, problem)
+        self._problem, self._implementation = problem, IMPLEMENTATIONS[name]
+        self._prepared = self._implementation.prepare(problem)
+
+    def __call__(
+        self, first: int = 0, last: int | None = None, out: np.ndarray | None = None, threads: int | None = None
+    ) -> WindowedAggregate:
+        """The result of clients first..last, all by default; NumPy arrays.
+
+        Args:
+            first: first client.
+            last: one after the last client.
+            out: see `windowed_aggregate`.
+            threads: at most so many, torch's number when None; 1 lets several threads call for different blocks.
+        """
+        offsets = self._problem.offsets[first : None if last is None else last + 1]
+        _check_out(out, (len(offsets) - 1, len(self._problem.windows_s), self._problem.num_slots))
+        block = self._problem._replace(offsets=offsets)
+        return WindowedAggregate(*self._implementation.forward(block, self._prepared, out, threads))
+
+
+def window_aggregator(
+    offsets: np.ndarray,
+    timestamp_s: np.ndarray,
+    codes: np.ndarray | None = None,
+    *,
+    anchor_s: int,
+    windows_s: Sequence[int | None] = (),
+    slots: np.ndarray | None = None,
+    num_slots: int = 0,
+    groups: np.ndarray | None = None,
+    values: np.ndarray | None = None,
+    half_lives_s: Sequence[float] = (),
+    periods_s: Sequence[int] = (),
+    include_anchor: bool = False,
+    backend: str = "auto",
+) -> WindowedAggregator:
+    """`windowed_aggregate` of NumPy arrays, checked and ready to be called for any block of clients."""
+    windows = [ALL_HISTORY if window is None else int(window) for window in windows_s]
+    half_lives, periods = [float(value) for value in half_lives_s], [int(value) for value in periods_s]
+    problem = checked_problem(
+        offsets, timestamp_s, codes, slots, groups, values,
+        int(anchor_s), windows, int(num_slots), half_lives, periods, bool(include_anchor),
+    )  # fmt: skip
+    return WindowedAggregator(problem, backend)
 
 
 def _run(
     offsets, timestamp_s, codes, slots, groups, values,
-    anchor_s, windows_s, num_slots, half_lives_s, periods_s, include_anchor, backend,
+    anchor_s, windows_s, num_slots, half_lives_s, periods_s, include_anchor, backend, out=None,
 ) -> tuple[np.ndarray, ...]:  # fmt: skip
     """The call on NumPy arrays: checks, then the chosen backend."""
+    problem = checked_problem(
+        offsets, timestamp_s, codes, slots, groups, values,
+        anchor_s, windows_s, num_slots, half_lives_s, periods_s, include_anchor,
+    )  # fmt: skip
+    return tuple(WindowedAggregator(problem, backend)(out=out))
+
+
+def checked_problem(
+    offsets, timestamp_s, codes, slots, groups, values,
+    anchor_s, windows_s, num_slots, half_lives_s, periods_s, include_anchor,
+) -> Problem:  # fmt: skip
+    """Raises what `windowed_aggregate` documents; backends never check again."""
     offsets = _integers("offsets", offsets, 1, np.int64)
     timestamp_s = _integers("timestamp_s", timestamp_s, 1, np.int64)
     _check_scalars(anchor_s, windows_s, half_lives_s, periods_s)
@@ -154,14 +234,21 @@ def _run(
     )
     slots, groups, values = tables
     _check_events(offsets, timestamp_s, codes, num_codes)
-    problem = Problem(
+    return Problem(
         offsets, timestamp_s, codes, slots, num_slots, groups, values, anchor_s,
         np.array(windows_s, np.int64), np.array(half_lives_s, np.float64), np.array(periods_s, np.int64),
         include_anchor,
     )  # fmt: skip
-    return IMPLEMENTATIONS[backends.resolve("windowed_aggregate", backend, IMPLEMENTATIONS, ORDER, problem)].forward(
-        problem
-    )
+
+
+def _check_out(out: np.ndarray | None, shape: tuple[int, ...]) -> None:
+    if out is None:
+        return
+    if out.shape != shape or out.dtype not in (np.int32, np.float32) or not out.flags.writeable:
+        raise ValueError(
+            f"windowed_aggregate: out must be writeable int32 or float32 {list(shape)}, got {out.dtype}"
+            f" {list(out.shape)}"
+        )
 
 
 def _table(table: np.ndarray | None) -> np.ndarray:
@@ -234,19 +321,15 @@ def _check_tables(slots: np.ndarray, num_slots: int, groups: np.ndarray, values:
 def _check_events(offsets: np.ndarray, timestamp_s: np.ndarray, codes: np.ndarray, num_codes: int) -> None:
     if len(codes) != len(timestamp_s):
         raise ValueError(f"windowed_aggregate: codes must have length {len(timestamp_s)}, got {len(codes)}")
-    first, last = int(offsets[0]), int(offsets[-1])
-    here = codes[first:last]
-    if num_codes >= 0 and here.size and not 0 <= here.min() <= here.max() < num_codes:
-        row = first + int(((here < 0) | (here >= num_codes)).argmax())
-        raise ValueError(f"windowed_aggregate: codes must lie in 0..{num_codes - 1}, got {codes[row]} in row {row}")
-    falls = timestamp_s[first + 1 : last] < timestamp_s[first : last - 1] if last > first else np.zeros(0, bool)
-    starts = offsets[(offsets > first) & (offsets < last)] - first - 1
-    falls[starts] = False  # the step from one client to the next may fall
-    if falls.any():
-        row = first + int(falls.argmax()) + 1
+    bad_code, falls = _numba.first_fault(offsets, timestamp_s, codes, num_codes)
+    if bad_code >= 0:
         raise ValueError(
-            f"windowed_aggregate: timestamp_s must ascend inside every client, got {timestamp_s[row]} after"
-            f" {timestamp_s[row - 1]} in row {row}; sort the events by client and time"
+            f"windowed_aggregate: codes must lie in 0..{num_codes - 1}, got {codes[bad_code]} in row {bad_code}"
+        )
+    if falls >= 0:
+        raise ValueError(
+            f"windowed_aggregate: timestamp_s must ascend inside every client, got {timestamp_s[falls]} after"
+            f" {timestamp_s[falls - 1]} in row {falls}; sort the events by client and time"
         )
 
 
@@ -256,7 +339,7 @@ def _check_events(offsets: np.ndarray, timestamp_s: np.ndarray, codes: np.ndarra
     schema=(
         "(Tensor offsets, Tensor timestamp_s, Tensor? codes, Tensor? slots, Tensor? groups, Tensor? values,"
         " int anchor_s, int[] windows_s, int num_slots, float[] half_lives_s, int[] periods_s, bool include_anchor,"
-        " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+        " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     device_types="cpu",
 )
@@ -284,5 +367,7 @@ def _fake(
         ((clients, half_lives, num_slots), torch.float64),
         ((clients,), torch.int64),
         ((clients,), torch.int64),
+        ((clients,), torch.int64),
+        ((clients, windows, columns_of_groups), torch.float64),
     ]
     return tuple(offsets.new_empty(shape, dtype=dtype) for shape, dtype in shapes)

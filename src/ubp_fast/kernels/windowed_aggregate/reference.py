@@ -51,18 +51,22 @@ class Problem(NamedTuple):
         length = int(self.windows_s[window])
         return -(2**63) if length == ALL_HISTORY else self.anchor_s - length
 
-    def empty_results(self) -> tuple[np.ndarray, ...]:
-        """Results for clients without events, in the order of `WindowedAggregate`."""
+    def empty_results(self, counts: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
+        """Results for clients without events, in the order of `WindowedAggregate`; zeros for counts may be given."""
         clients, windows, half_lives = len(self.offsets) - 1, len(self.windows_s), len(self.half_lives_s)
-        shapes = (self.num_slots, self.groups.shape[1], len(self.periods_s))
+        if counts is None:
+            counts = np.zeros((clients, windows, self.num_slots), np.int32)
         return (
             np.zeros((clients, windows), np.int32),
-            *(np.zeros((clients, windows, width), np.int32) for width in shapes),
+            counts,
+            *(np.zeros((clients, windows, width), np.int32) for width in (self.groups.shape[1], len(self.periods_s))),
             np.zeros((clients, windows, self.values.shape[1])),
             np.zeros((clients, half_lives)),
             np.zeros((clients, half_lives, self.num_slots)),
             np.full(clients, -1, np.int64),
             np.full(clients, -1, np.int64),
+            np.zeros(clients, np.int64),
+            np.zeros((clients, windows, self.groups.shape[1])),
         )
 
 
@@ -71,13 +75,20 @@ def unsupported(problem: Problem) -> str | None:
     return None
 
 
-def forward(problem: Problem) -> tuple[np.ndarray, ...]:
-    """The arrays of `WindowedAggregate`."""
-    results = problem.empty_results()
-    totals, counts, distinct, distinct_times, sums, decayed_totals, decayed_counts, first_age_s, last_age_s = results
+def prepare(problem: Problem) -> None:
+    """Nothing is shared by blocks of clients."""
+
+
+def forward(problem: Problem, prepared: None, out: np.ndarray | None, threads: int | None) -> tuple[np.ndarray, ...]:
+    """The arrays of `WindowedAggregate`; counts are written to `out` where it is given."""
+    results = problem.empty_results(out)
+    totals, counts, distinct, distinct_times, sums, decayed_totals, decayed_counts = results[:7]
+    first_age_s, last_age_s, num_events, entropy = results[7:]
     events = _events(problem)
-    ages = events.group_by("client").agg(pl.col("age_s").max().alias("first"), pl.col("age_s").min().alias("last"))
-    first_age_s[ages["client"]], last_age_s[ages["client"]] = ages["first"], ages["last"]
+    age = pl.col("age_s")
+    lives = events.group_by("client").agg(age.max().alias("first"), age.min().alias("last"), pl.len())
+    first_age_s[lives["client"]], last_age_s[lives["client"]] = lives["first"], lives["last"]
+    num_events[lives["client"]] = lives["len"]
 
     for window in range(len(problem.windows_s)):
         inside = events.filter(pl.col("timestamp_s") >= problem.start_s(window))
@@ -87,6 +98,11 @@ def forward(problem: Problem) -> tuple[np.ndarray, ...]:
             group = pl.Series("group", problem.groups[inside["code"], column], dtype=pl.Int32)
             known = inside.with_columns(group).filter(pl.col("group") >= 0)
             _scatter(distinct[:, window, column], known.group_by("client").agg(pl.n_unique("group").alias("result")))
+            share = pl.col("len") / pl.col("len").sum()
+            sizes = known.group_by("client", "group").len()
+            _scatter(
+                entropy[:, window, column], sizes.group_by("client").agg((-share * share.log()).sum().alias("result"))
+            )
         for column, period_s in enumerate(problem.periods_s.tolist()):
             period = (pl.col("timestamp_s") // period_s).n_unique().alias("result")
             _scatter(distinct_times[:, window, column], inside.group_by("client").agg(period))

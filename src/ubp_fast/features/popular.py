@@ -1,0 +1,114 @@
+"""Where items stand in lists: the most frequent values of every column of a kind, and given lists of labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from ubp_fast.features.static import FIRST_REAL_ID
+from ubp_fast.kernels.windowed_aggregate import code_counts
+from ubp_fast.store.event_store import EventStore
+
+LabelLists = Mapping[str, tuple[np.ndarray, np.ndarray]]
+
+
+class PopularValues(NamedTuple):
+    """Slots of the most frequent values, the lists of all columns laid side by side.
+
+    Attributes:
+        slots: int32 [codes, columns], -1 for values that are not in the list.
+        labels: "<column>_<value>" of every slot.
+    """
+
+    slots: np.ndarray
+    labels: tuple[str, ...]
+
+
+def popular_values(store: EventStore, kind: str, before_s: int, top_values: int) -> PopularValues:
+    """Most frequent values per column (sku, category, price; url) of a kind among all clients; ties: the smaller id.
+
+    Args:
+        store: event store.
+        kind: one with items, not searches.
+        before_s: only events before it are counted.
+        top_values: values per column, fewer where fewer occur.
+    """
+    columns = store.kind(kind)
+    if columns.item is None:
+        raise ValueError(f"popular_values: kind must have items, got '{kind}'")
+    tables = _tables(store, kind)
+    num_items = store.num_urls if kind == "page_visit" else store.num_skus
+    item_counts = code_counts(
+        columns.offsets, columns.timestamp_s, columns.item, before_s=before_s, num_codes=num_items
+    )
+    slots: list[np.ndarray] = []
+    labels: list[str] = []
+    for name, (dense_of_item, originals) in tables.items():
+        counts = item_counts
+        if dense_of_item is not None:
+            counts = np.bincount(dense_of_item, weights=item_counts, minlength=len(originals)).astype(np.int64)
+        top = _largest(counts, originals, top_values)
+        slot_of_dense = np.full(len(originals), -1, np.int32)
+        slot_of_dense[top] = len(labels) + np.arange(len(top))
+        slots.append(slot_of_dense if dense_of_item is None else slot_of_dense[dense_of_item])
+        labels += [f"{name}_{value}" for value in originals[top].tolist()]
+    return PopularValues(np.stack(slots, axis=1), tuple(labels))
+
+
+def _tables(store: EventStore, kind: str) -> dict[str, tuple[np.ndarray | None, np.ndarray]]:
+    """Column -> (its dense id per item, None for the item itself; original value per dense id)."""
+    if kind == "page_visit":
+        return {"url": (None, np.asarray(store.url_ids))}
+    products = store.products
+    return {
+        "sku": (None, np.asarray(store.sku_ids)),
+        "category": (np.asarray(products.category), np.asarray(store.category_ids)),
+        "price": (np.asarray(products.price), np.arange(store.num_prices) - FIRST_REAL_ID),
+    }
+
+
+def _largest(counts: np.ndarray, originals: np.ndarray, number: int) -> np.ndarray:
+    """Dense ids of the real values with the largest counts above 0, ties by original value."""
+    counts = counts.copy()
+    counts[:FIRST_REAL_ID] = 0
+    number = min(number, len(counts))
+    if number == 0:
+        return np.zeros(0, np.int64)
+    smallest = np.partition(counts, len(counts) - number)[len(counts) - number]
+    candidates = np.flatnonzero(counts >= max(smallest, 1))
+    return candidates[np.lexsort((originals[candidates], -counts[candidates]))][:number]
+
+
+def label_slots(store: EventStore, lists: LabelLists) -> tuple[np.ndarray, list[str]]:
+    """Slots [num_skus, lists] of every dense sku in the lists laid side by side, and the names of all slots.
+
+    Raises:
+        ValueError: the last word of a list's name is not category, sku or price.
+    """
+    products = store.products
+    category_ids = np.asarray(store.category_ids)[products.category]
+    ids_of_sku = {
+        "sku": np.asarray(store.sku_ids),
+        "category": category_ids,
+        "price": products.price.astype(np.int64) - FIRST_REAL_ID,
+    }
+    slots = np.full((store.num_skus, len(lists)), -1, np.int32)
+    labels: list[str] = []
+    for index, (name, (ids, _)) in enumerate(lists.items()):
+        column = name.rsplit("_", 1)[-1]
+        if column not in ids_of_sku:
+            raise ValueError(f"label list: name must end in _category, _sku or _price, got '{name}'")
+        slots[FIRST_REAL_ID:, index] = _positions(ids, ids_of_sku[column][FIRST_REAL_ID:], len(labels))
+        labels += [f"{name}_{value}" for value in ids.tolist()]
+    return slots, labels
+
+
+def _positions(ids: np.ndarray, values: np.ndarray, start: int) -> np.ndarray:
+    """start + index of each value in `ids` (its first one), -1 if it is not there."""
+    different, first = np.unique(ids, return_index=True)
+    if not len(different):
+        return np.full(len(values), -1, np.int32)
+    near = np.minimum(np.searchsorted(different, values), len(different) - 1)
+    return np.where(different[near] == values, first[near] + start, -1).astype(np.int32)
