@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ubp_fast import _core
-from ubp_fast.kernels.flash_attention.reference import Problem
+from ubp_fast.kernels.flash_attention.reference import Gradients, Problem
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -19,6 +19,10 @@ def unsupported(problem: Problem) -> str | None:
         return f"it computes on the CPU, the tensors are on {problem.query.device}"
     if problem.query.dtype not in DTYPES:
         return f"it computes float32, bfloat16 and float16, the tensors are {problem.query.dtype}"
+    if problem.left >= 0 or problem.right > 0:
+        return "it has no window yet"
+    if problem.time_bias is not None or problem.seed is not None:
+        return "it has no time_bias and no dropout yet"
     return None
 
 
@@ -31,14 +35,14 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     return output, lse
 
 
-def backward(problem: Problem, output: Tensor, lse: Tensor, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def backward(problem: Problem, output: Tensor, lse: Tensor, grad_output: Tensor) -> Gradients:
     """Gradients of query, key and value from the saved output and log-sum-exp; the scores are computed again."""
     problem = _contiguous(problem)
     output, lse, grad_output = output.contiguous(), lse.contiguous(), grad_output.contiguous()
     gradients = tuple(torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in problem[:3])
     addresses = (tensor.data_ptr() for tensor in (output, lse, grad_output, *gradients))
     _core.flash_attention_backward(*_arguments(problem), *addresses)
-    return gradients[0], gradients[1], gradients[2]
+    return gradients[0], gradients[1], gradients[2], None
 
 
 def _contiguous(problem: Problem) -> Problem:
@@ -51,4 +55,4 @@ def _arguments(problem: Problem) -> tuple[Any, ...]:
     sizes = [tokens, problem.key.shape[0], len(problem.cu_seqlens) - 1, heads, width]
     addresses = (tensor.data_ptr() for tensor in problem[:5])
     threads = torch.get_num_threads()
-    return (*addresses, sizes, DTYPES[problem.query.dtype], problem.is_causal, problem.scale, threads)
+    return (*addresses, sizes, DTYPES[problem.query.dtype], problem.right == 0, problem.scale, threads)
