@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,6 +24,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("output", "grad_query", "grad_key", "grad_value", "grad_time_bias")
 ISAS = tuple(_core.usable_isas())
 MIXED = PackedCase("mixed", (5, 0, 49, 26, 130), width=32, heads=3)
+TIMED = replace(MIXED, name="timed", buckets=64, window=(60, 2))
+DROPPED = replace(TIMED, name="dropped", dropout_p=0.3)
 
 
 @pytest.fixture(params=ISAS)
@@ -68,7 +72,6 @@ def truth_of(case: PackedCase, tensors: list[Tensor]) -> list[Tensor]:
     return [output, *torch.autograd.grad(output, inputs, noise, materialize_grads=True)]
 
 
-NATIVE_CASES = [case for case in ATTENTION_CASES if not (case.window or case.buckets or case.dropout_p)]
 EXPECTED: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
 
 
@@ -81,7 +84,7 @@ def expected(case: PackedCase, dtype: torch.dtype) -> tuple[list[Tensor], list[T
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", NATIVE_CASES, ids=str)
+@pytest.mark.parametrize("case", ATTENTION_CASES, ids=str)
 def test_native_matches_reference(case: PackedCase, dtype: torch.dtype, isa: str) -> None:
     reference, truth = expected(case, dtype)
     found = with_gradients(case, list(packed_inputs(case, dtype)), "native")
@@ -121,6 +124,60 @@ def test_gradcheck(case: PackedCase) -> None:
     assert torch.autograd.gradcheck(call, leaves(query, key, value, bias)[: 4 if case.buckets else 3])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_bucket_shifts_nothing(dtype: torch.dtype, isa: str) -> None:
+    """Softmax does not see a constant; the gradient of the table is 0, so that no bound of closeness applies."""
+    case = PackedCase("one-bucket", (5, 0, 60), buckets=1, width=32)
+    tensors = list(packed_inputs(case, dtype))
+    *found, grad_bias = with_gradients(case, tensors, "native")
+    plain = with_gradients(replace(case, buckets=0), tensors, "native")
+    for mine, theirs in zip(found, plain, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert grad_bias.abs().max() < (1e-5 if dtype == torch.float32 else 0.3)
+
+
+def test_times_far_apart_are_the_last_bucket(isa: str) -> None:
+    query = torch.randn(4, 1, 16)
+    bias = torch.zeros(1, 64)
+    bias[0, 63] = -torch.inf
+    times = torch.tensor([0, 2**31 - 3, 2**31, 2**62])
+    same = {"cu_seqlens": torch.tensor([0, 4]), "time_bias": bias, "timestamp_s": times}
+    found = flash_attention(query, query, query, **same, backend="native")
+    torch.testing.assert_close(found, flash_attention(query, query, query, **same, backend="reference"))
+    torch.testing.assert_close(found[3], query[3])  # it sees nobody else
+
+
+def test_dropout_repeats_and_is_unbiased(isa: str) -> None:
+    case = PackedCase("dropout", (300, 0, 41), dropout_p=0.25, heads=3)
+    query, key, value, cu_seqlens, _ = packed_inputs(case, torch.float32)
+    call = partial(flash_attention, query, key, value, cu_seqlens, backend="native")
+    assert torch.equal(call(dropout_p=0.25, seed=7), call(dropout_p=0.25, seed=torch.tensor(7)))
+    assert not torch.equal(call(dropout_p=0.25, seed=7), call(dropout_p=0.25, seed=8))
+    torch.manual_seed(3)
+    drawn = call(dropout_p=0.25)
+    assert not torch.equal(call(dropout_p=0.25), drawn)
+    torch.manual_seed(3)
+    assert torch.equal(call(dropout_p=0.25), drawn)
+    # Over seeds the mean tends to the result without dropout: 400 draws, five standard errors.
+    ones = partial(flash_attention, query, key, torch.ones_like(value), cu_seqlens)
+    draws = torch.stack([ones(dropout_p=0.25, seed=seed, backend="native").mean() for seed in range(400)])
+    assert abs(float(draws.mean()) - 1) < 5 * float(draws.std()) / 20 < 1e-2
+
+
+def test_dropout_is_the_same_alone_and_with_any_isa(isa: str) -> None:
+    """The counter is the packed row, so that the mask of the reference is that of every backend."""
+    case = PackedCase("dropout", (30, 7), dropout_p=0.5)
+    query, key, _, cu_seqlens, _ = packed_inputs(case, torch.float32)
+    value = torch.zeros(37, 2, 37) + torch.eye(37)[:, None, :]  # the output is the matrix of weights
+    query, key = (functional.pad(part, (0, 21)) for part in (query, key))
+    found, wanted = (
+        flash_attention(query, key, value, cu_seqlens, dropout_p=0.5, seed=-5, backend=backend)
+        for backend in ("native", "reference")
+    )
+    assert torch.equal(found > 0, wanted > 0)
+    assert 0.45 < float((found[:30, :, :30] > 0).float().mean()) < 0.55
+
+
 def test_time_buckets_are_two_per_octave() -> None:
     seconds = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 2**31 - 2, 2**31 - 1, 2**52 - 2, 2**53 - 2])
     wanted = [0, 2, 3, 4, 4, 5, 5, 6, 6, 6, 7, 61, 62, 103, 105]
@@ -144,36 +201,41 @@ def test_row_without_keys_is_zero(backend: str, dtype: torch.dtype) -> None:
     assert output[40:60].any(dim=2).all() and not any(part.isnan().any() for part in (output, *gradients))
 
 
+@pytest.mark.parametrize("case", [MIXED, TIMED], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_packed_equals_each_alone(dtype: torch.dtype, isa: str) -> None:
-    query, key, value, cu_seqlens, _ = packed_inputs(MIXED, dtype)
-    together = with_gradients(MIXED, [query, key, value, cu_seqlens, cu_seqlens], "native")
+def test_packed_equals_each_alone(dtype: torch.dtype, case: PackedCase, isa: str) -> None:
+    query, key, value, cu_seqlens, _ = packed_inputs(case, dtype)
+    together, options = with_gradients(case, [query, key, value, cu_seqlens, cu_seqlens], "native"), case_options(case)
     start = 0
-    for length in MIXED.lengths:
+    for length in case.lengths:
         rows = slice(start, start + length)
-        alone = flash_attention(query[rows], key[rows], value[rows], cumulative((length,)), backend="native")
-        assert torch.equal(alone, together[0][rows])
+        times = {"timestamp_s": options["timestamp_s"][rows]} if case.buckets else {}
+        parts = (query[rows], key[rows], value[rows], cumulative((length,)))
+        assert torch.equal(flash_attention(*parts, backend="native", **{**options, **times}), together[0][rows])
         start += length
 
 
-def test_permuted_batch_permutes_the_result() -> None:
-    tensors = packed_inputs(MIXED, torch.float32)
+@pytest.mark.parametrize("case", [MIXED, TIMED], ids=str)
+def test_permuted_batch_permutes_the_result(case: PackedCase) -> None:
+    tensors, options = packed_inputs(case, torch.float32), case_options(case)
     order = [3, 0, 4, 2, 1]
     rows = torch.cat([torch.arange(tensors[3][b], tensors[3][b + 1]) for b in order])
     moved = [part[rows] for part in tensors[:3]]
-    offsets = cumulative(tuple(MIXED.lengths[b] for b in order))
-    found = flash_attention(*moved, offsets)
-    assert torch.equal(found, flash_attention(*tensors[:4])[rows])
+    offsets = cumulative(tuple(case.lengths[b] for b in order))
+    times = {"timestamp_s": options["timestamp_s"][rows]} if case.buckets else {}
+    found = flash_attention(*moved, offsets, **{**options, **times})
+    assert torch.equal(found, flash_attention(*tensors[:4], **options)[rows])
 
 
+@pytest.mark.parametrize("case", [MIXED, DROPPED], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_threads_do_not_change_a_bit(dtype: torch.dtype) -> None:
-    tensors = list(packed_inputs(MIXED, dtype))
+def test_threads_do_not_change_a_bit(dtype: torch.dtype, case: PackedCase) -> None:
+    tensors = list(packed_inputs(case, dtype))
     torch.set_num_threads(1)
-    alone = with_gradients(MIXED, tensors, "native")
+    alone = with_gradients(case, tensors, "native")
     for threads in (2, 5):
         torch.set_num_threads(threads)
-        assert all(map(torch.equal, with_gradients(MIXED, tensors, "native"), alone))
+        assert all(map(torch.equal, with_gradients(case, tensors, "native"), alone))
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)], ids=str)
@@ -219,7 +281,8 @@ EVERYTHING = PackedCase("everything", (5, 0, 9), width=8, window=(4, 1), buckets
 PLAIN = PackedCase("plain", (5, 0, 9), width=8, is_causal=True)
 
 
-@pytest.mark.parametrize(("case", "backend"), [(PLAIN, "native"), (EVERYTHING, "reference")], ids=str)
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("case", [PLAIN, EVERYTHING], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(dtype: torch.dtype, case: PackedCase, backend: str) -> None:
     query, key, value, *offsets = packed_inputs(case, dtype)

@@ -78,7 +78,7 @@ ATTENTION_CASES = (
     PackedCase("window-cross", (5, 49, 60, 3, 25, 300), (9, 30, 4, 0, 300, 20), window=(12, 8), width=59),
     PackedCase("window-large-scores", (40, 300), kind="large", width=64, window=(50, 0)),
     PackedCase("time", BLOCK_EDGES, buckets=64),
-    PackedCase("time-1-bucket", (5, 0, 60), buckets=1, width=33),
+    PackedCase("time-2-buckets", (5, 0, 60), buckets=2, width=33),
     PackedCase("time-causal", (5, 0, 60, 270), buckets=106, width=32, heads=3, is_causal=True),
     PackedCase("time-cross", (5, 49, 0, 3, 25), (9, 30, 4, 0, 300), buckets=20, width=20),
     PackedCase("dropout", BLOCK_EDGES, dropout_p=0.2),
