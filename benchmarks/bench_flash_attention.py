@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from ubp_fast.kernels import flash_attention
-from ubp_fast.kernels.flash_attention.reference import Problem, attention
+from ubp_fast.kernels.flash_attention.reference import UNBOUNDED, Problem, attention
 
 HEADS, USERS, LONGEST = 4, 256, 256
 NAMES = ("output", "grad_query", "grad_key", "grad_value")
@@ -89,7 +89,7 @@ def same_as(tensors: list[Tensor], lengths: tuple[int, ...], case: str) -> Calla
     for dtype in (tensors[0].dtype, torch.float64):
         query, key, value = (part.to(dtype).requires_grad_() for part in tensors[:3])
         offsets = cumulative(lengths)
-        problem = Problem(query, key, value, offsets, offsets, False, query.shape[2] ** -0.5)
+        problem = Problem(query, key, value, offsets, offsets, UNBOUNDED, UNBOUNDED, query.shape[2] ** -0.5)
         output, _ = attention(problem)
         results.append((output, *torch.autograd.grad(output, (query, key, value), tensors[3].to(dtype))))
 

@@ -5,7 +5,6 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -34,81 +33,121 @@ void check_offsets(const int32_t* offsets, int64_t sequences, int64_t tokens, co
                                             std::to_string(offsets[sequences]));
 }
 
-std::vector<int32_t> costly_first(const int32_t* cu_query, const int32_t* cu_key, int64_t sequences) {
-  std::vector<int32_t> order(sequences);
-  std::iota(order.begin(), order.end(), 0);
-  const auto cost = [&](int32_t b) {
-    return int64_t{cu_query[b + 1] - cu_query[b]} * int64_t{cu_key[b + 1] - cu_key[b]};
+// Heads of a sequence stay together, as their rows do in memory, up to what the second-level cache holds, and
+// unless the threads would run out of items.
+std::vector<ubp::FlashAttentionItem> costly_first(const ubp::FlashAttentionProblem& problem) {
+  constexpr int64_t kCacheFloats = 200'000, kCopies = 6, kItemsPerThread = 8;
+  const bool are_few = problem.threads > 1 && problem.sequences < problem.threads * kItemsPerThread;
+  const auto length = [](const int32_t* offsets, int64_t b) { return int64_t{offsets[b + 1]} - offsets[b]; };
+  std::vector<ubp::FlashAttentionItem> items;
+  for (int64_t b = 0; b < problem.sequences; ++b) {
+    const int64_t rows = length(problem.cu_query, b) + length(problem.cu_key, b);
+    if (rows == 0) continue;
+    const int64_t fitting = are_few ? 1 : kCacheFloats / (kCopies * rows * problem.width);
+    const int64_t heads = std::min(std::max<int64_t>(fitting, 1), problem.heads);
+    for (int64_t head = 0; head < problem.heads; head += heads)
+      items.push_back({static_cast<int32_t>(b), static_cast<int32_t>(head),
+                       static_cast<int32_t>(std::min(heads, problem.heads - head))});
+  }
+  const auto cost = [&](const ubp::FlashAttentionItem& item) {
+    return length(problem.cu_query, item.sequence) * length(problem.cu_key, item.sequence) * item.heads;
   };
-  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return cost(a) > cost(b); });
-  return order;
+  std::stable_sort(items.begin(), items.end(),
+                   [&](const auto& one, const auto& other) { return cost(one) > cost(other); });
+  return items;
 }
 
-struct Sizes {
-  int64_t query_tokens, key_tokens, sequences, heads, width;
+// What Python hands over: addresses (0: absent) of query, key, value, cu_query, cu_key, time_bias, times of
+// the queries, times of the keys; sizes (query tokens, key tokens, sequences, heads, width, buckets).
+struct Call {
+  const std::vector<Address>& tensors;
+  const std::vector<int64_t>& sizes;
 };
 
-ubp::FlashAttentionProblem make_problem(Address query, Address key, Address value, Address cu_query,
-                                        Address cu_key, const Sizes& sizes, int dtype, bool is_causal,
-                                        float scale, int threads) {
-  require(sizes.sequences >= 0 && sizes.heads >= 0 && sizes.query_tokens >= 0 && sizes.key_tokens >= 0,
-          "sizes must not be negative");
-  require(sizes.width >= 1 && sizes.width <= 256,
-          "width must be in 1..256, got " + std::to_string(sizes.width));
-  require(dtype >= 0 && dtype <= 2, "dtype must be 0, 1 or 2, got " + std::to_string(dtype));
-  require(threads >= 1, "threads must be >= 1, got " + std::to_string(threads));
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+ubp::FlashAttentionProblem make_problem(const Call& call) {
+  require(call.tensors.size() == 8, "tensors must be eight addresses");
+  require(call.sizes.size() == 6,
+          "sizes must be (query tokens, key tokens, sequences, heads, width, buckets)");
+  for (const int64_t size : call.sizes) require(size >= 0, "sizes must not be negative");
   ubp::FlashAttentionProblem problem{};
-  problem.query = reinterpret_cast<const void*>(query);
-  problem.key = reinterpret_cast<const void*>(key);
-  problem.value = reinterpret_cast<const void*>(value);
-  problem.cu_query = reinterpret_cast<const int32_t*>(cu_query);
-  problem.cu_key = reinterpret_cast<const int32_t*>(cu_key);
-  check_offsets(problem.cu_query, sizes.sequences, sizes.query_tokens, "cu_seqlens");
-  check_offsets(problem.cu_key, sizes.sequences, sizes.key_tokens, "cu_seqlens_key");
-  problem.sequences = sizes.sequences;
-  problem.heads = sizes.heads;
-  problem.width = sizes.width;
-  problem.dtype = static_cast<ubp::DType>(dtype);
-  problem.is_causal = is_causal;
-  problem.scale = scale;
-  problem.threads = threads;
+  problem.query = pointer<const void>(call.tensors[0]);
+  problem.key = pointer<const void>(call.tensors[1]);
+  problem.value = pointer<const void>(call.tensors[2]);
+  problem.cu_query = pointer<const int32_t>(call.tensors[3]);
+  problem.cu_key = pointer<const int32_t>(call.tensors[4]);
+  problem.time_bias = pointer<const float>(call.tensors[5]);
+  problem.query_time_s = pointer<const int64_t>(call.tensors[6]);
+  problem.key_time_s = pointer<const int64_t>(call.tensors[7]);
+  problem.sequences = call.sizes[2];
+  problem.heads = call.sizes[3];
+  problem.width = call.sizes[4];
+  problem.buckets = call.sizes[5];
+  require(problem.width >= 1 && problem.width <= 256,
+          "width must be in 1..256, got " + std::to_string(problem.width));
+  if (problem.time_bias != nullptr)
+    require(problem.buckets >= 1 && problem.buckets <= 106,
+            "buckets must be in 1..106, got " + std::to_string(problem.buckets));
+  check_offsets(problem.cu_query, problem.sequences, call.sizes[0], "cu_seqlens");
+  check_offsets(problem.cu_key, problem.sequences, call.sizes[1], "cu_seqlens_key");
   return problem;
 }
 
+void set_options(ubp::FlashAttentionProblem& problem, int dtype, int64_t left, int64_t right, float scale,
+                 double dropout_p, uint64_t seed, int threads) {
+  require(dtype >= 0 && dtype <= 2, "dtype must be 0, 1 or 2, got " + std::to_string(dtype));
+  require(threads >= 1, "threads must be >= 1, got " + std::to_string(threads));
+  require(dropout_p >= 0.0 && dropout_p < 1.0,
+          "dropout_p must be in [0, 1), got " + std::to_string(dropout_p));
+  constexpr int64_t kFarthest = int64_t{1} << 32;  // so that no sum with a row overflows
+  problem.dtype = static_cast<ubp::DType>(dtype);
+  problem.left = std::clamp<int64_t>(left, -1, kFarthest);
+  problem.right = std::clamp<int64_t>(right, -1, kFarthest);
+  problem.scale = scale;
+  problem.threshold = static_cast<uint32_t>(dropout_p * 4294967296.0);
+  problem.keep_factor = static_cast<float>(1.0 / (1.0 - dropout_p));
+  problem.seed = seed;
+  problem.threads = threads;
+}
+
 void launch(ubp::FlashAttentionProblem& problem, ubp::FlashAttentionFunction function) {
-  const std::vector<int32_t> order = costly_first(problem.cu_query, problem.cu_key, problem.sequences);
-  problem.order = order.data();
+  const std::vector<ubp::FlashAttentionItem> items = costly_first(problem);
+  problem.items = items.data();
+  problem.item_count = static_cast<int64_t>(items.size());
   py::gil_scoped_release released;
   function(problem);
 }
 
-Sizes read_sizes(const std::vector<int64_t>& sizes) {
-  require(sizes.size() == 5, "sizes must be (query tokens, key tokens, sequences, heads, width)");
-  return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
-}
-
-void flash_attention_forward(Address query, Address key, Address value, Address cu_query, Address cu_key,
-                             const std::vector<int64_t>& sizes, int dtype, bool is_causal, float scale,
-                             int threads, Address output, Address lse) {
-  ubp::FlashAttentionProblem problem =
-      make_problem(query, key, value, cu_query, cu_key, read_sizes(sizes), dtype, is_causal, scale, threads);
-  problem.output = reinterpret_cast<void*>(output);
-  problem.lse = reinterpret_cast<float*>(lse);
+// Results: output, lse.
+void flash_attention_forward(const std::vector<Address>& tensors, const std::vector<int64_t>& sizes,
+                             int dtype, int64_t left, int64_t right, float scale, double dropout_p,
+                             uint64_t seed, int threads, const std::vector<Address>& results) {
+  ubp::FlashAttentionProblem problem = make_problem({tensors, sizes});
+  set_options(problem, dtype, left, right, scale, dropout_p, seed, threads);
+  require(results.size() == 2, "results must be two addresses");
+  problem.output = pointer<void>(results[0]);
+  problem.lse = pointer<float>(results[1]);
   launch(problem, ubp::kernels().flash_attention_forward);
 }
 
-void flash_attention_backward(Address query, Address key, Address value, Address cu_query, Address cu_key,
-                              const std::vector<int64_t>& sizes, int dtype, bool is_causal, float scale,
-                              int threads, Address output, Address lse, Address grad_output,
-                              Address grad_query, Address grad_key, Address grad_value) {
-  ubp::FlashAttentionProblem problem =
-      make_problem(query, key, value, cu_query, cu_key, read_sizes(sizes), dtype, is_causal, scale, threads);
-  problem.output = reinterpret_cast<void*>(output);
-  problem.lse = reinterpret_cast<float*>(lse);
-  problem.grad_output = reinterpret_cast<const void*>(grad_output);
-  problem.grad_query = reinterpret_cast<void*>(grad_query);
-  problem.grad_key = reinterpret_cast<void*>(grad_key);
-  problem.grad_value = reinterpret_cast<void*>(grad_value);
+// Results: output, lse and grad_output, which are read; the gradients of query, key, value and time_bias.
+void flash_attention_backward(const std::vector<Address>& tensors, const std::vector<int64_t>& sizes,
+                              int dtype, int64_t left, int64_t right, float scale, double dropout_p,
+                              uint64_t seed, int threads, const std::vector<Address>& results) {
+  ubp::FlashAttentionProblem problem = make_problem({tensors, sizes});
+  set_options(problem, dtype, left, right, scale, dropout_p, seed, threads);
+  require(results.size() == 7, "results must be seven addresses");
+  problem.output = pointer<void>(results[0]);
+  problem.lse = pointer<float>(results[1]);
+  problem.grad_output = pointer<const void>(results[2]);
+  problem.grad_query = pointer<void>(results[3]);
+  problem.grad_key = pointer<void>(results[4]);
+  problem.grad_value = pointer<void>(results[5]);
+  problem.grad_time_bias = pointer<float>(results[6]);
   launch(problem, ubp::kernels().flash_attention_backward);
 }
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from typing import Any
+
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -31,9 +34,24 @@ def test_every_path_of_the_file_map_exists() -> None:
         assert (ROOT / path).exists() or (package / path).exists(), path
 
 
-def test_the_python_example_runs() -> None:
-    example = re.search(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
-    assert example is not None
-    names: dict[str, object] = {}
-    exec(compile(example[1], "README.md", "exec"), names)
-    assert names["context"].shape == (270, 4, 64)  # type: ignore[attr-defined]
+def python_examples() -> list[dict[str, Any]]:
+    """What is defined after each of the README's examples."""
+    results = []
+    for example in re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S):
+        names: dict[str, Any] = {}
+        exec(compile(example, "README.md", "exec"), names)
+        results.append(names)
+    return results
+
+
+def test_the_python_examples_run() -> None:
+    kernels, attention = python_examples()
+    assert kernels["context"].shape == (270, 4, 64)
+    theirs = torch.nn.MultiheadAttention(24, 3, batch_first=True)
+    ours = attention["PackedAttention"](24, 3)
+    ours.load_state_dict(theirs.state_dict())
+    rows = torch.randn(12, 24)
+    found = ours(rows, torch.tensor([0, 5, 12]))
+    for part in (slice(0, 5), slice(5, 12)):
+        sequence = rows[None, part]
+        torch.testing.assert_close(found[part], theirs(sequence, sequence, sequence, need_weights=False)[0][0])

@@ -1,12 +1,7 @@
 // float32 <-> bfloat16 and float16, rounding to nearest even.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
-
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
+#include "common/simd.h"
 
 namespace ubp {
 namespace {
@@ -72,6 +67,54 @@ inline void from_float(float value, Float16& target) {
     target.bits =
         static_cast<uint16_t>(sign | ((magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13));
   }
+#endif
+}
+
+typedef uint16_t HalfVec __attribute__((vector_size(kWidth * 2)));
+
+// kWidth numbers at once.
+UBP_INLINE Vec load_floats(const float* source) { return load(source); }
+
+UBP_INLINE Vec load_floats(const BFloat16* source) {
+  HalfVec halves;
+  std::memcpy(&halves, source, sizeof(halves));
+  const IntVec bits = __builtin_convertvector(halves, IntVec) << 16;
+  Vec value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+UBP_INLINE Vec load_floats(const Float16* source) {
+#if defined(__AVX512F__)
+  // The form with a mask: GCC 12 warns about its own header at the plain one.
+  return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
+#elif defined(__F16C__) && defined(__AVX2__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
+#else
+  Vec value;
+  for (int lane = 0; lane < kWidth; ++lane) value[lane] = to_float(source[lane]);
+  return value;
+#endif
+}
+
+UBP_INLINE void store_floats(float* target, Vec value) { store(target, value); }
+
+UBP_INLINE void store_floats(BFloat16* target, Vec value) {
+  IntVec bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  const IntVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const HalfVec halves = __builtin_convertvector(value == value ? rounded : IntVec{} + 0x7fc0, HalfVec);
+  std::memcpy(target, &halves, sizeof(halves));
+}
+
+UBP_INLINE void store_floats(Float16* target, Vec value) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(target),
+                      _mm512_maskz_cvtps_ph(0xffff, value, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__) && defined(__AVX2__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(target), _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int lane = 0; lane < kWidth; ++lane) from_float(value[lane], target[lane]);
 #endif
 }
 

@@ -40,34 +40,34 @@ UBP_INLINE void register_tile(float* c, int64_t c_stride, Operand a, Operand b, 
       store(c + row * c_stride + column * kWidth, sums[row][column]);
 }
 
+// Tiles of nearly equal height: a last tile of one row would wait for its own additions.
 template <bool kIsTransposed, int kColumns>
 void column_strip(float* c, int64_t c_stride, Operand a, Operand b, int64_t m, int64_t k, bool adds) {
-  int64_t row = 0;
-  const auto left = [&](int64_t at) {
-    return Operand{a.data + (kIsTransposed ? at : at * a.stride), a.stride};
-  };
-  for (; row + kRegisterRows <= m; row += kRegisterRows)
-    register_tile<kIsTransposed, kRegisterRows, kColumns>(c + row * c_stride, c_stride, left(row), b, k,
-                                                          adds);
-  float* rest = c + row * c_stride;
-  switch (m - row) {
-    case 5:
-      register_tile<kIsTransposed, 5, kColumns>(rest, c_stride, left(row), b, k, adds);
-      break;
-    case 4:
-      register_tile<kIsTransposed, 4, kColumns>(rest, c_stride, left(row), b, k, adds);
-      break;
-    case 3:
-      register_tile<kIsTransposed, 3, kColumns>(rest, c_stride, left(row), b, k, adds);
-      break;
-    case 2:
-      register_tile<kIsTransposed, 2, kColumns>(rest, c_stride, left(row), b, k, adds);
-      break;
-    case 1:
-      register_tile<kIsTransposed, 1, kColumns>(rest, c_stride, left(row), b, k, adds);
-      break;
-    default:
-      break;
+  for (int64_t tiles = (m + kRegisterRows - 1) / kRegisterRows, row = 0; tiles > 0; --tiles) {
+    const int64_t rows = (m - row + tiles - 1) / tiles;
+    const Operand left{a.data + (kIsTransposed ? row : row * a.stride), a.stride};
+    float* target = c + row * c_stride;
+    row += rows;
+    switch (rows) {
+      case 6:
+        register_tile<kIsTransposed, 6, kColumns>(target, c_stride, left, b, k, adds);
+        break;
+      case 5:
+        register_tile<kIsTransposed, 5, kColumns>(target, c_stride, left, b, k, adds);
+        break;
+      case 4:
+        register_tile<kIsTransposed, 4, kColumns>(target, c_stride, left, b, k, adds);
+        break;
+      case 3:
+        register_tile<kIsTransposed, 3, kColumns>(target, c_stride, left, b, k, adds);
+        break;
+      case 2:
+        register_tile<kIsTransposed, 2, kColumns>(target, c_stride, left, b, k, adds);
+        break;
+      default:
+        register_tile<kIsTransposed, 1, kColumns>(target, c_stride, left, b, k, adds);
+        break;
+    }
   }
 }
 

@@ -9,6 +9,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #define UBP_INLINE static inline __attribute__((always_inline))
 
 namespace ubp {
@@ -58,6 +62,32 @@ UBP_INLINE float max_lanes(Vec value) {
 #pragma GCC unroll 4
   for (int half = kWidth / 2; half > 0; half /= 2) value = maximum(value, rotate(value, half));
   return value[0];
+}
+
+// Lane numbers 0, 1, 2, ...
+UBP_INLINE IntVec lanes() {
+  IntVec numbers;
+  for (int lane = 0; lane < kWidth; ++lane) numbers[lane] = lane;
+  return numbers;
+}
+
+// Rows become columns, by exchanging halves, then quarters, and so on.
+template <int kHalf>
+UBP_INLINE void transpose_halves(Vec (&rows)[kWidth]) {
+  IntVec upper, lower;  // of two vectors side by side, 0 .. 2 kWidth - 1
+  for (int lane = 0; lane < kWidth; ++lane) {
+    const bool is_first = (lane & kHalf) == 0;
+    upper[lane] = is_first ? lane : lane - kHalf + kWidth;
+    lower[lane] = is_first ? lane + kHalf : lane + kWidth;
+  }
+#pragma GCC unroll 16
+  for (int row = 0; row < kWidth; ++row) {
+    if ((row & kHalf) != 0) continue;
+    const Vec a = rows[row], b = rows[row + kHalf];
+    rows[row] = __builtin_shuffle(a, b, upper);
+    rows[row + kHalf] = __builtin_shuffle(a, b, lower);
+  }
+  if constexpr (kHalf > 1) transpose_halves<kHalf / 2>(rows);
 }
 
 // exp(x) for x <= 88, relative error below 3e-7; anything under -87.3, minus infinity too, gives 0. NaN stays

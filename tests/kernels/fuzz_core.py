@@ -54,19 +54,27 @@ def flash_attention(core: Any, generator: random.Random) -> None:
     longest = generator.choice((2, 30, 60, 300))
     lengths = [generator.randrange(longest) for _ in range(sequences)]
     key_lengths = lengths if generator.random() < 0.5 else [generator.randrange(longest) for _ in range(sequences)]
-    dtype, is_causal = generator.randrange(3), generator.random() < 0.5
+    dtype = generator.randrange(3)
     rows, keys = (sum(part) * heads * width for part in (lengths, key_lengths))
     cu_query, cu_key = offsets(generator, lengths), offsets(generator, key_lengths)
     inputs = [numbers(generator, dtype, count) for count in (rows, keys, keys)]
     output, grad_output = numbers(generator, dtype, rows), numbers(generator, dtype, rows)
     lse = array("f", bytes(4 * sum(lengths) * heads))
     gradients = [array(TYPECODES[dtype], bytes(ITEM_BYTES[dtype] * count)) for count in (rows, keys, keys)]
-    sizes = [sum(lengths), sum(key_lengths), sequences, heads, width]
+    buckets = generator.choice((0, 0, 1, 31, 106, 107))
+    bias, grad_bias = numbers(generator, 0, heads * buckets), array("f", bytes(4 * heads * buckets))
+    times = [
+        array("q", (generator.getrandbits(64) - 2**63 for _ in range(sum(part)))) for part in (lengths, key_lengths)
+    ]
+    sizes = [sum(lengths), sum(key_lengths), sequences, heads, width, buckets]
     addresses = [part.buffer_info()[0] for part in (*inputs, cu_query, cu_key)]
-    options = (sizes, dtype, is_causal, generator.uniform(-2, 2), generator.randrange(5))
-    results = [part.buffer_info()[0] for part in (output, lse, grad_output, *gradients)]
-    core.flash_attention_forward(*addresses, *options, *results[:2])
-    core.flash_attention_backward(*addresses, *options, *results)
+    addresses += [part.buffer_info()[0] if buckets else 0 for part in (bias, *times)]
+    window = (generator.choice((-1, 0, 5, 2**31 - 1)), generator.choice((-1, 0, 0, 9, 2**63 - 1)))
+    dropout = (generator.choice((0.0, 0.0, 0.1, 0.999)), generator.getrandbits(64))
+    options = (sizes, dtype, *window, generator.uniform(-2, 2), *dropout, generator.randrange(5))
+    results = [part.buffer_info()[0] for part in (output, lse, grad_output, *gradients, grad_bias)]
+    core.flash_attention_forward(addresses, *options, results[:2])
+    core.flash_attention_backward(addresses, *options, results)
 
 
 def nt_xent(core: Any, generator: random.Random) -> None:

@@ -139,21 +139,30 @@ except MemoryError:
 
 def test_wrong_addresses_never_reach_the_kernel() -> None:
     offsets = torch.tensor([0, 4], dtype=torch.int32)
-    addresses = (0, 0, 0, offsets.data_ptr(), offsets.data_ptr())
-    for sizes, rule in (
-        ([4, 4, 1, 2], "sizes must be"),
-        ([4, 4, -1, 2, 8], "sizes must not be negative"),
-        ([4, 4, 1, 2, 0], "width must be in 1..256, got 0"),
-        ([4, 4, 1, 2, 257], "width must be in 1..256, got 257"),
-        ([5, 4, 1, 2, 8], "cu_seqlens must end at the number of tokens 5, got 4"),
-        ([4, 3, 1, 2, 8], "cu_seqlens_key must end at the number of tokens 3, got 4"),
+    addresses = [0, 0, 0, offsets.data_ptr(), offsets.data_ptr(), 8, 8, 8]
+    sizes, options = [4, 4, 1, 2, 8, 64], [0, -1, -1, 1.0, 0.0, 0, 1]
+
+    def call(message: str, addresses: list[int], sizes: list[int], options: list[float], results: list[int]) -> None:
+        for function in (_core.flash_attention_forward, _core.flash_attention_backward):
+            with pytest.raises(ValueError, match=f"flash_attention: {message}"):
+                function(addresses, sizes, *options, results)
+
+    for wrong, rule in (
+        ([4, 4, 1, 2, 8], "sizes must be"),
+        ([4, 4, -1, 2, 8, 64], "sizes must not be negative"),
+        ([4, 4, 1, 2, 0, 64], "width must be in 1..256, got 0"),
+        ([4, 4, 1, 2, 257, 64], "width must be in 1..256, got 257"),
+        ([4, 4, 1, 2, 8, 0], "buckets must be in 1..106, got 0"),
+        ([4, 4, 1, 2, 8, 107], "buckets must be in 1..106, got 107"),
+        ([5, 4, 1, 2, 8, 64], "cu_seqlens must end at the number of tokens 5, got 4"),
+        ([4, 3, 1, 2, 8, 64], "cu_seqlens_key must end at the number of tokens 3, got 4"),
     ):
-        with pytest.raises(ValueError, match=f"flash_attention: {rule}"):
-            _core.flash_attention_forward(*addresses, sizes, 0, False, 1.0, 1, 0, 0)
-    with pytest.raises(ValueError, match="dtype must be 0, 1 or 2, got 3"):
-        _core.flash_attention_forward(*addresses, [4, 4, 1, 2, 8], 3, False, 1.0, 1, 0, 0)
-    with pytest.raises(ValueError, match="threads must be >= 1, got 0"):
-        _core.flash_attention_forward(*addresses, [4, 4, 1, 2, 8], 0, False, 1.0, 0, 0, 0)
+        call(rule, addresses, wrong, options, [0, 0])
+    call("dtype must be 0, 1 or 2, got 3", addresses, sizes, [3, *options[1:]], [0, 0])
+    call("threads must be >= 1, got 0", addresses, sizes, [*options[:-1], 0], [0, 0])
+    call(r"dropout_p must be in \[0, 1\), got 1", addresses, sizes, [*options[:4], 1.0, 0, 1], [0, 0])
+    call("tensors must be eight addresses", addresses[1:], sizes, options, [0, 0])
+    call("results must be", addresses, sizes, options, [0, 0, 0])
 
 
 def test_module_needs_no_torch() -> None:

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from support.cases import ATTENTION_CASES, PackedCase, cumulative, packed_inputs
+from support.cases import ATTENTION_CASES, PackedCase, case_options, cumulative, packed_inputs
 from support.closeness import assert_matches_reference
 from torch import Tensor
 from torch.nn import functional
 
 from ubp_fast import _core
 from ubp_fast.kernels import BackendUnavailable, flash_attention
-from ubp_fast.kernels.flash_attention.api import _backward_op, _forward_op
-from ubp_fast.kernels.flash_attention.reference import Problem, attention
+from ubp_fast.kernels.flash_attention.api import _backward_op, _bounds, _forward_op
+from ubp_fast.kernels.flash_attention.reference import Problem, attention, philox, time_buckets
 
 OP = "flash_attention"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NAMES = ("output", "grad_query", "grad_key", "grad_value", "grad_time_bias")
 ISAS = tuple(_core.usable_isas())
 MIXED = PackedCase("mixed", (5, 0, 49, 26, 130), width=32, heads=3)
+TIMED = replace(MIXED, name="timed", buckets=64, window=(60, 2))
+DROPPED = replace(TIMED, name="dropped", dropout_p=0.3)
 
 
 @pytest.fixture(params=ISAS)
@@ -36,21 +41,35 @@ def leaves(*tensors: Tensor) -> list[Tensor]:
     return [tensor.detach().requires_grad_() for tensor in tensors]
 
 
-def with_gradients(case: PackedCase, tensors: list[Tensor], backend: str, **options: Any) -> list[Tensor]:
-    """Output and the gradients of query, key and value for a fixed gradient of the output."""
-    query, key, value = leaves(*tensors[:3])
-    output = flash_attention(query, key, value, *tensors[3:], causal=case.is_causal, backend=backend, **options)
+def noise_like(output: Tensor, dtype: torch.dtype) -> Tensor:
+    """A fixed gradient of the output, rounded to dtype."""
     noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    return [output, *torch.autograd.grad(output, (query, key, value), noise.to(output.dtype))]
+    return noise.to(dtype).to(output.dtype)
+
+
+def with_gradients(case: PackedCase, tensors: list[Tensor], backend: str, **change: Any) -> list[Tensor]:
+    """Output and the gradients of query, key, value and time_bias for a fixed gradient of the output."""
+    options = {**case_options(case), **change}
+    inputs = leaves(*tensors[:3])
+    if case.buckets:
+        options["time_bias"] = options["time_bias"].detach().requires_grad_()
+        inputs.append(options["time_bias"])
+    output = flash_attention(*inputs[:3], *tensors[3:], backend=backend, **options)
+    return [output, *torch.autograd.grad(output, inputs, noise_like(output, output.dtype))]
 
 
 def truth_of(case: PackedCase, tensors: list[Tensor]) -> list[Tensor]:
     """Output and gradients by autograd through the reference at float64, on the values the kernel saw."""
-    query, key, value = leaves(*(tensor.double() for tensor in tensors[:3]))
-    output, _ = attention(Problem(query, key, value, tensors[3], tensors[4], case.is_causal, case.width**-0.5))
-    noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    noise = noise.to(tensors[0].dtype).double()
-    return [output, *torch.autograd.grad(output, (query, key, value), noise, materialize_grads=True)]
+    inputs, options = leaves(*(tensor.double() for tensor in tensors[:3])), case_options(case)
+    arguments: list[Any] = [*inputs, *tensors[3:], *_bounds(case.window, case.is_causal), case.width**-0.5]
+    if case.buckets:
+        inputs.append(options["time_bias"].double().requires_grad_())
+        arguments += [inputs[3], options["timestamp_s"], options.get("timestamp_key_s", options["timestamp_s"])]
+    seed = torch.tensor([options["seed"]]) if case.dropout_p else None
+    problem = Problem(*arguments)._replace(dropout_p=case.dropout_p, seed=seed)
+    output, _ = attention(problem)
+    noise = noise_like(output, tensors[0].dtype)
+    return [output, *torch.autograd.grad(output, inputs, noise, materialize_grads=True)]
 
 
 EXPECTED: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
@@ -69,7 +88,7 @@ def expected(case: PackedCase, dtype: torch.dtype) -> tuple[list[Tensor], list[T
 def test_native_matches_reference(case: PackedCase, dtype: torch.dtype, isa: str) -> None:
     reference, truth = expected(case, dtype)
     found = with_gradients(case, list(packed_inputs(case, dtype)), "native")
-    for name, *parts in zip(("output", "grad_query", "grad_key", "grad_value"), found, reference, truth, strict=True):
+    for name, *parts in zip(NAMES[: len(truth)], found, reference, truth, strict=True):
         assert_matches_reference(*parts, f"{OP} {name}", f"{case}, {isa}")
 
 
@@ -83,15 +102,93 @@ def test_reference_matches_pytorch(is_causal: bool) -> None:
         torch.testing.assert_close(found[start:end], wanted.transpose(0, 1))
 
 
-@pytest.mark.parametrize("case", [PackedCase("self", (3, 0, 4)), PackedCase("cross", (4, 2, 1), (3, 4, 0))], ids=str)
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_gradcheck(case: PackedCase, is_causal: bool) -> None:
+GRADCHECK_CASES = (
+    PackedCase("self", (3, 0, 4)),
+    PackedCase("cross-causal", (4, 2, 1), (3, 4, 0), is_causal=True),
+    PackedCase("window", (5, 2), (4, 3), window=(1, 1)),
+    PackedCase("time", (4, 2, 1), (3, 4, 0), buckets=40),
+    PackedCase("everything", (5, 2), window=(3, 1), buckets=6, dropout_p=0.4),
+)
+
+
+@pytest.mark.parametrize("case", GRADCHECK_CASES, ids=str)
+def test_gradcheck(case: PackedCase) -> None:
     query, key, value, *offsets = packed_inputs(case, torch.float64)
+    options = case_options(case)
+    bias = options.pop("time_bias", torch.zeros(1)).double()
 
     def call(*tensors: Tensor) -> Tensor:
-        return flash_attention(*tensors, *offsets, causal=is_causal, backend="reference")
+        table = {"time_bias": tensors[3]} if case.buckets else {}
+        return flash_attention(*tensors[:3], *offsets, **options, **table, backend="reference")
 
-    assert torch.autograd.gradcheck(call, leaves(query, key, value))
+    assert torch.autograd.gradcheck(call, leaves(query, key, value, bias)[: 4 if case.buckets else 3])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_bucket_shifts_nothing(dtype: torch.dtype, isa: str) -> None:
+    """Softmax does not see a constant; the gradient of the table is 0, so that no bound of closeness applies."""
+    case = PackedCase("one-bucket", (5, 0, 60), buckets=1, width=32)
+    tensors = list(packed_inputs(case, dtype))
+    *found, grad_bias = with_gradients(case, tensors, "native")
+    plain = with_gradients(replace(case, buckets=0), tensors, "native")
+    for mine, theirs in zip(found, plain, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert grad_bias.abs().max() < (1e-5 if dtype == torch.float32 else 0.3)
+
+
+def test_times_far_apart_are_the_last_bucket(isa: str) -> None:
+    query = torch.randn(4, 1, 16)
+    bias = torch.zeros(1, 64)
+    bias[0, 63] = -torch.inf
+    times = torch.tensor([0, 2**31 - 3, 2**31, 2**62])
+    same = {"cu_seqlens": torch.tensor([0, 4]), "time_bias": bias, "timestamp_s": times}
+    found = flash_attention(query, query, query, **same, backend="native")
+    torch.testing.assert_close(found, flash_attention(query, query, query, **same, backend="reference"))
+    torch.testing.assert_close(found[3], query[3])  # it sees nobody else
+
+
+def test_dropout_repeats_and_is_unbiased(isa: str) -> None:
+    case = PackedCase("dropout", (300, 0, 41), dropout_p=0.25, heads=3)
+    query, key, value, cu_seqlens, _ = packed_inputs(case, torch.float32)
+    call = partial(flash_attention, query, key, value, cu_seqlens, backend="native")
+    assert torch.equal(call(dropout_p=0.25, seed=7), call(dropout_p=0.25, seed=torch.tensor(7)))
+    assert not torch.equal(call(dropout_p=0.25, seed=7), call(dropout_p=0.25, seed=8))
+    torch.manual_seed(3)
+    drawn = call(dropout_p=0.25)
+    assert not torch.equal(call(dropout_p=0.25), drawn)
+    torch.manual_seed(3)
+    assert torch.equal(call(dropout_p=0.25), drawn)
+    # Over seeds the mean tends to the result without dropout: 400 draws, five standard errors.
+    ones = partial(flash_attention, query, key, torch.ones_like(value), cu_seqlens)
+    draws = torch.stack([ones(dropout_p=0.25, seed=seed, backend="native").mean() for seed in range(400)])
+    assert abs(float(draws.mean()) - 1) < 5 * float(draws.std()) / 20 < 1e-2
+
+
+def test_dropout_is_the_same_alone_and_with_any_isa(isa: str) -> None:
+    """The counter is the packed row, so that the mask of the reference is that of every backend."""
+    case = PackedCase("dropout", (30, 7), dropout_p=0.5)
+    query, key, _, cu_seqlens, _ = packed_inputs(case, torch.float32)
+    value = torch.zeros(37, 2, 37) + torch.eye(37)[:, None, :]  # the output is the matrix of weights
+    query, key = (functional.pad(part, (0, 21)) for part in (query, key))
+    found, wanted = (
+        flash_attention(query, key, value, cu_seqlens, dropout_p=0.5, seed=-5, backend=backend)
+        for backend in ("native", "reference")
+    )
+    assert torch.equal(found > 0, wanted > 0)
+    assert 0.45 < float((found[:30, :, :30] > 0).float().mean()) < 0.55
+
+
+def test_time_buckets_are_two_per_octave() -> None:
+    seconds = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 2**31 - 2, 2**31 - 1, 2**52 - 2, 2**53 - 2])
+    wanted = [0, 2, 3, 4, 4, 5, 5, 6, 6, 6, 7, 61, 62, 103, 105]
+    assert time_buckets(seconds, 106).tolist() == wanted
+    assert time_buckets(-seconds, 64).tolist() == [min(bucket, 63) for bucket in wanted]
+
+
+def test_philox_gives_the_published_numbers() -> None:
+    """The known answer of Random123 (kat_vectors) for counter 0 and key 0."""
+    seed, counter = torch.zeros(1, dtype=torch.int64), [torch.zeros(1, dtype=torch.int64)] * 3
+    assert int(philox(seed, *counter)) == 0x6627E8D5
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
@@ -104,36 +201,41 @@ def test_row_without_keys_is_zero(backend: str, dtype: torch.dtype) -> None:
     assert output[40:60].any(dim=2).all() and not any(part.isnan().any() for part in (output, *gradients))
 
 
+@pytest.mark.parametrize("case", [MIXED, TIMED], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_packed_equals_each_alone(dtype: torch.dtype, isa: str) -> None:
-    query, key, value, cu_seqlens, _ = packed_inputs(MIXED, dtype)
-    together = with_gradients(MIXED, [query, key, value, cu_seqlens, cu_seqlens], "native")
+def test_packed_equals_each_alone(dtype: torch.dtype, case: PackedCase, isa: str) -> None:
+    query, key, value, cu_seqlens, _ = packed_inputs(case, dtype)
+    together, options = with_gradients(case, [query, key, value, cu_seqlens, cu_seqlens], "native"), case_options(case)
     start = 0
-    for length in MIXED.lengths:
+    for length in case.lengths:
         rows = slice(start, start + length)
-        alone = flash_attention(query[rows], key[rows], value[rows], cumulative((length,)), backend="native")
-        assert torch.equal(alone, together[0][rows])
+        times = {"timestamp_s": options["timestamp_s"][rows]} if case.buckets else {}
+        parts = (query[rows], key[rows], value[rows], cumulative((length,)))
+        assert torch.equal(flash_attention(*parts, backend="native", **{**options, **times}), together[0][rows])
         start += length
 
 
-def test_permuted_batch_permutes_the_result() -> None:
-    tensors = packed_inputs(MIXED, torch.float32)
+@pytest.mark.parametrize("case", [MIXED, TIMED], ids=str)
+def test_permuted_batch_permutes_the_result(case: PackedCase) -> None:
+    tensors, options = packed_inputs(case, torch.float32), case_options(case)
     order = [3, 0, 4, 2, 1]
     rows = torch.cat([torch.arange(tensors[3][b], tensors[3][b + 1]) for b in order])
     moved = [part[rows] for part in tensors[:3]]
-    offsets = cumulative(tuple(MIXED.lengths[b] for b in order))
-    found = flash_attention(*moved, offsets)
-    assert torch.equal(found, flash_attention(*tensors[:4])[rows])
+    offsets = cumulative(tuple(case.lengths[b] for b in order))
+    times = {"timestamp_s": options["timestamp_s"][rows]} if case.buckets else {}
+    found = flash_attention(*moved, offsets, **{**options, **times})
+    assert torch.equal(found, flash_attention(*tensors[:4], **options)[rows])
 
 
+@pytest.mark.parametrize("case", [MIXED, DROPPED], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_threads_do_not_change_a_bit(dtype: torch.dtype) -> None:
-    tensors = list(packed_inputs(MIXED, dtype))
+def test_threads_do_not_change_a_bit(dtype: torch.dtype, case: PackedCase) -> None:
+    tensors = list(packed_inputs(case, dtype))
     torch.set_num_threads(1)
-    alone = with_gradients(MIXED, tensors, "native")
+    alone = with_gradients(case, tensors, "native")
     for threads in (2, 5):
         torch.set_num_threads(threads)
-        assert all(map(torch.equal, with_gradients(MIXED, tensors, "native"), alone))
+        assert all(map(torch.equal, with_gradients(case, tensors, "native"), alone))
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)], ids=str)
@@ -175,27 +277,44 @@ def test_infinite_scores_do_not_crash(isa: str) -> None:
     assert output[3].isnan().any() and not output[5:].isnan().any()
 
 
+EVERYTHING = PackedCase("everything", (5, 0, 9), width=8, window=(4, 1), buckets=20, dropout_p=0.3)
+PLAIN = PackedCase("plain", (5, 0, 9), width=8, is_causal=True)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("case", [PLAIN, EVERYTHING], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(dtype: torch.dtype) -> None:
-    case = PackedCase("small", (5, 0, 9), width=8)
+def test_opcheck(dtype: torch.dtype, case: PackedCase, backend: str) -> None:
     query, key, value, *offsets = packed_inputs(case, dtype)
-    torch.library.opcheck(_forward_op, (*leaves(query, key, value), *offsets, True, 0.3, "native"))
-    output, lse = _forward_op(query, key, value, *offsets, True, 0.3, "native")
-    arguments = (torch.randn_like(output), query, key, value, output, lse, *offsets, True, 0.3, "native")
-    torch.library.opcheck(_backward_op, arguments)
+    options = case_options(case)
+    times: tuple[Any, ...] = (None, None, None, None)
+    if case.buckets:
+        times = (*leaves(options["time_bias"]), *2 * [options["timestamp_s"]], torch.tensor([5]))
+    numbers = (*_bounds(case.window, case.is_causal), 0.3, case.dropout_p, backend)
+    tensors = (*leaves(query, key, value), *offsets, *times)
+    torch.library.opcheck(_forward_op, (*tensors, *numbers))
+    output, lse = _forward_op(*tensors, *numbers)
+    saved = [part.detach() for part in (torch.randn_like(output), output, lse)]
+    tensors = tuple(part.detach() if isinstance(part, Tensor) else None for part in tensors)
+    torch.library.opcheck(_backward_op, (*saved, *tensors, *numbers))
 
 
+@pytest.mark.parametrize("case", [PLAIN, EVERYTHING], ids=str)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what torch.compile itself imports
-def test_compiles_as_one_graph() -> None:
-    tensors = list(packed_inputs(MIXED, torch.float32))
+def test_compiles_as_one_graph(case: PackedCase) -> None:
+    query, key, value, cu_seqlens, _ = packed_inputs(case, torch.float32)
+    options = case_options(case)
+    options.pop("seed", None)
 
-    def loss(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
-        return flash_attention(query * 2, key, value, cu_seqlens, causal=True).square().sum()
+    def loss(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, **more: Any) -> Tensor:
+        return flash_attention(query * 2, key, value, cu_seqlens, **options, **more).square().sum()
 
     results = []
     for function in (loss, torch.compile(loss, fullgraph=True)):
-        inputs = leaves(*tensors[:3])
-        results.append(torch.autograd.grad(function(*inputs, tensors[3]), inputs))
+        inputs, more = leaves(query, key, value), {}
+        if case.dropout_p:
+            more = {"seed": torch.tensor([2**60 + 3])}
+        results.append(torch.autograd.grad(function(*inputs, cu_seqlens, **more), inputs))
     for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs)
 
@@ -220,6 +339,10 @@ def test_other_batch_sizes_do_not_compile_again() -> None:
 def arguments(**change: Any) -> dict[str, Any]:
     tensors = {name: torch.randn(6, 2, 4) for name in ("query", "key", "value")}
     return {**tensors, "cu_seqlens": torch.tensor([0, 2, 6]), **change}
+
+
+def timed(**change: Any) -> dict[str, Any]:
+    return {"time_bias": torch.zeros(2, 8), "timestamp_s": torch.arange(6), **change}
 
 
 BAD_INPUT = {
@@ -253,6 +376,40 @@ BAD_INPUT = {
     "key-end": ({"cu_seqlens_key": torch.tensor([0, 2, 5])}, ValueError, r"cu_seqlens_key must end at .* 6, got 5"),
     "nan-scale": ({"scale": float("nan")}, ValueError, r"scale must be finite in float32, got nan"),
     "wide-scale": ({"scale": 1e300}, ValueError, r"scale must be finite in float32, got 1e\+300"),
+    "window-negative": ({"window": (-1, 0)}, ValueError, r"window must be \(left, right\), each .* got \(-1, 0\)"),
+    "window-three": ({"window": (1, 2, 3)}, ValueError, r"window must be \(left, right\), each .*, got \(1, 2, 3\)"),
+    "window-float": (
+        {"window": 2.5},
+        ValueError,
+        r"window must be \(left, right\), each a number >= 0 or None, got 2.5",
+    ),
+    "bias-heads": (timed(time_bias=torch.zeros(3, 8)), ValueError, r"time_bias must have shape \[H, .* got \[3, 8\]"),
+    "bias-empty": (
+        timed(time_bias=torch.zeros(2, 0)),
+        ValueError,
+        r"time_bias must have shape .*1\.\.106\], got \[2, 0",
+    ),
+    "bias-many": (timed(time_bias=torch.zeros(2, 107)), ValueError, r"time_bias must have shape .*, got \[2, 107\]"),
+    "bias-half": (timed(time_bias=torch.zeros(2, 8).half()), TypeError, r"time_bias must have dtype .*torch\.float16"),
+    "bias-device": (timed(time_bias=torch.zeros(2, 8, device="meta")), ValueError, r"time_bias must be on the device"),
+    "no-times": (timed(timestamp_s=None), ValueError, r"timestamp_s must be given beside time_bias, got None"),
+    "no-bias": (timed(time_bias=None), ValueError, r"time_bias must be given beside timestamps, got None; leave"),
+    "times-rows": (
+        timed(timestamp_s=torch.arange(5)),
+        ValueError,
+        r"timestamp_s must have one entry for each of 6 rows",
+    ),
+    "times-keys": (timed(timestamp_key_s=torch.arange(7)), ValueError, r"timestamp_key_s must have one entry .*\[7\]"),
+    "times-int32": (timed(timestamp_s=torch.arange(6).int()), TypeError, r"timestamp_s must have dtype torch\.int64"),
+    "dropout-1": ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\), got 1\.0"),
+    "dropout-nan": ({"dropout_p": float("nan")}, ValueError, r"dropout_p must be in \[0, 1\), got nan"),
+    "seed-wide": ({"dropout_p": 0.1, "seed": 2**63}, ValueError, r"seed must be an integer of 64 bits, got 922337"),
+    "seed-two": (
+        {"dropout_p": 0.1, "seed": torch.tensor([1, 2])},
+        ValueError,
+        r"seed must have one element, got \[2\]",
+    ),
+    "seed-float": ({"dropout_p": 0.1, "seed": torch.ones(1)}, TypeError, r"seed must have dtype torch\.int64, got"),
     "no-backend": ({"backend": "fast"}, ValueError, r"backend must be one of \['auto', .*\], got 'fast'"),
     "triton": ({"backend": "triton"}, BackendUnavailable, r"backend 'triton' does not exist in this version"),
     "cuda": ({"backend": "cuda"}, BackendUnavailable, r"backend 'cuda' does not exist in this version"),

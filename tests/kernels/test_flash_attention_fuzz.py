@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from support.cases import PackedCase, cumulative, packed_inputs
+from support.cases import PackedCase, case_options, cumulative, packed_inputs
 
 from ubp_fast import _core
 from ubp_fast.kernels import flash_attention
@@ -43,6 +43,9 @@ def random_case(generator: random.Random) -> PackedCase:
         width=generator.choice((1, 7, 16, 32, 33, 64, generator.randint(1, 256), 256)),
         is_causal=generator.random() < 0.5,
         kind=generator.choice(("normal", "normal", "large", "strided")),
+        window=generator.choice((None, None, (generator.randint(0, 300), None), (generator.randint(0, 50), 0))),
+        buckets=generator.choice((0, 0, 1, generator.randint(1, 106))),
+        dropout_p=generator.choice((0.0, 0.0, 0.1, 0.9)),
     )
 
 
@@ -55,8 +58,10 @@ def test_sound_problems(seed: int) -> None:
     query, key, value, *offsets = packed_inputs(case, dtype, seed)
     if generator.random() < 0.2 and key.numel():
         key.flatten()[generator.randrange(key.numel())] = generator.choice((float("nan"), float("inf"), -float("inf")))
-    leaves = [part.detach().requires_grad_() for part in (query, key, value)]
-    output = flash_attention(*leaves, *offsets, causal=case.is_causal, backend="native")
+    leaves, options = [part.detach().requires_grad_() for part in (query, key, value)], case_options(case, seed)
+    if case.buckets:
+        leaves.append(options["time_bias"].requires_grad_())
+    output = flash_attention(*leaves[:3], *offsets, backend="native", **options)
     gradients = torch.autograd.grad(output, leaves, torch.randn_like(output))
     assert output.shape == query.shape
     assert [part.shape for part in gradients] == [part.shape for part in leaves]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Literal
 
 import pytest
@@ -124,6 +125,33 @@ def test_positions_count_back_from_the_last_event() -> None:
             expected += [math.sin(angle), math.cos(angle)]
         torch.testing.assert_close(row, torch.tensor(expected), rtol=1e-5, atol=1e-6)
     assert sinusoidal_positions(torch.tensor([0]), 5, max_length=8).shape == (1, 5)
+
+
+def test_time_bias_starts_at_nothing_and_learns(batch: SequenceBatch) -> None:
+    rows, plain = rows_of(batch), encoder("mean")
+    timed = SequenceEncoder(WIDTH, replace(plain.config, time_bias_buckets=64)).eval()
+    missing, unexpected = timed.load_state_dict(plain.state_dict(), strict=False)
+    assert missing == ["layers.0.time_bias", "layers.1.time_bias"] and not unexpected
+    torch.testing.assert_close(timed(rows, batch), plain(rows, batch))
+    timed(rows, batch).square().sum().backward()
+    gradient = timed.layers[0].time_bias.grad
+    assert gradient.shape == (3, 64) and gradient.abs().max() > 0
+    nn.init.normal_(timed.layers[0].time_bias)
+    assert not torch.allclose(timed(rows, batch), plain(rows, batch))
+    later = replace(batch, timestamp_s=batch.timestamp_s + 10**6, cutoff_s=batch.cutoff_s + 10**6)
+    assert torch.equal(timed(rows, later), timed(rows, batch))  # only the time between events counts
+
+
+def test_attention_dropout_acts_in_training_only(batch: SequenceBatch) -> None:
+    rows, plain = rows_of(batch), encoder("mean")
+    dropping = SequenceEncoder(WIDTH, replace(plain.config, dropout=0.0, attention_dropout=0.4))
+    dropping.load_state_dict(plain.state_dict())
+    results = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        results.append(dropping(rows, batch))
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+    assert torch.equal(dropping.eval()(rows, batch), plain(rows, batch))
 
 
 def test_heads_must_divide_the_width() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,9 @@ class PackedCase:
         is_causal: hide later keys.
         kind: "normal"; "peaked" plants keys equal to queries; "large" makes scores of size 1e4; "duplicates" repeats
             rows; "strided" gives non-contiguous tensors.
+        window: (left, right) of what a query sees.
+        buckets: of the time_bias; 0 has none.
+        dropout_p: share of dropped weights.
     """
 
     name: str
@@ -37,6 +41,9 @@ class PackedCase:
     width: int = 16
     is_causal: bool = False
     kind: str = "normal"
+    window: tuple[int | None, int | None] | None = None
+    buckets: int = 0
+    dropout_p: float = 0.0
 
     def __str__(self) -> str:
         return self.name
@@ -63,6 +70,24 @@ ATTENTION_CASES = (
     PackedCase("large-scores-causal", (40, 300), kind="large", width=64, is_causal=True),
     PackedCase("strided", (9, 33), kind="strided", width=24),
     PackedCase("strided-causal", (9, 33), (30, 33), kind="strided", width=32, is_causal=True),
+    PackedCase("window", BLOCK_EDGES, window=(7, 3)),
+    PackedCase("window-0", (5, 60, 1), window=(0, 0)),
+    PackedCase("window-left", (300, 0, 31, 600), window=(40, None), width=17),
+    PackedCase("window-right", (300, 0, 31), window=(None, 260)),
+    PackedCase("window-causal", (300, 0, 31), window=(33, 5), is_causal=True, width=32),
+    PackedCase("window-cross", (5, 49, 60, 3, 25, 300), (9, 30, 4, 0, 300, 20), window=(12, 8), width=59),
+    PackedCase("window-large-scores", (40, 300), kind="large", width=64, window=(50, 0)),
+    PackedCase("time", BLOCK_EDGES, buckets=64),
+    PackedCase("time-2-buckets", (5, 0, 60), buckets=2, width=33),
+    PackedCase("time-causal", (5, 0, 60, 270), buckets=106, width=32, heads=3, is_causal=True),
+    PackedCase("time-cross", (5, 49, 0, 3, 25), (9, 30, 4, 0, 300), buckets=20, width=20),
+    PackedCase("dropout", BLOCK_EDGES, dropout_p=0.2),
+    PackedCase("dropout-cross-causal", (5, 49, 0, 3, 25), (9, 30, 4, 0, 300), dropout_p=0.5, is_causal=True, width=59),
+    PackedCase("dropout-much", (40, 13), dropout_p=0.99, heads=5),
+    PackedCase("window-time-dropout", (5, 0, 60, 270), window=(70, 9), buckets=31, dropout_p=0.1, width=64),
+    PackedCase(
+        "everything-strided", (9, 33), (30, 43), kind="strided", window=(10, 1), buckets=64, dropout_p=0.3, width=32
+    ),
 )
 
 
@@ -96,3 +121,23 @@ def packed_inputs(case: PackedCase, dtype: torch.dtype, seed: int = 0) -> tuple[
         query = query.transpose(0, 1).contiguous().transpose(0, 1)
         key, value = torch.cat((key, value), dim=2).split(case.width, dim=2)
     return query, key, value, cu_query, cu_key
+
+
+def case_options(case: PackedCase, seed: int = 0) -> dict[str, Any]:
+    """What a case asks for beside its tensors, as arguments of flash_attention; the time_bias is float32."""
+    options: dict[str, Any] = {"causal": case.is_causal, "window": case.window}
+    if case.dropout_p:
+        options.update(dropout_p=case.dropout_p, seed=2**40 + seed)
+    if case.buckets:
+        generator = torch.Generator().manual_seed(seed)
+        options["time_bias"] = torch.randn(case.heads, case.buckets, generator=generator)
+        options["timestamp_s"] = random_times(sum(case.lengths), generator)
+        if case.key_lengths is not None:
+            options["timestamp_key_s"] = random_times(sum(case.key_lengths), generator)
+    return options
+
+
+def random_times(count: int, generator: torch.Generator) -> Tensor:
+    """Int64 seconds around the year 2024: anything from the same second to 100 years apart, in no order."""
+    spread = torch.exp(torch.rand(count, generator=generator, dtype=torch.float64) * 22)
+    return 1_700_000_000 + (spread * torch.randn(count, generator=generator)).long()

@@ -3,9 +3,10 @@
     pre-norm   x <- x + drop(attention(norm(x)));  x <- x + drop(ff(norm(x)))
     post-norm  x <- norm(x + drop(attention(x)));  x <- norm(x + drop(ff(x)))
 
-With the same weights it equals `torch.nn.TransformerEncoder` on each client alone, except that attention weights are
-not dropped out. Pooling: the last event, the mean, or the last state of an LSTM. An empty sequence gets a vector of its
-own. [T, d] events and their SequenceBatch -> [B, d].
+With the same weights it equals `torch.nn.TransformerEncoder` on each client alone, except that attention weights have a
+dropout of their own, 0 by default. With `time_bias_buckets` each head adds a learned number to a score, by the time
+between the two events; it starts at 0. Pooling: the last event, the mean, or the last state of an LSTM. An empty
+sequence gets a vector of its own. [T, d] events and their SequenceBatch -> [B, d].
 
 Source: Vaswani et al. 2017; spec 3.4 and 4.3.
 """
@@ -38,6 +39,8 @@ class EncoderConfig:
     norm_first: bool = True  # pre-norm, else post-norm; spec 3.4
     dropout: float = 0.2  # share of dropped activations; spec 3.4
     pooling: Literal["last", "mean", "lstm"] = "lstm"  # sequence -> vector; spec 3.4
+    attention_dropout: float = 0.0  # share of dropped attention weights; ours
+    time_bias_buckets: int = 0  # learned score by log time between events, two buckets per octave of seconds; 0 is off
 
 
 class EncoderLayer(nn.Module):
@@ -56,17 +59,28 @@ class EncoderLayer(nn.Module):
         nn.init.xavier_uniform_(self.qkv.weight)
         nn.init.zeros_(self.qkv.bias)
         nn.init.zeros_(self.out.bias)
+        buckets = config.time_bias_buckets
+        self.time_bias = nn.Parameter(torch.zeros(config.heads, buckets)) if buckets else None
 
-    def forward(self, rows: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def forward(self, rows: Tensor, cu_seqlens: Tensor, timestamp_s: Tensor | None = None) -> Tensor:
+        """Rows [T, d] of all sequences; `timestamp_s` int64 [T] is needed with `time_bias_buckets`."""
         if self.config.norm_first:
-            rows = rows + self._attend(self.attention_norm(rows), cu_seqlens)
+            rows = rows + self._attend(self.attention_norm(rows), cu_seqlens, timestamp_s)
             return rows + self._feed_forward(self.feed_forward_norm(rows))
-        rows = self.attention_norm(rows + self._attend(rows, cu_seqlens))
+        rows = self.attention_norm(rows + self._attend(rows, cu_seqlens, timestamp_s))
         return self.feed_forward_norm(rows + self._feed_forward(rows))
 
-    def _attend(self, rows: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def _attend(self, rows: Tensor, cu_seqlens: Tensor, timestamp_s: Tensor | None) -> Tensor:
         query, key, value = self.qkv(rows).view(len(rows), 3, self.config.heads, -1).unbind(1)
-        mixed = flash_attention(query, key, value, cu_seqlens)
+        mixed = flash_attention(
+            query,
+            key,
+            value,
+            cu_seqlens,
+            time_bias=self.time_bias,
+            timestamp_s=None if self.time_bias is None else timestamp_s,
+            dropout_p=self.config.attention_dropout if self.training else 0.0,
+        )
         return self._drop(self.out(mixed.flatten(1)))
 
     def _feed_forward(self, rows: Tensor) -> Tensor:
@@ -165,7 +179,7 @@ class SequenceEncoder(nn.Module):
         if not batch.num_tokens:
             return self.empty.expand(batch.num_sequences, -1)
         for layer in self.layers:
-            rows = layer(rows, batch.cu_seqlens)
+            rows = layer(rows, batch.cu_seqlens, batch.timestamp_s)
         if self.lstm is not None:
             pooled = self.lstm(rows, batch)
         elif self.config.pooling == "mean":

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ubp_fast import _core
-from ubp_fast.kernels.flash_attention.reference import Problem
+from ubp_fast.kernels.flash_attention.reference import Gradients, Problem
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -24,31 +24,38 @@ def unsupported(problem: Problem) -> str | None:
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """Output [T, H, D] in the dtype of the inputs, and the log-sum-exp float32 [T, H]."""
-    problem = _contiguous(problem)
+    tensors = _contiguous(problem)
     output = torch.empty(problem.query.shape, dtype=problem.query.dtype)
     lse = torch.empty(problem.query.shape[:2], dtype=torch.float32)
-    _core.flash_attention_forward(*_arguments(problem), *(tensor.data_ptr() for tensor in (output, lse)))
+    _core.flash_attention_forward(*_arguments(problem, tensors, output, lse))
     return output, lse
 
 
-def backward(problem: Problem, output: Tensor, lse: Tensor, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value from the saved output and log-sum-exp; the scores are computed again."""
-    problem = _contiguous(problem)
-    output, lse, grad_output = output.contiguous(), lse.contiguous(), grad_output.contiguous()
-    gradients = tuple(torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in problem[:3])
-    addresses = (tensor.data_ptr() for tensor in (output, lse, grad_output, *gradients))
-    _core.flash_attention_backward(*_arguments(problem), *addresses)
-    return gradients[0], gradients[1], gradients[2]
+def backward(problem: Problem, output: Tensor, lse: Tensor, grad_output: Tensor) -> Gradients:
+    """Gradients of query, key, value and time_bias from the saved output and log-sum-exp; scores are computed again."""
+    tensors = _contiguous(problem)
+    saved = [tensor.contiguous() for tensor in (output, lse, grad_output)]
+    query, key, value = (torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in problem[:3])
+    bias = None if problem.time_bias is None else torch.empty(problem.time_bias.shape, dtype=torch.float32)
+    _core.flash_attention_backward(*_arguments(problem, tensors, *saved, query, key, value, bias))
+    return query, key, value, bias
 
 
-def _contiguous(problem: Problem) -> Problem:
-    names = ("query", "key", "value", "cu_seqlens", "cu_seqlens_key")
-    return problem._replace(**{name: getattr(problem, name).contiguous() for name in names})
+def _contiguous(problem: Problem) -> list[Tensor | None]:
+    """In the order of the compiled call; they must live until it returns."""
+    times = (problem.time_bias, problem.timestamp_s, problem.timestamp_key_s)
+    return [None if tensor is None else tensor.contiguous() for tensor in (*problem[:5], *times)]
 
 
-def _arguments(problem: Problem) -> tuple[Any, ...]:
+def _arguments(problem: Problem, tensors: list[Tensor | None], *results: Tensor | None) -> tuple[Any, ...]:
     tokens, heads, width = problem.query.shape
-    sizes = [tokens, problem.key.shape[0], len(problem.cu_seqlens) - 1, heads, width]
-    addresses = (tensor.data_ptr() for tensor in problem[:5])
-    threads = torch.get_num_threads()
-    return (*addresses, sizes, DTYPES[problem.query.dtype], problem.is_causal, problem.scale, threads)
+    buckets = 0 if problem.time_bias is None else problem.time_bias.shape[1]
+    sizes = [tokens, problem.key.shape[0], len(problem.cu_seqlens) - 1, heads, width, buckets]
+    numbers = (DTYPES[problem.query.dtype], problem.left, problem.right, problem.scale)
+    seed = 0 if problem.seed is None else int(problem.seed) % 2**64
+    options = (*numbers, problem.dropout_p, seed, torch.get_num_threads())
+    return (_addresses(*tensors), sizes, *options, _addresses(*results))
+
+
+def _addresses(*tensors: Tensor | None) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]

@@ -1,14 +1,20 @@
 """Attention inside packed sequences (FlashAttention): no padding, and no matrix of scores in memory.
 
-For each sequence and head, with S = scale * Q K^T:
+For each sequence and head, with S = scale * Q K^T + bias, bias_ij = time_bias[head, bucket(|t_i - t_j|)], and the mask
+M_ij = 1 / (1 - p) with probability 1 - p, else 0 (1 everywhere without dropout):
 
-    forward    lse_i = log sum_j exp(S_ij)    P_ij = exp(S_ij - lse_i)    O = P V
-    backward   delta_i = <dO_i, O_i>          dS_ij = scale * P_ij (<dO_i, V_j> - delta_i)
-               dQ = dS K                      dK = dS^T Q                 dV = P^T dO
+    forward    lse_i = log sum_j exp(S_ij)    P_ij = exp(S_ij - lse_i)    O = (P * M) V
+    backward   delta_i = <dO_i, O_i>          dS_ij = P_ij (M_ij <dO_i, V_j> - delta_i)
+               dQ = scale * dS K              dK = scale * dS^T Q         dV = (P * M)^T dO
+               dtime_bias[b] = sum of dS_ij over the pairs in bucket b
 
-Memory beyond inputs and outputs: one float per query and head (lse) and, on the CPU, some rows per thread. The
-reference stores the scores of one sequence at a time.
-Source: Dao et al. 2022 and 2023 (FlashAttention, FlashAttention-2); Milakov and Gimelshein 2018 (online softmax).
+The bucket of x = |t_i - t_j| + 1 seconds is 2 floor(log2 x), plus 1 when x is in the upper half of its octave, at most
+B - 1. The mask is Philox4x32-10 of (key row, query row, head) under the seed: nothing is stored for it.
+
+Memory beyond inputs and outputs: one float per query and head (lse) and, on the CPU, some rows per thread; with a
+time_bias B more per sequence and head in backward. The reference stores the scores of one sequence at a time.
+Source: Dao et al. 2022 and 2023 (FlashAttention, FlashAttention-2); Milakov and Gimelshein 2018 (online softmax);
+Salmon et al. 2011 (Philox).
 """
 
 from __future__ import annotations
@@ -22,10 +28,12 @@ from torch import Tensor
 from ubp_fast.kernels import backends
 from ubp_fast.kernels.checks import require, require_dtype, require_same
 from ubp_fast.kernels.flash_attention import _native, reference
-from ubp_fast.kernels.flash_attention.reference import Problem, lse_dtype
+from ubp_fast.kernels.flash_attention.reference import UNBOUNDED, Problem, lse_dtype
 
 OP = "flash_attention"
 MAX_WIDTH = 256
+# x < 2^53 fills 106 buckets; beyond, the bucket would depend on the rounding to float64.
+MAX_BUCKETS = 106
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IMPLEMENTATIONS: dict[str, ModuleType] = {"native": _native, "reference": reference}
 # float32, bfloat16 and float16 on the CPU run natively; float64 and other devices take the reference.
@@ -40,14 +48,20 @@ def flash_attention(
     cu_seqlens_key: Tensor | None = None,
     *,
     causal: bool = False,
+    window: int | tuple[int | None, int | None] | None = None,
     scale: float | None = None,
+    time_bias: Tensor | None = None,
+    timestamp_s: Tensor | None = None,
+    timestamp_key_s: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Softmax attention of every query over the keys of its own sequence.
 
     For one sequence it equals `F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)` on [H, T, D],
-    except that a row which sees no key gives 0. With fewer queries than keys, `causal` aligns the ends: query i of q
-    sees keys j <= i + k - q.
+    except that a row which sees no key gives 0. With fewer queries than keys, `causal` and `window` align the ends:
+    the place of query i of q among k keys is i + k - q, and causal hides the keys after it.
 
     Args:
         query: [T, H, D], float32, bfloat16, float16 or float64, 1 <= D <= 256; any strides.
@@ -57,23 +71,86 @@ def flash_attention(
             never decreases, ends at T; sequences may be empty.
         cu_seqlens_key: integer [B + 1] for key and value, ends at S. None: the same as cu_seqlens (self attention).
         causal: hide keys that come after the query.
+        window: (left, right): hide keys more than `left` before or `right` after the place of the query; None in a slot
+            bounds nothing, one number stands for both.
         scale: factor of the scores, 1 / sqrt(D) when None.
+        time_bias: float32 [H, buckets] (float64 beside float64), 1 <= buckets <= 106: added to the scaled scores by the
+            time between query and key, two buckets per octave of 1 + seconds; 64 buckets tell 68 years apart. Wants
+            timestamp_s. Has a gradient.
+        timestamp_s: int64 [T], in seconds, in any order, no two further apart than 2^62; of the queries.
+        timestamp_key_s: int64 [S], of the keys; None: timestamp_s.
+        dropout_p: share of the attention weights set to 0, in [0, 1); the others grow by 1 / (1 - p).
+        seed: decides which weights: an integer of 64 bits, or an int64 tensor of one element, which keeps a compiled
+            graph whole. The same seed gives the same mask on every device. None: drawn from torch's default generator.
         backend: "auto", "native" (compiled, CPU) or "reference".
 
     Returns:
         [T, H, D] in the dtype of query. The same for any number of threads, bit by bit.
 
     Raises:
-        ValueError: shapes, devices, offsets or scale break the rules above.
+        ValueError: shapes, devices, offsets or numbers break the rules above.
         TypeError: a dtype breaks them.
         BackendUnavailable: the named backend does not exist, or not for these tensors.
     """
     cu_seqlens_key = cu_seqlens if cu_seqlens_key is None else cu_seqlens_key
     _check(query, key, value, cu_seqlens, cu_seqlens_key)
+    left, right = _bounds(window, causal)
     scale = 1.0 / math.sqrt(query.shape[2]) if scale is None else float(scale)
     require(abs(scale) <= torch.finfo(torch.float32).max, OP, "scale", "be finite in float32", scale)
-    output, _ = _forward_op(query, key, value, cu_seqlens, cu_seqlens_key, causal, scale, backend)
+    timestamp_key_s = timestamp_s if timestamp_key_s is None else timestamp_key_s
+    _check_times(query, key, time_bias, timestamp_s, timestamp_key_s)
+    options = (left, right, scale, float(dropout_p), backend)
+    times = (time_bias, timestamp_s, timestamp_key_s)
+    output, _ = _forward_op(query, key, value, cu_seqlens, cu_seqlens_key, *times, _seed(dropout_p, seed), *options)
     return output
+
+
+def _bounds(window: int | tuple[int | None, int | None] | None, causal: bool) -> tuple[int, int]:
+    """Keys seen to the left and right, -1 for all."""
+    sides = window if isinstance(window, (tuple, list)) else (window, window)
+    is_sound = len(sides) == 2 and all(side is None or (isinstance(side, int) and side >= 0) for side in sides)
+    require(is_sound, OP, "window", "be (left, right), each a number >= 0 or None", window)
+    left, right = (UNBOUNDED if side is None else min(side, 2**31 - 1) for side in sides)
+    return left, 0 if causal else right
+
+
+def _check_times(
+    query: Tensor, key: Tensor, time_bias: Tensor | None, timestamp_s: Tensor | None, timestamp_key_s: Tensor | None
+) -> None:
+    if time_bias is None:
+        is_alone = timestamp_s is not None or timestamp_key_s is not None
+        require(not is_alone, OP, "time_bias", "be given beside timestamps", None, "leave the timestamps out")
+        return
+    if timestamp_s is None or timestamp_key_s is None:
+        raise ValueError(f"{OP}: timestamp_s must be given beside time_bias, got None")
+    require_dtype(OP, "time_bias", time_bias, (torch.float32, torch.promote_types(query.dtype, torch.float32)))
+    heads = query.shape[1]
+    is_table = time_bias.ndim == 2 and time_bias.shape[0] == heads and 1 <= time_bias.shape[1] <= MAX_BUCKETS
+    rule = f"have shape [H, buckets] = [{heads}, 1..{MAX_BUCKETS}]"
+    require(is_table, OP, "time_bias", rule, list(time_bias.shape))
+    require(time_bias.device == query.device, OP, "time_bias", f"be on the device {query.device}", time_bias.device)
+    for name, times, rows in (("timestamp_s", timestamp_s, query), ("timestamp_key_s", timestamp_key_s, key)):
+        require_dtype(OP, name, times, (torch.int64,))
+        require(times.device == query.device, OP, name, f"be on the device of query, {query.device}", times.device)
+        # Formatted only when it is raised, as in _check.
+        if times.ndim != 1 or len(times) != len(rows):
+            require(False, OP, name, f"have one entry for each of {len(rows)} rows", list(times.shape))
+
+
+def _seed(dropout_p: float, seed: int | Tensor | None) -> Tensor | None:
+    """Int64 [1] where something is dropped, else None."""
+    require(0.0 <= dropout_p < 1.0, OP, "dropout_p", "be in [0, 1)", dropout_p)
+    if isinstance(seed, Tensor):
+        require_dtype(OP, "seed", seed, (torch.int64,))
+        require(seed.numel() == 1, OP, "seed", "have one element", list(seed.shape))
+        return seed.reshape(1) if dropout_p > 0.0 else None
+    if seed is not None:
+        require(-(2**63) <= seed < 2**63, OP, "seed", "be an integer of 64 bits", seed)
+    if dropout_p == 0.0:
+        return None
+    if seed is None:
+        return torch.randint(2**63 - 1, (1,))
+    return torch.full((1,), seed, dtype=torch.int64)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, cu_seqlens_key: Tensor) -> None:
@@ -118,32 +195,48 @@ def _forward_op(
     value: Tensor,
     cu_seqlens: Tensor,
     cu_seqlens_key: Tensor,
-    causal: bool,
+    time_bias: Tensor | None,
+    timestamp_s: Tensor | None,
+    timestamp_key_s: Tensor | None,
+    seed: Tensor | None,
+    left: int,
+    right: int,
     scale: float,
+    dropout_p: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     _check_offsets("cu_seqlens", cu_seqlens, query.shape[0])
     _check_offsets("cu_seqlens_key", cu_seqlens_key, key.shape[0])
-    problem = Problem(query, key, value, cu_seqlens.int(), cu_seqlens_key.int(), causal, scale)
+    tensors = (query, key, value, cu_seqlens.int(), cu_seqlens_key.int())
+    problem = Problem(*tensors, left, right, scale, time_bias, timestamp_s, timestamp_key_s, dropout_p, seed)
     return _implementation(backend, problem).forward(problem)
 
 
 @torch.library.custom_op("ubp_fast::flash_attention_backward", mutates_args=())
 def _backward_op(
     grad_output: Tensor,
+    output: Tensor,
+    lse: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    output: Tensor,
-    lse: Tensor,
     cu_seqlens: Tensor,
     cu_seqlens_key: Tensor,
-    causal: bool,
+    time_bias: Tensor | None,
+    timestamp_s: Tensor | None,
+    timestamp_key_s: Tensor | None,
+    seed: Tensor | None,
+    left: int,
+    right: int,
     scale: float,
+    dropout_p: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    problem = Problem(query, key, value, cu_seqlens.int(), cu_seqlens_key.int(), causal, scale)
-    return _implementation(backend, problem).backward(problem, output, lse, grad_output)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The last result is empty without a time_bias: an op returns tensors only."""
+    tensors = (query, key, value, cu_seqlens.int(), cu_seqlens_key.int())
+    problem = Problem(*tensors, left, right, scale, time_bias, timestamp_s, timestamp_key_s, dropout_p, seed)
+    *gradients, grad_bias = _implementation(backend, problem).backward(problem, output, lse, grad_output)
+    return *gradients, query.new_empty(0) if grad_bias is None else grad_bias
 
 
 def _implementation(backend: str, problem: Problem) -> ModuleType:
@@ -151,28 +244,31 @@ def _implementation(backend: str, problem: Problem) -> ModuleType:
 
 
 @_forward_op.register_fake
-def _fake_forward(query, key, value, cu_seqlens, cu_seqlens_key, causal, scale, backend):
+def _fake_forward(query, *_):
     return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=lse_dtype(query.dtype))
 
 
 @_backward_op.register_fake
-def _fake_backward(grad_output, query, key, value, output, lse, cu_seqlens, cu_seqlens_key, causal, scale, backend):
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+def _fake_backward(grad_output, output, lse, query, key, value, cu_seqlens, cu_seqlens_key, time_bias, *_):
+    grad_bias = query.new_empty(0) if time_bias is None else time_bias.new_empty(time_bias.shape)
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), grad_bias
 
 
 def _setup_context(ctx, inputs, output):
-    query, key, value, cu_seqlens, cu_seqlens_key, ctx.causal, ctx.scale, ctx.backend = inputs
-    ctx.save_for_backward(query, key, value, *output, cu_seqlens, cu_seqlens_key)
+    *tensors, left, right, scale, dropout_p, backend = inputs
+    ctx.options = (left, right, scale, dropout_p, backend)
+    ctx.save_for_backward(*output, *tensors)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # no zeros for the log-sum-exp
 
 
 def _backward(ctx, grad_output, _):
+    nothing = (None,) * 14
     if grad_output is None:
-        return (None,) * 8
-    gradients = _backward_op(grad_output, *ctx.saved_tensors, ctx.causal, ctx.scale, ctx.backend)
-    wanted = (gradient if need else None for gradient, need in zip(gradients, ctx.needs_input_grad, strict=False))
-    return (*wanted, None, None, None, None, None)
+        return nothing
+    *gradients, grad_bias = _backward_op(grad_output, *ctx.saved_tensors, *ctx.options)
+    found = (*gradients, None, None, grad_bias, *nothing[6:])
+    return tuple(part if need else None for part, need in zip(found, ctx.needs_input_grad, strict=True))
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)

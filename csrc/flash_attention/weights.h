@@ -1,0 +1,154 @@
+// From one row of products to weights and gradients of scores: mask, softmax, time_bias, dropout.
+//
+// kIsPlain rows have neither time_bias nor dropout, and none of their code.
+#pragma once
+
+#include "common/philox.h"
+#include "flash_attention/rows.h"
+
+namespace ubp {
+namespace {
+
+constexpr int kKeyBlock = 256;
+constexpr int kMaxBuckets = 106;
+constexpr int kSumChains = 4;  // sums of a bucket side by side, to hide the latency of the additions
+
+struct Range {
+  int64_t begin, end;
+};
+
+// Keys that a query sees.
+inline Range visible_keys(const FlashAttentionProblem& problem, const Task& task, int64_t row) {
+  const int64_t place = row + task.keys - task.queries;
+  const int64_t begin = problem.left < 0 ? 0 : larger(0, place - problem.left);
+  const int64_t end = problem.right < 0 ? task.keys : smaller(task.keys, place + problem.right + 1);
+  return {begin, larger(begin, end)};
+}
+
+// Keys that any of some queries sees, from a whole vector on.
+inline Range visible_keys(const FlashAttentionProblem& problem, const Task& task, int64_t row, int64_t rows) {
+  const Range first = visible_keys(problem, task, row), last = visible_keys(problem, task, row + rows - 1);
+  return {first.begin / kWidth * kWidth, last.end};
+}
+
+// A row of a block: where its keys and its queries are.
+struct Row {
+  int64_t query;      // in the sequence
+  int64_t first_key;  // of the block, in the sequence
+  int64_t block;      // keys of the block
+  int64_t padded;     // the same in whole vectors
+  Range visible;      // counted from first_key
+
+  bool is_whole(int64_t at) const { return at >= visible.begin && at + kWidth <= visible.end; }
+  IntVec is_visible(int64_t at) const {
+    const IntVec key = lanes() + static_cast<int32_t>(at);
+    return (key >= static_cast<int32_t>(visible.begin)) & (key < static_cast<int32_t>(visible.end));
+  }
+};
+
+inline Row make_row(const FlashAttentionProblem& problem, const Task& task, int64_t query, int64_t first_key,
+                    int64_t block) {
+  const Range seen = visible_keys(problem, task, query);
+  const int64_t begin = smaller(larger(seen.begin - first_key, 0), block);
+  return {
+      query, first_key, block, round_up(block), {begin, larger(begin, smaller(seen.end - first_key, block))}};
+}
+
+// Scaled scores plus bias, in place; leaves the bucket of each key.
+inline void add_time_bias(const FlashAttentionProblem& problem, const Task& task, const Row& row,
+                          float* scores, int32_t* buckets) {
+  const uint64_t time = static_cast<uint64_t>(problem.query_time_s[task.first_query + row.query]);
+  const int64_t* key_times = problem.key_time_s + task.first_key + row.first_key;
+  const int64_t last = problem.buckets - 1;
+  for (int64_t at = 0; at < row.block; ++at) {
+    // Unsigned, so that times too far apart give some bucket and no overflow.
+    const uint64_t between = time - static_cast<uint64_t>(key_times[at]);
+    const uint64_t apart = static_cast<int64_t>(between) < 0 ? uint64_t{0} - between : between;
+    // Exponent and first digit of the float64, as one number: two buckets per octave.
+    const double x = static_cast<double>(static_cast<int64_t>(apart + 1));
+    int64_t bits;
+    std::memcpy(&bits, &x, sizeof(bits));
+    const int64_t bucket = (bits >> 51) - 2046;
+    buckets[at] = static_cast<int32_t>(bucket < 0 ? 0 : bucket < last ? bucket : last);
+  }
+  const float* table = problem.time_bias + task.head * problem.buckets;
+  for (int64_t at = 0; at < row.block; ++at) scores[at] = scores[at] * problem.scale + table[buckets[at]];
+}
+
+// Factors of kWidth weights from key `at` of the row on: 0 or 1 / (1 - p).
+inline Vec dropout_factors(const FlashAttentionProblem& problem, const Task& task, const Row& row,
+                           int64_t at) {
+  const uint32_t key = static_cast<uint32_t>(task.first_key + row.first_key + at);
+  const uint32_t query = static_cast<uint32_t>(task.first_query + row.query);
+  const WordVec words = philox_words(key, query, static_cast<uint32_t>(task.head), problem.seed);
+  return words >= problem.threshold ? broadcast(problem.keep_factor) : Vec{};
+}
+
+// Turns one row of products into exp(score - running maximum), dropped ones 0; returns the factor for what
+// was summed before.
+template <bool kIsPlain>
+float softmax_row(const FlashAttentionProblem& problem, const Task& task, const Row& row, float* scores,
+                  float& maximum_so_far, float& sum) {
+  float scale = problem.scale;
+  if (!kIsPlain && problem.time_bias != nullptr) {
+    int32_t buckets[kKeyBlock];
+    add_time_bias(problem, task, row, scores, buckets);
+    scale = 1.f;
+  }
+  Vec largest = broadcast(-INFINITY);
+  for (int64_t at = 0; at < row.padded; at += kWidth) {
+    Vec score = load(scores + at) * scale;
+    if (!row.is_whole(at)) score = row.is_visible(at) ? score : broadcast(-INFINITY);
+    store(scores + at, score);
+    largest = maximum(largest, score);
+  }
+  const float block_maximum = max_lanes(largest);
+  const float new_maximum = block_maximum > maximum_so_far ? block_maximum : maximum_so_far;
+  const float reference = new_maximum == -INFINITY ? 0.f : new_maximum;
+  Vec sums = {};
+  for (int64_t at = 0; at < row.padded; at += kWidth) {
+    Vec weight = exponential(load(scores + at) - reference);
+    sums += weight;
+    if (!kIsPlain && problem.threshold > 0) weight *= dropout_factors(problem, task, row, at);
+    store(scores + at, weight);
+  }
+  const float factor = maximum_so_far == -INFINITY ? 0.f : std::exp(maximum_so_far - reference);
+  sum = sum * factor + sum_lanes(sums);
+  maximum_so_far = new_maximum;
+  return factor;
+}
+
+// From products QK and <dO, V> to P * M and scale dS, both in place; adds dS to the sums of its buckets.
+template <bool kIsPlain>
+void gradient_row(const FlashAttentionProblem& problem, const Task& task, const Row& row, float* scores,
+                  float* products, float lse, float delta, double* bucket_sums) {
+  const bool has_bias = !kIsPlain && problem.time_bias != nullptr;
+  int32_t buckets[kIsPlain ? 1 : kKeyBlock];
+  if (has_bias) add_time_bias(problem, task, row, scores, buckets);
+  const float scale = has_bias ? 1.f : problem.scale;
+  for (int64_t at = 0; at < row.padded; at += kWidth) {
+    Vec weight = exponential(load(scores + at) * scale - lse), product = load(products + at);
+    Vec dropped = weight;
+    if (!kIsPlain && problem.threshold > 0) {
+      const Vec factors = dropout_factors(problem, task, row, at);
+      dropped *= factors;
+      product *= factors;
+    }
+    Vec gradient = weight * (product - delta) * scale;
+    if (!row.is_whole(at)) {
+      const IntVec is_visible = row.is_visible(at);
+      dropped = is_visible ? dropped : Vec{};
+      gradient = is_visible ? gradient : Vec{};
+    }
+    store(scores + at, dropped);
+    store(products + at, gradient);
+  }
+  if (!has_bias) return;
+  for (int64_t at = row.visible.begin; at < row.visible.end; ++at)
+    bucket_sums[(at % kSumChains) * kMaxBuckets + buckets[at]] += static_cast<double>(products[at]);
+  for (int64_t at = 0; at < row.padded; at += kWidth)
+    store(products + at, load(products + at) * problem.scale);
+}
+
+}  // namespace
+}  // namespace ubp
