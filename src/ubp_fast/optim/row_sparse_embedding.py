@@ -62,7 +62,8 @@ class TouchedRows:
     def step(self, gradient: Tensor, step: ScheduleFreeStep) -> None:
         """Takes one step with a sparse gradient [N, D]."""
         ids, sums = gradient._indices()[0], gradient._values()
-        if not gradient.is_coalesced():
+        # Autograd forgets that a gradient was coalesced; several lookups of one step leave several parts.
+        if not bool((ids[1:] > ids[:-1]).all()):
             ids, sums = row_sparse.reduce(ids, sums)
         row_sparse.update(self.rows, ids, sums, step)
         kept = float(self._retained[self.steps]) * max(1.0 - step.average_weight, _SMALLEST_FACTOR)
