@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from schedulefree import RAdamScheduleFree
-from torch import Tensor, nn
+from torch import Tensor
 
 from ubp_fast.kernels.row_sparse import ScheduleFreeStep
 from ubp_fast.optim.row_sparse_embedding import RowSparseEmbedding, TouchedRows
@@ -38,7 +38,7 @@ class RowSparseRAdamScheduleFree(RAdamScheduleFree):
 
     def __init__(self, params: Any, tables: Iterable[RowSparseEmbedding], **options: Any) -> None:
         super().__init__(params, **options)
-        self._tables: dict[nn.Parameter, TouchedRows] = {}
+        self._tables: dict[Tensor, TouchedRows] = {}
         beta2_of = {weight: group["betas"][1] for group in self.param_groups for weight in group["params"]}
         for table in tables:
             if table.weight not in beta2_of:

@@ -185,7 +185,7 @@ def _update_op(
     backend: str,
 ) -> None:
     rows = ScheduleFreeRows(weight, z, exp_avg_sq, last_step, retained)
-    _implementation(backend, weight).update(rows, ids, gradient, ScheduleFreeStep(*step, is_adaptive=is_adaptive))
+    _implementation(backend, weight).update(rows, ids, gradient, ScheduleFreeStep._make([*step, is_adaptive]))
 
 
 @torch.library.custom_op("ubp_fast::row_sparse_catch_up", mutates_args=("weight", "z", "exp_avg_sq", "last_step"))
