@@ -32,6 +32,10 @@ UBP_INLINE float decay(const ScheduleFreeRows& table, int32_t last, double beta2
   return static_cast<float>(std::pow(beta2, static_cast<double>(table.now - last)));
 }
 
+UBP_INLINE float* state_of(const ScheduleFreeRows& table, int64_t id) {
+  return table.state + table.slot[id] * 2 * table.width;
+}
+
 void gather_row(const ScheduleFreeRows& table, int64_t id, float* __restrict output) {
   const float* __restrict weight = table.weight + id * table.width;
   const int32_t last = table.last_step[id];
@@ -39,7 +43,7 @@ void gather_row(const ScheduleFreeRows& table, int64_t id, float* __restrict out
     std::memcpy(output, weight, table.width * sizeof(float));
     return;
   }
-  const float* __restrict z = table.z + id * table.width;
+  const float* __restrict z = state_of(table, id);
   const float kept = kept_share(table, last);
   for (int64_t d = 0; d < table.width; ++d) output[d] = z[d] + (weight[d] - z[d]) * kept;
 }
@@ -53,7 +57,7 @@ void gather_item(void* context, int64_t item, int) {
     if (t + kAhead < end) {
       const int64_t next = problem.ids[t + kAhead];
       ask_for<false>(table.weight + next * table.width, table.width);
-      if (table.last_step[next] >= 0) ask_for<false>(table.z + next * table.width, table.width);
+      if (table.last_step[next] >= 0) ask_for<false>(state_of(table, next), table.width);
     }
     gather_row(table, problem.ids[t], problem.output + t * table.width);
   }
@@ -79,8 +83,8 @@ template <bool kIsAdaptive>
 void update_row(const RowSparseUpdate& problem, int64_t id, const float* __restrict gradient) {
   const ScheduleFreeRows& table = problem.table;
   float* __restrict y = table.weight + id * table.width;
-  float* __restrict z = table.z + id * table.width;
-  float* __restrict v = table.exp_avg_sq + id * table.width;
+  float* __restrict z = state_of(table, id);
+  float* __restrict v = z + table.width;
   const int32_t last = table.last_step[id];
   if (last < 0) {
     std::memcpy(z, y, table.width * sizeof(float));
@@ -111,10 +115,9 @@ void update_item(void* context, int64_t item, int) {
   const int64_t end = begin + kIdsPerItem < problem.count ? begin + kIdsPerItem : problem.count;
   for (int64_t u = begin; u < end; ++u) {
     if (u + kAhead < end) {
-      const int64_t next = problem.ids[u + kAhead] * table.width;
-      ask_for<true>(table.weight + next, table.width);
-      ask_for<true>(table.z + next, table.width);
-      ask_for<true>(table.exp_avg_sq + next, table.width);
+      const int64_t next = problem.ids[u + kAhead];
+      ask_for<true>(table.weight + next * table.width, table.width);
+      ask_for<true>(state_of(table, next), 2 * table.width);
     }
     const float* gradient = problem.gradient + u * table.width;
     if (problem.is_adaptive)
@@ -134,8 +137,8 @@ void catch_up_item(void* context, int64_t item, int) {
     const int32_t last = table.last_step[id];
     if (last < 0) continue;
     float* __restrict y = table.weight + id * table.width;
-    const float* __restrict z = table.z + id * table.width;
-    float* __restrict v = table.exp_avg_sq + id * table.width;
+    const float* __restrict z = state_of(table, id);
+    float* __restrict v = state_of(table, id) + table.width;
     if (last < table.now) {
       const float kept = kept_share(table, last), fade = decay(table, last, problem.beta2);
       for (int64_t d = 0; d < table.width; ++d) {

@@ -7,7 +7,8 @@
 //   update     v <- beta2 v + (1 - beta2) g^2;   d = g / (sqrt(v / bias_correction) + eps)
 //              y <- z + (y - z) (1 - c) + gradient_weight d;      z <- z - learning_rate d
 //
-// A row never touched has last = -1; its z and v are not read, so their memory need not exist. Every row is
+// A row never touched has last = -1: y = z, v = 0. z and v of a row get a slot, the next free one, with its
+// first gradient, so that memory grows with the touched rows and rows in use lie close together. Every row is
 // computed alone and its gradients are added in the order of the batch: the same for any number of threads.
 #pragma once
 
@@ -16,9 +17,11 @@
 namespace ubp {
 
 struct ScheduleFreeRows {
-  float *weight, *z, *exp_avg_sq;  // [rows, width]
-  int32_t* last_step;              // [rows], -1: never touched
-  const double* retained;          // [now + 1]
+  float* weight;           // y, [rows, width]
+  float* state;            // z and v of each slot, [slots, 2, width]
+  int32_t* slot;           // [rows], of touched rows
+  int32_t* last_step;      // [rows], -1: never touched
+  const double* retained;  // [now + 1]
   int64_t rows, width, now;
 };
 

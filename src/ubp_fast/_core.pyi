@@ -82,6 +82,7 @@ def row_sparse_update(
     gradient: int,
     step: Sequence[float],
     is_adaptive: bool,
+    used: int,
     threads: int,
 ) -> None: ...
 def row_sparse_catch_up(

@@ -19,7 +19,6 @@ OP = "row_sparse"
 STEP = ScheduleFreeStep(1e-2, 0.125, -2e-3, 0.99, 0.3, 1e-8, True)
 # rows, columns, ids, steps so far: nothing, one, odd sizes, more than one work item, the full width
 CASES = [(1, 1, 0, 0), (1, 1, 1, 0), (7, 59, 20, 3), (300, 64, 257, 40), (40, 100, 1000, 9), (2100, 3, 65, 5)]
-NAMES = ("weight", "z", "exp_avg_sq")
 
 
 @pytest.fixture(params=_core.usable_isas())
@@ -31,17 +30,19 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def table(rows: int, width: int, steps: int, *, seed: int = 0) -> ScheduleFreeRows:
-    """A table in the middle of training: a third of the rows was never touched, and their z and moments hold NaN."""
+    """A table in the middle of training: a third of the rows was never touched, and unused slots hold NaN."""
     generator = torch.Generator().manual_seed(seed)
     weight, z = (torch.randn(rows, width, generator=generator) for _ in range(2))
-    exp_avg_sq = torch.rand(rows, width, generator=generator) ** 4
+    state = torch.stack([z, torch.rand(rows, width, generator=generator) ** 4], dim=1)
     last_step = torch.randint(0, steps + 1, (rows,), generator=generator, dtype=torch.int32)
     last_step[::3] = -1
-    z[::3] = exp_avg_sq[::3] = float("nan")
+    used = int((last_step >= 0).sum())
+    slot = torch.full((rows,), -5, dtype=torch.int32)
+    slot[last_step >= 0] = torch.randperm(used, generator=generator).int()
+    state[used:] = float("nan")
     shares = 1 / torch.arange(2, steps + 2, dtype=torch.float64)
-    return ScheduleFreeRows(
-        weight, z, exp_avg_sq, last_step, torch.cat([torch.ones(1).double(), 1 - shares]).cumprod(0)
-    )
+    retained = torch.cat([torch.ones(1).double(), 1 - shares]).cumprod(0)
+    return ScheduleFreeRows(weight, state, slot, torch.tensor([used]), last_step, retained)
 
 
 def batch(rows: int, width: int, count: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -52,15 +53,19 @@ def batch(rows: int, width: int, count: int, dtype: torch.dtype = torch.float32)
 
 
 def copied(rows: ScheduleFreeRows, dtype: torch.dtype = torch.float32) -> ScheduleFreeRows:
-    return ScheduleFreeRows(*(part.clone().to(dtype) for part in rows[:3]), rows[3].clone(), rows[4].clone())
+    weight, state, *others = (part.clone() for part in rows)
+    return ScheduleFreeRows(weight.to(dtype), state.to(dtype), *others)
 
 
 def assert_same_table(found: ScheduleFreeRows, plain: ScheduleFreeRows, truth: ScheduleFreeRows, case: Any) -> None:
-    assert torch.equal(found.last_step, truth.last_step)
-    is_touched = truth.last_step >= 0
-    for name, one, two, three in zip(NAMES, found[:3], plain[:3], truth[:3], strict=True):
-        chosen = is_touched if name != "weight" else slice(None)
-        assert_matches_reference(one[chosen], two[chosen], three[chosen], OP, (case, name))
+    for name in ("slot", "used", "last_step"):
+        assert torch.equal(getattr(found, name), getattr(truth, name)), name
+    assert_matches_reference(found.weight, plain.weight, truth.weight, OP, (case, "weight"))
+    used = int(truth.used)
+    for column, name in enumerate(("z", "exp_avg_sq")):
+        parts = (one.state[:used, column] for one in (found, plain, truth))
+        assert_matches_reference(*parts, OP, (case, name))
+    assert found.state[used:].isnan().all()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -109,8 +114,9 @@ def test_update(case: tuple[int, int, int, int], is_adaptive: bool, isa: str) ->
     assert_same_table(found, plain, truth, case)
     others = torch.ones(rows, dtype=torch.bool)
     others[ids] = False
-    for one, before in zip(found[:3], start[:3], strict=True):
-        assert torch.equal(one[others].nan_to_num(nan=7.0), before[others].nan_to_num(nan=7.0))
+    assert torch.equal(found.weight[others], start.weight[others])
+    slots = start.slot[others & (start.last_step >= 0)].long()
+    assert torch.equal(found.state[slots], start.state[slots])
 
 
 @pytest.mark.parametrize("toward_z", [0.0, 0.1, 1 - 1 / 0.9])
@@ -131,7 +137,7 @@ def test_average_weight_one_makes_y_equal_z() -> None:
     retained = torch.cat([start.retained, start.retained[-1:] * 1e-100])
     found = row_sparse.gather(start._replace(retained=retained), torch.arange(30), backend="native")
     is_touched = start.last_step >= 0
-    assert torch.equal(found[is_touched], start.z[is_touched])
+    assert torch.equal(found[is_touched], start.state[start.slot[is_touched].long(), 0])
 
 
 def test_threads_do_not_change_a_bit() -> None:
@@ -166,10 +172,12 @@ WRONG: list[tuple[type[Exception], str, Callable[[], object]]] = [
     (ValueError, r"gradient must have shape \[1, 2\]", lambda: update(torch.tensor([1]), torch.ones(1, 3))),
     (TypeError, "gradient must have the dtype of weight", lambda: update(torch.tensor([1]), torch.ones(1, 2).double())),
     (ValueError, "ids of an update must ascend, got 2 then 2", lambda: update(torch.tensor([2, 2]), torch.ones(2, 2))),
+    (ValueError, r"state must have shape \[C, 2, 2\]", lambda: row_sparse.catch_up(with_state(4, 3), 0.9)),
+    (ValueError, "state must have a slot for every touched row, got 2", lambda: update_in(with_state(2, 2))),
     (
         ValueError,
-        "z must have the shape of weight",
-        lambda: row_sparse.catch_up(GOOD._replace(z=torch.ones(4, 1)), 0.9),
+        r"slots of touched rows must lie in 0\.\.0, got 1",
+        lambda: row_sparse.catch_up(with_state(1, 2), 0.9),
     ),
     (ValueError, r"retained must have shape \[S \+ 1\]", lambda: row_sparse.catch_up(without_steps(), 0.9)),
     (ValueError, "last_step must not lie in the future", lambda: row_sparse.catch_up(from_the_future(), 0.9)),
@@ -182,6 +190,14 @@ def ids32() -> Tensor:
 
 def update(ids: Tensor, gradient: Tensor) -> None:
     row_sparse.update(copied(GOOD), ids, gradient, STEP)
+
+
+def with_state(slots: int, width: int) -> ScheduleFreeRows:
+    return GOOD._replace(state=torch.ones(slots, 2, width))
+
+
+def update_in(rows: ScheduleFreeRows) -> None:
+    row_sparse.update(copied(rows), torch.tensor([0, 3]), torch.ones(2, 2), STEP)
 
 
 def without_steps() -> ScheduleFreeRows:
@@ -201,8 +217,7 @@ def test_wrong_arguments(error: type[Exception], message: str, call: Callable[[]
 @pytest.mark.parametrize("backend", ["native", "reference"])
 def test_opcheck(backend: str) -> None:
     start = table(30, 8, 4)
-    start.z.nan_to_num_()
-    start.exp_avg_sq.nan_to_num_()
+    start.state.nan_to_num_()
     ids, gradient = row_sparse.reduce(*batch(30, 8, 40))
     torch.library.opcheck(_gather_op, (*start, ids, backend))
     torch.library.opcheck(_reduce_op, (*batch(30, 8, 40), backend))

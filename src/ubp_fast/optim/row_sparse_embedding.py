@@ -6,6 +6,9 @@ dense optimizer would hold them now, and the gradient holds the rows of the batc
 
 from __future__ import annotations
 
+import math
+import mmap
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -20,10 +23,23 @@ _SMALLEST_RETAINED, _SMALLEST_FACTOR = 1e-150, 1e-100
 _CHUNK_ROWS = 65_536
 
 
+def reserve(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of zeros whose memory comes into being where it is written; on Linux in large pages."""
+    count = math.prod(shape)
+    if device.type != "cpu" or count == 0:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, count * dtype.itemsize)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        # Rows lie anywhere: with small pages each costs several walks through the page table.
+        with suppress(OSError):  # a kernel built without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
 class TouchedRows:
     """What RAdamScheduleFree knows about a table, row by row, each as it was after its last step.
 
-    Memory grows with the rows that ever had a gradient: the tensors are reserved, and come into being page by page.
+    Memory grows with the rows that ever had a gradient: it is reserved for all, and comes into being when it is used.
 
     Args:
         weight: the table [N, D], float32 or float64.
@@ -36,8 +52,11 @@ class TouchedRows:
 
     def reset(self) -> None:
         """Forgets everything but the weights."""
-        self.z, self.exp_avg_sq = torch.empty_like(self._values), torch.empty_like(self._values)
-        self.last_step = torch.full((len(self.weight),), -1, dtype=torch.int32, device=self.weight.device)
+        rows, width = self.weight.shape
+        self.state = reserve((rows, 2, width), self.weight.dtype, self.weight.device)
+        self.slot = torch.zeros(rows, dtype=torch.int32, device=self.weight.device)
+        self.used = torch.zeros(1, dtype=torch.int64, device=self.weight.device)
+        self.last_step = torch.full((rows,), -1, dtype=torch.int32, device=self.weight.device)
         self.has_state = False
         self._restart()
 
@@ -53,7 +72,7 @@ class TouchedRows:
     def rows(self) -> ScheduleFreeRows:
         """The table for the kernels."""
         retained = self._retained[: self.steps + 1]
-        return ScheduleFreeRows(self._values, self.z, self.exp_avg_sq, self.last_step, retained)
+        return ScheduleFreeRows(self._values, self.state, self.slot, self.used, self.last_step, retained)
 
     def gather(self, ids: Tensor) -> Tensor:
         """Rows as of the present, [..., D]."""
@@ -83,23 +102,27 @@ class TouchedRows:
         self._restart()
 
     def dense_state(self) -> dict[str, Tensor]:
-        """z and exp_avg_sq [N, D] at the present as the dense optimizer holds them."""
+        """z and exp_avg_sq [N, D] at the present as the dense optimizer holds them, in memory of their own."""
         self.catch_up()
-        untouched = (self.last_step < 0).nonzero()[:, 0]
-        for chunk in untouched.split(_CHUNK_ROWS):
-            self.z[chunk] = self._values[chunk]
-            self.exp_avg_sq[chunk] = 0.0
-        return {"z": self.z, "exp_avg_sq": self.exp_avg_sq}
+        z, exp_avg_sq = self._values.clone(), torch.zeros_like(self._values)
+        for ids in (self.last_step >= 0).nonzero()[:, 0].split(_CHUNK_ROWS):
+            z[ids], exp_avg_sq[ids] = self.state[self.slot[ids].long()].unbind(1)
+        return {"z": z, "exp_avg_sq": exp_avg_sq}
 
     def load(self, z: Tensor, exp_avg_sq: Tensor) -> None:
         """Takes the state of a dense optimizer; rows that show no trace of a gradient count as untouched."""
         self.reset()
         self.has_state = True
+        used = 0
         for start in range(0, len(self.weight), _CHUNK_ROWS):
             part = slice(start, start + _CHUNK_ROWS)
             is_touched = ((exp_avg_sq[part] != 0) | (z[part] != self._values[part])).any(dim=1)
             ids = start + is_touched.nonzero()[:, 0]
-            self.z[ids], self.exp_avg_sq[ids], self.last_step[ids] = z[ids], exp_avg_sq[ids], 0
+            self.slot[ids] = torch.arange(used, used + len(ids), dtype=torch.int32, device=ids.device)
+            self.state[used : used + len(ids), 0], self.state[used : used + len(ids), 1] = z[ids], exp_avg_sq[ids]
+            self.last_step[ids] = 0
+            used += len(ids)
+        self.used.fill_(used)
 
 
 class _Lookup(torch.autograd.Function):

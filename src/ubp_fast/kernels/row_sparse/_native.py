@@ -47,7 +47,15 @@ def update(rows: ScheduleFreeRows, ids: Tensor, gradient: Tensor, step: Schedule
     addresses, sizes = _table(rows)
     threads = torch.get_num_threads()
     _core.row_sparse_update(
-        addresses, sizes, ids.data_ptr(), len(ids), gradient.data_ptr(), step[:6], step.is_adaptive, threads
+        addresses,
+        sizes,
+        ids.data_ptr(),
+        len(ids),
+        gradient.data_ptr(),
+        step[:6],
+        step.is_adaptive,
+        rows.used.data_ptr(),
+        threads,
     )
 
 
@@ -57,6 +65,7 @@ def catch_up(rows: ScheduleFreeRows, beta2: float, toward_z: float) -> None:
     _core.row_sparse_catch_up(addresses, sizes, beta2, toward_z, torch.get_num_threads())
 
 
-def _table(rows: ScheduleFreeRows) -> tuple[list[int], tuple[int, int, int]]:
-    addresses = [tensor.data_ptr() for tensor in rows]
-    return addresses, (rows.weight.shape[0], rows.weight.shape[1], len(rows.retained) - 1)
+def _table(rows: ScheduleFreeRows) -> tuple[list[int], tuple[int, int, int, int]]:
+    tensors = (rows.weight, rows.state, rows.slot, rows.last_step, rows.retained)
+    sizes = (rows.weight.shape[0], rows.weight.shape[1], len(rows.retained) - 1, rows.state.shape[0])
+    return [tensor.data_ptr() for tensor in tensors], sizes

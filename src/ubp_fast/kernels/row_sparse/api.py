@@ -8,8 +8,8 @@ the steps 1..k, a row that is up to date with step `last` is brought to the pres
                y <- z + (y - z) (1 - c) + gradient_weight d  z <- z - learning_rate d
 
 `gather` reads rows as of the present and writes nothing, `reduce` adds the gradients of equal ids, `update` catches up
-and steps. Memory traffic and memory are those of the touched rows: z and exp_avg_sq of a row are first written when its
-first gradient arrives. Source: Defazio et al. 2024 (schedule-free); the closed forms are ours.
+and steps. Memory traffic and memory are those of the touched rows: z and exp_avg_sq of a row get the next free slot with
+its first gradient. Source: Defazio et al. 2024 (schedule-free); the closed forms are ours.
 """
 
 from __future__ import annotations
@@ -122,18 +122,20 @@ def catch_up(rows: ScheduleFreeRows, beta2: float, *, toward_z: float = 0.0, bac
 
 
 def _check_rows(rows: ScheduleFreeRows) -> None:
-    weight, z, exp_avg_sq, last_step, retained = rows
+    weight, state, retained = rows.weight, rows.state, rows.retained
     require(weight.ndim == 2, OP, "weight", "have shape [N, D]", list(weight.shape))
     require_dtype(OP, "weight", weight, FLOATS)
-    for name, tensor in (("weight", weight), ("z", z), ("exp_avg_sq", exp_avg_sq)):
-        same = tensor.shape == weight.shape and tensor.is_contiguous()
-        require(same, OP, name, "have the shape of weight and be contiguous", list(tensor.shape))
-    require_same(OP, "weight", weight, z=z, exp_avg_sq=exp_avg_sq)
-    require_dtype(OP, "last_step", last_step, (torch.int32,))
+    is_state = state.ndim == 3 and state.shape[1:] == (2, weight.shape[1])
+    require(is_state, OP, "state", f"have shape [C, 2, {weight.shape[1]}]", list(state.shape))
+    require_same(OP, "weight", weight, state=state)
     require_dtype(OP, "retained", retained, (torch.float64,))
-    require(last_step.shape == weight.shape[:1], OP, "last_step", "have shape [N]", list(last_step.shape))
     require(retained.ndim == 1 and len(retained) >= 1, OP, "retained", "have shape [S + 1]", list(retained.shape))
-    for name, tensor in (("last_step", last_step), ("retained", retained)):
+    for name, tensor in (("slot", rows.slot), ("last_step", rows.last_step)):
+        require_dtype(OP, name, tensor, (torch.int32,))
+        require(tensor.shape == weight.shape[:1], OP, name, "have shape [N]", list(tensor.shape))
+    require_dtype(OP, "used", rows.used, (torch.int64,))
+    require(rows.used.shape == (1,), OP, "used", "have shape [1]", list(rows.used.shape))
+    for name, tensor in rows._asdict().items():
         require(tensor.device == weight.device, OP, name, f"be on {weight.device} like weight", tensor.device)
         require(tensor.is_contiguous(), OP, name, "be contiguous", list(tensor.stride()))
 
@@ -149,14 +151,21 @@ def _implementation(backend: str, tensor: Tensor) -> ModuleType:
 
 @torch.library.custom_op("ubp_fast::row_sparse_gather", mutates_args=())
 def _gather_op(
-    weight: Tensor, z: Tensor, exp_avg_sq: Tensor, last_step: Tensor, retained: Tensor, ids: Tensor, backend: str
+    weight: Tensor,
+    state: Tensor,
+    slot: Tensor,
+    used: Tensor,
+    last_step: Tensor,
+    retained: Tensor,
+    ids: Tensor,
+    backend: str,
 ) -> Tensor:
-    rows = ScheduleFreeRows(weight, z, exp_avg_sq, last_step, retained)
+    rows = ScheduleFreeRows(weight, state, slot, used, last_step, retained)
     return _implementation(backend, weight).gather(rows, ids)
 
 
 @_gather_op.register_fake
-def _(weight, z, exp_avg_sq, last_step, retained, ids, backend):
+def _(weight, state, slot, used, last_step, retained, ids, backend):
     return weight.new_empty((ids.shape[0], weight.shape[1]))
 
 
@@ -171,11 +180,12 @@ def _(ids, gradient, backend):
     return ids.new_empty((groups,)), gradient.new_empty((groups, gradient.shape[1]))
 
 
-@torch.library.custom_op("ubp_fast::row_sparse_update", mutates_args=("weight", "z", "exp_avg_sq", "last_step"))
+@torch.library.custom_op("ubp_fast::row_sparse_update", mutates_args=("weight", "state", "slot", "used", "last_step"))
 def _update_op(
     weight: Tensor,
-    z: Tensor,
-    exp_avg_sq: Tensor,
+    state: Tensor,
+    slot: Tensor,
+    used: Tensor,
     last_step: Tensor,
     retained: Tensor,
     ids: Tensor,
@@ -184,20 +194,21 @@ def _update_op(
     is_adaptive: bool,
     backend: str,
 ) -> None:
-    rows = ScheduleFreeRows(weight, z, exp_avg_sq, last_step, retained)
+    rows = ScheduleFreeRows(weight, state, slot, used, last_step, retained)
     _implementation(backend, weight).update(rows, ids, gradient, ScheduleFreeStep._make([*step, is_adaptive]))
 
 
-@torch.library.custom_op("ubp_fast::row_sparse_catch_up", mutates_args=("weight", "z", "exp_avg_sq", "last_step"))
+@torch.library.custom_op("ubp_fast::row_sparse_catch_up", mutates_args=("weight", "state", "last_step"))
 def _catch_up_op(
     weight: Tensor,
-    z: Tensor,
-    exp_avg_sq: Tensor,
+    state: Tensor,
+    slot: Tensor,
+    used: Tensor,
     last_step: Tensor,
     retained: Tensor,
     beta2: float,
     toward_z: float,
     backend: str,
 ) -> None:
-    rows = ScheduleFreeRows(weight, z, exp_avg_sq, last_step, retained)
+    rows = ScheduleFreeRows(weight, state, slot, used, last_step, retained)
     _implementation(backend, weight).catch_up(rows, beta2, toward_z)

@@ -13,15 +13,17 @@ class ScheduleFreeRows(NamedTuple):
 
     Attributes:
         weight: [N, D], y of a touched row, the initial weight of any other.
-        z: [N, D], read for touched rows only, never written for others; the memory of others may stay untouched.
-        exp_avg_sq: [N, D], like z.
+        state: [C, 2, D], z and exp_avg_sq of the row that has the slot; unused slots are neither read nor written.
+        slot: int32 [N], slot of a touched row; other entries mean nothing.
+        used: int64 [1], slots in use; they are the first ones.
         last_step: int32 [N], the step each row is up to date with; -1: never touched (y = z = weight, exp_avg_sq = 0).
         retained: float64 [S + 1], entry k is the product of (1 - c) over the steps 1..k; the last entry is the present.
     """
 
     weight: Tensor
-    z: Tensor
-    exp_avg_sq: Tensor
+    state: Tensor
+    slot: Tensor
+    used: Tensor
     last_step: Tensor
     retained: Tensor
 
@@ -71,9 +73,11 @@ def update(rows: ScheduleFreeRows, ids: Tensor, gradient: Tensor, step: Schedule
     exp_avg_sq = exp_avg_sq * step.beta2 + (1 - step.beta2) * gradient * gradient
     if step.is_adaptive:
         gradient = gradient / ((exp_avg_sq / step.bias_correction).sqrt() + step.eps)
+    fresh = ids[rows.last_step[ids] < 0]
+    rows.slot[fresh] = (rows.used + torch.arange(len(fresh), device=ids.device)).int()
+    rows.used.add_(len(fresh))
     rows.weight[ids] = z + (y - z) * (1 - step.average_weight) + gradient * step.gradient_weight
-    rows.z[ids] = z - gradient * step.learning_rate
-    rows.exp_avg_sq[ids] = exp_avg_sq
+    rows.state[rows.slot[ids].long()] = torch.stack([z - gradient * step.learning_rate, exp_avg_sq], dim=1)
     rows.last_step[ids] = len(rows.retained)
 
 
@@ -82,17 +86,17 @@ def catch_up(rows: ScheduleFreeRows, beta2: float, toward_z: float) -> None:
     ids = (rows.last_step >= 0).nonzero()[:, 0]
     y, z, exp_avg_sq = _present(rows, ids, beta2)
     rows.weight[ids] = y + (z - y) * toward_z
-    rows.exp_avg_sq[ids] = exp_avg_sq
+    rows.state[rows.slot[ids].long(), 1] = exp_avg_sq
     rows.last_step[ids] = 0
 
 
 def _present(rows: ScheduleFreeRows, ids: Tensor, beta2: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     """y, z and exp_avg_sq of some rows at the present, [n, D] each."""
-    is_touched = (rows.last_step[ids] >= 0)[:, None]
+    is_touched = rows.last_step[ids] >= 0
     last = rows.last_step[ids].long().clamp(min=0)
     weight = rows.weight[ids]
-    z = torch.where(is_touched, rows.z[ids], weight)
-    exp_avg_sq = torch.where(is_touched, rows.exp_avg_sq[ids], 0.0)
+    z, exp_avg_sq = weight.clone(), torch.zeros_like(weight)
+    z[is_touched], exp_avg_sq[is_touched] = rows.state[rows.slot[ids[is_touched]].long()].unbind(1)
     kept = (rows.retained[-1] / rows.retained[last])[:, None].to(weight.dtype)
     decay = (beta2 ** (len(rows.retained) - 1 - last).double())[:, None].to(weight.dtype)
     return z + (weight - z) * kept, z, exp_avg_sq * decay
