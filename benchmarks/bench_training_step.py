@@ -107,7 +107,7 @@ class PaddedStep:
         return timed_parts(parts, self.optimizer)
 
 
-def timed_parts(parts: Parts, optimizer: torch.optim.Optimizer, rounds: int = 5) -> dict[str, float]:
+def timed_parts(parts: Parts, optimizer: torch.optim.Optimizer, rounds: int = 3) -> dict[str, float]:
     """Median milliseconds of CPU time of each part's forward and backward, and of the update."""
     samples: dict[str, list[float]] = {name: [] for name, _ in parts} | {"update": []}
     for _ in range(rounds):

@@ -95,12 +95,12 @@ void update_row(const RowSparseUpdate& problem, int64_t id, const float* __restr
   const float beta2 = static_cast<float>(problem.beta2);
   const float old_moment = last < 0 ? 0.f : beta2 * decay(table, last, problem.beta2);
   const float new_moment = static_cast<float>(1.0 - problem.beta2);
-  const float correction = problem.bias_correction, eps = problem.eps;
+  const float correction = 1.f / problem.bias_correction, eps = problem.eps;
   const float z_rate = problem.learning_rate, y_rate = problem.gradient_weight;
   for (int64_t d = 0; d < table.width; ++d) {
     const float moment = v[d] * old_moment + new_moment * gradient[d] * gradient[d];
     const float direction =
-        kIsAdaptive ? gradient[d] / (__builtin_sqrtf(moment / correction) + eps) : gradient[d];
+        kIsAdaptive ? gradient[d] / (__builtin_sqrtf(moment * correction) + eps) : gradient[d];
     v[d] = moment;
     y[d] = z[d] + (y[d] - z[d]) * share + direction * y_rate;
     z[d] = z[d] - direction * z_rate;

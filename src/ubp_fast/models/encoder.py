@@ -57,16 +57,28 @@ class EncoderLayer(nn.Module):
         nn.init.zeros_(self.qkv.bias)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, rows: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def forward(self, rows: Tensor, cu_seqlens: Tensor, last: Tensor | None = None) -> Tensor:
+        """All rows, or only those at `last` (int64 [n], the last row of every sequence that has one): [T or n, d]."""
+        kept = rows if last is None else rows[last]
         if self.config.norm_first:
-            rows = rows + self._attend(self.attention_norm(rows), cu_seqlens)
-            return rows + self._feed_forward(self.feed_forward_norm(rows))
-        rows = self.attention_norm(rows + self._attend(rows, cu_seqlens))
-        return self.feed_forward_norm(rows + self._feed_forward(rows))
+            kept = kept + self._attend(self.attention_norm(rows), cu_seqlens, last)
+            return kept + self._feed_forward(self.feed_forward_norm(kept))
+        kept = self.attention_norm(kept + self._attend(rows, cu_seqlens, last))
+        return self.feed_forward_norm(kept + self._feed_forward(kept))
 
-    def _attend(self, rows: Tensor, cu_seqlens: Tensor) -> Tensor:
-        query, key, value = self.qkv(rows).view(len(rows), 3, self.config.heads, -1).unbind(1)
-        mixed = flash_attention(query, key, value, cu_seqlens)
+    def _attend(self, rows: Tensor, cu_seqlens: Tensor, last: Tensor | None) -> Tensor:
+        if last is None:
+            query, key, value = self.qkv(rows).view(len(rows), 3, self.config.heads, -1).unbind(1)
+            mixed = flash_attention(query, key, value, cu_seqlens)
+        else:
+            width = rows.shape[1]
+            weight, bias = self.qkv.weight, self.qkv.bias
+            query = functional.linear(rows[last], weight[:width], bias[:width])
+            key_value = functional.linear(rows, weight[width:], bias[width:])
+            key, value = key_value.view(len(rows), 2, self.config.heads, -1).unbind(1)
+            one_each = functional.pad((cu_seqlens.diff() > 0).cumsum(0, dtype=torch.int32), (1, 0))
+            query = query.view(len(last), self.config.heads, -1)
+            mixed = flash_attention(query, key, value, one_each, cu_seqlens)
         return self._drop(self.out(mixed.flatten(1)))
 
     def _feed_forward(self, rows: Tensor) -> Tensor:
@@ -126,11 +138,6 @@ def pool_mean(rows: Tensor, batch: SequenceBatch) -> Tensor:
     return sums / lengths.clamp(min=1)[:, None]
 
 
-def pool_last(rows: Tensor, batch: SequenceBatch) -> Tensor:
-    """The last row of each sequence, float32 [B, d]; some other row for empty sequences."""
-    return rows[(batch.cu_seqlens[1:].long() - 1).clamp(min=0)].float()
-
-
 class SequenceEncoder(nn.Module):
     """Packed transformer layers and pooling: event vectors [T, width] -> one vector per sequence [B, width].
 
@@ -164,15 +171,21 @@ class SequenceEncoder(nn.Module):
         """
         if not batch.num_tokens:
             return self.empty.expand(batch.num_sequences, -1)
+        has_events = batch.lengths() > 0
+        if self.config.pooling == "last":
+            pooled = self._last_rows(rows, batch.cu_seqlens, has_events)
+            return self.empty.expand(len(has_events), -1).masked_scatter(has_events[:, None], pooled)
         for layer in self.layers:
             rows = layer(rows, batch.cu_seqlens)
-        if self.lstm is not None:
-            pooled = self.lstm(rows, batch)
-        elif self.config.pooling == "mean":
-            pooled = pool_mean(rows, batch)
-        else:
-            pooled = pool_last(rows, batch)
-        return torch.where((batch.lengths() > 0)[:, None], pooled, self.empty)
+        pooled = pool_mean(rows, batch) if self.lstm is None else self.lstm(rows, batch)
+        return torch.where(has_events[:, None], pooled, self.empty)
+
+    def _last_rows(self, rows: Tensor, cu_seqlens: Tensor, has_events: Tensor) -> Tensor:
+        """The last row of every sequence that has one, float32 [n, d]; the last layer computes no others."""
+        last = cu_seqlens[1:].long()[has_events] - 1
+        for layer in self.layers[:-1]:
+            rows = layer(rows, cu_seqlens)
+        return (self.layers[-1](rows, cu_seqlens, last) if len(self.layers) else rows[last]).float()
 
 
 def sinusoidal_positions(steps_to_end: Tensor, width: int, max_length: int) -> Tensor:

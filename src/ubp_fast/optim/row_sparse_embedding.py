@@ -170,7 +170,10 @@ class RowSparseEmbedding(nn.Embedding):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
+        dtype, device = dtype or torch.get_default_dtype(), torch.device(device or torch.get_default_device())
+        weight = reserve((num_embeddings, embedding_dim), dtype, device)
+        super().__init__(num_embeddings, embedding_dim, padding_idx, _weight=weight)
+        self.reset_parameters()
         self.touched: TouchedRows | None = None
         self.register_state_dict_pre_hook(_catch_up_before_saving)
 

@@ -8,7 +8,7 @@ the steps 1..k, a row that is up to date with step `last` is brought to the pres
                y <- z + (y - z) (1 - c) + gradient_weight d  z <- z - learning_rate d
 
 `gather` reads rows as of the present and writes nothing, `reduce` adds the gradients of equal ids, `update` catches up
-and steps. Memory traffic and memory are those of the touched rows: z and exp_avg_sq of a row get the next free slot with
+and steps. Memory traffic and memory are those of the touched rows: z and exp_avg_sq of a row get the next slot with
 its first gradient. Source: Defazio et al. 2024 (schedule-free); the closed forms are ours.
 """
 
