@@ -15,6 +15,7 @@ from schedulefree import RAdamScheduleFree
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ubp_fast.models.dropout import dropout
 from ubp_fast.models.encoder import sinusoidal_positions
 from ubp_fast.models.event_embedding import EventSizes
 from ubp_fast.models.multitask import MULTITASK_LABELS, MultitaskConfig, MultitaskModel
@@ -62,7 +63,7 @@ class OurStep:
         def rows() -> Tensor:
             vectors = model.events(history)
             vectors = vectors + sinusoidal_positions(history.steps_to_end(), vectors.shape[1], 64)
-            return functional.dropout(vectors, model.config.embedding_dropout, model.training)
+            return dropout(vectors, model.config.embedding_dropout, model.training)
 
         leaf = rows().detach().requires_grad_()
         encoded = model.encoder(leaf, history).detach().requires_grad_()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ubp_fast.kernels import flash_attention
+from ubp_fast.models.dropout import dropout
 from ubp_fast.sequences.batch import SequenceBatch
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": functional.gelu, "relu": functional.relu}
@@ -86,7 +87,7 @@ class EncoderLayer(nn.Module):
         return self._drop(self.reduce(hidden))
 
     def _drop(self, rows: Tensor) -> Tensor:
-        return functional.dropout(rows, self.config.dropout, self.training)
+        return dropout(rows, self.config.dropout, self.training)
 
 
 class LastStatePooling(nn.Module):
