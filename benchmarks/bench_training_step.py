@@ -40,20 +40,25 @@ def lengths_of(batch: int) -> tuple[int, ...]:
 
 
 class OurStep:
-    """The model of `ubp_fast` with its default optimizer."""
+    """The model of `ubp_fast` with its default optimizer, in bfloat16 as Lightning's bf16-mixed does it or not."""
 
-    def __init__(self, model: MultitaskModel, batches: list[ViewBatch]) -> None:
+    def __init__(self, model: MultitaskModel, batches: list[ViewBatch], precision: str) -> None:
         self.model, self.batches, self.at = model, batches, 0
+        self.is_bf16 = precision == "bf16"
         self.optimizer = adopt_tables(RAdamScheduleFree(model.parameters(), lr=1e-3), model, "row_sparse")
         self.optimizer.train()
 
     def __call__(self) -> Tensor:
-        loss = torch.stack(list(self.model.loss(self.batches[self.at % BATCHES]).values())).sum()
+        with self._autocast():
+            loss = torch.stack(list(self.model.loss(self.batches[self.at % BATCHES]).values())).sum()
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.at += 1
         return loss.detach()
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.is_bf16)
 
     def parts_ms(self) -> dict[str, float]:
         """Forward and backward of each part alone, and the update."""
@@ -77,7 +82,7 @@ class OurStep:
             )
 
         parts = [("events", rows), ("encoder", lambda: model.encoder(leaf, history)), ("experts", head)]
-        return timed_parts(parts, self.optimizer)
+        return timed_parts([(name, self._autocast()(call)) for name, call in parts], self.optimizer)
 
 
 class PaddedStep:
@@ -124,8 +129,8 @@ def timed_parts(parts: Parts, optimizer: torch.optim.Optimizer, rounds: int = 3)
     return {name: round(1e3 * float(np.median(values)), 2) for name, values in samples.items()}
 
 
-@pytest.mark.parametrize(("share", "bar"), [(0.1, 2.0), (1.0, 3.0)])
-def bench_multitask_step(contest: Contest, share: float, bar: float) -> None:
+@pytest.mark.parametrize(("share", "precision", "bar"), [(0.1, "fp32", None), (1.0, "fp32", 3.0), (1.0, "bf16", 5.0)])
+def bench_multitask_step(contest: Contest, share: float, precision: str, bar: float | None) -> None:
     """Full vocabularies take 14 GB of memory, 10 of them for the rival."""
     sizes, config = sizes_of(share), MultitaskConfig()
     model = MultitaskModel(config, sizes, FEATURES, OUTPUTS)
@@ -133,12 +138,12 @@ def bench_multitask_step(contest: Contest, share: float, bar: float) -> None:
     batches = [random_batch(lengths_of(batch), sizes, FEATURES, OUTPUTS) for batch in range(BATCHES)]
     padded = [pad(batch, config.history_length) for batch in batches]
     assert_same_loss(model, rival, batches[0], padded[0])
-    ours, theirs = OurStep(model, batches), PaddedStep(rival, padded)
+    ours, theirs = OurStep(model, batches, precision), PaddedStep(rival, padded)
     tokens = int(np.mean([batch.history.num_tokens for batch in batches if batch.history is not None]))
     contest.run(
-        f"multi-task training step, {sizes.num_skus + sizes.num_urls:,} rows, batch {VIEWS}",
+        f"multi-task training step {precision}, {sizes.num_skus + sizes.num_urls:,} rows, batch {VIEWS}",
         ours,
-        {"padded PyTorch + AdamW(fused)": (theirs, bar)},
+        {"padded PyTorch fp32 + AdamW(fused)": (theirs, bar)},
         lambda _, mine, other: None,  # both drop out at random; the losses were compared without that
         min_rounds=10,
         seconds=30,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import os
 
 import pytest
 import torch
 from torch import nn
 
 from ubp_fast.optim import RowSparseEmbedding, RowSparseRAdamScheduleFree
+from ubp_fast.optim.row_sparse_embedding import reserve
 
 
 @pytest.mark.parametrize("padding_idx", [None, 0, -1])
@@ -62,3 +64,24 @@ def test_every_way_to_the_weights_is_up_to_date() -> None:
     assert torch.equal(twin.weight, stale)
     twin.catch_up()
     assert torch.equal(twin.weight, table.weight)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # fork in a process that has threads is what is tested
+def test_a_forked_process_has_weights_of_its_own() -> None:
+    """They lay in shared memory once: a child that trained changed its parent."""
+    table = RowSparseEmbedding(300, 8)
+    before = table.weight.detach().clone()
+    child = os.fork()
+    if child == 0:
+        table.weight.data.numpy().fill(7.0)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert torch.equal(table.weight, before)
+
+
+def test_reserved_memory_is_zero_and_any_shape() -> None:
+    for shape in ((5, 2, 3), (0, 4), (1,)):
+        for dtype in (torch.float32, torch.float64):
+            memory = reserve(shape, dtype, torch.device("cpu"))
+            assert memory.shape == shape and memory.dtype == dtype
+            assert not memory.any()

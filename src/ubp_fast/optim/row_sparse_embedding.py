@@ -28,7 +28,8 @@ def reserve(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     count = math.prod(shape)
     if device.type != "cpu" or count == 0:
         return torch.zeros(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, count * dtype.itemsize)
+    # Private: a forked process must not write into this one's weights.
+    memory = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         # Rows lie anywhere: with small pages each costs several walks through the page table.
         with suppress(OSError):  # a kernel built without them
