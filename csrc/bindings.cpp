@@ -1,4 +1,4 @@
-// The only file that knows Python. Tensors arrive as addresses with sizes; `api.py` has checked shapes and
+// Python meets the kernels here (and in row_sparse/bindings.cpp). Tensors arrive as addresses with sizes; `api.py` has checked shapes and
 // dtypes, the checks here keep a wrong caller from crashing the process. The GIL is released while a kernel
 // runs.
 #include <pybind11/pybind11.h>
@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "common/dispatch.h"
+#include "row_sparse/bindings.h"
 
 namespace py = pybind11;
 
@@ -233,4 +234,5 @@ PYBIND11_MODULE(_core, module) {
   module.def("flash_attention_backward", &flash_attention_backward);
   module.def("nt_xent_forward", &nt_xent_forward);
   module.def("nt_xent_backward", &nt_xent_backward);
+  ubp::bind_row_sparse(module);
 }

@@ -6,6 +6,7 @@
 
 #include "flash_attention/flash_attention.h"
 #include "nt_xent/nt_xent.h"
+#include "row_sparse/row_sparse.h"
 
 namespace ubp {
 
@@ -13,6 +14,10 @@ struct Kernels {
   const char* isa;
   FlashAttentionFunction flash_attention_forward, flash_attention_backward;
   NTXentFunction nt_xent_forward, nt_xent_backward;
+  RowSparseGatherFunction row_sparse_gather;
+  RowSparseReduceFunction row_sparse_reduce;
+  RowSparseUpdateFunction row_sparse_update;
+  RowSparseCatchUpFunction row_sparse_catch_up;
 };
 
 // The kernels in use; at first those of the best instruction set of this machine.

@@ -61,3 +61,22 @@ def nt_xent_backward(
     grad_left: int,
     grad_right: int,
 ) -> float: ...
+def row_sparse_gather(
+    table: Sequence[int], sizes: Sequence[int], ids: int, count: int, output: int, threads: int
+) -> None: ...
+def row_sparse_group(ids: int, count: int, order: int, distinct: int, start: int) -> int: ...
+def row_sparse_reduce(start: int, order: int, sizes: Sequence[int], gradient: int, sums: int, threads: int) -> None: ...
+def row_sparse_update(
+    table: Sequence[int],
+    sizes: Sequence[int],
+    ids: int,
+    count: int,
+    gradient: int,
+    step: Sequence[float],
+    is_adaptive: bool,
+    used: int,
+    threads: int,
+) -> None: ...
+def row_sparse_catch_up(
+    table: Sequence[int], sizes: Sequence[int], beta2: float, toward_z: float, threads: int
+) -> None: ...

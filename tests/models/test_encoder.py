@@ -73,6 +73,26 @@ def test_layer_equals_torch_on_each_client(batch: SequenceBatch, norm_first: boo
             torch.testing.assert_close(packed[begin:end], twin(rows[None, begin:end])[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("buckets", [0, 40])
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_last_rows_alone_equal_all_rows(batch: SequenceBatch, norm_first: bool, buckets: int) -> None:
+    """The last layer of pooling "last" skips rows that nobody reads: same rows, same gradients."""
+    config = EncoderConfig(heads=3, layers=1, feed_forward=40, norm_first=norm_first, time_bias_buckets=buckets)
+    torch.manual_seed(0)
+    layer, last = EncoderLayer(WIDTH, config).eval(), batch.cu_seqlens[1:].long()[batch.lengths() > 0] - 1
+    assert 0 < len(last) < batch.num_sequences
+    if buckets:
+        nn.init.normal_(layer.time_bias)
+    results = []
+    for chosen in (last, None):
+        rows = rows_of(batch).requires_grad_()
+        found = layer(rows, batch.cu_seqlens, batch.timestamp_s, chosen)
+        found = found if chosen is not None else found[last]
+        results.append([found, *torch.autograd.grad(found.cos().sum(), (rows, *layer.parameters()))])
+    for found, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("pooling", ["last", "mean", "lstm"])
 def test_pooling_equals_each_client_alone(batch: SequenceBatch, pooling: Literal["last", "mean", "lstm"]) -> None:
     model, rows = encoder(pooling, layers=0), rows_of(batch)

@@ -225,3 +225,26 @@ def test_no_views_are_refused(store: EventStore, tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="at least one view"):
         fit(small_contrastive(store), loader, OPTIMIZERS["adamw"], TrainingConfig(), tmp_path)
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("make_model", [small_contrastive, "multitask"], ids=["contrastive", "multitask"])
+def test_row_sparse_training_is_dense_training(
+    store: EventStore, tmp_path: Path, make_model: object, clip: float | None
+) -> None:
+    """Tables are trained by the rows in use, and the losses are those of the dense optimizer."""
+    results = {}
+    for updates in ("row_sparse", "dense"):
+        if make_model == "multitask":
+            model: torch.nn.Module = small_multitask(store, outputs_of(whole_batch(store).labels))
+        else:
+            model = small_contrastive(store)
+        config = TrainingConfig(epochs=5, table_updates=updates, gradient_clip_norm=clip)  # type: ignore[arg-type]
+        losses = fit(model, training_loader(store), OPTIMIZERS["schedule_free"], config, tmp_path / updates)
+        assert (model.events.sku.touched is not None) == (updates == "row_sparse")
+        results[updates] = (losses, model.state_dict())
+    assert results["dense"][0][-1]["loss"] < results["dense"][0][0]["loss"]
+    for found, wanted in zip(results["row_sparse"][0], results["dense"][0], strict=True):
+        assert found == pytest.approx(wanted, rel=1e-5)
+    found, wanted = (results[updates][1]["events.sku.weight"] for updates in ("row_sparse", "dense"))
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)

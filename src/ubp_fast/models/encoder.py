@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ubp_fast.kernels import flash_attention
+from ubp_fast.models.dropout import dropout
 from ubp_fast.sequences.batch import SequenceBatch
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": functional.gelu, "relu": functional.relu}
@@ -62,23 +63,43 @@ class EncoderLayer(nn.Module):
         buckets = config.time_bias_buckets
         self.time_bias = nn.Parameter(torch.zeros(config.heads, buckets)) if buckets else None
 
-    def forward(self, rows: Tensor, cu_seqlens: Tensor, timestamp_s: Tensor | None = None) -> Tensor:
-        """Rows [T, d] of all sequences; `timestamp_s` int64 [T] is needed with `time_bias_buckets`."""
-        if self.config.norm_first:
-            rows = rows + self._attend(self.attention_norm(rows), cu_seqlens, timestamp_s)
-            return rows + self._feed_forward(self.feed_forward_norm(rows))
-        rows = self.attention_norm(rows + self._attend(rows, cu_seqlens, timestamp_s))
-        return self.feed_forward_norm(rows + self._feed_forward(rows))
+    def forward(
+        self, rows: Tensor, cu_seqlens: Tensor, timestamp_s: Tensor | None = None, last: Tensor | None = None
+    ) -> Tensor:
+        """All rows, or only those at `last` (int64 [n], the last row of every sequence that has one): [T or n, d].
 
-    def _attend(self, rows: Tensor, cu_seqlens: Tensor, timestamp_s: Tensor | None) -> Tensor:
-        query, key, value = self.qkv(rows).view(len(rows), 3, self.config.heads, -1).unbind(1)
+        `timestamp_s` int64 [T] is needed with `time_bias_buckets`.
+        """
+        kept = rows if last is None else rows[last]
+        if self.config.norm_first:
+            kept = kept + self._attend(self.attention_norm(rows), cu_seqlens, timestamp_s, last)
+            return kept + self._feed_forward(self.feed_forward_norm(kept))
+        kept = self.attention_norm(kept + self._attend(rows, cu_seqlens, timestamp_s, last))
+        return self.feed_forward_norm(kept + self._feed_forward(kept))
+
+    def _attend(self, rows: Tensor, cu_seqlens: Tensor, timestamp_s: Tensor | None, last: Tensor | None) -> Tensor:
+        heads = self.config.heads
+        query_time = key_time = timestamp_s if self.time_bias is not None else None
+        cu_query = cu_seqlens
+        if last is None:
+            query, key, value = self.qkv(rows).view(len(rows), 3, heads, -1).unbind(1)
+        else:
+            width = rows.shape[1]
+            weight, bias = self.qkv.weight, self.qkv.bias
+            query = functional.linear(rows[last], weight[:width], bias[:width]).view(len(last), heads, -1)
+            key_value = functional.linear(rows, weight[width:], bias[width:])
+            key, value = key_value.view(len(rows), 2, heads, -1).unbind(1)
+            cu_query = functional.pad((cu_seqlens.diff() > 0).cumsum(0, dtype=torch.int32), (1, 0))
+            query_time = None if query_time is None else query_time[last]
         mixed = flash_attention(
             query,
             key,
             value,
-            cu_seqlens,
+            cu_query,
+            None if last is None else cu_seqlens,
             time_bias=self.time_bias,
-            timestamp_s=None if self.time_bias is None else timestamp_s,
+            timestamp_s=query_time,
+            timestamp_key_s=None if last is None else key_time,
             dropout_p=self.config.attention_dropout if self.training else 0.0,
         )
         return self._drop(self.out(mixed.flatten(1)))
@@ -88,7 +109,7 @@ class EncoderLayer(nn.Module):
         return self._drop(self.reduce(hidden))
 
     def _drop(self, rows: Tensor) -> Tensor:
-        return functional.dropout(rows, self.config.dropout, self.training)
+        return dropout(rows, self.config.dropout, self.training)
 
 
 class LastStatePooling(nn.Module):
@@ -140,11 +161,6 @@ def pool_mean(rows: Tensor, batch: SequenceBatch) -> Tensor:
     return sums / lengths.clamp(min=1)[:, None]
 
 
-def pool_last(rows: Tensor, batch: SequenceBatch) -> Tensor:
-    """The last row of each sequence, float32 [B, d]; some other row for empty sequences."""
-    return rows[(batch.cu_seqlens[1:].long() - 1).clamp(min=0)].float()
-
-
 class SequenceEncoder(nn.Module):
     """Packed transformer layers and pooling: event vectors [T, width] -> one vector per sequence [B, width].
 
@@ -178,15 +194,23 @@ class SequenceEncoder(nn.Module):
         """
         if not batch.num_tokens:
             return self.empty.expand(batch.num_sequences, -1)
+        has_events = batch.lengths() > 0
+        if self.config.pooling == "last":
+            pooled = self._last_rows(rows, batch, has_events)
+            return self.empty.expand(len(has_events), -1).masked_scatter(has_events[:, None], pooled)
         for layer in self.layers:
             rows = layer(rows, batch.cu_seqlens, batch.timestamp_s)
-        if self.lstm is not None:
-            pooled = self.lstm(rows, batch)
-        elif self.config.pooling == "mean":
-            pooled = pool_mean(rows, batch)
-        else:
-            pooled = pool_last(rows, batch)
-        return torch.where((batch.lengths() > 0)[:, None], pooled, self.empty)
+        pooled = pool_mean(rows, batch) if self.lstm is None else self.lstm(rows, batch)
+        return torch.where(has_events[:, None], pooled, self.empty)
+
+    def _last_rows(self, rows: Tensor, batch: SequenceBatch, has_events: Tensor) -> Tensor:
+        """The last row of every sequence that has one, float32 [n, d]; the last layer computes no others."""
+        last = batch.cu_seqlens[1:].long()[has_events] - 1
+        for layer in self.layers[:-1]:
+            rows = layer(rows, batch.cu_seqlens, batch.timestamp_s)
+        if not len(self.layers):
+            return rows[last].float()
+        return self.layers[-1](rows, batch.cu_seqlens, batch.timestamp_s, last).float()
 
 
 def sinusoidal_positions(steps_to_end: Tensor, width: int, max_length: int) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ubp_fast.events.schema import EVENT_KINDS
+from ubp_fast.optim import RowSparseEmbedding
 from ubp_fast.sequences.batch import SequenceBatch
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ class ProjectedEventEmbedding(nn.Module):
         super().__init__()
         self.config = config
         self.kind = nn.Embedding(len(EVENT_KINDS) + 1, config.kind_width)
-        self.sku = nn.Embedding(sizes.num_skus, config.sku_width)
+        self.sku = RowSparseEmbedding(sizes.num_skus, config.sku_width)
         self.category = nn.Embedding(sizes.num_categories, config.category_width)
         self.price = nn.Embedding(sizes.num_prices, config.price_width)
         self.codes = CodeEmbedding(config.code_width)
@@ -133,7 +134,7 @@ class ProjectedEventEmbedding(nn.Module):
         item_width = config.sku_width + config.category_width + config.price_width + config.code_width
         widths = {"item": config.kind_width + item_width}
         if sizes.has_visits:
-            self.url = nn.Embedding(sizes.num_urls, config.url_width)
+            self.url = RowSparseEmbedding(sizes.num_urls, config.url_width)
             widths["visit"] = config.kind_width + config.url_width
         if sizes.has_searches:
             widths["search"] = config.kind_width + config.code_width
@@ -212,14 +213,14 @@ class ConcatenatedEventEmbedding(nn.Module):
         super().__init__()
         self.config, self.sizes = config, sizes
         self.kind = nn.Embedding(len(EVENT_KINDS) + 1, config.kind_width)
-        self.sku = nn.Embedding(sizes.num_skus, config.sku_width)
+        self.sku = RowSparseEmbedding(sizes.num_skus, config.sku_width)
         self.category = nn.Embedding(sizes.num_categories, config.category_width)
         self.price = nn.Embedding(sizes.num_prices, config.price_width)
         self.codes = CodeEmbedding(config.content_width)
         item_width = config.sku_width + config.category_width + config.price_width + config.content_width
         self.item = nn.Linear(item_width, config.content_width)
         if sizes.has_visits:
-            self.url = nn.Embedding(sizes.num_urls, config.content_width)
+            self.url = RowSparseEmbedding(sizes.num_urls, config.content_width)
         self.day = nn.Embedding(config.max_days, config.day_width)
         self.week = nn.Embedding((config.max_days + 6) // 7, config.week_width)
 

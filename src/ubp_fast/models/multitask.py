@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ubp_fast.models.dropout import dropout
 from ubp_fast.models.encoder import EncoderConfig, SequenceEncoder, sinusoidal_positions
 from ubp_fast.models.event_embedding import ConcatenatedEventConfig, ConcatenatedEventEmbedding, EventSizes
 from ubp_fast.models.ple import PLE, PLEConfig
@@ -83,7 +84,7 @@ class MultitaskModel(nn.Module):
             raise ValueError("MultitaskModel: history and features must be in the batch, got None")
         rows = self.events(history)
         rows = rows + sinusoidal_positions(history.steps_to_end(), rows.shape[1], self.config.history_length)
-        rows = functional.dropout(rows, self.config.embedding_dropout, self.training)
+        rows = dropout(rows, self.config.embedding_dropout, self.training)
         encoded = self.encoder(rows, history)
         return self.fusion(torch.cat([encoded, batch.features], dim=1)).float()
 

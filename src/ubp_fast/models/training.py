@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ubp_fast.models.weights import load_model, save_model, write_atomically
+from ubp_fast.optim import TableUpdates, adopt_tables, clip_gradient_norm
 from ubp_fast.sequences.batch import ViewBatch
 from ubp_fast.sequences.loader import ViewLoader
 
@@ -49,6 +50,7 @@ class TrainingConfig:
     device: Literal["cpu", "cuda", "auto"] = "cpu"  # auto takes a GPU when there is one
     gradient_clip_norm: float | None = None  # largest gradient norm; none in spec 4.7 and 6
     checkpoint_every_s: float = 30.0  # seconds between checkpoints, written at the end of an epoch
+    table_updates: TableUpdates = "auto"  # of large tables: only rows in use where that is exact, see `adopt_tables`
 
 
 def fit(
@@ -99,7 +101,6 @@ def fit(
             devices=1,
             precision="bf16-mixed" if config.precision == "bf16" else "32-true",
             max_epochs=config.epochs - job.epochs_done,
-            gradient_clip_val=config.gradient_clip_norm,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -182,7 +183,8 @@ class _Job(lightning.LightningModule):
                 continue
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        self.optimizer = self.optimizer_factory(self.model.parameters())
+        optimizer = self.optimizer_factory(self.model.parameters())
+        self.optimizer = adopt_tables(optimizer, self.model, self.config.table_updates)
         if self._resumed is not None:
             self.optimizer.load_state_dict(self._resumed)
             self._resumed = None
@@ -195,6 +197,10 @@ class _Job(lightning.LightningModule):
         torch.manual_seed(int(np.random.SeedSequence([self.config.seed, self.epochs_done]).generate_state(1)[0]))
         self.model.train()
         _switch(self.optimizer, is_training=True)
+
+    def configure_gradient_clipping(self, *_: object, **__: object) -> None:
+        if self.config.gradient_clip_norm is not None:
+            clip_gradient_norm(self.model.parameters(), self.config.gradient_clip_norm)
 
     def training_step(self, batch: ViewBatch, batch_index: int) -> Tensor:
         terms = self.model.loss(batch)
@@ -248,9 +254,7 @@ class _Job(lightning.LightningModule):
 
 def _switch(optimizer: torch.optim.Optimizer, *, is_training: bool) -> None:
     """Schedule-free optimizers train on other weights than those to be used; others have no such mode."""
-    switch = getattr(optimizer, "train" if is_training else "eval", None)
-    if switch is not None:
-        switch()
+    getattr(optimizer, "train" if is_training else "eval", lambda: None)()
 
 
 def _mean_terms(terms: list[tuple[int, dict[str, Tensor]]]) -> dict[str, float]:

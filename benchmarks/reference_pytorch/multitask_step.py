@@ -1,0 +1,266 @@
+"""The multi-task model as users write it today: padded batches, `nn.TransformerEncoder`, one module per expert.
+
+Same layers and sizes as `ubp_fast.models.multitask`, on left-padded [B, L] tensors like the winner's. `load_from` takes
+the weights of ours, so that both can be checked to give the same loss on the same clients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ubp_fast.models.encoder import EncoderLayer
+from ubp_fast.models.event_embedding import EventSizes
+from ubp_fast.models.multitask import MultitaskConfig, MultitaskModel
+from ubp_fast.models.ple import ExpertBank
+from ubp_fast.sequences.batch import SequenceBatch, ViewBatch
+
+VISIT, SEARCH, DAY_S = 4, 5, 86_400
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """What a collate function makes: [B, L] fields, events at the right end, zeros before them."""
+
+    kind: Tensor
+    sku: Tensor
+    category: Tensor
+    price: Tensor
+    url: Tensor
+    codes: Tensor
+    day: Tensor
+    is_padding: Tensor
+    features: Tensor
+    labels: dict[str, Tensor]
+
+
+def pad(batch: ViewBatch, length: int) -> PaddedBatch:
+    """Left-pads the histories of a packed batch."""
+    history = batch.history
+    assert history is not None and batch.features is not None
+    row, column = history.segments(), length - 1 - history.steps_to_end()
+
+    def padded(values: Tensor) -> Tensor:
+        result = torch.zeros((history.num_sequences, length, *values.shape[1:]), dtype=values.dtype)
+        result[row, column] = values
+        return result
+
+    names = ("kind", "sku", "category", "price", "url", "codes")
+    fields = {name: padded(getattr(history, name)) for name in names}
+    day = padded((history.age_s() // DAY_S).clamp(0, 364))
+    return PaddedBatch(
+        **fields, day=day, is_padding=fields["kind"] == 0, features=batch.features, labels=dict(batch.labels)
+    )
+
+
+class Expert(nn.Sequential):
+    """Linear - ReLU - dropout - Linear."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, dropout: float) -> None:
+        super().__init__(nn.Linear(inputs, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, outputs))
+
+
+class Level(nn.Module):
+    """One level of PLE, expert by expert."""
+
+    def __init__(self, tasks: int, inputs: int, has_shared_gate: bool, config: MultitaskConfig) -> None:
+        super().__init__()
+        part = config.experts
+        sizes = (inputs, part.expert_hidden, part.expert_width, part.expert_dropout)
+        self.own = nn.ModuleList(nn.ModuleList(Expert(*sizes) for _ in range(part.task_experts)) for _ in range(tasks))
+        self.shared = nn.ModuleList(Expert(*sizes) for _ in range(part.shared_experts))
+        choices = part.shared_experts + part.task_experts
+        self.gates = nn.ModuleList(nn.Linear(inputs, choices) for _ in range(tasks))
+        everything = tasks * part.task_experts + part.shared_experts
+        self.shared_gate = nn.Linear(inputs, everything) if has_shared_gate else None
+
+    def forward(self, per_task: list[Tensor], shared_input: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        shared = [expert(shared_input) for expert in self.shared]
+        own = [[expert(value) for expert in experts] for experts, value in zip(self.own, per_task, strict=True)]
+        mixed = [
+            self._mix(gate(value), [*shared, *experts])
+            for gate, value, experts in zip(self.gates, per_task, own, strict=True)
+        ]
+        if self.shared_gate is None:
+            return mixed, None
+        return mixed, self._mix(self.shared_gate(shared_input), [*shared, *(one for part in own for one in part)])
+
+    @staticmethod
+    def _mix(logits: Tensor, experts: list[Tensor]) -> Tensor:
+        return (logits.softmax(dim=1)[:, :, None] * torch.stack(experts, dim=1)).sum(dim=1)
+
+
+class PaddedMultitask(nn.Module):
+    """The whole model."""
+
+    def __init__(self, config: MultitaskConfig, sizes: EventSizes, num_features: int, outputs: dict[str, int]) -> None:
+        super().__init__()
+        self.config, self.names = config, tuple(outputs)
+        events, encoder, part = config.events, config.encoder, config.experts
+        self.kind = nn.Embedding(6, events.kind_width)
+        self.sku = nn.Embedding(sizes.num_skus, events.sku_width)
+        self.category = nn.Embedding(sizes.num_categories, events.category_width)
+        self.price = nn.Embedding(sizes.num_prices, events.price_width)
+        self.url = nn.Embedding(sizes.num_urls, events.content_width)
+        self.codes = nn.Embedding(256, events.content_width)
+        self.day = nn.Embedding(events.max_days, events.day_width)
+        self.week = nn.Embedding((events.max_days + 6) // 7, events.week_width)
+        item_width = events.sku_width + events.category_width + events.price_width + events.content_width
+        self.item = nn.Linear(item_width, events.content_width)
+        layer = nn.TransformerEncoderLayer(
+            events.width, encoder.heads, encoder.feed_forward, encoder.dropout, encoder.activation, batch_first=True
+        )
+        self.encoder = nn.TransformerEncoder(layer, encoder.layers, enable_nested_tensor=False)
+        self.fusion = nn.Sequential(
+            nn.Linear(events.width + num_features, config.profile_width),
+            nn.LeakyReLU(),
+            nn.Dropout(config.fusion_dropout),
+            nn.Linear(config.profile_width, config.profile_width),
+        )
+        self.first = Level(len(outputs), config.profile_width, True, config)
+        self.second = Level(len(outputs), part.expert_width, False, config)
+        self.towers = nn.ModuleDict(
+            {
+                name: nn.Sequential(
+                    nn.Linear(part.expert_width, part.tower_hidden),
+                    nn.ReLU(),
+                    nn.Dropout(part.tower_dropout),
+                    nn.Linear(part.tower_hidden, count),
+                )
+                for name, count in outputs.items()
+            }
+        )
+
+    def embed(self, batch: PaddedBatch) -> Tensor:
+        """Event vectors with positions, [B, L, 412]."""
+        is_visit, is_search = batch.kind == VISIT, batch.kind == SEARCH
+        is_item = ~(is_visit | is_search | batch.is_padding)
+        content = torch.zeros((*batch.kind.shape, self.config.events.content_width))
+        tables = (
+            self.sku(batch.sku[is_item]),
+            self.category(batch.category[is_item]),
+            self.price(batch.price[is_item]),
+            self.codes(batch.codes[is_item]).mean(dim=1),
+        )
+        content[is_item] = functional.relu(self.item(torch.cat(tables, dim=1)))
+        content[is_visit] = self.url(batch.url[is_visit])
+        content[is_search] = self.codes(batch.codes[is_search]).mean(dim=1)
+        parts = (self.kind(batch.kind), content, self.day(batch.day), self.week(batch.day // 7))
+        rows = torch.cat(parts, dim=2)
+        rows = rows + positions(*rows.shape[1:])
+        return functional.dropout(rows, self.config.embedding_dropout, self.training)
+
+    def encode(self, rows: Tensor, batch: PaddedBatch) -> Tensor:
+        """The last position of the transformer, [B, 412]."""
+        return self.encoder(rows, src_key_padding_mask=batch.is_padding)[:, -1]
+
+    def loss_of(self, encoded: Tensor, batch: PaddedBatch) -> Tensor:
+        """Profile, experts, towers and the sum of all losses."""
+        profile = self.fusion(torch.cat([encoded, batch.features], dim=1))
+        mixed, shared = self.first([profile] * len(self.names), profile)
+        mixed, _ = self.second(mixed, shared)
+        total = torch.zeros(())
+        for name, value in zip(self.names, mixed, strict=True):
+            logits, label = self.towers[name](value), batch.labels[name]
+            if label.dim() == 1:
+                loss = functional.binary_cross_entropy_with_logits(logits[:, 0], label)
+                total = total + self.config.activity_weight * loss
+                continue
+            has_label = label.sum(dim=1) > 0
+            if has_label.any():
+                total = total + functional.binary_cross_entropy_with_logits(logits[has_label], label[has_label])
+        return total
+
+    def loss(self, batch: PaddedBatch) -> Tensor:
+        """One number to minimise."""
+        return self.loss_of(self.encode(self.embed(batch), batch), batch)
+
+    @torch.no_grad()
+    def load_from(self, model: MultitaskModel) -> PaddedMultitask:
+        """Copies the weights of ours."""
+        events = model.events
+        for name in ("kind", "sku", "category", "price", "url", "day", "week", "item"):
+            getattr(self, name).load_state_dict(getattr(events, name).state_dict())
+        self.codes.weight.copy_(events.codes.table.weight)
+        self.fusion.load_state_dict(model.fusion.state_dict())
+        for layer, ours in zip(self.encoder.layers, model.encoder.layers, strict=True):
+            _copy_layer(layer, ours)
+        for level, ours in ((self.first, model.tasks.first), (self.second, model.tasks.second)):
+            for index, experts in enumerate(level.own):
+                _copy_experts(experts, ours.own, index)
+            _copy_experts(level.shared, ours.shared, 0)
+            for index, gate in enumerate(level.gates):
+                _copy_linear(gate, ours.gate_weight[index].t(), ours.gate_bias[index])
+        self.first.shared_gate.load_state_dict(model.tasks.first.shared_gate.state_dict())
+        self.towers.load_state_dict(model.tasks.towers.state_dict())
+        return self
+
+
+def positions(length: int, width: int) -> Tensor:
+    """Sinusoidal positions, [L, width]."""
+    rate = torch.exp(torch.arange(0, width, 2) * (-torch.log(torch.tensor(10_000.0)) / width))
+    angle = torch.arange(length)[:, None] * rate
+    return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)
+
+
+def _copy_linear(linear: nn.Linear, weight: Tensor, bias: Tensor) -> None:
+    linear.weight.copy_(weight)
+    linear.bias.copy_(bias)
+
+
+def _copy_layer(layer: nn.TransformerEncoderLayer, ours: EncoderLayer) -> None:
+    layer.self_attn.in_proj_weight.copy_(ours.qkv.weight)
+    layer.self_attn.in_proj_bias.copy_(ours.qkv.bias)
+    pairs = (
+        (layer.self_attn.out_proj, ours.out),
+        (layer.linear1, ours.expand),
+        (layer.linear2, ours.reduce),
+        (layer.norm1, ours.attention_norm),
+        (layer.norm2, ours.feed_forward_norm),
+    )
+    for module, source in pairs:
+        module.load_state_dict(source.state_dict())
+
+
+def _copy_experts(experts: nn.ModuleList, bank: ExpertBank, group: int) -> None:
+    hidden = bank.hidden_weight[group].chunk(bank.experts, dim=1)
+    hidden_bias = bank.hidden_bias[group].chunk(bank.experts)
+    for index, expert in enumerate(experts):
+        _copy_linear(expert[0], hidden[index].t(), hidden_bias[index])
+        place = group * bank.experts + index
+        _copy_linear(expert[3], bank.out_weight[place].t(), bank.out_bias[group, index])
+
+
+def random_batch(lengths: tuple[int, ...], sizes: EventSizes, num_features: int, outputs: dict[str, int]) -> ViewBatch:
+    """Clients with these history lengths; kinds in the shares of the challenge's release, ids by 1 / rank."""
+    tokens, cutoff_s = sum(lengths), 1_700_000_000
+
+    def zipf(size: int) -> Tensor:
+        return (float(size - 2) ** torch.rand(tokens, dtype=torch.float64)).long().clamp(max=size - 3) + 2
+
+    kind = 1 + torch.multinomial(torch.tensor([1.7, 5.2, 1.7, 150.7, 9.6]), tokens, replacement=True)
+    is_visit, is_search = kind == VISIT, kind == SEARCH
+    is_item = ~(is_visit | is_search)
+    has_codes = (is_item | is_search)[:, None]
+    history = SequenceBatch(
+        kind=kind,
+        sku=zipf(sizes.num_skus) * is_item,
+        category=zipf(sizes.num_categories) * is_item,
+        price=torch.randint(2, sizes.num_prices, (tokens,)) * is_item,
+        url=zipf(sizes.num_urls) * is_visit,
+        codes=torch.randint(0, 256, (tokens, 16)) * has_codes,
+        timestamp_s=cutoff_s - torch.randint(0, 150 * DAY_S, (tokens,)),
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
+        cutoff_s=torch.full((len(lengths),), cutoff_s),
+        client=torch.arange(len(lengths)),
+    )
+    labels = {
+        name: (torch.rand(len(lengths)) < 0.3).float()
+        if count == 1
+        else (torch.rand(len(lengths), count) < 0.02).float()
+        for name, count in outputs.items()
+    }
+    return ViewBatch(history=history, features=torch.rand(len(lengths), num_features), labels=labels)

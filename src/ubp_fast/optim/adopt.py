@@ -1,0 +1,48 @@
+"""Which optimizer trains the tables of a model: one written rule."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from schedulefree import RAdamScheduleFree
+from torch import nn
+from torch.optim import Optimizer
+
+from ubp_fast.optim.row_sparse_embedding import RowSparseEmbedding
+from ubp_fast.optim.row_sparse_schedule_free import RowSparseRAdamScheduleFree
+
+TableUpdates = Literal["auto", "row_sparse", "dense"]
+
+
+def adopt_tables(optimizer: Optimizer, model: nn.Module, updates: TableUpdates) -> Optimizer:
+    """The same optimizer, row-sparse for the model's `RowSparseEmbedding` tables where that gives the same result.
+
+    Args:
+        optimizer: made for the model's parameters, without any step taken.
+        model: may hold tables.
+        updates: "row_sparse" demands it; "auto" takes it for tables on the CPU that `RAdamScheduleFree` trains without
+            weight decay, and keeps `optimizer` otherwise; "dense" always keeps it.
+
+    Raises:
+        ValueError: "row_sparse" for an optimizer that has no row-sparse form.
+    """
+    tables = [module for module in model.modules() if isinstance(module, RowSparseEmbedding)]
+    if not tables or updates == "dense":
+        return optimizer
+    reason = _unsupported(optimizer)
+    if reason is not None:
+        if updates == "row_sparse":
+            raise ValueError(f"adopt_tables: optimizer must be row-sparse, got one that is not: {reason}; use 'auto'")
+        return optimizer
+    if updates == "auto" and any(table.weight.device.type != "cpu" for table in tables):
+        return optimizer
+    return RowSparseRAdamScheduleFree(optimizer.param_groups, tables)
+
+
+def _unsupported(optimizer: Optimizer) -> str | None:
+    # A subclass may step in other ways than the library does.
+    if type(optimizer) is not RAdamScheduleFree:
+        return f"{type(optimizer).__name__} has no row-sparse form"
+    if any(group["weight_decay"] for group in optimizer.param_groups):
+        return "weight decay moves every row in every step"
+    return None

@@ -1,0 +1,69 @@
+"""Which optimizer trains tables, and clipping with sparse gradients."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from schedulefree import RAdamScheduleFree
+from torch import nn
+
+from ubp_fast.optim import RowSparseEmbedding, RowSparseRAdamScheduleFree, adopt_tables, clip_gradient_norm
+
+
+class Other(RAdamScheduleFree):
+    """Steps in a way nobody knows."""
+
+
+def model() -> nn.Sequential:
+    return nn.Sequential(RowSparseEmbedding(10, 4), nn.Linear(4, 2))
+
+
+def test_schedule_free_is_adopted() -> None:
+    layers = model()
+    optimizer = adopt_tables(RAdamScheduleFree(layers.parameters(), lr=0.25, betas=(0.8, 0.9)), layers, "auto")
+    assert isinstance(optimizer, RowSparseRAdamScheduleFree)
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["betas"]) == (0.25, (0.8, 0.9))
+    assert len(group["params"]) == 3
+    assert layers[0].touched is not None
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [Other, torch.optim.AdamW, partial(RAdamScheduleFree, weight_decay=0.1)],
+    ids=["subclass", "adamw", "decay"],
+)
+def test_others_stay_as_they_are(factory: type[torch.optim.Optimizer]) -> None:
+    layers = model()
+    optimizer = factory(layers.parameters())
+    assert adopt_tables(optimizer, layers, "auto") is optimizer
+    assert layers[0].touched is None
+    with pytest.raises(ValueError, match="optimizer must be row-sparse, got one that is not"):
+        adopt_tables(optimizer, layers, "row_sparse")
+
+
+def test_dense_and_models_without_tables_keep_theirs() -> None:
+    layers, linear = model(), nn.Linear(2, 2)
+    dense = RAdamScheduleFree(layers.parameters())
+    assert adopt_tables(dense, layers, "dense") is dense
+    other = RAdamScheduleFree(linear.parameters())
+    assert adopt_tables(other, linear, "row_sparse") is other
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e4])
+def test_clipping_equals_the_dense_one(max_norm: float) -> None:
+    layers = model()
+    plain = copy.deepcopy(layers)
+    adopt_tables(RAdamScheduleFree(layers.parameters()), layers, "row_sparse")
+    ids = torch.tensor([1, 1, 3, 9])
+    for one in (layers, plain):
+        (one(ids).square().sum() + one(ids[:2]).sum()).backward()
+    wanted = nn.utils.clip_grad_norm_(plain.parameters(), max_norm)
+    torch.testing.assert_close(clip_gradient_norm(layers.parameters(), max_norm), wanted)
+    for one, other in zip(layers.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad.to_dense(), other.grad)
+    nothing = nn.Linear(1, 1)
+    assert clip_gradient_norm(nothing.parameters(), 1.0) == 0.0

@@ -1,0 +1,241 @@
+"""RowSparseRAdamScheduleFree against the library's dense optimizer: every row, z and exp_avg_sq, in every situation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from schedulefree import RAdamScheduleFree
+from support.closeness import assert_matches_reference
+from torch import Tensor, nn
+
+from ubp_fast.optim import RowSparseEmbedding, RowSparseRAdamScheduleFree
+
+ROWS, WIDTH, IDS = 500, 12, 40
+Batch = tuple[Tensor, Tensor]
+
+
+class TwoTables(nn.Module):
+    """Two tables, one with a padding row, and a dense layer."""
+
+    def __init__(self, table: type[nn.Embedding], dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.first = table(ROWS, WIDTH, dtype=dtype)
+        self.second = table(ROWS // 2, WIDTH, padding_idx=0, dtype=dtype)
+        self.linear = nn.Linear(WIDTH, 4, dtype=dtype)
+
+    def loss(self, batch: Batch, uses_second: bool = True) -> Tensor:
+        ids, noise = batch
+        vectors = self.first(ids)
+        if uses_second:
+            vectors = vectors + self.second(ids // 2) + self.second(ids // 5)
+        return (self.linear(vectors.tanh()) * noise).sum()
+
+
+def batches(count: int, dtype: torch.dtype) -> list[Batch]:
+    """Zipf-distributed ids: P(rank) ~ 1 / rank."""
+    generator = torch.Generator().manual_seed(3)
+    result = []
+    for _ in range(count):
+        uniform = torch.rand(IDS, generator=generator, dtype=torch.float64)
+        ids = (ROWS**uniform).long().clamp(max=ROWS - 1)
+        result.append((ids, torch.randn(IDS, 4, generator=generator).to(dtype)))
+    return result
+
+
+def make(is_sparse: bool, dtype: torch.dtype, **options: Any) -> tuple[TwoTables, RAdamScheduleFree]:
+    options = {"lr": 1e-2, **options}
+    model = TwoTables(RowSparseEmbedding if is_sparse else nn.Embedding, dtype)
+    if is_sparse:
+        tables = [model.first, model.second]
+        return model, RowSparseRAdamScheduleFree(model.parameters(), tables, **options)
+    return model, RAdamScheduleFree(model.parameters(), **options)
+
+
+def take_steps(model: TwoTables, optimizer: RAdamScheduleFree, part: list[Batch], uses_second: bool = True) -> None:
+    optimizer.train()
+    for batch in part:
+        optimizer.zero_grad()
+        model.loss(batch, uses_second).backward()
+        optimizer.step()
+
+
+def everything(model: TwoTables, optimizer: RAdamScheduleFree) -> dict[str, Tensor]:
+    """All weights and all of the optimizer's tensors."""
+    state = optimizer.state_dict()["state"]
+    values = {name: value.clone() for name, value in model.state_dict().items()}
+    return values | {f"{index} {name}": value.clone() for index in state for name, value in state[index].items()}
+
+
+def moved_into_new_objects(model: TwoTables, optimizer: RAdamScheduleFree, is_sparse: bool, dtype: torch.dtype) -> Any:
+    """What a process does that starts from a checkpoint."""
+    weights, state = model.state_dict(), optimizer.state_dict()
+    other, other_optimizer = make(is_sparse, dtype)
+    other.load_state_dict(weights)
+    other_optimizer.load_state_dict(state)
+    return other, other_optimizer
+
+
+@cache
+def long_run(is_sparse: bool, dtype: torch.dtype, saves: bool = True) -> dict[str, Tensor]:
+    """300 steps, switches after 100 and 170, a checkpoint after 200."""
+    steps = batches(300, dtype)
+    model, optimizer = make(is_sparse, dtype)
+    for start, end in ((0, 100), (100, 170), (170, 200)):
+        take_steps(model, optimizer, steps[start:end])
+        optimizer.eval()
+    if saves:
+        model, optimizer = moved_into_new_objects(model, optimizer, is_sparse, dtype)
+    take_steps(model, optimizer, steps[200:])
+    in_training = everything(model, optimizer)
+    optimizer.eval()
+    return in_training | {f"{name} in evaluation": value for name, value in everything(model, optimizer).items()}
+
+
+def test_300_steps_equal_dense_in_float64() -> None:
+    found, wanted = long_run(True, torch.float64), long_run(False, torch.float64)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12, msg=lambda text, name=name: name + text)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_300_steps_equal_dense_in_float32(threads: int) -> None:
+    plain, truth = long_run(False, torch.float32), long_run(False, torch.float64)
+    torch.set_num_threads(threads)
+    found = long_run.__wrapped__(True, torch.float32)
+    for name, value in truth.items():
+        assert_matches_reference(found[name], plain[name], value, "RowSparseRAdamScheduleFree", name)
+
+
+def test_threads_and_a_checkpoint_do_not_change_a_bit() -> None:
+    results = []
+    for threads, saves in ((1, True), (2, True), (1, False)):
+        torch.set_num_threads(threads)
+        found = long_run.__wrapped__(True, torch.float32, saves)
+        results.append([found[name].numpy().tobytes() for name in sorted(found)])
+    assert results[0] == results[1] == results[2]
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("from_sparse", [True, False])
+def test_state_loads_across_dense_and_sparse(from_sparse: bool, mode: str) -> None:
+    steps = batches(60, torch.float64)
+    model, optimizer = make(from_sparse, torch.float64)
+    take_steps(model, optimizer, steps[:30])
+    getattr(optimizer, mode)()
+    other, other_optimizer = moved_into_new_objects(model, optimizer, not from_sparse, torch.float64)
+    take_steps(other, other_optimizer, steps[30:])
+    wanted, wanted_optimizer = make(False, torch.float64)
+    take_steps(wanted, wanted_optimizer, steps)
+    found = everything(other, other_optimizer)
+    for name, value in everything(wanted, wanted_optimizer).items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "options", [{"betas": (0.8, 0.99)}, {"r": 1.0}, {"silent_sgd_phase": False}, {"weight_lr_power": 0.0}], ids=str
+)
+def test_options(options: dict[str, Any]) -> None:
+    results = []
+    for is_sparse in (True, False):
+        model, optimizer = make(is_sparse, torch.float64, **{"lr": 1e-3, **options})
+        take_steps(model, optimizer, batches(25, torch.float64))
+        results.append(everything(model, optimizer))
+    for name, value in results[1].items():
+        torch.testing.assert_close(results[0][name], value, rtol=1e-9, atol=1e-12)
+
+
+def test_a_table_without_gradient_rests() -> None:
+    steps, results = batches(40, torch.float64), []
+    for is_sparse in (True, False):
+        model, optimizer = make(is_sparse, torch.float64)
+        for start in range(0, 40, 10):
+            take_steps(model, optimizer, steps[start : start + 10], uses_second=start in (10, 30))
+        results.append(everything(model, optimizer))
+    assert results[0].keys() == results[1].keys()
+    for name, value in results[1].items():
+        torch.testing.assert_close(results[0][name], value, rtol=1e-9, atol=1e-12)
+
+
+def test_closure_hooks_and_gradients_stay() -> None:
+    model, optimizer = make(True, torch.float64)
+    calls: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    optimizer.train()
+    (batch,) = batches(1, torch.float64)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model.loss(batch)
+        loss.backward()
+        return loss
+
+    before = model.loss(batch)
+    assert torch.equal(optimizer.step(closure), before)
+    assert calls == ["before", "after"]
+    assert model.first.weight.grad.is_sparse
+    assert model.first.weight.grad._nnz() == len(batch[0].unique())
+
+
+def test_memory_is_that_of_the_touched_rows() -> None:
+    model, optimizer = make(True, torch.float32)
+    touched = model.first.touched
+    touched.state.fill_(float("nan"))  # what nobody writes stays NaN
+    steps = batches(20, torch.float32)
+    take_steps(model, optimizer, steps)
+    optimizer.eval()
+    optimizer.train()
+    used = len(torch.cat([ids for ids, _ in steps]).unique())
+    assert 0 < used < ROWS
+    assert int(touched.used) == used
+    assert not touched.state[:used].isnan().any()
+    assert touched.state[used:].isnan().all()
+
+
+def test_many_steps_between_switches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The history of averages grows, and starts anew before its quotients lose digits."""
+    monkeypatch.setattr("ubp_fast.optim.row_sparse_embedding._SMALLEST_RETAINED", 1e-2)
+    steps, results = batches(50, torch.float64), []
+    for is_sparse in (True, False):
+        model, optimizer = make(is_sparse, torch.float64)
+        if is_sparse:
+            model.first.touched._retained = torch.ones(2, dtype=torch.float64)
+        take_steps(model, optimizer, steps)
+        results.append(everything(model, optimizer))
+    for name, value in results[1].items():
+        torch.testing.assert_close(results[0][name], value, rtol=1e-9, atol=1e-12)
+
+
+def use_weight_directly(model: TwoTables, optimizer: RAdamScheduleFree) -> None:
+    optimizer.train()
+    model.first.weight.sum().backward()
+    optimizer.step()
+
+
+def leave_training_mode(model: TwoTables, optimizer: RAdamScheduleFree) -> None:
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [(use_weight_directly, "gradients of tables must be sparse"), (leave_training_mode, "not in train mode")],
+)
+def test_misuse(action: Callable[[TwoTables, RAdamScheduleFree], None], message: str) -> None:
+    with pytest.raises(Exception, match=message):
+        action(*make(True, torch.float32))
+
+
+def test_wrong_arguments() -> None:
+    model = TwoTables(RowSparseEmbedding, torch.float32)
+    with pytest.raises(ValueError, match=r"weight_decay must be 0 for tables, got 0\.1"):
+        RowSparseRAdamScheduleFree(model.parameters(), [model.first], weight_decay=0.1)
+    with pytest.raises(ValueError, match="tables must have their weights in params"):
+        RowSparseRAdamScheduleFree(model.linear.parameters(), [model.first])
+    groups = [{"params": model.linear.parameters(), "weight_decay": 0.1}, {"params": [model.first.weight]}]
+    RowSparseRAdamScheduleFree(groups, [model.first])
