@@ -17,7 +17,7 @@ CHUNK = 512
 def plain(left: Tensor, right: Tensor, temperature: float) -> Tensor:
     """0-d loss over the whole [2N, 2N] matrix."""
     rows = normalize(torch.cat((left, right)))
-    similarity = (rows @ rows.T / temperature).fill_diagonal_(float("-inf"))
+    similarity = ((rows / temperature) @ rows.T).fill_diagonal_(float("-inf"))
     count = len(left)
     partner = torch.cat((torch.arange(count) + count, torch.arange(count)))
     return cross_entropy(similarity, partner)

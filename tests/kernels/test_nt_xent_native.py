@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from support.contrastive_cases import assert_native_is_close, options, pair, results
+from support.contrastive_cases import RESULTS, assert_native_is_close, options, pair, results
 from torch import Tensor
 
 from ubp_fast import _core
@@ -103,6 +103,20 @@ def test_special_rows(count: int, width: int, temperature: float, kind: str, nor
     case = f"N={count} tau={temperature} {kind} {negatives} normalize={normalize}"
     chosen = {"negatives": negatives, "normalize": normalize, **options(len(left))}
     assert_native_is_close(left, right, temperature, case, **chosen)
+
+
+@FORMS
+@pytest.mark.parametrize("normalize", [True, False], ids=["normalized", "lengths"])
+@pytest.mark.parametrize("temperature", [0.1, 0.01])
+def test_bfloat16_rows_are_not_rounded_again(temperature: float, normalize: bool, negatives: str) -> None:
+    """The reference in bfloat16 errs by percents; native must be as good as in float32, up to rounding its results."""
+    left, right = (side / 8 for side in pair(600, 59, torch.bfloat16))
+    chosen = {"negatives": negatives, "normalize": normalize, "backend": "native", **options(600)}
+    half = results(left, right, temperature, torch.bfloat16, **chosen)
+    full = results(left, right, temperature, torch.float32, **chosen)
+    for name, mine, exact in zip(RESULTS, half, full, strict=True):
+        error, scale = (mine.float() - exact).abs().max(), exact.abs().max()
+        assert error <= (2**-7 if mine.ndim else 1e-5) * scale, f"{name}: {error:.2e} of {scale:.2e}"
 
 
 @pytest.fixture

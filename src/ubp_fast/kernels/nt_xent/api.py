@@ -17,8 +17,8 @@ Which rows meet which (N pairs left_i, right_i):
 
 The positive is always a candidate. Any other candidate is dropped if its row is not valid, or has the same id.
 
-Memory: native holds a few [2N, E] float32 matrices, whatever N; the reference holds several [N, N] matrices
-([2N, 2N] for simclr) in the dtype of the inputs. Both are deterministic.
+Memory: native holds a few [2N, E] matrices, whatever N; the reference holds several [N, N] matrices ([2N, 2N] for
+simclr) in the dtype of the inputs. Both are deterministic.
 Source: Sohn 2016 (N-pair loss), van den Oord et al. 2018 (InfoNCE), Chen et al. 2020 (SimCLR, NT-Xent).
 """
 
@@ -73,7 +73,8 @@ def nt_xent(
         ids: [N] integer; rows with the same id are no negatives of each other. None: all ids differ.
         normalize: divide every row by its length first. Zero rows stay zero and get gradient 0.
         backend: "auto" or a name. "auto" is "native" for float32, bfloat16 and float16 on the CPU, else "reference"
-            (float64, GPU).
+            (float64, GPU). Native computes small problems in float64, and so all others whose similarities divided by
+            the temperature may exceed 60 (for bfloat16 it stays with its own products): about half the speed.
 
     Returns:
         0-d loss: float32, float64 for float64 inputs. 0 (gradients 0) if no row is valid or all weights are 0.
