@@ -214,10 +214,8 @@ def test_propensities_rank_the_next_purchases(events: EventDirectory, store: Eve
         bought += odds[buyers].tolist()
         other += odds[~buyers].tolist()
     assert len(bought) > 20
-    wins = (np.array(bought)[:, None] > np.array(other)).mean() + (
-        np.array(bought)[:, None] == np.array(other)
-    ).mean() / 2
-    assert wins > 0.7
+    ahead = np.subtract.outer(bought, other)
+    assert (ahead > 0).mean() + (ahead == 0).mean() / 2 > 0.7
 
 
 def test_nothing_from_the_cutoff_on_changes_a_value(

@@ -20,16 +20,9 @@ import numpy as np
 from ubp_fast.events.split import DAY_S
 from ubp_fast.features.matrix import FeatureMatrix
 from ubp_fast.features.popular import popular_values
-from ubp_fast.features.sparse import SparseFeatureMatrix, side_by_side, sparse_rows
+from ubp_fast.features.sparse import DenseColumns, RowPart, SparseFeatureMatrix, side_by_side
 from ubp_fast.features.writing import check_dtype, in_client_blocks
-from ubp_fast.kernels.windowed_aggregate import (
-    SparseCounts,
-    WindowedAggregator,
-    row_sums,
-    window_aggregator,
-    windowed_aggregate,
-    windowed_counts_csr,
-)
+from ubp_fast.kernels.windowed_aggregate import SparseCounter, WindowedAggregator, row_sums, window_aggregator
 from ubp_fast.store.event_store import EventStore, KindColumns
 
 MOST_DENSE_COLUMNS = 1_000
@@ -167,22 +160,20 @@ def _mean_codes(columns: KindColumns, offsets: np.ndarray, cutoff_s: int) -> np.
     return sums.astype(np.float32) / np.maximum(num_events, 1).astype(np.float32)[:, None]
 
 
-def _sparse_parts(kind: _Kind, cutoff_s: int, windows_s: list[int]) -> list[tuple[SparseCounts, int]]:
+def _sparse_parts(kind: _Kind, cutoff_s: int, windows_s: list[int]) -> list[tuple[RowPart, int]]:
     """Sparse columns of one kind and the numbers of their first columns."""
     columns = kind.columns
     if kind.slots is None:
-        return [(sparse_rows(_mean_codes(columns, columns.offsets, cutoff_s)), kind.first_column)]
-    anchor_s, include_anchor = kind.anchor_s, kind.include_anchor
-    lives = windowed_aggregate(columns.offsets, columns.timestamp_s, anchor_s=anchor_s, include_anchor=include_anchor)
+        return [(DenseColumns(_mean_codes(columns, columns.offsets, cutoff_s)), kind.first_column)]
     assert columns.item is not None
-    counts = windowed_counts_csr(
+    counter = SparseCounter(
         columns.offsets,
         columns.timestamp_s,
         columns.item,
+        anchor_s=kind.anchor_s,
         windows_s=windows_s,
         slots=kind.slots,
         num_slots=kind.num_slots,
-        anchor_s=anchor_s,
-        include_anchor=include_anchor,
+        include_anchor=kind.include_anchor,
     )
-    return [(sparse_rows(lives.num_events[:, None]), kind.first_column), (counts, kind.first_column + 1)]
+    return [(DenseColumns(counter.num_events[:, None]), kind.first_column), (counter, kind.first_column + 1)]

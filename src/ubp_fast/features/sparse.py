@@ -6,11 +6,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from ubp_fast.features.matrix import NAMES_FILE, FeatureMatrix, load_array, write_array, write_json
-from ubp_fast.kernels.windowed_aggregate import SparseCounts
 
 ARRAYS = ("client_ids", "indptr", "indices", "values")
 
@@ -89,24 +89,39 @@ class SparseFeatureMatrix:
         return cls(client_ids, indptr, indices, values, tuple(columns["names"]), tuple(columns["units"]))
 
 
-def side_by_side(parts: Sequence[tuple[SparseCounts, int]]) -> SparseCounts:
-    """Sparse rows of the same clients as one: parts in order, each with the number of its first column."""
-    lengths = [np.diff(part.indptr) for part, _ in parts]
-    indptr = np.concatenate((np.zeros(1, np.int64), np.cumsum(np.sum(lengths, axis=0))))
-    indices, values = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], np.float32)
-    place = indptr[:-1].copy()
-    for (part, first_column), length in zip(parts, lengths, strict=True):
-        target = np.repeat(place - part.indptr[:-1], length)
-        target += np.arange(len(target))
-        indices[target] = part.indices + np.int32(first_column)
-        values[target] = part.counts
-        place += length
-    return SparseCounts(indptr, indices, values)
+class RowPart(Protocol):
+    """Some columns of every row, ready to be written side by side with others."""
+
+    lengths: np.ndarray
+
+    def fill(self, places: np.ndarray, first_column: int, indices: np.ndarray, values: np.ndarray) -> None:
+        """Writes the entries of row u to places[u] and the places after it."""
+        ...
 
 
-def sparse_rows(block: np.ndarray) -> SparseCounts:
-    """The entries of a dense [U, C] block that are not 0."""
-    rows, columns = np.nonzero(block)
-    lengths = np.bincount(rows, minlength=len(block))
+class DenseColumns:
+    """A dense float [U, C] block as a part of sparse rows: its entries that are not 0."""
+
+    def __init__(self, block: np.ndarray) -> None:
+        self._rows, self._columns = np.nonzero(block)
+        self._values = block[self._rows, self._columns]
+        self.lengths = np.bincount(self._rows, minlength=len(block))
+
+    def fill(self, places: np.ndarray, first_column: int, indices: np.ndarray, values: np.ndarray) -> None:
+        """See `RowPart`."""
+        before = np.cumsum(self.lengths) - self.lengths
+        target = (places - before)[self._rows] + np.arange(len(self._rows))
+        indices[target] = self._columns + first_column
+        values[target] = self._values
+
+
+def side_by_side(parts: Sequence[tuple[RowPart, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """indptr, indices and values of rows made of parts in order, each with the number of its first column."""
+    lengths = np.sum([part.lengths for part, _ in parts], axis=0)
     indptr = np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths)))
-    return SparseCounts(indptr, columns.astype(np.int32), block[rows, columns].astype(np.float32))
+    indices, values = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], np.float32)
+    places = indptr[:-1].copy()
+    for part, first_column in parts:
+        part.fill(places, first_column, indices, values)
+        places += part.lengths
+    return indptr, indices, values

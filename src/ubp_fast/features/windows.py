@@ -23,7 +23,8 @@ from ubp_fast.features.matrix import FeatureMatrix
 from ubp_fast.features.organisers import organisers_features
 from ubp_fast.features.popular import LabelLists, PopularValues, label_slots, popular_values
 from ubp_fast.features.static import item_codes, price_table, static_features
-from ubp_fast.kernels.windowed_aggregate import WindowedAggregate, windowed_aggregate
+from ubp_fast.features.writing import BLOCK_CLIENTS
+from ubp_fast.kernels.windowed_aggregate import WindowedAggregate, window_aggregator, windowed_aggregate
 from ubp_fast.store.event_store import EventStore
 
 __all__ = [
@@ -150,7 +151,7 @@ def decayed_features(
     for kind in store.kinds:
         columns = store.kind(kind)
         if kind in config.label_kinds and labels:
-            result = windowed_aggregate(
+            aggregator = window_aggregator(
                 columns.offsets,
                 columns.timestamp_s,
                 columns.item,
@@ -159,13 +160,17 @@ def decayed_features(
                 num_slots=len(labels),
                 half_lives_s=(config.half_life_days * DAY_S,),
             )
-            values += [*result.decayed_counts[:, 0].T]
+            decayed = np.empty((len(labels), store.num_clients), np.float32)
+            for first in range(0, store.num_clients, BLOCK_CLIENTS):
+                last = min(first + BLOCK_CLIENTS, store.num_clients)
+                decayed[:, first:last] = np.log1p(aggregator(first, last).decayed_counts[:, 0]).T
+            values += [*decayed]
             names += [f"{kind}_decayed_{label}" for label in labels]
         block = _activity(store, kind, cutoff_s, config)
-        values += block.values()
+        values += [np.log1p(column) for column in block.values()]
         names += [f"{kind}_{name}" for name in block]
     units = [f"log1p {_unit(name)}" for name in names]
-    return matrix_of(store, [np.log1p(column) for column in values], names, units)
+    return matrix_of(store, values, names, units)
 
 
 def matrix_of(

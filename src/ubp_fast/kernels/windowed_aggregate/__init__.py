@@ -7,9 +7,10 @@ from ubp_fast.kernels.windowed_aggregate.api import (
     windowed_aggregate,
 )
 from ubp_fast.kernels.windowed_aggregate.histories import code_counts, row_sums
-from ubp_fast.kernels.windowed_aggregate.sparse import SparseCounts, windowed_counts_csr
+from ubp_fast.kernels.windowed_aggregate.sparse import SparseCounter, SparseCounts, windowed_counts_csr
 
 __all__ = [
+    "SparseCounter",
     "SparseCounts",
     "WindowedAggregate",
     "WindowedAggregator",

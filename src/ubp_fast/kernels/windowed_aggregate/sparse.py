@@ -1,4 +1,4 @@
-"""Windowed counts of wide lists as compressed sparse rows: time and memory follow the events, not clients x columns.
+"""Windowed counts of wide lists as compressed sparse rows: time and memory follow events, not clients x columns.
 
 Two passes over the events of the longest window. The first one finds every row's length: newest first, a slot's first
 sighting lies in the smallest window that contains the slot, and so the slot has an entry in each window from there on.
@@ -33,6 +33,53 @@ class SparseCounts(NamedTuple):
     counts: np.ndarray
 
 
+class SparseCounter:
+    """Counts in two steps, so that several lists can share the rows of one matrix; see `windowed_counts_csr`.
+
+    Attributes:
+        lengths: [U] int64, entries of each row.
+        num_events: [U] int64, all events before the anchor.
+    """
+
+    def __init__(
+        self,
+        offsets: np.ndarray,
+        timestamp_s: np.ndarray,
+        codes: np.ndarray,
+        *,
+        anchor_s: int,
+        windows_s: Sequence[int | None],
+        slots: np.ndarray,
+        num_slots: int,
+        include_anchor: bool = False,
+    ) -> None:
+        windows = [ALL_HISTORY if window is None else int(window) for window in windows_s]
+        if len(windows) * num_slots >= 2**31:
+            raise ValueError(f"windowed_counts_csr: columns must be below 2**31, got {len(windows)} x {num_slots}")
+        problem = checked_problem(
+            offsets, timestamp_s, codes, slots, None, None,
+            int(anchor_s), windows, int(num_slots), [], [], include_anchor,
+        )  # fmt: skip
+        starts_s = np.array([problem.start_s(window) for window in range(len(windows))], np.int64)
+        arrays = (problem.offsets, problem.timestamp_s, problem.codes, problem.slots, starts_s)
+        self._inputs = [read_only(array) for array in arrays]
+        self._limits = (problem.limit_s, problem.num_slots)
+        self.lengths, self.num_events = np.zeros((2, len(problem.offsets) - 1), np.int64)
+        over_clients(problem.offsets, self._measure)
+
+    def _measure(self, first: int, last: int) -> None:
+        _lengths(first, last, *self._inputs, *self._limits, self.lengths, self.num_events)  # type: ignore[call-arg]
+
+    def fill(self, places: np.ndarray, first_column: int, indices: np.ndarray, counts: np.ndarray) -> None:
+        """Writes the entries of row u to places[u], places[u] + 1, ... of indices (plus `first_column`) and counts."""
+
+        def work(first: int, last: int) -> None:
+            targets = (self.lengths, places, first_column, indices, counts)
+            _fill(first, last, *self._inputs, *self._limits, *targets)  # type: ignore[call-arg]
+
+        over_clients(self._inputs[0], work)
+
+
 def windowed_counts_csr(
     offsets: np.ndarray,
     timestamp_s: np.ndarray,
@@ -50,41 +97,31 @@ def windowed_counts_csr(
         ValueError: an argument breaks the rules of `windowed_aggregate`, or there are 2^31 columns or more.
         TypeError: an argument has a wrong dtype.
     """
-    windows = [ALL_HISTORY if window is None else int(window) for window in windows_s]
-    if len(windows) * num_slots >= 2**31:
-        raise ValueError(f"windowed_counts_csr: columns must be below 2**31, got {len(windows)} x {num_slots}")
-    problem = checked_problem(
-        offsets, timestamp_s, codes, slots, None, None, int(anchor_s), windows, int(num_slots), [], [], include_anchor
+    counter = SparseCounter(
+        offsets,
+        timestamp_s,
+        codes,
+        anchor_s=anchor_s,
+        windows_s=windows_s,
+        slots=slots,
+        num_slots=num_slots,
+        include_anchor=include_anchor,
     )
-    starts_s = np.array([problem.start_s(window) for window in range(len(windows))], np.int64)
-    inputs = [
-        read_only(array) for array in (problem.offsets, problem.timestamp_s, problem.codes, problem.slots, starts_s)
-    ]
-    indptr = np.zeros(len(problem.offsets), np.int64)
-    limit_s = problem.limit_s
-
-    def measure(first: int, last: int) -> None:
-        _lengths(first, last, *inputs, limit_s, num_slots, indptr[1:])  # type: ignore[call-arg]
-
-    over_clients(problem.offsets, measure)
-    np.cumsum(indptr, out=indptr)
+    indptr = np.concatenate((np.zeros(1, np.int64), np.cumsum(counter.lengths)))
     indices, counts = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], np.float32)
-
-    def fill(first: int, last: int) -> None:
-        _fill(first, last, *inputs, limit_s, num_slots, indptr, indices, counts)  # type: ignore[call-arg]
-
-    over_clients(problem.offsets, fill)
+    counter.fill(indptr[:-1], 0, indices, counts)
     return SparseCounts(indptr, indices, counts)
 
 
 @numba.njit(cache=True, nogil=True)
-def _lengths(first, last, offsets, timestamp_s, codes, slots, starts_s, limit_s, num_slots, lengths):
+def _lengths(first, last, offsets, timestamp_s, codes, slots, starts_s, limit_s, num_slots, lengths, num_events):
     """Number of entries of each row."""
     num_windows = starts_s.size
     seen = np.zeros(num_slots, np.int32)
     for client in range(first, last):
         mark, start = client - first + 1, offsets[client]
         end = end_of_history(timestamp_s, start, offsets[client + 1], limit_s)
+        num_events[client] = end - start
         band, entries = 0, 0
         for row in range(end - 1, start - 1, -1):
             while band < num_windows and timestamp_s[row] < starts_s[band]:
@@ -100,14 +137,31 @@ def _lengths(first, last, offsets, timestamp_s, codes, slots, starts_s, limit_s,
 
 
 @numba.njit(cache=True, nogil=True)
-def _fill(first, last, offsets, timestamp_s, codes, slots, starts_s, limit_s, num_slots, indptr, indices, counts):
+def _sort(slots):
+    """Ascending, in place; most clients have a handful, for which insertion beats the general sort."""
+    if slots.size > 24:
+        slots.sort()
+        return
+    for index in range(1, slots.size):
+        slot, place = slots[index], index
+        while place > 0 and slots[place - 1] > slot:
+            slots[place] = slots[place - 1]
+            place -= 1
+        slots[place] = slot
+
+
+@numba.njit(cache=True, nogil=True)
+def _fill(
+    first, last, offsets, timestamp_s, codes, slots, starts_s, limit_s, num_slots, lengths, places, first_column,
+    indices, counts,
+):  # fmt: skip
     """Entries of the rows [first, last)."""
     num_windows = starts_s.size
     seen, table = np.zeros(num_slots, np.int32), np.zeros((num_windows, num_slots), np.int32)
     found = np.empty(num_slots, np.int32)
     for client in range(first, last):
         mark, start = client - first + 1, offsets[client]
-        if indptr[client] == indptr[client + 1]:
+        if lengths[client] == 0:
             continue
         end = end_of_history(timestamp_s, start, offsets[client + 1], limit_s)
         band, different = 0, 0
@@ -125,15 +179,15 @@ def _fill(first, last, offsets, timestamp_s, codes, slots, starts_s, limit_s, nu
                     found[different] = slot
                     different += 1
                 table[band, slot] += 1
-        found[:different].sort()
-        place = indptr[client]
+        _sort(found[:different])
+        place = places[client]
         for window in range(num_windows):
             for index in range(different):
                 slot = found[index]
                 if window > 0:
                     table[window, slot] += table[window - 1, slot]
                 if table[window, slot] > 0:
-                    indices[place] = window * num_slots + slot
+                    indices[place] = first_column + window * num_slots + slot
                     counts[place] = table[window, slot]
                     place += 1
         for window in range(num_windows):
