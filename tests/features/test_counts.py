@@ -15,6 +15,7 @@ from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.sources.challenge import Challenge
 from ubp_fast.events.sources.synthetic import Synthetic
 from ubp_fast.events.split import DAY_S
+from ubp_fast.features import popular
 from ubp_fast.features.counts import MOST_DENSE_COLUMNS, CountsConfig, count_features
 from ubp_fast.features.matrix import FeatureMatrix
 from ubp_fast.features.organisers import organisers_features
@@ -209,3 +210,16 @@ def test_nothing_from_the_cutoff_on(store: EventStore, golden: EventDirectory, t
 def test_bad_configurations(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CountsConfig(**change)
+
+
+@pytest.mark.parametrize("number", [0, 1, 3, 10, 6_000])
+def test_largest_counts_in_many_chunks(number: int) -> None:
+    """More values than chunks, ties across chunks, empty chunks; ties go to the smaller original id."""
+    random = np.random.default_rng(1)
+    counts = random.integers(0, 30, 5_000) * (random.random(5_000) < 0.3)
+    counts[3_000:] = 0
+    counts[:2] = 100
+    originals = random.permutation(5_000)
+    real = [index for index in range(2, 5_000) if counts[index]]
+    wanted = sorted(real, key=lambda index: (-counts[index], originals[index]))[:number]
+    assert popular._largest(counts, originals, number).tolist() == wanted

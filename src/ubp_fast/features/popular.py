@@ -11,6 +11,8 @@ from ubp_fast.features.static import FIRST_REAL_ID
 from ubp_fast.kernels.windowed_aggregate import code_counts
 from ubp_fast.store.event_store import EventStore
 
+CHUNK = 1_024
+
 LabelLists = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
@@ -71,13 +73,13 @@ def _tables(store: EventStore, kind: str) -> dict[str, tuple[np.ndarray | None, 
 
 def _largest(counts: np.ndarray, originals: np.ndarray, number: int) -> np.ndarray:
     """Dense ids of the real values with the largest counts above 0, ties by original value."""
-    counts = counts.copy()
-    counts[:FIRST_REAL_ID] = 0
-    number = min(number, len(counts))
-    if number == 0:
-        return np.zeros(0, np.int64)
-    smallest = np.partition(counts, len(counts) - number)[len(counts) - number]
-    candidates = np.flatnonzero(counts >= max(smallest, 1))
+    real = counts[FIRST_REAL_ID:]
+    least = 1
+    if 0 < number < len(real) // CHUNK:
+        # That many chunks hold a value of this size or more: one pass instead of a partition of millions.
+        largest = np.maximum.reduceat(real, np.arange(0, len(real), CHUNK))
+        least = max(1, int(np.partition(largest, len(largest) - number)[len(largest) - number]))
+    candidates = np.flatnonzero(real >= least) + FIRST_REAL_ID
     return candidates[np.lexsort((originals[candidates], -counts[candidates]))][:number]
 
 
