@@ -1,6 +1,8 @@
-// Python meets the kernels here (and in row_sparse/bindings.cpp). Tensors arrive as addresses with sizes; `api.py` has checked shapes and
-// dtypes, the checks here keep a wrong caller from crashing the process. The GIL is released while a kernel
-// runs.
+// Python meets the kernels here (and in row_sparse/bindings.cpp). Tensors arrive as addresses with sizes;
+// `api.py` has checked shapes and dtypes, the checks here keep a wrong caller from crashing the process. The
+// GIL is released while a kernel runs.
+#include "row_sparse/bindings.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -10,7 +12,6 @@
 #include <vector>
 
 #include "common/dispatch.h"
-#include "row_sparse/bindings.h"
 
 namespace py = pybind11;
 

@@ -65,6 +65,7 @@ def test_large_problems(count: int, width: int, temperature: float, dtype: torch
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # the largest size takes some minutes on a busy machine
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("count", COUNTS)
