@@ -240,8 +240,17 @@ def test_row_sparse_training_is_dense_training(
         else:
             model = small_contrastive(store)
         config = TrainingConfig(epochs=5, table_updates=updates, gradient_clip_norm=clip)  # type: ignore[arg-type]
-        losses = fit(model, training_loader(store), OPTIMIZERS["schedule_free"], config, tmp_path / updates)
-        assert (model.events.sku.touched is not None) == (updates == "row_sparse")
+        sku, adopted = model.events.sku, set()
+        losses = fit(
+            model,
+            training_loader(store),
+            OPTIMIZERS["schedule_free"],
+            config,
+            tmp_path / updates,
+            lambda *_, sku=sku, adopted=adopted: adopted.add(sku.touched is not None),
+        )
+        assert adopted == {updates == "row_sparse"}
+        assert sku.touched is None  # its optimizer's memory is free again
         results[updates] = (losses, model.state_dict())
     assert results["dense"][0][-1]["loss"] < results["dense"][0][0]["loss"]
     for found, wanted in zip(results["row_sparse"][0], results["dense"][0], strict=True):

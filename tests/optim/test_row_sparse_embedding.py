@@ -64,6 +64,24 @@ def test_every_way_to_the_weights_is_up_to_date() -> None:
     assert torch.equal(twin.weight, stale)
     twin.catch_up()
     assert torch.equal(twin.weight, table.weight)
+    (table(torch.tensor([0, 1])) ** 2).sum().backward()
+    optimizer.step()
+    table.release()
+    assert table.touched is None
+    table(torch.arange(30)).sum().backward()
+
+
+def test_loaded_weights_are_of_the_present() -> None:
+    table = RowSparseEmbedding(6, 2)
+    optimizer = RowSparseRAdamScheduleFree(table.parameters(), [table], lr=0.1)
+    optimizer.train()
+    for step in range(9):
+        optimizer.zero_grad()
+        (table(torch.tensor([step % 2])) * torch.randn(1, 2)).sum().backward()
+        optimizer.step()
+    wanted = torch.randn(6, 2)
+    table.load_state_dict({"weight": wanted})
+    assert torch.equal(table(torch.arange(6)).detach(), wanted)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # fork in a process that has threads is what is tested

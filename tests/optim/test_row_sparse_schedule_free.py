@@ -24,9 +24,10 @@ class TwoTables(nn.Module):
     def __init__(self, table: type[nn.Embedding], dtype: torch.dtype) -> None:
         super().__init__()
         torch.manual_seed(5)
-        self.first = table(ROWS, WIDTH, dtype=dtype)
-        self.second = table(ROWS // 2, WIDTH, padding_idx=0, dtype=dtype)
-        self.linear = nn.Linear(WIDTH, 4, dtype=dtype)
+        self.first = table(ROWS, WIDTH)
+        self.second = table(ROWS // 2, WIDTH, padding_idx=0)
+        self.linear = nn.Linear(WIDTH, 4)
+        self.to(dtype)  # drawn in float32, so that every dtype starts from the same weights
 
     def loss(self, batch: Batch, uses_second: bool = True) -> Tensor:
         ids, noise = batch
@@ -108,8 +109,11 @@ def test_300_steps_equal_dense_in_float32(threads: int) -> None:
     plain, truth = long_run(False, torch.float32), long_run(False, torch.float64)
     torch.set_num_threads(threads)
     found = long_run.__wrapped__(True, torch.float32)
+    assert torch.equal(make(True, torch.float32)[0].first.weight, make(False, torch.float64)[0].first.weight.float())
     for name, value in truth.items():
         assert_matches_reference(found[name], plain[name], value, "RowSparseRAdamScheduleFree", name)
+        # Much nearer to each other than to the truth: the dense optimizer rounds y in every step, this one once.
+        assert (found[name] - plain[name]).abs().max() <= 5e-6 * plain[name].abs().max(), name
 
 
 def test_threads_and_a_checkpoint_do_not_change_a_bit() -> None:

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ubp_fast.models.weights import load_model, save_model, write_atomically
-from ubp_fast.optim import TableUpdates, adopt_tables, clip_gradient_norm
+from ubp_fast.optim import TableUpdates, adopt_tables, clip_gradient_norm, release_tables
 from ubp_fast.sequences.batch import ViewBatch
 from ubp_fast.sequences.loader import ViewLoader
 
@@ -109,6 +109,7 @@ def fit(
             default_root_dir=str(directory),
         )
         trainer.fit(job, train_dataloaders=loader)
+    release_tables(model)
     write_atomically(directory / MODEL_FILE, lambda path: save_model(model, path))
     text = json.dumps({**identity, "epochs": job.losses, "curve": job.curve}, indent=1)
     write_atomically(directory / LOSSES_FILE, lambda path: path.write_text(text, encoding="utf-8"))
@@ -287,14 +288,13 @@ def _cuda_devices(config: TrainingConfig) -> list[int]:
 def _quiet_lightning() -> Iterator[None]:
     """Lightning announces devices and tips through logging; a stage reports through `progress` only."""
     deprecated_inside_lightning = r".*LeafSpec.*is deprecated"
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
+    levels = {one: one.level for one in map(logging.getLogger, ("lightning.pytorch", "lightning.fabric", "lightning"))}
+    for logger in levels:
         logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=deprecated_inside_lightning, category=FutureWarning)
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
+        for logger, level in levels.items():
             logger.setLevel(level)

@@ -26,7 +26,7 @@ def adopt_tables(optimizer: Optimizer, model: nn.Module, updates: TableUpdates) 
     Raises:
         ValueError: "row_sparse" for an optimizer that has no row-sparse form.
     """
-    tables = [module for module in model.modules() if isinstance(module, RowSparseEmbedding)]
+    tables = _tables(model)
     if not tables or updates == "dense":
         return optimizer
     reason = _unsupported(optimizer)
@@ -37,6 +37,16 @@ def adopt_tables(optimizer: Optimizer, model: nn.Module, updates: TableUpdates) 
     if updates == "auto" and any(table.weight.device.type != "cpu" for table in tables):
         return optimizer
     return RowSparseRAdamScheduleFree(optimizer.param_groups, tables)
+
+
+def release_tables(model: nn.Module) -> None:
+    """After the last step: every table is a plain `nn.Embedding` again, and the optimizer's memory can go."""
+    for table in _tables(model):
+        table.release()
+
+
+def _tables(model: nn.Module) -> list[RowSparseEmbedding]:
+    return [module for module in model.modules() if isinstance(module, RowSparseEmbedding)]
 
 
 def _unsupported(optimizer: Optimizer) -> str | None:

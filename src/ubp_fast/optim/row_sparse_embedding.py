@@ -189,6 +189,15 @@ class RowSparseEmbedding(nn.Embedding):
         if self.touched is not None:
             self.touched.catch_up()
 
+    def release(self) -> None:
+        """Leaves the optimizer, which must not step again, and frees what it knew: `nn.Embedding` again."""
+        self.catch_up()
+        self.touched = None
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        self.catch_up()  # the rows that come are of the present
+        super()._load_from_state_dict(*arguments, **options)
+
 
 def _catch_up_before_saving(module: RowSparseEmbedding, *_: object) -> None:
     module.catch_up()
