@@ -47,8 +47,7 @@ UBP_INLINE LongVec philox(LongVec first, uint32_t second, uint32_t third, uint64
 
 // The same for kWidth counters that follow each other from `first` on, in the order of the lanes.
 UBP_INLINE WordVec philox_words(uint32_t first, uint32_t second, uint32_t third, uint64_t seed) {
-  WordVec counters;
-  for (int lane = 0; lane < kWidth; ++lane) counters[lane] = first + lane;
+  const WordVec counters = reinterpret_cast<WordVec>(lanes()) + first;
   LongVec even;
   std::memcpy(&even, &counters, sizeof(even));
   const LongVec odd = even >> 32;

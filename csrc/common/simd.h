@@ -45,11 +45,20 @@ UBP_INLINE Vec broadcast(float value) { return Vec{} + value; }
 
 UBP_INLINE Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
 
+// Lane numbers. Written out: GCC builds vectors that a loop fills lane by lane when it runs, not before.
+UBP_INLINE IntVec lanes() {
+#if defined(__AVX512F__)
+  return IntVec{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#elif defined(__AVX2__)
+  return IntVec{0, 1, 2, 3, 4, 5, 6, 7};
+#else
+  return IntVec{0, 1, 2, 3};
+#endif
+}
+
 // Lane i of the result is lane i + distance, around the end.
 UBP_INLINE Vec rotate(Vec value, int distance) {
-  IntVec lanes;
-  for (int lane = 0; lane < kWidth; ++lane) lanes[lane] = (lane + distance) % kWidth;
-  return __builtin_shuffle(value, lanes);
+  return __builtin_shuffle(value, (lanes() + distance) & (kWidth - 1));
 }
 
 UBP_INLINE float sum_lanes(Vec value) {
@@ -64,22 +73,13 @@ UBP_INLINE float max_lanes(Vec value) {
   return value[0];
 }
 
-// Lane numbers 0, 1, 2, ...
-UBP_INLINE IntVec lanes() {
-  IntVec numbers;
-  for (int lane = 0; lane < kWidth; ++lane) numbers[lane] = lane;
-  return numbers;
-}
-
 // Rows become columns, by exchanging halves, then quarters, and so on.
 template <int kHalf>
 UBP_INLINE void transpose_halves(Vec (&rows)[kWidth]) {
-  IntVec upper, lower;  // of two vectors side by side, 0 .. 2 kWidth - 1
-  for (int lane = 0; lane < kWidth; ++lane) {
-    const bool is_first = (lane & kHalf) == 0;
-    upper[lane] = is_first ? lane : lane - kHalf + kWidth;
-    lower[lane] = is_first ? lane + kHalf : lane + kWidth;
-  }
+  const IntVec lane = lanes(), is_first = (lane & kHalf) == 0;
+  // Lanes of two vectors side by side, 0 .. 2 kWidth - 1.
+  const IntVec upper = is_first ? lane : lane - kHalf + kWidth;
+  const IntVec lower = is_first ? lane + kHalf : lane + kWidth;
 #pragma GCC unroll 16
   for (int row = 0; row < kWidth; ++row) {
     if ((row & kHalf) != 0) continue;

@@ -34,7 +34,7 @@ int64_t score_stride(const Task& task) { return larger(kWidth, smaller(kKeyBlock
 
 template <bool kIsPlain>
 void forward_block(const FlashAttentionProblem& problem, const Task& task, Operand query, const float* keys,
-                   Operand value, float* output, int64_t first_row, int64_t rows) {
+                   Operand value, float* output, int64_t first_row, int64_t rows, Prefetch& prefetch) {
   alignas(64) float scores[kForwardFloats];
   float maxima[kMaxRows], sums[kMaxRows], factors[kMaxRows];
   const int64_t stride = task.padded, score_step = score_stride(task);
@@ -44,10 +44,12 @@ void forward_block(const FlashAttentionProblem& problem, const Task& task, Opera
     const int64_t block = smaller(kKeyBlock, limits.end - key), padded = round_up(block);
     multiply<false>(scores, score_step, query, {keys + key, task.padded_keys}, rows, padded, task.width,
                     false);
-    for (int64_t row = 0; row < rows; ++row)
+    for (int64_t row = 0; row < rows; ++row) {
+      prefetch.step();
       factors[row] =
           softmax_row<kIsPlain>(problem, task, make_row(problem, task, first_row + row, key, block),
                                 scores + row * score_step, maxima[row], sums[row]);
+    }
     const bool adds = key > limits.begin;
     if (adds)
       for (int64_t row = 0; row < rows; ++row)
@@ -69,7 +71,7 @@ void forward_block(const FlashAttentionProblem& problem, const Task& task, Opera
 }
 
 template <class T, bool kIsPlain>
-bool forward_item(const FlashAttentionProblem& problem, Task task, Workspace& workspace) {
+bool forward_item(const FlashAttentionProblem& problem, Task task, Workspace& workspace, Prefetch& prefetch) {
   if (task.queries == 0) return true;
   if (!workspace.reserve(2 * head_floats(task.queries, task) + 2 * head_floats(task.keys, task) +
                          task.padded * task.padded_keys + 16))
@@ -88,7 +90,7 @@ bool forward_item(const FlashAttentionProblem& problem, Task task, Workspace& wo
     for (int64_t row = 0; row < task.queries; row += block)
       forward_block<kIsPlain>(problem, task, {query.of(task) + row * task.padded, task.padded}, keys,
                               value.operand(task), output.of(task) + row * task.padded, row,
-                              smaller(block, task.queries - row));
+                              smaller(block, task.queries - row), prefetch);
   }
   write_rows<T>(problem.output, task.first_query, output, task.queries, problem, task);
   return true;
@@ -123,7 +125,7 @@ struct BackwardHead {
 
 template <bool kIsPlain>
 void backward_block(const FlashAttentionProblem& problem, const Task& task, const BackwardHead& head,
-                    int64_t first_row, int64_t rows) {
+                    int64_t first_row, int64_t rows, Prefetch& prefetch) {
   const int64_t stride = task.padded, step = score_stride(task);
   const Operand query{head.query + first_row * stride, stride};
   const Operand grad_output{head.grad_output + first_row * stride, stride};
@@ -136,6 +138,7 @@ void backward_block(const FlashAttentionProblem& problem, const Task& task, cons
     multiply<false>(head.products, step, grad_output, {head.values + at, task.padded_keys}, rows, padded,
                     task.width, false);
     for (int64_t row = 0; row < rows; ++row) {
+      prefetch.step();
       Row here = make_row(problem, task, first_row + row, at, block);
       const float row_lse = lse[row * problem.heads];
       if (row_lse == -INFINITY) here.visible = {0, 0};
@@ -152,7 +155,8 @@ void backward_block(const FlashAttentionProblem& problem, const Task& task, cons
 }
 
 template <class T, bool kIsPlain>
-bool backward_item(const FlashAttentionProblem& problem, Task task, Workspace& workspace, float* bias_part) {
+bool backward_item(const FlashAttentionProblem& problem, Task task, Workspace& workspace, Prefetch& prefetch,
+                   float* bias_part) {
   if (!workspace.reserve(4 * head_floats(task.queries, task) + 4 * head_floats(task.keys, task) +
                          2 * task.padded * task.padded_keys + 2 * kBackwardFloats + task.queries + 80))
     return false;
@@ -182,7 +186,7 @@ bool backward_item(const FlashAttentionProblem& problem, Task task, Workspace& w
         query.of(task),      key.of(task),      grad_output.of(task), keys,   values,   deltas,
         grad_query.of(task), grad_key.of(task), grad_value.of(task),  scores, products, bucket_sums};
     for (int64_t row = 0; row < task.queries; row += block)
-      backward_block<kIsPlain>(problem, task, head, row, smaller(block, task.queries - row));
+      backward_block<kIsPlain>(problem, task, head, row, smaller(block, task.queries - row), prefetch);
     if (!kIsPlain && bias_part != nullptr)
       for (int64_t bucket = 0; bucket < problem.buckets; ++bucket) {
         double sum = 0.0;
@@ -194,6 +198,34 @@ bool backward_item(const FlashAttentionProblem& problem, Task task, Workspace& w
   write_rows<T>(problem.grad_key, task.first_key, grad_key, task.keys, problem, task);
   write_rows<T>(problem.grad_value, task.first_key, grad_value, task.keys, problem, task);
   return true;
+}
+
+// What this item writes and what the next one reads.
+template <class T, bool kIsForward>
+Prefetch make_prefetch(const FlashAttentionProblem& problem, const Task& task, int64_t next) {
+  Prefetch prefetch;
+  const int64_t row_bytes = problem.heads * problem.width * static_cast<int64_t>(sizeof(T));
+  if (task.heads < problem.heads) return prefetch;  // a long sequence: arithmetic takes most of its time
+  const auto add = [&](const void* tensor, int64_t first, int64_t rows) {
+    if (rows > 0) prefetch.add(tensor, first, rows, row_bytes);
+  };
+  if (kIsForward) {
+    add(problem.output, task.first_query, task.queries);
+  } else {
+    add(problem.grad_query, task.first_query, task.queries);
+    add(problem.grad_key, task.first_key, task.keys);
+    add(problem.grad_value, task.first_key, task.keys);
+  }
+  if (next < problem.item_count) {
+    const Task coming = make_task(problem, problem.items[next]);
+    add(problem.query, coming.first_query, coming.queries);
+    add(problem.key, coming.first_key, coming.keys);
+    add(problem.value, coming.first_key, coming.keys);
+    if (!kIsForward) add(problem.output, coming.first_query, coming.queries);
+    if (!kIsForward) add(problem.grad_output, coming.first_query, coming.queries);
+  }
+  prefetch.spread(task.queries * task.heads);
+  return prefetch;
 }
 
 struct Run {
@@ -211,10 +243,11 @@ void run_item(void* context, int64_t index, int worker) {
   const FlashAttentionItem& item = problem.items[index];
   const Task task = make_task(problem, item);
   Workspace& workspace = run.workspaces[worker];
+  Prefetch prefetch = make_prefetch<T, kIsForward>(problem, task, index + problem.threads);
   float* bias_part = nullptr;
   if (run.bias_parts != nullptr) bias_part = run.bias_parts + item.sequence * problem.heads * problem.buckets;
-  const bool is_done = kIsForward ? forward_item<T, kIsPlain>(problem, task, workspace)
-                                  : backward_item<T, kIsPlain>(problem, task, workspace, bias_part);
+  const bool is_done = kIsForward ? forward_item<T, kIsPlain>(problem, task, workspace, prefetch)
+                                  : backward_item<T, kIsPlain>(problem, task, workspace, prefetch, bias_part);
   if (!is_done) __atomic_store_n(&run.is_out_of_memory, true, __ATOMIC_RELAXED);
 }
 

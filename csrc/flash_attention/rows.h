@@ -61,6 +61,38 @@ inline Task make_task(const FlashAttentionProblem& problem, const FlashAttention
   return task;
 }
 
+// Asks for memory that is needed soon, a little with every row of scores: sequences are short and their order
+// is by cost, so that the processor cannot guess what comes next.
+class Prefetch {
+ public:
+  // All heads of some rows of a packed tensor.
+  void add(const void* tensor, int64_t first, int64_t rows, int64_t row_bytes) {
+    const char* begin = static_cast<const char*>(tensor) + first * row_bytes;
+    parts_[count_++] = {begin, begin + rows * row_bytes};
+    lines_ += rows * row_bytes / kLine + 1;
+  }
+
+  void spread(int64_t steps) { lines_per_step_ = steps == 0 ? 0 : lines_ / steps + 1; }
+
+  void step() {
+    for (int64_t line = 0; line < lines_per_step_ && current_ < count_; ++line) {
+      Part& part = parts_[current_];
+      __builtin_prefetch(part.at, 0, 2);
+      part.at += kLine;
+      if (part.at >= part.end) ++current_;
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  struct Part {
+    const char *at, *end;
+  };
+  Part parts_[8];
+  int count_ = 0, current_ = 0;
+  int64_t lines_ = 0, lines_per_step_ = 0;
+};
+
 // Rows of all heads of an item, [heads, rows, padded]; their number is a multiple of the vector width.
 struct HeadRows {
   float* data;
