@@ -49,7 +49,7 @@ class ReducedRankConfig:
     rank: int = 8
     labels: tuple[str, ...] = ("churn", "buy_sku", "buy_category", "buy_new_sku", "buy_price")
     ridge: float = 0.1
-    detail: float = 0.05
+    detail: float = 0.02
     max_width: int = 2048
 
     def __post_init__(self) -> None:
