@@ -24,7 +24,7 @@ format: $(INSTALLED)
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu')
 
 bench: $(INSTALLED)  ## make bench CASE=flash_attention
-	$(BIN)/python -m pytest benchmarks -k $(CASE)
+	$(BIN)/python -m pytest benchmarks -k "$(CASE)"
 
 wheel: $(INSTALLED)
 	$(BIN)/pip wheel --no-deps -w dist .

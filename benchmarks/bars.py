@@ -37,7 +37,7 @@ def missed(ratios: Sequence[Ratio]) -> list[Ratio]:
 def markdown(cases: dict[str, Any]) -> str:
     """The stored cases as a README table: figure, our time, each rival's time, ratio and bar."""
     lines = ["| figure | ours | rival | rival's time | ratio | bar |", "|---|---|---|---|---|---|"]
-    for case in cases.values():
+    for case in sorted(cases.values(), key=lambda case: case["figure"]):
         for item in case["ratios"]:
             name = next((one for one in case["timings"] if one != item["rival"] and one in item["figure"]), "ubp_fast")
             ours, theirs = case["timings"].get(name), case["timings"].get(item["rival"])
