@@ -73,7 +73,9 @@ def test_detail_is_the_standardised_blocks() -> None:
 
 def test_columns_that_matter_are_kept_when_there_is_no_room() -> None:
     blocks, labels, _ = example()
-    profile = ReducedRankModel(ReducedRankConfig(rank=2, max_width=5)).fit(blocks, labels).transform(blocks)
+    profile = (
+        ReducedRankModel(ReducedRankConfig(rank=2, detail=0.02, max_width=5)).fit(blocks, labels).transform(blocks)
+    )
     assert profile.shape == (600, 5)
     for column in range(2):  # the two causes among twelve columns
         assert np.corrcoef(profile[:, 3 + column], blocks[:, column])[0, 1] == pytest.approx(1.0)
