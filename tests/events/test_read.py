@@ -9,9 +9,10 @@ import numpy as np
 import polars as pl
 import pytest
 
-from ubp_fast.events.read import EventDirectory, read_id_list, read_label_lists, read_products, read_table
+from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import CODES, DataError
 from ubp_fast.events.sources.challenge import Challenge
+from ubp_fast.events.tables import read_id_list, read_label_lists, read_products, read_table
 
 Shop = Callable[..., Path]
 
@@ -159,13 +160,13 @@ def test_open_refuses_what_is_no_event_directory(shop: Shop, tmp_path: Path) -> 
     with pytest.raises(DataError, match=r"page_visit.parquet: columns must be"):
         EventDirectory.open(tmp_path / "events")
     (tmp_path / "events" / "page_visit.parquet").unlink()
-    with pytest.raises(DataError, match=r"page_visit.parquet: file must be"):
+    with pytest.raises(DataError, match=r"page_visit.parquet: table must exist"):
         EventDirectory.open(tmp_path / "events")
-    (tmp_path / "events" / "dataset.json").write_text('{"format": 1, "kinds"')
+    (tmp_path / "events" / "dataset.json").write_text('{"format": 2, "kinds"')
     with pytest.raises(DataError, match=r"dataset.json: file must be complete"):
         EventDirectory.open(tmp_path / "events")
     (tmp_path / "events" / "dataset.json").write_text(json.dumps({"format": 99}))
-    with pytest.raises(DataError, match="must have format 1, got 99"):
+    with pytest.raises(DataError, match="must have format 2, got 99"):
         EventDirectory.open(tmp_path / "events")
 
 

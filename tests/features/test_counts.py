@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ubp_fast.events.read import EventDirectory
+from ubp_fast.events.read import EventDirectory, stored_form
 from ubp_fast.events.sources.challenge import Challenge
 from ubp_fast.events.sources.synthetic import Synthetic
 from ubp_fast.events.split import DAY_S
@@ -89,7 +89,7 @@ def write(shop: tuple[dict[str, pl.DataFrame], pl.DataFrame, list[int]], source:
     for kind, table in tables.items():
         table.write_parquet(path / f"{kind}.parquet")
     names = source.products()["name"].head(len(products))
-    products.with_columns(names.alias("name")).write_parquet(path / "product_properties.parquet")
+    stored_form(products.with_columns(names.alias("name"))).write_parquet(path / "product_properties.parquet")
     np.save(path / "relevant_clients.npy", np.array(clients))
 
 

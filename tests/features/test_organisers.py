@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 
-from ubp_fast.events.read import EventDirectory
+from ubp_fast.events.read import EventDirectory, stored_form
 from ubp_fast.events.schema import DataError
 from ubp_fast.events.sources.challenge import Challenge
 from ubp_fast.features.organisers import organisers_features
@@ -25,9 +26,7 @@ def events(tmp_path_factory: pytest.TempPathFactory) -> EventDirectory:
 
 
 def copy_files(source: Path, target: Path) -> None:
-    for file in source.iterdir():
-        if file.is_file():
-            (target / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(source, target, dirs_exist_ok=True)
 
 
 @pytest.mark.parametrize("form", ["file_order", "time_sorted"])
@@ -67,8 +66,11 @@ def test_shop_with_purchases_only(events: EventDirectory) -> None:
 def test_targets_are_not_seen(events: EventDirectory, tmp_path: Path) -> None:
     copy_files(events.path, tmp_path)
     for kind in events.kinds:
-        table = pl.read_parquet(tmp_path / f"{kind}.parquet")
-        table.filter(pl.col("timestamp_s") < events.split.input_end_s).write_parquet(tmp_path / f"{kind}.parquet")
+        table = events.frame(kind).filter(pl.col("timestamp_s") < events.split.input_end_s)
+        path = tmp_path / f"{kind}.parquet"
+        if path.is_dir():
+            shutil.rmtree(path)
+        stored_form(table).write_parquet(path)
     np.testing.assert_array_equal(
         organisers_features(EventDirectory.open(tmp_path)).values, organisers_features(events).values
     )
@@ -85,6 +87,6 @@ def test_sku_without_properties(events: EventDirectory, tmp_path: Path) -> None:
     copy_files(events.path, tmp_path)
     products = events.products()
     sold = events.frame("product_buy")["sku"][0]
-    products.filter(pl.col("sku") != sold).write_parquet(tmp_path / "product_properties.parquet")
+    stored_form(products.filter(pl.col("sku") != sold)).write_parquet(tmp_path / "product_properties.parquet")
     with pytest.raises(DataError, match=rf"product_buy: column 'sku' must have properties, got none for sku {sold} "):
         organisers_features(EventDirectory.open(tmp_path))

@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from ubp_fast.events.read import EventDirectory
+from ubp_fast.events.read import EventDirectory, stored_form
 from ubp_fast.events.sources.synthetic import Synthetic
 from ubp_fast.events.split import DAY_S
 from ubp_fast.events.targets import make_label_lists
@@ -230,7 +230,8 @@ def test_nothing_from_the_cutoff_on_changes_a_value(
             (earlier / file.name).write_bytes(file.read_bytes())
     np.save(earlier / "relevant_clients.npy", np.array(store.client_ids))
     for kind in events.kinds:
-        events.frame(kind).filter(pl.col("timestamp_s") < cutoff_s).write_parquet(earlier / f"{kind}.parquet")
+        past = events.frame(kind).filter(pl.col("timestamp_s") < cutoff_s)
+        stored_form(past).write_parquet(earlier / f"{kind}.parquet")
     build_store(EventDirectory.open(earlier), tmp_path / "store", cutoff_s)
     one, other = (rich_features(each, cutoff_s, lists) for each in (store, EventStore.open(tmp_path / "store")))
     assert one.names == other.names

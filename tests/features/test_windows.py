@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from ubp_fast.events.read import EventDirectory
+from ubp_fast.events.read import EventDirectory, stored_form
 from ubp_fast.events.sources.synthetic import Synthetic
 from ubp_fast.events.split import DAY_S
 from ubp_fast.features.matrix import FeatureMatrix
@@ -197,7 +197,7 @@ def test_events_from_the_cutoff_on_change_nothing(
         elif first is not None:
             name = first.meta.output_name()
             frame = frame.with_columns(pl.when(later).then(first).otherwise(name).alias(name))
-        frame.write_parquet(changed / f"{kind}.parquet")
+        stored_form(frame).write_parquet(changed / f"{kind}.parquet")
     build_store(EventDirectory.open(changed), tmp_path / "store", store.cutoff_s)
     other = EventStore.open(tmp_path / "store")
     for one, two in zip(make_all(store, cutoff_s, lists), make_all(other, cutoff_s, lists), strict=True):

@@ -19,6 +19,7 @@ from ubp_fast.store.build import build_store
 from ubp_fast.store.event_store import EventStore
 
 Write = Callable[..., EventDirectory]
+Rows = dict[str, list[tuple[int, int, int]]]
 CLIENTS = st.sampled_from([-(2**63), -1, 0, 7, 2**63 - 1])
 TIMES = st.integers(0, 12)
 ROWS = st.fixed_dictionaries(
@@ -167,23 +168,116 @@ def test_progress(write_events: Write, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     events = write_events(tmp_path / "events", {"page_visit": [(1, 1, 1)]})
     build_store(events, tmp_path / "store", 10, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(done, 7) for done in range(1, 8)]
+    assert seen == [(done, 4) for done in range(1, 5)]  # a batch of two kinds each, vocabularies, one block
 
 
-def test_killed_while_building(write_events: Write, tmp_path: Path) -> None:
-    events = write_events(tmp_path / "events", {"page_visit": [(1, 1, 1)]})
-    program = (
-        "import os, signal, sys; from pathlib import Path\n"
-        "from ubp_fast.events.read import EventDirectory; from ubp_fast.store.build import build_store\n"
-        "def kill(done, total):\n    if done == total - 1: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "build_store(EventDirectory.open(sys.argv[1]), Path(sys.argv[2]), 10, progress=kill)"
-    )
+@pytest.fixture
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of three rows, spilled two by two, blocks of one or two clients."""
+    monkeypatch.setattr("ubp_fast.events.tables.BATCH_ROWS", 3)
+    monkeypatch.setattr("ubp_fast.store.spill.RUN_EVENTS", 6)
+    monkeypatch.setattr("ubp_fast.store.build.BLOCK_EVENTS", 20)
+
+
+def random_rows(seed: int, count: int = 200) -> Rows:
+    """Unsorted rows of ten clients at 100 times, of all kinds; urls below 2^25, above, and negative."""
+    rng = np.random.default_rng(seed)
+    rows: Rows = {kind: [tuple(row) for row in rng.integers(0, 100, (count, 3)).tolist()] for kind in EVENT_KINDS}
+    far = {0: 2**25, 1: 2**62, 2: -(2**63)}
+    rows["page_visit"] = [(c, t, item + far.get(item % 5, 0)) for c, t, item in rows["page_visit"]]
+    return {kind: [(c // 10 * 7, t, item) for c, t, item in table] for kind, table in rows.items()}
+
+
+def test_same_bytes_in_small_steps(write_events: Write, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    events = write_events(tmp_path / "events", random_rows(0))
+    for least in (1, 4):
+        build_store(events, tmp_path / f"a{least}", 90, min_url_count=least)
+    request.getfixturevalue("small_steps")
+    for least in (1, 4):
+        build_store(events, tmp_path / f"b{least}", 90, min_url_count=least)
+        assert contents(tmp_path / f"a{least}") == contents(tmp_path / f"b{least}")
+    check_kinds(EventStore.open(tmp_path / "b1"), random_rows(0), list(range(0, 70, 7)), 90)
+    assert 2 < EventStore.open(tmp_path / "b4").num_urls < EventStore.open(tmp_path / "b1").num_urls
+
+
+def test_long_histories_out_of_order(write_events: Write, tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    rows = {
+        kind: [(client, int(t), n % 7) for n, t in enumerate(rng.integers(0, 50, 300))]
+        for client, kind in enumerate(EVENT_KINDS)
+    }
+    build_store(write_events(tmp_path / "events", rows), tmp_path / "store", 40)
+    store = EventStore.open(tmp_path / "store")
+    check_kinds(store, rows, list(range(len(EVENT_KINDS))), 40)
+    check_timeline(store, list(range(len(EVENT_KINDS))))
+
+
+@pytest.mark.usefixtures("small_steps")
+@pytest.mark.parametrize(("relevant", "all_clients"), [(None, False), ([0, 14, 999], False), ([0, 999], True)])
+@pytest.mark.parametrize("base_cutoff_s", [1, 40, 89, 90])
+def test_another_day_on_a_base_gives_the_same_bytes(
+    write_events: Write, tmp_path: Path, relevant: list[int] | None, all_clients: bool, base_cutoff_s: int
+) -> None:
+    rows = random_rows(1) | {"remove_from_cart": [(777, 80, 5)]}  # a client, a sku and a kind of the last days only
+    events = write_events(tmp_path / "events", rows, relevant)
+    build_store(events, tmp_path / "base", base_cutoff_s, all_clients=all_clients)
+    base = EventStore.open(tmp_path / "base")
+    build_store(events, tmp_path / "more", 90, all_clients=all_clients, base=base)
+    build_store(events, tmp_path / "whole", 90, all_clients=all_clients)
+    assert contents(tmp_path / "more") == contents(tmp_path / "whole")
+
+
+def test_a_base_spares_reading_what_it_holds(write_events: Write, tmp_path: Path) -> None:
+    rows = {"page_visit": [(1, 5, 1), (2, 6, 2), (1, 20, 3)]}
+    build_store(write_events(tmp_path / "events", rows), tmp_path / "base", 10)
+    later = write_events(tmp_path / "later", {"page_visit": [(1, 5, 8), (1, 20, 3)]})
+    build_store(later, tmp_path / "more", 30, base=EventStore.open(tmp_path / "base"))
+    check_kinds(EventStore.open(tmp_path / "more"), {key: rows.get(key, []) for key in EVENT_KINDS}, [1, 2], 30)
+
+
+def test_a_base_that_does_not_fit(write_events: Write, tmp_path: Path) -> None:
+    events = write_events(tmp_path / "events", {"page_visit": [(1, 5, 1), (2, 6, 2)]}, relevant=[1])
+    build_store(events, tmp_path / "base", 10)
+    build_store(events, tmp_path / "rare", 10, min_url_count=2)
+    base, rare = EventStore.open(tmp_path / "base"), EventStore.open(tmp_path / "rare")
+    with pytest.raises(ValueError, match="base must have a cutoff up to 9, got 10"):
+        build_store(events, tmp_path / "more", 9, base=base)
+    for store, arguments in ((base, {"all_clients": True}), (base, {"min_url_count": 2}), (rare, {"min_url_count": 2})):
+        with pytest.raises(ValueError, match="base must have the same all_clients and min_url_count = 1"):
+            build_store(events, tmp_path / "more", 20, base=store, **arguments)
+    other = write_events(tmp_path / "other", {"page_visit": [(1, 5, 1), (2, 6, 2)]}, relevant=[1, 2])
+    with pytest.raises(ValueError, match="base must hold the relevant clients, got others"):
+        build_store(other, tmp_path / "more", 20, base=base)
+    assert not (tmp_path / "more").exists()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import ubp_fast.events.tables, ubp_fast.store.build, ubp_fast.store.spill
+from ubp_fast.events.read import EventDirectory
+
+ubp_fast.events.tables.BATCH_ROWS, ubp_fast.store.spill.RUN_EVENTS, ubp_fast.store.build.BLOCK_EVENTS = 3, 6, 20
+
+def kill(done, total):
+    if done == int(sys.argv[3]) * total // 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+ubp_fast.store.build.build_store(EventDirectory.open(sys.argv[1]), Path(sys.argv[2]), 90, progress=kill)
+"""
+
+
+@pytest.mark.parametrize("quarter", [1, 3, 4])
+def test_killed_while_building(write_events: Write, tmp_path: Path, quarter: int) -> None:
+    """While events are spilled, while columns are written, and just before the store appears."""
+    events = write_events(tmp_path / "events", random_rows(2, 60))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
-    command = [sys.executable, "-c", program, str(events.path), str(tmp_path / "store")]
+    command = [sys.executable, "-c", KILLED, str(events.path), str(tmp_path / "store"), str(quarter)]
     assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
     assert not (tmp_path / "store").exists()
-    build_store(events, tmp_path / "store", 10)
-    build_store(events, tmp_path / "again", 10)
+    assert (tmp_path / ".store.partial").exists()
+    build_store(events, tmp_path / "store", 90)
+    build_store(events, tmp_path / "again", 90)
     assert contents(tmp_path / "store") == contents(tmp_path / "again")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "events", "store"]
 

@@ -12,7 +12,8 @@ import numpy as np
 import polars as pl
 
 from ubp_fast.evaluation.tasks import TASKS, Task, named_tasks
-from ubp_fast.events.read import EventDirectory, LabelLists
+from ubp_fast.events.read import EventDirectory
+from ubp_fast.events.tables import LabelLists
 from ubp_fast.events.targets import ClientRows, LabelMatrix, label_matrices, make_label_lists
 
 

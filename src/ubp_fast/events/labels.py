@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 
-from ubp_fast.events.read import LabelLists
+from ubp_fast.events.tables import LabelLists
 
 NUM_LABELS = 100
 

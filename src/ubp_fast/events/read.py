@@ -1,19 +1,19 @@
-"""Reading tables of others (checked, made canonical) and the canonical event directory.
+"""The canonical event directory: what every source writes and everything else reads.
 
-The canonical event directory is what every source writes and everything else reads:
-
-    <kind>.parquet              one table per kind that is present, all events, file order of the source
-    product_properties.parquet  one row per sku
-    target_purchases.parquet    optional: purchases of the target windows with the properties the source joined to them
-    relevant_clients.npy        optional: clients that need a profile (default: all with an event before the cutoff)
-    active_clients.npy          optional: clients of the churn task (default: all with a purchase before the cutoff)
-    labels/<list>.npy, labels/popularity_<list>.npy   optional: label lists that the source brought
-    dataset.json                source, kinds, boundaries, row counts, notes
+<kind>.parquet              one table per kind that is present, all events, file order of the source; a file, or a
+                            directory of part-*.parquet when the source wrote it in parts
+product_properties.parquet  one row per sku
+target_purchases.parquet    optional: purchases of the target windows with the properties the source joined to them
+relevant_clients.npy        optional: clients that need a profile (default: all with an event before the cutoff)
+active_clients.npy          optional: clients of the churn task (default: all with a purchase before the cutoff)
+labels/<list>.npy, labels/popularity_<list>.npy   optional: label lists that the source brought
+dataset.json                source, kinds, boundaries, row counts, notes
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,162 +21,68 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from ubp_fast.events.parse import parse_codes, parse_ids, parse_timestamps
 from ubp_fast.events.schema import (
+    CODES,
     EVENT_KINDS,
-    ITEM_COLUMN,
-    LABEL_LISTS,
-    NUM_PRICE_BUCKETS,
+    NUM_CODES,
     PRODUCT_SCHEMA,
     PRODUCT_TABLE,
     PURCHASE_SCHEMA,
     DataError,
-    bad_rows,
     empty_frame,
     event_schema,
-    require_columns,
-    require_unique,
 )
 from ubp_fast.events.split import Split
+from ubp_fast.events.tables import (
+    BATCH_ROWS,
+    LabelLists,
+    in_batches,
+    parquet_files,
+    read_id_list,
+    read_label_lists,
+)
 
-LabelLists = dict[str, tuple[np.ndarray, np.ndarray]]
 DATASET_FILE = "dataset.json"
+Schema = dict[str, pl.DataType]
 TARGET_PURCHASES = "target_purchases"
-FORMAT = 1
+FORMAT = 2
 
 
-def read_table(path: Path, columns: list[str] | None = None, separator: str = ",") -> pl.DataFrame:
-    """Reads a Parquet file, or a CSV file when its name ends in .csv or .csv.gz.
+def stored_schema(schema: Schema) -> Schema:
+    """Columns of the file that holds a canonical table."""
+    stored: Schema = {}
+    for name, dtype in schema.items():
+        stored |= dict.fromkeys(_words(name), pl.UInt64()) if dtype == CODES else {name: dtype}
+    return stored
 
-    Args:
-        path: the file.
-        columns: the columns wanted, in this order; None reads all.
-        separator: of a CSV file.
 
-    Raises:
-        DataError: no such file, not readable (truncated, another format), or a column is missing.
-    """
-    if not path.is_file():
-        raise DataError(f"{path}: table must exist, got no such file; check the directory and the file's name")
-    is_csv = path.name.endswith((".csv", ".csv.gz"))
-    try:
-        if is_csv:
-            frame = pl.read_csv(path, separator=separator, infer_schema_length=None)
-            present = frame.columns
+def stored_form(frame: pl.DataFrame) -> pl.DataFrame:
+    """A canonical table as its file holds it."""
+    columns: list[pl.Series] = []
+    for series in frame:
+        if series.dtype == CODES:
+            words = np.ascontiguousarray(series.to_numpy()).reshape(-1, NUM_CODES).view("<u8")
+            columns += [pl.Series(name, words[:, index]) for index, name in enumerate(_words(series.name))]
         else:
-            present = list(pl.read_parquet_schema(path))
-        if columns is not None:
-            require_columns(str(path), present, columns, "rename the column or name it in the configuration")
-        if is_csv:
-            return frame if columns is None else frame.select(columns)
-        return pl.read_parquet(path, columns=columns)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        kind = "CSV" if is_csv else "Parquet"
-        reason = str(error).strip().split("\n")[0]
-        raise DataError(
-            f"{path}: file must be a complete {kind} file, got '{reason}'; it may be truncated: copy or make it again"
-        ) from error
+            columns.append(series)
+    return pl.DataFrame(columns)
 
 
-def read_events(path: Path, kind: str, timestamp_unit: str = "s") -> pl.DataFrame:
-    """Reads one table in the organisers' layout (client_id, timestamp, sku | url | query) as canonical columns.
-
-    Raises:
-        DataError: see `read_table`, `parse_ids`, `parse_timestamps`, `parse_codes`.
-    """
-    item = ITEM_COLUMN[kind]
-    raw = read_table(path, ["client_id", "timestamp", item])
-    parse_item = parse_codes if item == "query" else parse_ids
-    return pl.DataFrame(
-        [
-            parse_ids(str(path), raw["client_id"]),
-            parse_timestamps(str(path), raw["timestamp"], timestamp_unit),
-            parse_item(str(path), raw[item]),
-        ],
-        schema=event_schema(kind),
-    )
+def _words(column: str) -> tuple[str, str]:
+    return f"{column}_0_7", f"{column}_8_15"
 
 
-def read_products(path: Path) -> pl.DataFrame:
-    """Reads a product table in the organisers' layout (sku, category, price, name) as canonical columns.
-
-    Raises:
-        DataError: as `read_events`; also a sku that occurs twice, a price outside 0..99, no rows.
-    """
-    raw = read_table(path, list(PRODUCT_SCHEMA))
-    columns = [parse_ids(str(path), raw[name]) for name in ("sku", "category", "price")]
-    products = pl.DataFrame([*columns, parse_codes(str(path), raw["name"])], schema=PRODUCT_SCHEMA)
-    if not len(products):
-        raise DataError(f"{path}: table must hold products, got 0 rows; every sku in the events needs its properties")
-    check_products(str(path), products)
-    return products
+def _with_codes(scan: pl.LazyFrame, schema: Schema) -> pl.LazyFrame:
+    """The canonical table of a stored one."""
+    for name in [name for name, dtype in schema.items() if dtype == CODES]:
+        words = pl.struct(_words(name)).map_batches(_codes, return_dtype=CODES)
+        scan = scan.with_columns(words.alias(name))
+    return scan.select(list(schema))
 
 
-def check_products(file: str, products: pl.DataFrame) -> None:
-    """Checks that every sku occurs once and that prices are buckets.
-
-    Raises:
-        DataError: the first row that breaks a rule.
-    """
-    require_unique(file, "sku", products["sku"], "keep one row of properties per sku")
-    price = products["price"]
-    outside = (price < 0) | (price >= NUM_PRICE_BUCKETS)
-    if outside.any():
-        remedy = "turn money into quantile buckets first"
-        raise bad_rows(file, "price", f"be a quantile bucket 0..{NUM_PRICE_BUCKETS - 1}", outside, price, remedy)
-
-
-def read_id_list(path: Path, unique: bool) -> np.ndarray:
-    """Reads a list of ids from an npy file as i64 [N], in file order.
-
-    Raises:
-        DataError: not readable, not one-dimensional integers, or (when `unique`) an id that occurs twice.
-    """
-    values = _read_array(path)
-    if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer):
-        raise DataError(
-            f"{path}: array must be one-dimensional integers, got {values.dtype} of shape {values.shape};"
-            " save the ids as int64"
-        )
-    ids = pl.Series("ids", values.astype(np.int64))
-    if unique:
-        require_unique(str(path), "ids", ids, "name every client once")
-    return ids.to_numpy()
-
-
-def read_label_lists(directory: Path) -> LabelLists:
-    """Reads the label lists (ids i64 [n], popularity f64 [n]) that exist in `directory`, in file order.
-
-    Raises:
-        DataError: ids without popularity, other lengths, or a popularity that is negative or not finite.
-    """
-    lists: LabelLists = {}
-    for name in LABEL_LISTS:
-        path, popularity_path = directory / f"{name}.npy", directory / f"popularity_{name}.npy"
-        if not path.exists():
-            continue
-        ids, popularity = read_id_list(path, unique=False), _read_array(popularity_path)
-        if popularity.shape != ids.shape or not np.issubdtype(popularity.dtype, np.number):
-            raise DataError(
-                f"{popularity_path}: array must hold one number per id of {path.name} ({len(ids)}),"
-                f" got {popularity.dtype} of shape {popularity.shape}; save both lists in the same order"
-            )
-        good = np.isfinite(popularity) & (popularity >= 0)
-        if not good.all():
-            values = pl.Series(popularity.astype(np.float64))
-            remedy = "use each label's share of the purchases"
-            raise bad_rows(str(popularity_path), "popularity", "be finite and >= 0", pl.Series(~good), values, remedy)
-        lists[name] = (ids, popularity.astype(np.float64))
-    return lists
-
-
-def _read_array(path: Path) -> np.ndarray:
-    if not path.is_file():
-        raise DataError(f"{path}: array must exist, got no such file; check the directory and the file's name")
-    try:
-        return np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"{path}: file must be a complete npy array, got '{error}'; copy or make it again") from error
+def _codes(words: pl.Series) -> pl.Series:
+    codes = np.stack([word.to_numpy() for word in words.struct.unnest()], axis=1).astype("<u8").view(np.uint8)
+    return pl.Series(words.name, codes, dtype=CODES)
 
 
 @dataclass(frozen=True)
@@ -224,20 +130,45 @@ class EventDirectory:
 
     def frame(self, kind: str, columns: list[str] | None = None) -> pl.DataFrame:
         """All events of a kind in file order, or some of its columns; no rows when the kind is absent."""
-        if kind not in self.kinds:
-            frame = empty_frame(event_schema(kind))
-            return frame if columns is None else frame.select(columns)
-        return read_table(self.path / f"{kind}.parquet", columns)
+        scan = self.scan(kind)
+        return (scan if columns is None else scan.select(columns)).collect()
 
     def scan(self, kind: str) -> pl.LazyFrame:
         """The same as `frame`, lazily."""
         if kind not in self.kinds:
             return empty_frame(event_schema(kind)).lazy()
-        return pl.scan_parquet(self.path / f"{kind}.parquet")
+        return _with_codes(self._scan_stored(kind), event_schema(kind))
+
+    def _scan_stored(self, name: str) -> pl.LazyFrame:
+        return pl.scan_parquet(parquet_files(self.path / f"{name}.parquet"))
+
+    def num_rows(self, kind: str) -> int:
+        """Number of events of a kind."""
+        return int(self.scan(kind).select(pl.len()).collect().item())
+
+    def num_batches(self, kind: str) -> int:
+        """How many frames `batches` gives when it starts at the first event."""
+        return -(-self.num_rows(kind) // BATCH_ROWS)
+
+    def batches(self, kind: str, from_s: int | None = None) -> Iterator[pl.DataFrame]:
+        """All events of a kind in file order, 2^20 at a time; the next ones are read meanwhile.
+
+        Args:
+            kind: one of `EVENT_KINDS`.
+            from_s: only events with `timestamp_s >= from_s`; these are all in memory at once.
+        """
+        if kind not in self.kinds:
+            return
+        scan, rows = self._scan_stored(kind), self.num_rows(kind)
+        if from_s is not None:
+            frame = scan.filter(pl.col("timestamp_s") >= from_s).collect()
+            scan, rows = frame.lazy(), len(frame)
+        for frame in in_batches(scan, rows):
+            yield _with_codes(frame.lazy(), event_schema(kind)).collect()
 
     def products(self) -> pl.DataFrame:
         """Product properties: sku, category, price (bucket 0..99), name (16 codes)."""
-        return read_table(self.path / f"{PRODUCT_TABLE}.parquet")
+        return _with_codes(self._scan_stored(PRODUCT_TABLE), PRODUCT_SCHEMA).collect()
 
     @property
     def relevant_clients(self) -> np.ndarray | None:
@@ -277,14 +208,15 @@ class EventDirectory:
 
     def _check_schema(self, name: str) -> None:
         path = self.path / f"{name}.parquet"
-        wanted = PRODUCT_SCHEMA if name == PRODUCT_TABLE else event_schema(name)
+        wanted = stored_schema(PRODUCT_SCHEMA if name == PRODUCT_TABLE else event_schema(name))
         try:
-            found = dict(pl.read_parquet_schema(path))
+            schemas = [dict(pl.read_parquet_schema(file)) for file in parquet_files(path)]
         except (pl.exceptions.PolarsError, OSError) as error:
             raise DataError(
                 f"{path}: file must be a complete Parquet file, got '{error}'; prepare the events again"
             ) from error
-        if found != wanted:
-            raise DataError(
-                f"{path}: columns must be {wanted}, got {found}; prepare the events again from their source"
-            )
+        for found in schemas:
+            if found != wanted:
+                raise DataError(
+                    f"{path}: columns must be {wanted}, got {found}; prepare the events again from their source"
+                )

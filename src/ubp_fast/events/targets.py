@@ -13,8 +13,9 @@ import numpy as np
 import polars as pl
 
 from ubp_fast.events.labels import NUM_LABELS, top_label_lists
-from ubp_fast.events.read import EventDirectory, LabelLists
+from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import DataError
+from ubp_fast.events.tables import LabelLists
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import polars as pl
 
 from ubp_fast.events.parse import parse_timestamps
 from ubp_fast.events.publish import published_directory
-from ubp_fast.events.read import DATASET_FILE, FORMAT, TARGET_PURCHASES, LabelLists, check_products
+from ubp_fast.events.read import DATASET_FILE, FORMAT, TARGET_PURCHASES, stored_form
 from ubp_fast.events.schema import (
     EVENT_KINDS,
     LABEL_LISTS,
@@ -28,6 +28,7 @@ from ubp_fast.events.schema import (
     require_canonical,
 )
 from ubp_fast.events.split import Split, split_at
+from ubp_fast.events.tables import LabelLists, check_products
 
 
 def end_seconds(end: str | None) -> int | None:
@@ -61,6 +62,8 @@ class EventWriter:
         self._end_s = end_s
         self._products: pl.DataFrame | None = None
         self._rows: dict[str, int] = {}
+        self._parts: dict[str, int] = {}
+        self._given: dict[str, None] = {}
         self._first_s: int | None = None
         self._last_purchase_s: int | None = None
         self._info: dict[str, Any] = {"format": FORMAT, "source": source}
@@ -78,10 +81,10 @@ class EventWriter:
         self._write(PRODUCT_TABLE, products)
 
     def write_events(self, kind: str, frame: pl.DataFrame, file: str | None = None) -> None:
-        """Writes one kind without the events after the end; a table without rows makes the kind absent.
+        """Writes events of one kind without those after the end; may be called again with the rows that follow.
 
         Args:
-            kind: one of `EVENT_KINDS`.
+            kind: one of `EVENT_KINDS`; one without any rows is absent.
             frame: canonical columns of that kind.
             file: where the rows came from, for messages.
 
@@ -90,19 +93,19 @@ class EventWriter:
         """
         file = file or kind
         require_canonical(file, frame, event_schema(kind))
+        self._given.setdefault(kind)
         if kind in SKU_KINDS:
             self._require_properties(file, frame["sku"])
         if self._end_s is not None:
             frame = frame.filter(pl.col("timestamp_s") <= self._end_s)
         if not len(frame):
-            self.notes.append(f"{file}: no rows, the kind {kind} is left out")
             return
-        self._rows[kind] = len(frame)
-        first_s = int(frame["timestamp_s"].min())  # type: ignore[arg-type]
+        self._rows[kind] = self._rows.get(kind, 0) + len(frame)
+        first_s, last_s = int(frame["timestamp_s"].min()), int(frame["timestamp_s"].max())  # type: ignore[arg-type]
         self._first_s = first_s if self._first_s is None else min(self._first_s, first_s)
         if kind == "product_buy":
-            self._last_purchase_s = int(frame["timestamp_s"].max())  # type: ignore[arg-type]
-        self._write(kind, frame)
+            self._last_purchase_s = max(last_s, self._last_purchase_s or last_s)
+        self._write_part(kind, frame)
 
     def write_target_purchases(self, frame: pl.DataFrame) -> None:
         """Writes the purchases of the target windows with the properties that the source joined to them."""
@@ -150,6 +153,7 @@ class EventWriter:
         """
         self.default_split()
         assert self._first_s is not None
+        self.notes += [f"{kind}: no rows, the kind is left out" for kind in self._given if kind not in self._rows]
         if self._first_s >= split.input_end_s:
             raise DataError(
                 f"events: the first event must lie before the end of the input {_moment(split.input_end_s)}, got"
@@ -175,6 +179,16 @@ class EventWriter:
         if unknown.any():
             remedy = f"add the missing skus to {PRODUCT_TABLE} or remove those rows"
             raise bad_rows(file, "sku", f"occur in {PRODUCT_TABLE}", unknown, skus, remedy)
+
+    def _write_part(self, kind: str, frame: pl.DataFrame) -> None:
+        """The first rows are a file; when more follow, it becomes a directory of parts."""
+        path = self.directory / f"{kind}.parquet"
+        number = self._parts[kind] = self._parts.get(kind, -1) + 1
+        if number == 1:
+            first = path.rename(self.directory / f"{kind}.part-00000.parquet")
+            path.mkdir()
+            first.rename(path / "part-00000.parquet")
+        _write_parquet(path / f"part-{number:05d}.parquet" if number else path, frame)
 
     def _write(self, name: str, frame: pl.DataFrame) -> None:
         _write_parquet(self.directory / f"{name}.parquet", frame)
@@ -202,7 +216,7 @@ def event_writer(directory: Path, source: str, end: str | None = None) -> Iterat
 
 def _write_parquet(path: Path, frame: pl.DataFrame) -> None:
     try:
-        frame.write_parquet(path, compression="zstd", compression_level=1)
+        stored_form(frame).write_parquet(path, compression="zstd", compression_level=1, row_group_size=1 << 18)
     except pl.exceptions.PolarsError as error:  # how Polars tells of a full disk
         raise OSError(str(error)) from error
 

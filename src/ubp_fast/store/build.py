@@ -1,4 +1,10 @@
-"""Building the event store: canonical tables -> client-sorted columns of the history before a cutoff."""
+"""Building the event store in one pass: canonical tables -> client-sorted columns of the history before a cutoff.
+
+    batches of a table -> events of the clients before the cutoff -> spilled by block of clients
+    block of clients   -> sorted by client and time -> appended to the columns, and all kinds merged to the timeline
+
+Memory holds a batch or a block of clients, the clients and the vocabularies, whatever the number of events.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +17,14 @@ import polars as pl
 from ubp_fast.events.progress import Progress, Steps
 from ubp_fast.events.publish import published_directory
 from ubp_fast.events.read import EventDirectory
-from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, NUM_CODES, SKU_KINDS, DataError
-from ubp_fast.store.event_store import FORMAT, HEADER_FILE, TIMELINE
+from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, NUM_CODES, DataError
+from ubp_fast.store.event_store import FORMAT, HEADER_FILE, TIMELINE, ColumnWriter, EventStore
+from ubp_fast.store.ids import KnownIds, Numbering
+from ubp_fast.store.spill import MAX_CLIENTS, Events, Spill, keys_of, merge, sort_events
 from ubp_fast.store.vocabulary import FIRST_ID, UNKNOWN, encode, vocabulary
+
+BLOCK_EVENTS = 1 << 18
+MAX_BLOCKS = 512
 
 
 def build_store(
@@ -23,6 +34,7 @@ def build_store(
     min_url_count: int = 1,
     all_clients: bool = False,
     progress: Progress | None = None,
+    base: EventStore | None = None,
 ) -> None:
     """Writes the store of all events with `timestamp_s < cutoff_s`; nothing later is looked at.
 
@@ -31,38 +43,69 @@ def build_store(
 
     Args:
         events: the canonical events.
-        path: new or empty directory; it appears when the store is complete.
+        path: new or empty directory; it appears when the store is complete. Events wait beside it while it is built:
+            it takes twice its size on the disk for that long.
         cutoff_s: seconds since 1970 UTC.
         min_url_count: urls with fewer visits before the cutoff share the id "unknown" (the winner: 10).
         all_clients: also keep clients that the source does not name as relevant (`EventStore.is_relevant` tells them
             apart), for models that learn from everybody.
         progress: called with (steps done, steps in all).
+        base: a store of the same source with an earlier cutoff. Events before that cutoff are taken from it and only
+            later ones are read, so that another day costs a copy and that day; the result has the same bytes. Its
+            clients must be all that `events` asks for, and min_url_count must be 1: it does not hold rare urls.
 
     Raises:
         DataError: no event before the cutoff, or the directory is in use or cannot be written.
+        ValueError: `base` does not fit.
     """
-    clients, is_relevant = _clients(events, cutoff_s, all_clients)
+    if base is not None:
+        _check_base(base, cutoff_s, min_url_count, all_clients)
+    clients, is_relevant = _clients(events, cutoff_s, all_clients, base)
     with published_directory(Path(path)) as partial:
-        builder = _Builder(events, partial, cutoff_s, clients, is_relevant)
-        steps = Steps(progress, len(EVENT_KINDS) + 2)
-        for kind in EVENT_KINDS:
-            builder.sort_kind(kind)
+        builder = _Builder(events, partial, cutoff_s, clients, base)
+        steps = Steps(progress, sum(events.num_batches(kind) for kind in EVENT_KINDS) + builder.num_blocks + 1)
+        builder.save("client_ids", clients.astype(np.int64))
+        builder.save("is_relevant", is_relevant)
+        builder.header |= {"all_clients": all_clients, "min_url_count": min_url_count}
+        try:
+            for kind in EVENT_KINDS:
+                builder.spill_kind(kind, steps)
+            builder.write_vocabularies(min_url_count)
             steps.done()
-        builder.write_items(min_url_count)
-        steps.done()
-        builder.write_timeline()
-        builder.write_header()
-        steps.done()
+            builder.write_columns(steps)
+        finally:
+            builder.close()
 
 
-def _clients(events: EventDirectory, cutoff_s: int, all_clients: bool) -> tuple[np.ndarray, np.ndarray]:
+def _check_base(base: EventStore, cutoff_s: int, min_url_count: int, all_clients: bool) -> None:
+    found = (base.header.get("all_clients"), base.header.get("min_url_count"))
+    if (all_clients, min_url_count) != found or min_url_count != 1:
+        raise ValueError(
+            "build_store: base must have the same all_clients and min_url_count = 1 (rare urls are lost in it), got"
+            f" all_clients={found[0]} and min_url_count={found[1]} for {all_clients} and {min_url_count};"
+            " build without a base"
+        )
+    if base.cutoff_s > cutoff_s:
+        raise ValueError(f"build_store: base must have a cutoff up to {cutoff_s}, got {base.cutoff_s}")
+
+
+def _clients(
+    events: EventDirectory, cutoff_s: int, all_clients: bool, base: EventStore | None
+) -> tuple[np.ndarray, np.ndarray]:
     """Client ids of the store, ascending, and which of them need a profile."""
     relevant = events.relevant_clients
     if relevant is not None and not all_clients:
-        return np.sort(relevant), np.ones(len(relevant), bool)
-    before = pl.col("timestamp_s") < cutoff_s
-    parts = [events.scan(kind).filter(before).select(pl.col("client_id").unique()) for kind in events.kinds]
-    present = pl.concat(parts).collect()["client_id"].unique().sort().to_numpy()
+        clients = np.sort(relevant)
+        if base is not None and not np.array_equal(clients, base.client_ids):
+            raise ValueError("build_store: base must hold the relevant clients, got others; build without a base")
+        return clients, np.ones(len(clients), bool)
+    wanted = pl.col("timestamp_s") < cutoff_s
+    if base is not None:
+        wanted &= pl.col("timestamp_s") >= base.cutoff_s
+    parts = [events.scan(kind).filter(wanted).select(pl.col("client_id").unique()) for kind in events.kinds]
+    present = pl.concat(parts).collect(engine="streaming")["client_id"].unique().sort().to_numpy()
+    if base is not None:
+        present = np.union1d(present, base.client_ids)
     if relevant is None:
         return present, np.ones(len(present), bool)
     clients = np.union1d(present, relevant)
@@ -70,102 +113,150 @@ def _clients(events: EventDirectory, cutoff_s: int, all_clients: bool) -> tuple[
 
 
 class _Builder:
-    """Steps of one build, in the order in which `build_store` calls them; holds the sorted columns of all kinds."""
+    """Steps of one build, in the order in which `build_store` calls them."""
 
     def __init__(
-        self, events: EventDirectory, directory: Path, cutoff_s: int, clients: np.ndarray, is_relevant: np.ndarray
+        self,
+        events: EventDirectory,
+        directory: Path,
+        cutoff_s: int,
+        clients: np.ndarray,
+        base: EventStore | None,
     ) -> None:
-        self._events, self._directory, self._cutoff_s, self._clients = events, directory, cutoff_s, clients
-        self._client_row: dict[str, np.ndarray] = {}
-        self._timestamp_s: dict[str, np.ndarray] = {}
-        self._item: dict[str, np.ndarray] = {}
-        self._header: dict[str, object] = {"format": FORMAT, "cutoff_s": cutoff_s, "num_clients": len(clients)}
-        self._save("client_ids", clients.astype(np.int64))
-        self._save("is_relevant", is_relevant)
+        if len(clients) > MAX_CLIENTS:
+            raise DataError(
+                f"{events.path}: clients must be at most {MAX_CLIENTS}, got {len(clients)}; make two stores"
+            )
+        self._events, self._directory, self._cutoff_s, self._base = events, directory, cutoff_s, base
+        self._clients, self._num_clients = KnownIds(clients), len(clients)
+        sizes = sum(events.num_rows(kind) for kind in EVENT_KINDS)
+        # A power of two: the block of a client is a shift away.
+        self._block_bits = (-(-len(clients) // min(MAX_BLOCKS, 1 + sizes // BLOCK_EVENTS)) - 1).bit_length()
+        self._block_clients = 1 << self._block_bits
+        self.num_blocks = -(-len(clients) // self._block_clients)
+        self._spills: dict[str, Spill] = {}
+        self._products = events.products().sort("sku")
+        self._skus = KnownIds(self._products["sku"].to_numpy())
+        self._sku_seen = np.zeros(len(self._products), bool)
+        self._urls = Numbering()
+        self._dense: dict[str, np.ndarray] = {}
+        self.header: dict[str, object] = {"format": FORMAT, "cutoff_s": cutoff_s, "num_clients": len(clients)}
+        if base is not None:
+            self._base_rows = self._clients.find(np.asarray(base.client_ids))
+            skus = self._skus.find(np.asarray(base.sku_ids[FIRST_ID:]))
+            self._sku_seen[skus] = True
+            urls = self._urls.number(np.asarray(base.url_ids), np.arange(FIRST_ID, base.num_urls, dtype=np.int32))
+            self._base_numbers = {"sku": skus, "url": urls}
 
-    def sort_kind(self, kind: str) -> None:
-        """Reads the history of one kind and sorts it by client and time, ties in file order."""
-        frame = self._events.scan(kind).filter(pl.col("timestamp_s") < self._cutoff_s).collect()
-        client_id = frame["client_id"].to_numpy()
-        row = np.searchsorted(self._clients, client_id)
-        row[row == len(self._clients)] = 0
-        known = np.flatnonzero(self._clients[row] == client_id) if len(self._clients) else np.empty(0, np.int64)
-        row, timestamp_s = row[known], frame["timestamp_s"].to_numpy()[known]
-        order = _order_by_client_and_time(row, timestamp_s)
-        self._client_row[kind], self._timestamp_s[kind] = row[order], timestamp_s[order]
-        self._item[kind] = frame[ITEM_COLUMN[kind]].to_numpy()[known][order]
-        self._save(f"{kind}.offsets", _offsets(self._client_row[kind], len(self._clients)))
-        self._save(f"{kind}.timestamp_s", self._timestamp_s[kind])
+    def spill_kind(self, kind: str, steps: Steps) -> None:
+        """Reads the history of one kind; keeps the events of our clients, items as numbers."""
+        item = np.empty((0, NUM_CODES), np.uint8) if ITEM_COLUMN[kind] == "query" else np.empty(0, np.int32)
+        spill = Spill(self._directory / f".{kind}", self._block_bits, self.num_blocks, item)
+        self._spills[kind] = spill
+        for frame in self._events.batches(kind, None if self._base is None else self._base.cutoff_s):
+            timestamp_s, values = frame["timestamp_s"].to_numpy(), frame[ITEM_COLUMN[kind]].to_numpy()
+            rows, clients = self._clients.known(frame["client_id"].to_numpy(), timestamp_s, self._cutoff_s)
+            spill.write(clients, timestamp_s[rows], self._numbers(kind, values, rows))
+            steps.done()
+        spill.flush()
 
-    def write_items(self, min_url_count: int) -> None:
-        """Makes the vocabularies and writes items as dense ids, and the product table."""
-        sku_ids = vocabulary(np.concatenate([self._item[kind] for kind in SKU_KINDS]))
-        url_ids = vocabulary(self._item["page_visit"], min_url_count)
-        for kind in SKU_KINDS:
-            self._save(f"{kind}.item", encode(self._item[kind], sku_ids))
-        self._save("page_visit.item", encode(self._item["page_visit"], url_ids))
-        self._save("search_query.codes", self._item["search_query"].reshape(-1, NUM_CODES))
-        self._save("url_ids", url_ids)
-        self._header |= {"num_skus": len(sku_ids), "num_urls": len(url_ids)}
-        self._write_products(sku_ids)
+    def _numbers(self, kind: str, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Codes, or numbers that `write_vocabularies` turns into dense ids, of some rows of a batch."""
+        if ITEM_COLUMN[kind] == "query":
+            return values[rows]
+        if kind == "page_visit":
+            return self._urls.number(values, rows)
+        places = self._skus.find(values[rows])
+        self._sku_seen[places] = True
+        return places
 
-    def _write_products(self, sku_ids: np.ndarray) -> None:
+    def write_vocabularies(self, min_url_count: int) -> None:
+        """Makes the vocabularies and writes them and the product table; numbers get their dense ids."""
+        products = self._products.filter(pl.Series(self._sku_seen))
+        self._dense["sku"] = np.cumsum(self._sku_seen, dtype=np.int32) + np.int32(FIRST_ID - 1)
+        ids, numbers = self._urls.counted(min_url_count)
+        order = np.argsort(ids)
+        url_ids = vocabulary(ids)
+        self._dense["url"] = np.zeros(self._urls.end, np.int32)
+        self._dense["url"][self._urls.counted(1)[1]] = UNKNOWN
+        self._dense["url"][numbers[order]] = np.arange(FIRST_ID, len(url_ids))
+        self.save("url_ids", url_ids)
+        sku_ids = vocabulary(products["sku"].to_numpy())
+        self.header |= {"num_skus": len(sku_ids), "num_urls": len(url_ids)}
+        self._write_products(sku_ids, products)
+
+    def _write_products(self, sku_ids: np.ndarray, products: pl.DataFrame) -> None:
         """Properties of the skus in the vocabulary; those of later skus must not be seen."""
-        wanted = pl.DataFrame({"sku": sku_ids[FIRST_ID:]})
-        products = wanted.join(self._events.products(), on="sku", how="left", maintain_order="left")
         special = np.arange(FIRST_ID, dtype=np.int32)
-        category_ids = vocabulary(products["category"].to_numpy())
+        category_ids = vocabulary(products["category"].unique().to_numpy())
         category = np.concatenate([special, encode(products["category"].to_numpy(), category_ids)])
         price = np.concatenate([special, products["price"].to_numpy().astype(np.int32) + FIRST_ID])
         name = np.concatenate([np.zeros((FIRST_ID, NUM_CODES), np.uint8), products["name"].to_numpy()])
-        self._save("products.sku_id", sku_ids)
-        self._save("products.category", category)
-        self._save("products.price", price.astype(np.int32))
-        self._save("products.name", name)
-        self._save("category_ids", category_ids)
-        self._header |= {"num_categories": len(category_ids), "num_prices": int(price.max(initial=UNKNOWN)) + 1}
+        self.save("products.sku_id", sku_ids)
+        self.save("products.category", category)
+        self.save("products.price", price.astype(np.int32))
+        self.save("products.name", name)
+        self.save("category_ids", category_ids)
+        self.header |= {"num_categories": len(category_ids), "num_prices": int(price.max(initial=UNKNOWN)) + 1}
 
-    def write_timeline(self) -> None:
-        """Merges all kinds by client and time; the sort is stable, so ties keep the order of kinds and rows."""
-        client_row = np.concatenate([self._client_row[kind] for kind in EVENT_KINDS])
-        timestamp_s = np.concatenate([self._timestamp_s[kind] for kind in EVENT_KINDS])
-        if not len(timestamp_s):
+    def write_columns(self, steps: Steps) -> None:
+        """Sorts block by block, appends to the columns of every kind and of the timeline, and writes store.json."""
+        counts = {kind: spill.num_events for kind, spill in self._spills.items()}
+        if self._base is not None:
+            counts = {kind: count + len(self._base.kind(kind).timestamp_s) for kind, count in counts.items()}
+        total = sum(counts.values())
+        if not total:
             raise DataError(
                 f"{self._events.path}: the cutoff must lie after the first event of a client, got {self._cutoff_s}"
                 " with no event before it; choose a later cutoff or check the relevant clients"
             )
-        lengths = [len(self._timestamp_s[kind]) for kind in EVENT_KINDS]
-        kind = np.repeat(np.arange(1, len(EVENT_KINDS) + 1, dtype=np.uint8), lengths)
-        row = np.concatenate([np.arange(length, dtype=np.int64) for length in lengths])
-        order = _order_by_client_and_time(client_row, timestamp_s)
-        self._save(f"{TIMELINE}.offsets", _offsets(client_row, len(self._clients)))
-        self._save(f"{TIMELINE}.timestamp_s", timestamp_s[order])
-        self._save(f"{TIMELINE}.kind", kind[order])
-        self._save(f"{TIMELINE}.row", row[order])
-        self._header["first_timestamp_s"] = int(timestamp_s.min())
+        timeline = ColumnWriter(self._directory, TIMELINE, ("timestamp_s", "kind", "row"), self._num_clients, total)
+        writers = {}
+        for kind, count in counts.items():
+            names = ("timestamp_s", "codes" if ITEM_COLUMN[kind] == "query" else "item")
+            writers[kind] = ColumnWriter(self._directory, kind, names, self._num_clients, count)
+        first_s = []
+        for block in range(self.num_blocks):
+            parts = [self._sorted(kind, block) for kind in EVENT_KINDS]
+            offsets, timestamp_s, kind_code, row = merge(parts)
+            row += np.array([writers[kind].num_rows for kind in EVENT_KINDS])[kind_code - 1]
+            timeline.append(offsets, timestamp_s, kind_code, row)
+            for writer, part in zip(writers.values(), parts, strict=True):
+                writer.append(*part)
+            first_s.append(int(timestamp_s.min(initial=self._cutoff_s)))
+            steps.done()
+        for writer in (timeline, *writers.values()):
+            writer.close()
+        self.header |= {"first_timestamp_s": min(first_s), "kinds": [kind for kind in EVENT_KINDS if counts[kind]]}
+        (self._directory / HEADER_FILE).write_text(json.dumps(self.header, indent=1) + "\n", encoding="utf-8")
 
-    def write_header(self) -> None:
-        """Writes store.json."""
-        self._header["kinds"] = [kind for kind in EVENT_KINDS if len(self._timestamp_s[kind])]
-        (self._directory / HEADER_FILE).write_text(json.dumps(self._header, indent=1) + "\n", encoding="utf-8")
+    def _sorted(self, kind: str, block: int) -> Events:
+        """Events of a block of clients with dense ids."""
+        first = block * self._block_clients
+        num_clients = min(self._block_clients, self._num_clients - first)
+        before = None if self._base is None else self._base_records(self._base, kind, first, num_clients)
+        keys, items = self._spills[kind].read(block, before)
+        if items.ndim == 1:
+            items = self._dense[ITEM_COLUMN[kind]][items]
+        return sort_events(keys, items, first, num_clients)
 
-    def _save(self, name: str, column: np.ndarray) -> None:
+    def _base_records(self, base: EventStore, kind: str, first: int, num_clients: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and items, as numbers, that the base holds of the clients of a block."""
+        low, high = np.searchsorted(self._base_rows, [first, first + num_clients])
+        columns = base.kind(kind)
+        offsets = columns.offsets[low : high + 1]
+        rows = slice(int(offsets[0]), int(offsets[-1]))
+        keys = keys_of(np.repeat(self._base_rows[low:high], np.diff(offsets)), columns.timestamp_s[rows])
+        if columns.item is None:
+            assert columns.codes is not None
+            return keys, columns.codes[rows]
+        return keys, self._base_numbers[ITEM_COLUMN[kind]][columns.item[rows] - FIRST_ID]
+
+    def save(self, name: str, column: np.ndarray) -> None:
+        """Writes one column at once."""
         np.save(self._directory / f"{name}.npy", np.ascontiguousarray(column))
 
-
-def _order_by_client_and_time(client_row: np.ndarray, timestamp_s: np.ndarray) -> np.ndarray:
-    """Stable order by client, then time.
-
-    One 64-bit key instead of two sort passes: times span less than 2^34 s (years 1900..2199), clients fewer than 2^29.
-    """
-    if not len(timestamp_s):
-        return np.empty(0, np.int64)
-    first = timestamp_s.min()
-    span = int(timestamp_s.max() - first) + 1
-    assert (int(client_row.max()) + 1) * span < 2**63
-    return np.argsort(client_row * span + (timestamp_s - first), kind="stable")
-
-
-def _offsets(client_row: np.ndarray, num_clients: int) -> np.ndarray:
-    counts = np.bincount(client_row, minlength=num_clients)
-    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    def close(self) -> None:
+        """Removes the spilled events."""
+        for spill in self._spills.values():
+            spill.close()

@@ -10,10 +10,11 @@ All files are plain npy plus `store.json`; a cutoff view is a binary search per 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -218,6 +219,44 @@ class EventStore:
         except OSError as error:
             raise DataError(f"{path}: column must exist, got '{error}'; build the store again") from error
         return column
+
+
+class ColumnWriter:
+    """Columns of one kind, or of the timeline, written block of clients by block of clients.
+
+    Args:
+        directory: of the store.
+        name: a kind, or "timeline".
+        columns: names of the columns after `offsets`.
+        num_clients: clients of all blocks together.
+        num_events: events of all blocks together.
+
+    Attributes:
+        num_rows: events written so far.
+    """
+
+    def __init__(self, directory: Path, name: str, columns: Sequence[str], num_clients: int, num_events: int) -> None:
+        self.num_rows = 0
+        self._paths = [directory / f"{name}.{column}.npy" for column in ("offsets", *columns)]
+        self._lengths = [num_clients + 1] + [num_events] * len(columns)
+        self._files: list[BinaryIO] = []
+
+    def append(self, offsets: np.ndarray, *columns: np.ndarray) -> None:
+        """Writes the next block: offsets i64 [clients + 1] from 0, and one array [N, ...] per column."""
+        arrays = (offsets[int(bool(self._files)) :] + self.num_rows, *columns)
+        if not self._files:
+            for path, length, array in zip(self._paths, self._lengths, arrays, strict=True):
+                self._files.append(path.open("wb"))
+                header = np.lib.format.header_data_from_array_1_0(array) | {"shape": (length, *array.shape[1:])}
+                np.lib.format.write_array_header_1_0(self._files[-1], header)
+        for file, array in zip(self._files, arrays, strict=True):
+            file.write(np.ascontiguousarray(array).data)
+        self.num_rows += len(columns[0])
+
+    def close(self) -> None:
+        """Ends the files."""
+        for file in self._files:
+            file.close()
 
 
 def rows_before(offsets: np.ndarray, timestamp_s: np.ndarray, cutoff_s: int) -> np.ndarray:

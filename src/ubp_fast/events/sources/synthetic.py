@@ -11,7 +11,7 @@ import polars as pl
 
 from ubp_fast.events.labels import top_label_lists
 from ubp_fast.events.progress import Progress, Steps
-from ubp_fast.events.read import EventDirectory, LabelLists
+from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import CODES, EVENT_KINDS, ITEM_COLUMN, PRODUCT_SCHEMA, event_schema
 from ubp_fast.events.sources.synthetic_world import (
     ADDS_PER_SESSION,
@@ -24,6 +24,7 @@ from ubp_fast.events.sources.synthetic_world import (
     purchase_probability,
 )
 from ubp_fast.events.split import DAY_S, TARGET_DAYS, Split
+from ubp_fast.events.tables import LabelLists
 from ubp_fast.events.write import end_seconds, event_writer
 
 VISITS_PER_SESSION, SEARCHES_PER_SESSION, REMOVE_PROBABILITY = 6.0, 0.4, 0.35

@@ -11,12 +11,12 @@ import polars as pl
 
 from ubp_fast.events.parse import parse_codes, parse_timestamps
 from ubp_fast.events.progress import Progress, Steps
-from ubp_fast.events.read import read_table
 from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, NUM_CODES, SKU_KINDS, DataError, bad_rows, event_schema
 from ubp_fast.events.sources.numbering import number
 from ubp_fast.events.sources.table_products import product_table
 from ubp_fast.events.sources.text_codes import hash_texts
 from ubp_fast.events.split import split_at
+from ubp_fast.events.tables import read_table
 from ubp_fast.events.write import EventWriter, end_seconds, event_writer
 
 IGNORE = "ignore"

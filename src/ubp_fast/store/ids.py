@@ -1,0 +1,211 @@
+"""Ids of 64 bits -> small numbers, fast enough to keep up with reading Parquet.
+
+`KnownIds` tells the place of an id in a sorted list: a bit per possible id and a running count per 64 bits where the
+ids lie close together (a few nanoseconds per look-up, 1/5 of a table), a hash table where they do not.
+`Numbering` gives ids numbers while they come and counts them: small ids are their own numbers, a hash table holds all
+others.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+# A bitmap is used up to this many bits per id: 64 bits are what an entry of a hash table takes at least.
+BITS_PER_ID = 256
+DIRECT_IDS = 1 << 25
+SMALLEST_TABLE = 1 << 10
+
+
+class KnownIds:
+    """Places of ids in a list.
+
+    Args:
+        ids: i64 [N], ascending, no id twice.
+    """
+
+    def __init__(self, ids: np.ndarray) -> None:
+        ids = np.ascontiguousarray(ids)
+        self._first = int(ids[0]) if len(ids) else 0
+        span = int(ids[-1]) - self._first + 1 if len(ids) else 0
+        self._bits = np.zeros(0, np.uint64)
+        self._places = np.zeros(0, np.int32)
+        self._keys = np.zeros(0, np.int64)
+        if span <= max(len(ids), SMALLEST_TABLE) * BITS_PER_ID:
+            self._bits = np.zeros(span // 64 + 1, np.uint64)
+            self._places = np.zeros(len(self._bits), np.int32)
+            _fill_bits(ids, self._first, self._bits, self._places)
+        else:
+            self._keys, self._places = _empty_table(len(ids))
+            _insert_all(ids, self._keys, self._places)
+
+    def find(self, ids: np.ndarray) -> np.ndarray:
+        """Place of every id, i32 [N]; -1 for ids that are not in the list."""
+        everything = np.arange(len(ids), dtype=np.int32)
+        return _places_of(ids, everything, self._first, self._bits, self._keys, self._places)
+
+    def known(self, ids: np.ndarray, timestamp_s: np.ndarray, before_s: int) -> tuple[np.ndarray, np.ndarray]:
+        """Events of known ids before a time: which rows they are, i32 ascending, and the places of their ids, i32."""
+        if len(self._bits):
+            rows = _rows_in_bits(ids, timestamp_s, before_s, self._first, self._bits)
+            return rows, _places_of(ids, rows, self._first, self._bits, self._keys, self._places)
+        rows = np.flatnonzero(timestamp_s < before_s).astype(np.int32)
+        places = _places_of(ids, rows, self._first, self._bits, self._keys, self._places)
+        return rows[places >= 0], places[places >= 0]
+
+
+class Numbering:
+    """Numbers for ids, and how often each id came.
+
+    An id in [0, 2^25) is its own number; all others get 2^25, 2^25 + 1, ... in order of first appearance.
+    """
+
+    def __init__(self) -> None:
+        # Pages that no id touches take no memory.
+        self._direct_counts = np.zeros(DIRECT_IDS, np.int32)
+        self._keys, self._numbers = _empty_table(SMALLEST_TABLE)
+        self._size = 0
+        self._direct_end = 0
+        self._ids = np.zeros(SMALLEST_TABLE, np.int64)
+        self._counts = np.zeros(SMALLEST_TABLE, np.int32)
+
+    def number(self, ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Numbers i32 of ids[rows]."""
+        numbers = np.empty(len(rows), np.int32)
+        known, done = (self._keys, self._numbers, self._ids, self._counts), 0
+        while True:
+            done, self._size, end = _number(ids, rows, done, numbers, self._direct_counts, self._size, *known)
+            self._direct_end = max(end, self._direct_end)
+            if done == len(rows):
+                return numbers
+            space = np.zeros_like(self._ids)
+            self._ids = np.concatenate([self._ids, space])
+            self._counts = np.concatenate([self._counts, space.astype(np.int32)])
+            self._keys, self._numbers = _empty_table(len(self._ids))
+            _insert(self._ids[: self._size], np.arange(self._size, dtype=np.int32), self._keys, self._numbers)
+            known = (self._keys, self._numbers, self._ids, self._counts)
+
+    def counted(self, min_count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids that came at least that often (1 or more), i64 in no order, and their numbers, i64."""
+        direct = np.flatnonzero(self._direct_counts[: self._direct_end] >= min_count)
+        others = np.flatnonzero(self._counts[: self._size] >= min_count)
+        return np.concatenate([direct, self._ids[others]]), np.concatenate([direct, others + DIRECT_IDS])
+
+    @property
+    def end(self) -> int:
+        """Every number given so far is smaller."""
+        return DIRECT_IDS + self._size
+
+
+def _empty_table(entries: int) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and values of a hash table at most half full; value -1 is a free place."""
+    size = SMALLEST_TABLE
+    while size < 2 * entries:
+        size *= 2
+    return np.zeros(size, np.int64), np.full(size, -1, np.int32)
+
+
+def _insert_all(ids: np.ndarray, keys: np.ndarray, values: np.ndarray) -> None:
+    _insert(ids, np.arange(len(ids), dtype=np.int32), keys, values)
+
+
+@njit(cache=True, nogil=True)
+def _slot(key, keys, values):  # pragma: no cover - compiled
+    """Place of a key in the table, or the free place where it belongs. Mixing: Steele et al. 2014 (SplitMix64)."""
+    mixed = np.uint64(key)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed = mixed ^ (mixed >> np.uint64(31))
+    slot = np.int64(mixed & np.uint64(keys.size - 1))
+    while values[slot] >= 0 and keys[slot] != key:
+        slot = (slot + 1) & (keys.size - 1)
+    return slot
+
+
+@njit(cache=True, nogil=True)
+def _insert(ids, numbers, keys, values):  # pragma: no cover - compiled
+    for index in range(ids.size):
+        slot = _slot(ids[index], keys, values)
+        keys[slot] = ids[index]
+        values[slot] = numbers[index]
+
+
+@njit(cache=True, nogil=True)
+def _fill_bits(ids, first, bits, places):  # pragma: no cover - compiled
+    for index in range(ids.size - 1, -1, -1):
+        offset = np.uint64(ids[index] - first)
+        word = np.int64(offset >> np.uint64(6))
+        bits[word] |= np.uint64(1) << (offset & np.uint64(63))
+        places[word] = index  # in the end the smallest of the word
+
+
+@njit(cache=True, nogil=True)
+def _rows_in_bits(ids, timestamp_s, before_s, first, bits):  # pragma: no cover - compiled
+    """Without branches: most events are of clients that nobody asks for, in no order."""
+    span = np.uint64(bits.size) << np.uint64(6)
+    rows = np.empty(ids.size, np.int32)
+    found = 0
+    for index in range(ids.size):
+        offset = np.uint64(ids[index] - first)
+        inside = np.uint64(offset < span)
+        word = bits[np.int64((offset >> np.uint64(6)) * inside)]
+        hit = (word >> (offset & np.uint64(63))) & inside & np.uint64(timestamp_s[index] < before_s)
+        rows[found] = index
+        found += np.int64(hit)
+    return rows[:found]
+
+
+@njit(cache=True, nogil=True)
+def _places_of(ids, rows, first, bits, keys, places):  # pragma: no cover - compiled
+    found = np.empty(rows.size, np.int32)
+    if bits.size == 0:
+        for index in range(rows.size):
+            slot = _slot(ids[rows[index]], keys, places)
+            found[index] = places[slot]
+        return found
+    span = np.uint64(bits.size) << np.uint64(6)
+    one = np.uint64(1)
+    for index in range(rows.size):
+        offset = np.uint64(ids[rows[index]] - first)
+        if offset >= span:
+            found[index] = -1
+            continue
+        word = bits[np.int64(offset >> np.uint64(6))]
+        bit = one << (offset & np.uint64(63))
+        below = word & (bit - one)
+        # Number of ones in `below`, summed in fields of 2, 4 and 8 bits.
+        below = below - ((below >> one) & np.uint64(0x5555555555555555))
+        below = (below & np.uint64(0x3333333333333333)) + ((below >> np.uint64(2)) & np.uint64(0x3333333333333333))
+        below = (below + (below >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+        count = np.int64((below * np.uint64(0x0101010101010101)) >> np.uint64(56))
+        found[index] = places[np.int64(offset >> np.uint64(6))] + count if word & bit else -1
+    return found
+
+
+@njit(cache=True, nogil=True)
+def _number(ids, rows, start, numbers, direct_counts, size, keys, values, known, counts):  # pragma: no cover - compiled
+    """Returns (rows done, entries in the table, end of the small ids); stops early when the table has to grow first.
+
+    Counts stop at 2^31 - 1.
+    """
+    end = 0
+    for index in range(start, rows.size):
+        value = ids[rows[index]]
+        if 0 <= value < direct_counts.size:
+            direct_counts[value] += direct_counts[value] < 0x7FFFFFFF
+            numbers[index] = value
+            end = max(end, value + 1)
+            continue
+        slot = _slot(value, keys, values)
+        number = values[slot]
+        if number < 0:
+            if size == known.size:
+                return index, size, end
+            number = size
+            size += 1
+            known[number] = value
+            keys[slot] = value
+            values[slot] = number
+        counts[number] += counts[number] < 0x7FFFFFFF
+        numbers[index] = direct_counts.size + number
+    return rows.size, size, end

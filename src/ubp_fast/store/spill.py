@@ -1,0 +1,224 @@
+"""Events on their way into the store: written down as they come, read back one block of clients at a time, sorted.
+
+A record is a key (client row, time) and an item. Each batch is grouped by block and appended to a file, so that a block
+is gathered from one run per batch; memory holds a batch, or a block, whatever the number of events.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+from ubp_fast.events.parse import EARLIEST_S
+
+TIME_BITS = 34  # years 1900..2199 in seconds
+MAX_CLIENTS = 1 << (63 - TIME_BITS)
+# Shorter histories that are out of order are sorted by insertion.
+INSERTION_SORT = 64
+# So many events wait in memory, so that a block lies in few places of the file.
+RUN_EVENTS = 1 << 21
+
+
+class Events(NamedTuple):
+    """Events of a block of clients, by client and time, ties in the order in which they came.
+
+    Attributes:
+        offsets: i64 [clients + 1].
+        timestamp_s: i64 [N].
+        item: i32 [N] numbers, or u8 [N, 16] codes.
+    """
+
+    offsets: np.ndarray
+    timestamp_s: np.ndarray
+    item: np.ndarray
+
+
+class Spill:
+    """Records of one kind of event.
+
+    Args:
+        path: a file to make; it is read while this object lives.
+        block_bits: a block has 2^block_bits clients: block b begins with the row b * 2^block_bits.
+        num_blocks: number of blocks.
+        item: an empty array with the dtype and shape of the items.
+    """
+
+    def __init__(self, path: Path, block_bits: int, num_blocks: int, item: np.ndarray) -> None:
+        self._path, self._block_bits, self._num_blocks, self._empty = path, block_bits, num_blocks, item
+        self._file = path.open("wb+")
+        self._waiting: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._written: list[tuple[int, np.ndarray]] = []
+        self.num_events = 0
+
+    def write(self, client_row: np.ndarray, timestamp_s: np.ndarray, item: np.ndarray) -> None:
+        """Appends a batch: client rows i32 [N], times i64 [N], items [N, ...]."""
+        self._waiting.append((client_row, timestamp_s, item))
+        self.num_events += len(client_row)
+        if sum(len(part[0]) for part in self._waiting) >= RUN_EVENTS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what waits, grouped by block."""
+        if not self._waiting:
+            return
+        client_row, timestamp_s, item = (np.concatenate(parts) for parts in zip(*self._waiting, strict=True))
+        self._waiting = []
+        order, runs = _by_block(client_row, self._block_bits, self._num_blocks)
+        self._written.append((self._file.tell(), runs))
+        self._file.write(_keys(client_row, timestamp_s, order).data)
+        self._file.write(item[order].data)
+        self._file.flush()
+
+    def read(self, block: int, before: tuple[np.ndarray, np.ndarray] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Keys i64 [N] and items of a block in the order in which they came, after those `before`."""
+        starts = [0 if before is None else len(before[0])]
+        starts += [int(runs[block + 1] - runs[block]) for _, runs in self._written]
+        ends = np.cumsum(starts)
+        keys = np.empty(int(ends[-1]), np.int64)
+        items = np.empty((len(keys), *self._empty.shape[1:]), self._empty.dtype)
+        if before is not None:
+            keys[: ends[0]], items[: ends[0]] = before
+        width = items[:1].nbytes if len(items) else 0
+        for (place, runs), start, end in zip(self._written, ends[:-1], ends[1:], strict=True):
+            if start < end:
+                first = int(runs[block])
+                self._read(keys[start:end], place + 8 * first)
+                self._read(items[start:end], place + 8 * int(runs[-1]) + width * first)
+        return keys, items
+
+    def close(self) -> None:
+        """Removes the file."""
+        self._file.close()
+        self._path.unlink()
+
+    def _read(self, values: np.ndarray, place: int) -> None:
+        content = values.data.cast("B")
+        while len(content):
+            count = os.preadv(self._file.fileno(), [content], place)
+            if count == 0:
+                raise OSError(5, "the file became shorter while the store was built", str(self._path))
+            content, place = content[count:], place + count
+
+
+def keys_of(client_row: np.ndarray, timestamp_s: np.ndarray) -> np.ndarray:
+    """The keys i64 [N] of events."""
+    return _keys(client_row.astype(np.int32), timestamp_s, np.arange(len(client_row), dtype=np.int32))
+
+
+def sort_events(keys: np.ndarray, items: np.ndarray, first_client: int, num_clients: int) -> Events:
+    """Sorts records of the clients first_client up to first_client + num_clients; equal keys keep their order."""
+    offsets, order = _sorted(keys, first_client, num_clients)
+    return Events(offsets, _times(keys, order), items[order])
+
+
+def merge(kinds: list[Events]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """All kinds of a block merged by time; ties in the order of kinds, then of rows.
+
+    Returns:
+        offsets i64 [clients + 1], timestamp_s i64 [M], kind u8 [M] (1 + index in `kinds`), row i64 [M] (in its kind).
+    """
+    starts = np.cumsum([0, *(len(events.timestamp_s) for events in kinds)])
+    offsets = np.stack([events.offsets + start for events, start in zip(kinds, starts[:-1], strict=True)])
+    times = np.concatenate([events.timestamp_s for events in kinds])
+    merged = np.sum([events.offsets for events in kinds], axis=0)
+    return merged, *_merged(offsets, times)
+
+
+@njit(cache=True, nogil=True)
+def _by_block(client_row, block_bits, num_blocks):  # pragma: no cover - compiled
+    """Stable order by block, i32 [N], and where each block begins in it, i64 [blocks + 1]."""
+    ends = np.zeros(num_blocks + 1, np.int64)
+    for row in client_row:
+        ends[(row >> block_bits) + 1] += 1
+    for block in range(num_blocks):
+        ends[block + 1] += ends[block]
+    runs = ends.copy()
+    order = np.empty(client_row.size, np.int32)
+    for index in range(client_row.size):
+        block = client_row[index] >> block_bits
+        order[ends[block]] = index
+        ends[block] += 1
+    return order, runs
+
+
+@njit(cache=True, nogil=True)
+def _keys(client_row, timestamp_s, order):  # pragma: no cover - compiled
+    keys = np.empty(order.size, np.int64)
+    for place in range(order.size):
+        index = order[place]
+        keys[place] = (np.int64(client_row[index]) << TIME_BITS) | (timestamp_s[index] - EARLIEST_S)
+    return keys
+
+
+@njit(cache=True, nogil=True)
+def _times(keys, order):  # pragma: no cover - compiled
+    times = np.empty(order.size, np.int64)
+    for place in range(order.size):
+        times[place] = (keys[order[place]] & ((1 << TIME_BITS) - 1)) + EARLIEST_S
+    return times
+
+
+@njit(cache=True, nogil=True)
+def _sorted(keys, first_client, num_clients):  # pragma: no cover - compiled
+    """Counts per client give every record its place; histories that are not in order of time are sorted after that."""
+    offsets = np.zeros(num_clients + 1, np.int64)
+    for key in keys:
+        offsets[(key >> TIME_BITS) - first_client + 1] += 1
+    for client in range(num_clients):
+        offsets[client + 1] += offsets[client]
+    ends = offsets[:-1].copy()
+    order = np.empty(keys.size, np.int64)
+    for index in range(keys.size):
+        client = (keys[index] >> TIME_BITS) - first_client
+        order[ends[client]] = index
+        ends[client] += 1
+    for client in range(num_clients):
+        history = order[offsets[client] : offsets[client + 1]]
+        for place in range(1, history.size):
+            if keys[history[place]] < keys[history[place - 1]]:
+                _sort_history(history, keys)
+                break
+    return offsets, order
+
+
+@njit(cache=True, nogil=True)
+def _sort_history(history, keys):  # pragma: no cover - compiled
+    if history.size > INSERTION_SORT:
+        history[:] = history[np.argsort(keys[history], kind="mergesort")]
+        return
+    for place in range(1, history.size):
+        index = history[place]
+        earlier = place
+        while earlier > 0 and keys[history[earlier - 1]] > keys[index]:
+            history[earlier] = history[earlier - 1]
+            earlier -= 1
+        history[earlier] = index
+
+
+@njit(cache=True, nogil=True)
+def _merged(offsets, times):  # pragma: no cover - compiled
+    num_kinds, num_clients = offsets.shape[0], offsets.shape[1] - 1
+    merged = np.empty(times.size, np.int64)
+    kinds = np.empty(times.size, np.uint8)
+    rows = np.empty(times.size, np.int64)
+    at = np.empty(num_kinds, np.int64)
+    out = 0
+    for client in range(num_clients):
+        left = 0
+        for kind in range(num_kinds):
+            at[kind] = offsets[kind, client]
+            left += offsets[kind, client + 1] - at[kind]
+        for _ in range(left):
+            best = -1
+            best_s = np.int64(0)
+            for kind in range(num_kinds):
+                if at[kind] < offsets[kind, client + 1] and (best < 0 or times[at[kind]] < best_s):
+                    best, best_s = kind, times[at[kind]]
+            merged[out], kinds[out], rows[out] = best_s, best + 1, at[best] - offsets[best, 0]
+            at[best] += 1
+            out += 1
+    return merged, kinds, rows

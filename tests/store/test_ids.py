@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ubp_fast.store.ids import DIRECT_IDS, KnownIds, Numbering
+
+IDS = st.integers(-(2**63), 2**63 - 1) | st.integers(-300, 300) | st.sampled_from([-(2**63), 2**63 - 1])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(IDS, unique=True, max_size=40), st.lists(IDS, max_size=40), st.integers(0, 3))
+def test_places_of_known_ids(known: list[int], others: list[int], before_s: int) -> None:
+    known = sorted(known)
+    asked = np.array([*known, *others, *(i + 1 for i in known if i < 2**63 - 1)], np.int64)
+    place = {value: index for index, value in enumerate(known)}
+    wanted = [place.get(int(value), -1) for value in asked]
+    ids = KnownIds(np.array(known, np.int64))
+    assert ids.find(asked).tolist() == wanted
+    times = np.arange(len(asked)) % 3
+    rows, places = ids.known(asked, times, before_s)
+    expected = [row for row in range(len(asked)) if wanted[row] >= 0 and row % 3 < before_s]
+    assert rows.tolist() == expected
+    assert places.tolist() == [wanted[row] for row in expected]
+
+
+@pytest.mark.parametrize("gap", [1, 255, 257, 2**40])
+def test_close_ids_and_scattered_ones(gap: int) -> None:
+    """A bitmap below 256 possible ids per id, a hash table beyond; more ids than its first size."""
+    known = np.arange(3000, dtype=np.int64) * gap - 5000
+    assert KnownIds(known).find(known).tolist() == list(range(3000))
+    if gap > 1:
+        assert (KnownIds(known).find(known + 1) == -1).all()
+
+
+def test_numbers_while_ids_come() -> None:
+    rng = np.random.default_rng(0)
+    far = rng.integers(-(2**63), 2**63 - 1, 3000)
+    ids = np.concatenate([rng.integers(0, 50, 2000), far, far[:500], [DIRECT_IDS - 1, DIRECT_IDS, -1]])
+    rng.shuffle(ids)
+    numbering = Numbering()
+    numbers = np.concatenate(
+        [
+            numbering.number(ids[start : start + 700], np.arange(len(ids[start : start + 700])))
+            for start in range(0, len(ids), 700)
+        ]
+    )
+    small = (ids >= 0) & (ids < DIRECT_IDS)
+    np.testing.assert_array_equal(numbers[small], ids[small])
+    unique, first, counts = np.unique(ids[~small], return_index=True, return_counts=True)
+    in_order = np.argsort(first)
+    number_of = dict(zip(unique[in_order].tolist(), range(DIRECT_IDS, DIRECT_IDS + len(unique)), strict=True))
+    assert numbers[~small].tolist() == [number_of[value] for value in ids[~small].tolist()]
+    assert numbering.end == DIRECT_IDS + len(unique)
+    for least in (1, 2, 40):
+        found, their_numbers = numbering.counted(least)
+        values, occurrences = np.unique(ids, return_counts=True)
+        assert sorted(found.tolist()) == values[occurrences >= least].tolist()
+        assert [number_of.get(value, value) for value in found.tolist()] == their_numbers.tolist()
+    assert counts.max() == 2
+
+
+def test_only_the_rows_asked_for() -> None:
+    numbering = Numbering()
+    assert numbering.number(np.array([7, -7, 9]), np.array([2, 1])).tolist() == [9, DIRECT_IDS]
+    assert sorted(numbering.counted(1)[0].tolist()) == [-7, 9]
