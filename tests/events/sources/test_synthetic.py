@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from polars.testing import assert_frame_equal
 
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import EVENT_KINDS
@@ -17,6 +18,7 @@ from ubp_fast.events.sources.synthetic_world import (
     label_shares,
     purchase_probability,
 )
+from ubp_fast.events.tables import parquet_files
 
 WINDOWS = ("train", "validation")
 
@@ -67,9 +69,10 @@ def test_long_tails(events: EventDirectory) -> None:
 
 def test_rows_are_in_order_of_time_and_inside_the_days(events: EventDirectory) -> None:
     for kind in EVENT_KINDS:
-        times = events.frame(kind)["timestamp_s"]
-        assert times.is_sorted()
-        assert times[-1] - times[0] < 140 * 86_400
+        for file in parquet_files(events.path / f"{kind}.parquet"):  # one per block of clients
+            assert pl.read_parquet(file)["timestamp_s"].is_sorted()
+        times = events.frame(kind)["timestamp_s"].to_numpy()
+        assert np.ptp(times) < 140 * 86_400
 
 
 def test_items_have_their_range(events: EventDirectory) -> None:
@@ -186,3 +189,26 @@ def test_the_dead_buy_nothing_and_the_unborn_only_later() -> None:
     assert unborn.any()
     assert (probability[dead | unborn] == 0).all()
     assert (probability[~dead & ~unborn] > 0).all()
+
+
+def test_blocks_and_relevant_clients(tmp_path: Path) -> None:
+    """Parts instead of one table, and the truth of the clients that need a profile only."""
+    whole, some = ({"clients": 500, "block_clients": 200, "seed": 5}, {"relevant": 60})
+    Synthetic(**whole).prepare(tmp_path / "whole")
+    Synthetic(**whole, **some).prepare(tmp_path / "some")
+    one, other = EventDirectory.open(tmp_path / "whole"), EventDirectory.open(tmp_path / "some")
+    assert (tmp_path / "whole" / "page_visit.parquet").is_dir()
+    for kind in one.kinds:
+        assert_frame_equal(one.frame(kind), other.frame(kind))
+    chosen = other.relevant_clients
+    assert chosen is not None
+    assert len(chosen) == 60
+    visits = one.frame("page_visit")["client_id"].value_counts()
+    chosen_share = visits.filter(pl.col("client_id").is_in(chosen))["count"].sum() / visits["count"].sum()
+    assert chosen_share > 1.5 * 60 / 500
+    truth = {path.name: np.load(path) for path in (tmp_path / "some" / "truth").iterdir()}
+    assert truth["client_ids.npy"].tolist() == chosen.tolist()
+    for name, values in truth.items():
+        np.testing.assert_array_equal(values, np.load(tmp_path / "whole" / "truth" / name)[chosen - 1])
+    with pytest.raises(ValueError, match=r"relevant must be 1..clients = 500, got 501"):
+        Synthetic(**whole, relevant=501).prepare(tmp_path / "none")

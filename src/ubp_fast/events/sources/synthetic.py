@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+from numpy.lib.format import open_memmap
 
 from ubp_fast.events.labels import top_label_lists
 from ubp_fast.events.progress import Progress, Steps
 from ubp_fast.events.read import EventDirectory
-from ubp_fast.events.schema import CODES, EVENT_KINDS, ITEM_COLUMN, PRODUCT_SCHEMA, event_schema
+from ubp_fast.events.schema import CODES, ITEM_COLUMN, PRODUCT_SCHEMA, event_schema
 from ubp_fast.events.sources.synthetic_world import (
     ADDS_PER_SESSION,
     Catalogue,
@@ -48,6 +49,8 @@ class Synthetic:
         categories: of products.
         urls: pages.
         start: first day (ISO date).
+        relevant: how many clients need a profile, the more active ones more likely (None: all); truth is theirs only.
+        activity: factor of how often clients come back; everybody comes once.
         block_clients: clients drawn at a time; part of what the bytes depend on.
         end: ISO date-time; later events are removed and all windows move.
     """
@@ -59,11 +62,15 @@ class Synthetic:
     categories: int = 50
     urls: int = 3000
     start: str = "2022-06-23"
+    relevant: int | None = None
+    activity: float = 1.0
     block_clients: int = 20_000
     end: str | None = None
 
     def prepare(self, directory: Path, progress: Progress | None = None) -> None:
-        """Writes the canonical event directory, rows in order of time, with label lists from the train target window.
+        """Writes the canonical event directory, with label lists from the train target window.
+
+        Rows are in order of time inside each block of clients; memory holds one block, and one number per client.
 
         Raises:
             ValueError: the configuration breaks a rule.
@@ -73,31 +80,43 @@ class Synthetic:
         blocks = -(-self.clients // self.block_clients)
         steps = Steps(progress, 2 * blocks + 1)
         catalogue = draw_catalogue(np.random.default_rng([self.seed, 0]), self.skus, self.categories)
-        parts: dict[str, list[pl.DataFrame]] = {kind: [] for kind in EVENT_KINDS}
-        for block, ids, clients in self._blocks(catalogue):
-            rng = np.random.default_rng([self.seed, 2, block])
-            for kind, frame in self._events(rng, ids, clients, catalogue).items():
-                parts[kind].append(frame)
-            steps.done()
         with event_writer(directory, "synthetic", self.end) as writer:
             writer.write_products(_product_table(catalogue))
-            for kind in EVENT_KINDS:
-                frame = pl.concat(parts.pop(kind)).sort("timestamp_s", maintain_order=True)
-                writer.write_events(kind, frame)
+            weights = []
+            for block, ids, clients in self._blocks(catalogue):
+                rng = np.random.default_rng([self.seed, 2, block])
+                for kind, frame in self._events(rng, ids, clients, catalogue).items():
+                    writer.write_events(kind, frame.sort("timestamp_s", maintain_order=True))
+                weights.append(clients.session_rate * (clients.death_day - clients.birth_day))
+                steps.done()
+            chosen = self._relevant(np.concatenate(weights))
+            if chosen is not None:
+                writer.write_clients("relevant_clients", chosen + FIRST_CLIENT)
             split = writer.default_split()
             writer.finish(split, seed=self.seed, clients=self.clients)
             lists = top_label_lists(EventDirectory.open(writer.directory).purchases(*split.train_window_s))
             writer.write_label_lists(lists)
             steps.done()
-            self._write_truth(writer.directory / "truth", catalogue, split, lists, steps)
+            self._write_truth(writer.directory / "truth", catalogue, split, lists, steps, chosen)
 
     def _check(self) -> None:
         for name, least in (("clients", 1), ("days", 2 * TARGET_DAYS + 1), ("categories", 1), ("block_clients", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"Synthetic: {name} must be at least {least}, got {getattr(self, name)}")
+        if not self.activity > 0:
+            raise ValueError(f"Synthetic: activity must be > 0, got {self.activity}")
+        if self.relevant is not None and not 1 <= self.relevant <= self.clients:
+            raise ValueError(f"Synthetic: relevant must be 1..clients = {self.clients}, got {self.relevant}")
         for name in ("skus", "urls"):
             if getattr(self, name) < self.categories:
                 raise ValueError(f"Synthetic: {name} must be at least categories, got {getattr(self, name)}")
+
+    def _relevant(self, weights: np.ndarray) -> np.ndarray | None:
+        """Rows of the clients that need a profile, ascending. Source: Efraimidis and Spirakis 2006."""
+        if self.relevant is None:
+            return None
+        keys = np.log(np.random.default_rng([self.seed, 3]).random(len(weights))) / weights
+        return np.sort(np.argpartition(keys, len(keys) - self.relevant)[len(keys) - self.relevant :])
 
     @property
     def _start_s(self) -> int:
@@ -111,7 +130,7 @@ class Synthetic:
             count = min(self.block_clients, self.clients - first)
             rng = np.random.default_rng([self.seed, 1, block])
             ids = np.arange(first, first + count, dtype=np.int64) + FIRST_CLIENT
-            yield block, ids, draw_clients(rng, count, self.days, catalogue)
+            yield block, ids, draw_clients(rng, count, self.days, catalogue, self.activity)
 
     def _events(
         self, rng: np.random.Generator, ids: np.ndarray, clients: Clients, catalogue: Catalogue
@@ -152,15 +171,32 @@ class Synthetic:
         return client, self._start_s + day * DAY_S + second
 
     def _write_truth(
-        self, directory: Path, catalogue: Catalogue, split: Split, lists: LabelLists, steps: Steps
+        self,
+        directory: Path,
+        catalogue: Catalogue,
+        split: Split,
+        lists: LabelLists,
+        steps: Steps,
+        chosen: np.ndarray | None,
     ) -> None:
-        """Probabilities of the two target windows, by block of clients."""
+        """Probabilities of the two target windows of the clients that need a profile, by block of clients."""
         directory.mkdir()
         starts = {"train": split.input_end_s, "validation": split.validation_start_s}
-        columns: dict[str, list[np.ndarray]] = {}
-        for _, ids, clients in self._blocks(catalogue):
-            columns.setdefault("client_ids", []).append(ids)
-            shares = {"purchase": np.ones((len(ids), 1))}
+        count = self.clients if chosen is None else len(chosen)
+        columns: dict[str, np.memmap] = {}
+
+        def write(name: str, first: int, values: np.ndarray) -> None:
+            if name not in columns:
+                shape = (count, *values.shape[1:])
+                columns[name] = open_memmap(directory / f"{name}.npy", "w+", values.dtype, shape)
+            columns[name][first : first + len(values)] = values
+
+        first = 0
+        for _, ids, everybody in self._blocks(catalogue):
+            kept = np.arange(len(ids)) if chosen is None else np.flatnonzero(np.isin(ids - FIRST_CLIENT, chosen))
+            clients = everybody.take(kept)
+            write("client_ids", first, ids[kept])
+            shares = {"purchase": np.ones((len(kept), 1))}
             for name, (labels, _) in lists.items():
                 column = name.rsplit("_", 1)[1]
                 index = labels - FIRST_SKU if column == "sku" else labels
@@ -169,10 +205,11 @@ class Synthetic:
                 day = (start_s - self._start_s) // DAY_S
                 for name, share in shares.items():
                     truth = purchase_probability(clients, share, day, TARGET_DAYS)
-                    columns.setdefault(f"{window}_{name}", []).append(truth[:, 0] if name == "purchase" else truth)
+                    write(f"{window}_{name}", first, truth[:, 0] if name == "purchase" else truth)
+            first += len(kept)
             steps.done()
-        for name, column_parts in columns.items():
-            np.save(directory / f"{name}.npy", np.concatenate(column_parts))
+        for values in columns.values():
+            values.flush()
 
 
 class _Draws:

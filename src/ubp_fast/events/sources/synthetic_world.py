@@ -8,7 +8,7 @@ hazard per day and never comes back. All of it is hidden; the events only hint a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -65,6 +65,10 @@ class Clients:
     price_segment: np.ndarray
     category_share: np.ndarray
 
+    def take(self, rows: np.ndarray) -> Clients:
+        """Traits of some of them."""
+        return Clients(*(getattr(self, field.name)[rows] for field in fields(self)))
+
 
 def draw_catalogue(rng: np.random.Generator, skus: int, categories: int) -> Catalogue:
     """Draws the products; the first `categories` of them make sure that no category is empty."""
@@ -89,8 +93,13 @@ def draw_catalogue(rng: np.random.Generator, skus: int, categories: int) -> Cata
     )
 
 
-def draw_clients(rng: np.random.Generator, count: int, days: int, catalogue: Catalogue) -> Clients:
-    """Draws clients; three of five are there from the first day on, the others join later."""
+def draw_clients(
+    rng: np.random.Generator, count: int, days: int, catalogue: Catalogue, activity: float = 1.0
+) -> Clients:
+    """Draws clients; three of five are there from the first day on, the others join later.
+
+    `activity` is a factor of all session rates.
+    """
     session_rate = np.minimum(np.exp(rng.normal(-2.2, 1.1, count)), 5.0)
     hazard = np.exp(rng.normal(np.log(1 / 150), 0.9, count))
     birth = np.where(rng.random(count) < 0.6, 0, rng.integers(0, days, count))
@@ -99,7 +108,7 @@ def draw_clients(rng: np.random.Generator, count: int, days: int, catalogue: Cat
     # einsum, not a matrix product: its sums do not depend on the number of threads, so neither do the bytes.
     match = np.einsum("ud,kd->uk", taste, catalogue.category_vector) / np.sqrt(LATENT_DIM)
     return Clients(
-        session_rate=session_rate,
+        session_rate=activity * session_rate,
         buy_probability=1 / (1 + np.exp(-rng.normal(-0.5, 0.8, count))),
         hazard=hazard,
         birth_day=birth,
