@@ -13,10 +13,10 @@ dataset.json                source, kinds, boundaries, row counts, notes
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -24,6 +24,7 @@ import polars as pl
 from ubp_fast.events.schema import (
     CODES,
     EVENT_KINDS,
+    ITEM_COLUMN,
     NUM_CODES,
     PRODUCT_SCHEMA,
     PRODUCT_TABLE,
@@ -46,6 +47,20 @@ DATASET_FILE = "dataset.json"
 Schema = dict[str, pl.DataType]
 TARGET_PURCHASES = "target_purchases"
 FORMAT = 2
+
+
+class EventBatch(NamedTuple):
+    """Some events of one kind.
+
+    Attributes:
+        client_id: i64 [N].
+        timestamp_s: i64 [N].
+        item: i64 [N] skus or urls, or u8 [N, 16] query codes.
+    """
+
+    client_id: np.ndarray
+    timestamp_s: np.ndarray
+    item: np.ndarray
 
 
 def stored_schema(schema: Schema) -> Schema:
@@ -81,8 +96,12 @@ def _with_codes(scan: pl.LazyFrame, schema: Schema) -> pl.LazyFrame:
 
 
 def _codes(words: pl.Series) -> pl.Series:
-    codes = np.stack([word.to_numpy() for word in words.struct.unnest()], axis=1).astype("<u8").view(np.uint8)
-    return pl.Series(words.name, codes, dtype=CODES)
+    return pl.Series(words.name, _joined(words.struct.unnest()), dtype=CODES)
+
+
+def _joined(words: Iterable[pl.Series]) -> np.ndarray:
+    """Codes u8 [N, 16] of two columns."""
+    return np.stack([word.to_numpy() for word in words], axis=1).astype("<u8", copy=False).view(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -150,7 +169,7 @@ class EventDirectory:
         """How many frames `batches` gives when it starts at the first event."""
         return -(-self.num_rows(kind) // BATCH_ROWS)
 
-    def batches(self, kind: str, from_s: int | None = None) -> Iterator[pl.DataFrame]:
+    def batches(self, kind: str, from_s: int | None = None) -> Iterator[EventBatch]:
         """All events of a kind in file order, 2^20 at a time; the next ones are read meanwhile.
 
         Args:
@@ -164,7 +183,11 @@ class EventDirectory:
             frame = scan.filter(pl.col("timestamp_s") >= from_s).collect()
             scan, rows = frame.lazy(), len(frame)
         for frame in in_batches(scan, rows):
-            yield _with_codes(frame.lazy(), event_schema(kind)).collect()
+            column = ITEM_COLUMN[kind]
+            item = (
+                frame[column].to_numpy() if column in frame.columns else _joined(frame[name] for name in _words(column))
+            )
+            yield EventBatch(frame["client_id"].to_numpy(), frame["timestamp_s"].to_numpy(), item)
 
     def products(self) -> pl.DataFrame:
         """Product properties: sku, category, price (bucket 0..99), name (16 codes)."""

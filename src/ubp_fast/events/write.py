@@ -28,7 +28,7 @@ from ubp_fast.events.schema import (
     require_canonical,
 )
 from ubp_fast.events.split import Split, split_at
-from ubp_fast.events.tables import LabelLists, check_products
+from ubp_fast.events.tables import BATCH_ROWS, LabelLists, check_products
 
 
 def end_seconds(end: str | None) -> int | None:
@@ -216,7 +216,7 @@ def event_writer(directory: Path, source: str, end: str | None = None) -> Iterat
 
 def _write_parquet(path: Path, frame: pl.DataFrame) -> None:
     try:
-        stored_form(frame).write_parquet(path, compression="zstd", compression_level=1, row_group_size=1 << 18)
+        stored_form(frame).write_parquet(path, compression="zstd", compression_level=1, row_group_size=BATCH_ROWS)
     except pl.exceptions.PolarsError as error:  # how Polars tells of a full disk
         raise OSError(str(error)) from error
 

@@ -42,13 +42,15 @@ def in_client_blocks(
     """
     check_dtype(dtype)
     shape = (len(client_ids), len(names))
-    values = np.zeros(shape, dtype) if directory is None else None
+    # Not np.zeros: NumPy asks for huge pages for np.empty only, and small ones cost more than filling them.
+    values = np.empty(shape, dtype) if directory is None else None
     file = None if directory is None else _new_file(directory, shape, dtype)
     free: list[np.ndarray] = []
 
     def make(first: int) -> None:
         last = min(first + block_clients, shape[0])
         if values is not None and dtype == "float32":
+            values[first:last] = 0
             fill(values[first:last], first, last)
             return
         buffer = free.pop() if free else np.empty((block_clients, shape[1]), np.float32)

@@ -153,9 +153,9 @@ class _Builder:
         item = np.empty((0, NUM_CODES), np.uint8) if ITEM_COLUMN[kind] == "query" else np.empty(0, np.int32)
         spill = Spill(self._directory / f".{kind}", self._block_bits, self.num_blocks, item)
         self._spills[kind] = spill
-        for frame in self._events.batches(kind, None if self._base is None else self._base.cutoff_s):
-            timestamp_s, values = frame["timestamp_s"].to_numpy(), frame[ITEM_COLUMN[kind]].to_numpy()
-            rows, clients = self._clients.known(frame["client_id"].to_numpy(), timestamp_s, self._cutoff_s)
+        from_s = None if self._base is None else self._base.cutoff_s
+        for client_id, timestamp_s, values in self._events.batches(kind, from_s):
+            rows, clients = self._clients.known(client_id, timestamp_s, self._cutoff_s)
             spill.write(clients, timestamp_s[rows], self._numbers(kind, values, rows))
             steps.done()
         spill.flush()

@@ -51,27 +51,37 @@ class Spill:
         self._path, self._block_bits, self._num_blocks, self._empty = path, block_bits, num_blocks, item
         self._file = path.open("wb+")
         self._waiting: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._num_waiting = 0
         self._written: list[tuple[int, np.ndarray]] = []
+        # Made once: memory that is new to the process costs more than what is done with it.
+        self._keys, self._items = np.empty(0, np.int64), item
         self.num_events = 0
 
     def write(self, client_row: np.ndarray, timestamp_s: np.ndarray, item: np.ndarray) -> None:
         """Appends a batch: client rows i32 [N], times i64 [N], items [N, ...]."""
         self._waiting.append((client_row, timestamp_s, item))
-        self.num_events += len(client_row)
-        if sum(len(part[0]) for part in self._waiting) >= RUN_EVENTS:
+        self._num_waiting += len(client_row)
+        if self._num_waiting >= RUN_EVENTS:
             self.flush()
 
     def flush(self) -> None:
         """Writes what waits, grouped by block."""
-        if not self._waiting:
-            return
-        client_row, timestamp_s, item = (np.concatenate(parts) for parts in zip(*self._waiting, strict=True))
-        self._waiting = []
-        order, runs = _by_block(client_row, self._block_bits, self._num_blocks)
-        self._written.append((self._file.tell(), runs))
-        self._file.write(_keys(client_row, timestamp_s, order).data)
-        self._file.write(item[order].data)
+        count = self._num_waiting
+        if count > len(self._keys):
+            self._keys = np.empty(count + count // 8, np.int64)
+            self._items = np.empty((len(self._keys), *self._empty.shape[1:]), self._empty.dtype)
+        ends = np.zeros(self._num_blocks + 1, np.int64)
+        for client_row, _, _ in self._waiting:
+            _count_blocks(client_row, self._block_bits, ends)
+        np.cumsum(ends, out=ends)
+        self._written.append((self._file.tell(), ends.copy()))
+        for batch in self._waiting:
+            _scatter(*batch, self._block_bits, ends, self._keys, self._items)
+        self._file.write(self._keys[:count].data)
+        self._file.write(self._items[:count].data)
         self._file.flush()
+        self.num_events += count
+        self._waiting, self._num_waiting = [], 0
 
     def read(self, block: int, before: tuple[np.ndarray, np.ndarray] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Keys i64 [N] and items of a block in the order in which they came, after those `before`."""
@@ -106,7 +116,7 @@ class Spill:
 
 def keys_of(client_row: np.ndarray, timestamp_s: np.ndarray) -> np.ndarray:
     """The keys i64 [N] of events."""
-    return _keys(client_row.astype(np.int32), timestamp_s, np.arange(len(client_row), dtype=np.int32))
+    return (client_row.astype(np.int64) << TIME_BITS) | (timestamp_s - EARLIEST_S)
 
 
 def sort_events(keys: np.ndarray, items: np.ndarray, first_client: int, num_clients: int) -> Events:
@@ -129,29 +139,21 @@ def merge(kinds: list[Events]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
 
 
 @njit(cache=True, nogil=True)
-def _by_block(client_row, block_bits, num_blocks):  # pragma: no cover - compiled
-    """Stable order by block, i32 [N], and where each block begins in it, i64 [blocks + 1]."""
-    ends = np.zeros(num_blocks + 1, np.int64)
+def _count_blocks(client_row, block_bits, counts):  # pragma: no cover - compiled
+    """Adds the events of block b to counts[b + 1]."""
     for row in client_row:
-        ends[(row >> block_bits) + 1] += 1
-    for block in range(num_blocks):
-        ends[block + 1] += ends[block]
-    runs = ends.copy()
-    order = np.empty(client_row.size, np.int32)
-    for index in range(client_row.size):
-        block = client_row[index] >> block_bits
-        order[ends[block]] = index
-        ends[block] += 1
-    return order, runs
+        counts[(row >> block_bits) + 1] += 1
 
 
 @njit(cache=True, nogil=True)
-def _keys(client_row, timestamp_s, order):  # pragma: no cover - compiled
-    keys = np.empty(order.size, np.int64)
-    for place in range(order.size):
-        index = order[place]
+def _scatter(client_row, timestamp_s, item, block_bits, ends, keys, items):  # pragma: no cover - compiled
+    """Appends every event to its block; ends[b] is where the next one of block b goes."""
+    for index in range(client_row.size):
+        block = client_row[index] >> block_bits
+        place = ends[block]
+        ends[block] += 1
         keys[place] = (np.int64(client_row[index]) << TIME_BITS) | (timestamp_s[index] - EARLIEST_S)
-    return keys
+        items[place] = item[index]
 
 
 @njit(cache=True, nogil=True)
