@@ -1,6 +1,6 @@
 """The organisers' aggregated features, made again from stored events: 1/100 and 1/10 of the challenge's size.
 
-Everybody begins with client-sorted events in the form that suits it best (we: the memory-mapped store, Polars: a frame)
+Everybody begins with client-sorted events in the form that suits it best (we: the memory-mapped store, others: a table)
 and makes lists of frequent values, counts per window, totals and mean query codes. All cells are compared before any
 clock starts.
 """
@@ -14,75 +14,32 @@ os.environ.setdefault("POLARS_MAX_THREADS", "1")
 from pathlib import Path
 
 import numpy as np
-import polars as pl
 import pytest
 from contest import Contest
-from reference_dataframes import Cells, tables_of, with_polars
+from reference_dataframes import Cells, load_into_duckdb, tables_of, with_duckdb, with_polars
+from shop_logs import CUTOFF_S, write_logs
 
-from ubp_fast.events.read import EventDirectory
-from ubp_fast.events.schema import CODES, PRODUCT_SCHEMA, event_schema
-from ubp_fast.events.split import DAY_S, Split
-from ubp_fast.events.write import event_writer
 from ubp_fast.features.counts import CountsConfig, count_features
 from ubp_fast.features.matrix import FeatureMatrix
 from ubp_fast.features.sparse import SparseFeatureMatrix
 from ubp_fast.store.build import build_store
 from ubp_fast.store.event_store import EventStore
 
-# Of the relevant clients, at full size: 28 % of the challenge's events. The others never reach a store of profiles.
-EVENTS = {
-    "product_buy": 471_000,
-    "add_to_cart": 1_466_000,
-    "remove_from_cart": 475_000,
-    "page_visit": 42_200_000,
-    "search_query": 2_680_000,
-}
-CLIENTS, SKUS, URLS, CATEGORIES, DAYS = 1_000_000, 1_260_000, 5_000_000, 7_000, 140
-START_S = 1_655_942_400
 SMALL, WIDE = CountsConfig(), CountsConfig(windows_days=(1, 7, 14, 30, 60, 90), top_values=100)
-BARS = {"default": 1.5, "wide": 1.2}
+POLARS_BARS, DUCKDB_BARS = {"default": 1.5, "wide": 1.2}, {"default": 1.3, "wide": 1.2}
 
 
 def make_store(path: Path, scale: float) -> EventStore:
-    """Log-normal activity, log-uniform items, uniform times; the bytes depend on `scale` only."""
-    random = np.random.default_rng(0)
-    clients = int(CLIENTS * scale)
-    skus, urls = int(SKUS * scale**0.5), int(URLS * scale**0.5)
-    weight = random.lognormal(1.0, 1.5, clients)
-    cutoff_s = START_S + DAYS * DAY_S
-
-    def popular(count: int, size: int) -> np.ndarray:
-        rank = np.exp(random.random(count) * np.log(size + 1.0)).astype(np.int64) - 1
-        return rank.clip(max=size - 1) * 2_654_435_761 % size
-
-    with event_writer(path / "events", "benchmark") as writer:
-        names = random.integers(0, 256, (skus, 16), dtype=np.uint8)
-        series = [
-            pl.Series(np.arange(skus)),
-            pl.Series(popular(skus, CATEGORIES)),
-            pl.Series(random.integers(0, 100, skus)),
-        ]
-        writer.write_products(pl.DataFrame([*series, pl.Series(names, dtype=CODES)], schema=PRODUCT_SCHEMA))
-        for kind, total in EVENTS.items():
-            per_client = random.poisson(weight / weight.sum() * total * scale)
-            client = np.repeat(np.arange(clients), per_client)
-            count = len(client)
-            item = (
-                pl.Series(random.integers(0, 256, (count, 16), dtype=np.uint8), dtype=CODES)
-                if kind == "search_query"
-                else pl.Series(popular(count, urls if kind == "page_visit" else skus))
-            )
-            time_s = START_S + random.integers(0, DAYS * DAY_S, count)
-            frame = pl.DataFrame([pl.Series(client), pl.Series(time_s), item], schema=event_schema(kind))
-            writer.write_events(kind, frame.sort("timestamp_s"))
-        writer.finish(Split(cutoff_s, cutoff_s + 14 * DAY_S, cutoff_s + 28 * DAY_S))
-    build_store(EventDirectory.open(path / "events"), path / "store", cutoff_s)
+    """The store of logs of the challenge's size, or a part of it."""
+    build_store(write_logs(path / "events", scale), path / "store", CUTOFF_S)
     return EventStore.open(path / "store")
 
 
-def agree(store: EventStore, config: CountsConfig, mine: FeatureMatrix | SparseFeatureMatrix, cells: Cells) -> None:
-    """Every cell of the rival is in our matrix, and our matrix holds no more than these."""
-    original = {"sku": store.sku_ids, "category": store.category_ids, "url": store.url_ids}
+def agree(
+    store: EventStore | None, config: CountsConfig, mine: FeatureMatrix | SparseFeatureMatrix, cells: Cells
+) -> None:
+    """Every cell of the rival is in our matrix, and ours holds no more than these; ids are the store's, if any."""
+    original = {} if store is None else {"sku": store.sku_ids, "category": store.category_ids, "url": store.url_ids}
     columns = {name: index for index, name in enumerate(mine.names)}
     rows, places, values = [], [], []
     for kind, totals in cells.totals.items():
@@ -91,7 +48,9 @@ def agree(store: EventStore, config: CountsConfig, mine: FeatureMatrix | SparseF
         values.append(totals[:, 1])
     for (kind, column), counts in cells.counts.items():
         ids = cells.names[kind, column]
-        labels = (ids - 2 if column == "price" else original[column][ids]).tolist()
+        if store is not None:
+            ids = ids - 2 if column == "price" else original[column][ids]
+        labels = ids.tolist()
         table = np.array(
             [[columns[f"{kind}_{column}_{label}_{days}d"] for label in labels] for days in config.windows_days]
         )
@@ -126,11 +85,15 @@ def agree(store: EventStore, config: CountsConfig, mine: FeatureMatrix | SparseF
 def bench_recompute(contest: Contest, tmp_path: Path, name: str, scale: float) -> None:
     store, config = make_store(tmp_path, scale), SMALL if name == "default" else WIDE
     tables = tables_of(store)
+    base = load_into_duckdb(tables, tmp_path)
     arguments = config.windows_days, config.top_values
     contest.run(
         f"features again, {len(config.windows_days)} windows, top {config.top_values}, 1/{round(1 / scale)} size",
         lambda: count_features(store, store.cutoff_s, config),
-        {"Polars": (lambda: with_polars(tables, *arguments), BARS[name] if scale == 0.1 else None)},
+        {
+            "Polars": (lambda: with_polars(tables, *arguments), POLARS_BARS[name] if scale == 0.1 else None),
+            "DuckDB": (lambda: with_duckdb(*base, *arguments), DUCKDB_BARS[name] if scale == 0.1 else None),
+        },
         lambda _, mine, cells: agree(store, config, mine, cells),
         min_rounds=5,
         facts={"clients": store.num_clients, "scale": scale, "windows_days": list(config.windows_days)},

@@ -177,6 +177,57 @@ class Contest:
             facts=facts or {},
         )
 
+    def limits(
+        self,
+        figure: str,
+        call: Callable[[], Any],
+        most_cpu_s: float,
+        most_bytes: int | None = None,
+        rounds: int = 3,
+        facts: dict[str, Any] | None = None,
+    ) -> None:
+        """Work without a rival: the median CPU time and the growth of the resident set must stay below a limit.
+
+        Args:
+            figure: what is measured.
+            call: the work; what it returns is given back before the next round.
+            most_cpu_s: seconds of CPU time, all threads.
+            most_bytes: of the resident set beyond the start of the call.
+            rounds: how often it is timed, after one round to warm up.
+            facts: inputs and sizes, stored with the result.
+        """
+        samples = []
+
+        def timed() -> None:
+            cpu, wall = time.process_time(), time.perf_counter()
+            call()
+            samples.append((time.perf_counter() - wall, time.process_time() - cpu))
+
+        with torch_threads(1):
+            if "figure" not in self._benchmark.extra_info:
+                self._benchmark.pedantic(timed, rounds=rounds, warmup_rounds=1, iterations=1)
+                del samples[0]
+            else:  # pytest-benchmark times one call per case; this is a further figure of it
+                for _ in range(rounds + 1):
+                    timed()
+                del samples[0]
+        timing = self._timing(samples, call, 1)
+        cpu_s = timing.cpu_ms / 1e3
+        ratios = [Ratio(figure, f"{most_cpu_s:g} s of CPU time", most_cpu_s / cpu_s, most_cpu_s / cpu_s, 1.0)]
+        if most_bytes is not None:
+            room = most_bytes / max(timing.peak_bytes, 1)
+            ratios.append(Ratio(f"{figure}: memory", f"{most_bytes / 1e9:g} GB", room, room, 1.0))
+        self._ratios.extend(ratios)
+        info = self._benchmark.extra_info
+        info.setdefault("figure", figure)
+        info.setdefault("threads", {CONTENDER: 1})
+        info["timings"] = {
+            **info.get("timings", {}),
+            (CONTENDER if info["figure"] == figure else figure): asdict(timing),
+        }
+        info["ratios"] = [*info.get("ratios", []), *({**asdict(ratio), "is_ok": ratio.is_ok} for ratio in ratios)]
+        info["facts"] = {**info.get("facts", {}), **(facts or {})}
+
     def _rounds(
         self, competitors: dict[str, Callable[[], Any]], threads: dict[str, int], seconds: float, min_rounds: int
     ) -> dict[str, list[tuple[float, float]]]:

@@ -17,6 +17,7 @@ TEXT_FORMATS = (
     "%Y-%m-%dT%H:%M:%S%.f%#z",
     "%Y-%m-%d %H:%M:%S%.f%#z",
 )
+TEXTS_AT_A_TIME = 1 << 15
 CODE_PROBLEMS = (
     "",
     "it is not one vector in brackets",
@@ -135,11 +136,17 @@ def parse_codes(file: str, column: pl.Series) -> pl.Series:
 
 
 def _codes_of_text(column: pl.Series) -> tuple[np.ndarray, np.ndarray]:
-    """All texts joined into one buffer, then one pass over its bytes."""
-    offsets = np.zeros(len(column) + 1, np.int64)
-    np.cumsum(column.str.len_bytes().to_numpy(), out=offsets[1:])
-    joined = column.str.join("").item() if len(column) else ""
-    return _parse_code_bytes(np.frombuffer(joined.encode(), np.uint8), offsets)
+    """Some texts at a time joined into one buffer that stays in the cache, then one pass over its bytes."""
+    codes = np.empty((len(column), NUM_CODES), np.uint8)
+    problem = np.empty(len(column), np.uint8)
+    for start in range(0, len(column), TEXTS_AT_A_TIME):
+        part = column.slice(start, TEXTS_AT_A_TIME)
+        rows = slice(start, start + len(part))
+        offsets = np.zeros(len(part) + 1, np.int64)
+        np.cumsum(part.str.len_bytes().to_numpy(), out=offsets[1:])
+        joined = part.str.join("").cast(pl.Binary).item()
+        codes[rows], problem[rows] = _parse_code_bytes(np.frombuffer(joined, np.uint8), offsets)
+    return codes, problem
 
 
 def _codes_of_lists(column: pl.Series) -> tuple[np.ndarray, np.ndarray]:
@@ -155,7 +162,7 @@ def _codes_of_lists(column: pl.Series) -> tuple[np.ndarray, np.ndarray]:
     return flat.reshape(-1, NUM_CODES), problem
 
 
-@njit(nogil=True)
+@njit(cache=True, nogil=True)
 def _parse_code_bytes(text, offsets):  # pragma: no cover - compiled
     """Codes u8 [N, 16] and the index of the problem in CODE_PROBLEMS u8 [N] of each vector in a byte buffer."""
     rows = offsets.size - 1

@@ -1,0 +1,126 @@
+"""From Parquet to features: the store is built in one pass and the organisers' 320 features are made from it.
+
+Rivals read the same files and make the same cells, but no store, no merged timeline of all kinds and no matrix.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("POLARS_MAX_THREADS", "1")
+
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from bench_windowed_aggregate import DUCKDB_BARS, POLARS_BARS, SMALL, WIDE, agree
+from contest import Contest
+from reference_dataframes import read_with_duckdb, read_with_polars, with_duckdb, with_polars
+from shop_logs import CUTOFF_S, DAYS, EVENTS, START_S, write_logs
+
+from ubp_fast.events.parse import parse_codes
+from ubp_fast.events.read import EventDirectory
+from ubp_fast.events.split import DAY_S
+from ubp_fast.features.counts import CountsConfig, count_features
+from ubp_fast.features.matrix import FeatureMatrix
+from ubp_fast.features.sparse import SparseFeatureMatrix
+from ubp_fast.store.build import build_store
+from ubp_fast.store.event_store import EventStore
+
+
+def to_features(
+    events: EventDirectory, path: Path, config: CountsConfig, directory: Path | None = None
+) -> FeatureMatrix | SparseFeatureMatrix:
+    """A new store at `path`, and features from it."""
+    shutil.rmtree(path, ignore_errors=True)
+    build_store(events, path, CUTOFF_S)
+    return count_features(EventStore.open(path), CUTOFF_S, config, directory)
+
+
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("scale", [0.01, 0.1], ids=["1of100", "1of10"])
+@pytest.mark.parametrize("name", ["default", "wide"])
+def bench_parquet_to_features(contest: Contest, tmp_path: Path, name: str, scale: float) -> None:
+    events, config = write_logs(tmp_path / "events", scale), SMALL if name == "default" else WIDE
+    arguments = config.windows_days, config.top_values
+    contest.run(
+        f"Parquet to features, {len(config.windows_days)} windows, top {config.top_values}, 1/{round(1 / scale)} size",
+        lambda: to_features(events, tmp_path / "store", config),
+        {
+            "Polars": (
+                lambda: with_polars(read_with_polars(events, CUTOFF_S), *arguments),
+                POLARS_BARS[name] if scale == 0.1 else None,
+            ),
+            "DuckDB": (
+                lambda: with_duckdb(*read_with_duckdb(events, CUTOFF_S), *arguments),
+                DUCKDB_BARS[name] if scale == 0.1 else None,
+            ),
+        },
+        lambda _, mine, cells: agree(None, config, mine, cells),
+        min_rounds=5,
+        facts={"events": int(sum(EVENTS.values()) * scale), "scale": scale, "windows_days": list(config.windows_days)},
+    )
+
+
+@pytest.mark.timeout(0)
+@pytest.mark.plain_glibc
+def bench_full_size(contest: Contest, tmp_path: Path) -> None:
+    """169 M events, 1 M relevant clients; features go to a file, so that all memory is beyond the output."""
+    events = write_logs(tmp_path / "events", 1.0)
+    store = tmp_path / "store"
+    to_features(write_logs(tmp_path / "small", 0.01), tmp_path / "warm", SMALL)  # compiles
+    contest.limits(
+        "Parquet to 320 features at full size",
+        lambda: to_features(events, store, SMALL, tmp_path / f"features-{time.monotonic_ns()}"),
+        most_cpu_s=12.0,
+        most_bytes=10**9,
+        rounds=3,
+        facts={"events": sum(EVENTS.values()), "moonshot_cpu_s": 6.0},
+    )
+    opened = EventStore.open(store)
+    contest.limits(
+        "320 features again from the store at full size",
+        lambda: count_features(opened, CUTOFF_S, SMALL),
+        most_cpu_s=1.5,
+        rounds=5,
+        facts={"clients": opened.num_clients},
+    )
+
+
+@pytest.mark.timeout(0)
+def bench_another_day(contest: Contest, tmp_path: Path) -> None:
+    """The last of 140 days on the store of the others, against a new store of all; same bytes."""
+    events = write_logs(tmp_path / "events", 0.1)
+    day_s = START_S + (DAYS - 1) * DAY_S
+    build_store(events, tmp_path / "base", day_s)
+    base = EventStore.open(tmp_path / "base")
+
+    def build(name: str, base: EventStore | None) -> Path:
+        shutil.rmtree(tmp_path / name, ignore_errors=True)
+        build_store(events, tmp_path / name, CUTOFF_S, base=base)
+        return tmp_path / name
+
+    def check(_: str, mine: Path, theirs: Path) -> None:
+        for path in mine.iterdir():
+            assert path.read_bytes() == (theirs / path.name).read_bytes(), path.name
+
+    contest.run(
+        "store of another day, 1/10 size",
+        lambda: build("mine", base),
+        {"a new store": (lambda: build("theirs", None), None)},
+        check,
+        min_rounds=5,
+        facts={"days": DAYS},
+    )
+
+
+@pytest.mark.timeout(0)
+def bench_code_vectors(contest: Contest) -> None:
+    """Text '[1 2 ... 16]' to 16 checked codes."""
+    codes = np.random.default_rng(0).integers(0, 256, (10**6, 16))
+    texts = pl.Series("query", [f"[{' '.join(map(str, row))}]" for row in codes.tolist()])
+    assert (parse_codes("benchmark", texts).to_numpy() == codes).all()
+    contest.limits("a million product-code strings", lambda: parse_codes("benchmark", texts), most_cpu_s=0.2, rounds=9)
