@@ -1,8 +1,8 @@
 """The organisers' aggregated features as a good data engineer writes them with a data frame library or in SQL.
 
-Both read what they need of the Parquet files once (rows of relevant clients, 32-bit columns, properties joined, clients
-as dense rows), or start from such tables in memory. They return cells (client, window, slot, count) per list, events per
-client, and mean query codes: nobody pays for a matrix that he would not make.
+Both read what they need of the Parquet files once (rows of relevant clients, 32-bit columns, properties joined,
+clients as dense rows), or start from such tables in memory. They return cells (client, window, slot, count) per list,
+events per client, and mean query codes: nobody pays for a matrix that he would not make.
 """
 
 from __future__ import annotations
