@@ -177,6 +177,28 @@ class Contest:
             facts=facts or {},
         )
 
+    def alone(self, call: Callable[[], Any]) -> Any:
+        """One call without rivals, whose result `at_most` judges."""
+        return self._benchmark.pedantic(call, rounds=1, iterations=1)
+
+    def at_most(self, figure: str, unit: str, value: float, most: float) -> None:
+        """A figure that must not exceed a bound, such as memory; its ratio is bound / value.
+
+        Args:
+            figure: what is measured.
+            unit: of the figure.
+            value: what was measured.
+            most: the bound.
+        """
+        room = most / max(value, 1e-12)
+        ratio = Ratio(f"{figure} {value:.3g} {unit}", f"{most:g} {unit}", room, room, 1.0)
+        self._ratios.append(ratio)
+        info = self._benchmark.extra_info
+        info.setdefault("figure", figure)
+        info.setdefault("timings", {})
+        info.setdefault("threads", {CONTENDER: 1})
+        info.setdefault("ratios", []).append({**asdict(ratio), "is_ok": ratio.is_ok})
+
     def _rounds(
         self, competitors: dict[str, Callable[[], Any]], threads: dict[str, int], seconds: float, min_rounds: int
     ) -> dict[str, list[tuple[float, float]]]:
