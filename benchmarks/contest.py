@@ -181,7 +181,7 @@ class Contest:
         """One call without rivals, whose result `at_most` judges."""
         return self._benchmark.pedantic(call, rounds=1, iterations=1)
 
-    def at_most(self, figure: str, unit: str, value: float, most: float) -> None:
+    def at_most(self, figure: str, unit: str, value: float, most: float, facts: dict[str, Any] | None = None) -> None:
         """A figure that must not exceed a bound, such as memory; its ratio is bound / value.
 
         Args:
@@ -189,6 +189,7 @@ class Contest:
             unit: of the figure.
             value: what was measured.
             most: the bound.
+            facts: inputs and sizes, stored with the result.
         """
         room = most / max(value, 1e-12)
         ratio = Ratio(f"{figure} {value:.3g} {unit}", f"{most:g} {unit}", room, room, 1.0)
@@ -197,6 +198,7 @@ class Contest:
         info.setdefault("figure", figure)
         info.setdefault("timings", {})
         info.setdefault("threads", {CONTENDER: 1})
+        info.setdefault("facts", {}).update(facts or {})
         info.setdefault("ratios", []).append({**asdict(ratio), "is_ok": ratio.is_ok})
 
     def _rounds(
