@@ -260,7 +260,7 @@ def test_memory_is_that_of_the_touched_rows() -> None:
 
 def test_many_steps_between_switches(monkeypatch: pytest.MonkeyPatch) -> None:
     """The history of averages grows, and starts anew before its quotients lose digits."""
-    monkeypatch.setattr("ubp_fast.optim.row_sparse_embedding._SMALLEST_RETAINED", 1e-2)
+    monkeypatch.setattr("ubp_fast.optim.row_sparse_schedule_free._SMALLEST_RETAINED", 1e-2)
     steps, results = batches(50, torch.float64), []
     for is_sparse in (True, False):
         model, optimizer = make(is_sparse, torch.float64)
