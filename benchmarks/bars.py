@@ -49,6 +49,26 @@ def markdown(cases: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def breakdown(cases: dict[str, Any]) -> str:
+    """Where the time of the stored training steps goes, a table per step: part, our CPU time, the rival's."""
+    tables = []
+    for case in sorted(cases.values(), key=lambda case: case["figure"]):
+        parts = case.get("facts", {}).get("cpu_ms_by_part")
+        if parts is None:
+            continue
+        ours, theirs = parts["ubp_fast"], parts["rival"]
+        lines = [f"| {case['figure']} | ours | share | rival's | share |", "|---|---|---|---|---|"]
+        for name in dict.fromkeys([*ours, *theirs]):
+            cells = [cell for one in (ours, theirs) for cell in _part(one.get(name), sum(one.values()))]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables) if tables else "(not measured yet)"
+
+
+def _part(milliseconds: float | None, whole: float) -> tuple[str, str]:
+    return ("", "") if milliseconds is None else (f"{milliseconds:.1f} ms", f"{milliseconds / whole:.0%}")
+
+
 def _time(timing: dict[str, float] | None) -> str:
     if timing is None:
         return ""
@@ -57,15 +77,18 @@ def _time(timing: dict[str, float] | None) -> str:
 
 
 def rewrite_readme(readme: Path) -> str:
-    """The README with every table between `<!-- benchmarks: FILE -->` and `<!-- end -->` made again from FILE."""
+    """The README with every table between `<!-- benchmarks: FILE -->` and `<!-- end -->` made again from FILE.
+
+    `<!-- breakdown: FILE -->` is the time of training steps by part.
+    """
 
     def table_of(found: re.Match[str]) -> str:
-        cases = json.loads((readme.parent / found[1]).read_text(encoding="utf-8"))["cases"]
-        return f"<!-- benchmarks: {found[1]} -->\n\n{markdown(cases)}\n\n<!-- end -->"
+        cases = json.loads((readme.parent / found[2]).read_text(encoding="utf-8"))["cases"]
+        table = {"benchmarks": markdown, "breakdown": breakdown}[found[1]](cases)
+        return f"<!-- {found[1]}: {found[2]} -->\n\n{table}\n\n<!-- end -->"
 
-    return re.sub(
-        r"<!-- benchmarks: (\S+) -->.*?<!-- end -->", table_of, readme.read_text(encoding="utf-8"), flags=re.S
-    )
+    text = readme.read_text(encoding="utf-8")
+    return re.sub(r"<!-- (benchmarks|breakdown): (\S+) -->.*?<!-- end -->", table_of, text, flags=re.S)
 
 
 if __name__ == "__main__":

@@ -1,132 +1,38 @@
-"""One training step of the winner's multi-task model: packed and row-sparse against padded and dense."""
+"""One training step of the winner's models: packed and row-sparse against padded and dense."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from breakdown import cpu_ms_by_part
 from contest import Contest
-from reference_pytorch.multitask_step import PaddedBatch, PaddedMultitask, pad, random_batch
-from schedulefree import RAdamScheduleFree
+from reference_pytorch.contrastive_step import PaddedContrastive, PaddedPair, pad_pair
+from reference_pytorch.multitask_step import PaddedBatch, PaddedMultitask, pad_views
+from reference_pytorch.padded import without_initialisation
 from torch import Tensor, nn
-from torch.nn import functional
+from training_parts import Parts, contrastive_parts, multitask_parts, padded_contrastive_parts, padded_multitask_parts
+from training_steps import (
+    FEATURES,
+    OUTPUTS,
+    Step,
+    contrastive_batch,
+    in_precision,
+    multitask_batches,
+    our_step,
+    padded_step,
+    sizes_of,
+    steps_alone,
+)
 
-from ubp_fast.models.dropout import dropout
-from ubp_fast.models.encoder import sinusoidal_positions
-from ubp_fast.models.event_embedding import EventSizes
-from ubp_fast.models.multitask import MULTITASK_LABELS, MultitaskConfig, MultitaskModel
-from ubp_fast.optim import adopt_tables
+from ubp_fast.models.contrastive import ContrastiveConfig, ContrastiveModel
+from ubp_fast.models.multitask import MultitaskConfig, MultitaskModel
 from ubp_fast.sequences.batch import ViewBatch
-
-VIEWS, FEATURES, BATCHES = 128, 46, 8
-OUTPUTS = {name: 1 if name in ("churn", "add") else 100 for name in MULTITASK_LABELS}
-KINDS = ("product_buy", "add_to_cart", "remove_from_cart", "page_visit", "search_query")
-Parts = list[tuple[str, Callable[[], Tensor]]]
-
-
-def sizes_of(share: float) -> EventSizes:
-    """The winner's vocabularies, or a share of the large ones."""
-    return EventSizes(int(1_260_370 * share), 6_995, 102, int(373_500 * share), KINDS)
-
-
-def lengths_of(batch: int) -> tuple[int, ...]:
-    """History lengths: log-normal, median 26, the last 64 events of each client; about half of [B, 64] is padding."""
-    normal = torch.randn(VIEWS, generator=torch.Generator().manual_seed(batch), dtype=torch.float64)
-    return tuple(int(length) for length in (26 * torch.exp(0.95 * normal)).round().clamp(1, 64))
-
-
-class OurStep:
-    """The model of `ubp_fast` with its default optimizer, in bfloat16 as Lightning's bf16-mixed does it or not."""
-
-    def __init__(self, model: MultitaskModel, batches: list[ViewBatch], precision: str) -> None:
-        self.model, self.batches, self.at = model, batches, 0
-        self.is_bf16 = precision == "bf16"
-        self.optimizer = adopt_tables(RAdamScheduleFree(model.parameters(), lr=1e-3), model, "row_sparse")
-        self.optimizer.train()
-
-    def __call__(self) -> Tensor:
-        with self._autocast():
-            loss = torch.stack(list(self.model.loss(self.batches[self.at % BATCHES]).values())).sum()
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.at += 1
-        return loss.detach()
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.is_bf16)
-
-    def parts_ms(self) -> dict[str, float]:
-        """Forward and backward of each part alone, and the update."""
-        model, batch = self.model, self.batches[self.at % BATCHES]
-        history = batch.history
-
-        def rows() -> Tensor:
-            vectors = model.events(history)
-            vectors = vectors + sinusoidal_positions(history.steps_to_end(), vectors.shape[1], 64)
-            return dropout(vectors, model.config.embedding_dropout, model.training)
-
-        leaf = rows().detach().requires_grad_()
-        encoded = model.encoder(leaf, history).detach().requires_grad_()
-
-        def head() -> Tensor:
-            profile = model.fusion(torch.cat([encoded, batch.features], dim=1))
-            logits = model.tasks(profile)
-            return sum(
-                functional.binary_cross_entropy_with_logits(logits[name].squeeze(1), batch.labels[name])
-                for name in OUTPUTS
-            )
-
-        parts = [("events", rows), ("encoder", lambda: model.encoder(leaf, history)), ("experts", head)]
-        return timed_parts([(name, self._autocast()(call)) for name, call in parts], self.optimizer)
-
-
-class PaddedStep:
-    """The rival with AdamW(fused=True)."""
-
-    def __init__(self, model: PaddedMultitask, batches: list[PaddedBatch]) -> None:
-        self.model, self.batches, self.at = model, batches, 0
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-
-    def __call__(self) -> Tensor:
-        loss = self.model.loss(self.batches[self.at % BATCHES])
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.at += 1
-        return loss.detach()
-
-    def parts_ms(self) -> dict[str, float]:
-        """Forward and backward of each part alone, and the update."""
-        model, batch = self.model, self.batches[self.at % BATCHES]
-        leaf = model.embed(batch).detach().requires_grad_()
-        encoded = model.encode(leaf, batch).detach().requires_grad_()
-        parts = [
-            ("events", partial(model.embed, batch)),
-            ("encoder", lambda: model.encode(leaf, batch)),
-            ("experts", lambda: model.loss_of(encoded, batch)),
-        ]
-        return timed_parts(parts, self.optimizer)
-
-
-def timed_parts(parts: Parts, optimizer: torch.optim.Optimizer, rounds: int = 3) -> dict[str, float]:
-    """Median milliseconds of CPU time of each part's forward and backward, and of the update."""
-    samples: dict[str, list[float]] = {name: [] for name, _ in parts} | {"update": []}
-    for _ in range(rounds):
-        for name, call in parts:
-            start = time.process_time()
-            result = call()
-            result.backward(torch.ones_like(result))
-            samples[name].append(time.process_time() - start)
-        start = time.process_time()
-        optimizer.step()
-        samples["update"].append(time.process_time() - start)
-        optimizer.zero_grad()
-    return {name: round(1e3 * float(np.median(values)), 2) for name, values in samples.items()}
 
 
 @pytest.mark.parametrize(("share", "precision", "bar"), [(0.1, "fp32", None), (1.0, "fp32", 3.0), (1.0, "bf16", 5.0)])
@@ -135,37 +41,90 @@ def bench_multitask_step(contest: Contest, share: float, precision: str, bar: fl
     sizes, config = sizes_of(share), MultitaskConfig()
     model = MultitaskModel(config, sizes, FEATURES, OUTPUTS)
     rival = without_initialisation(lambda: PaddedMultitask(config, sizes, FEATURES, OUTPUTS)).load_from(model)
-    batches = [random_batch(lengths_of(batch), sizes, FEATURES, OUTPUTS) for batch in range(BATCHES)]
-    padded = [pad(batch, config.history_length) for batch in batches]
+    batches = multitask_batches(sizes)
+    padded = [pad_views(batch, config.history_length) for batch in batches]
     assert_same_loss(model, rival, batches[0], padded[0])
-    ours, theirs = OurStep(model, batches, precision), PaddedStep(rival, padded)
-    tokens = int(np.mean([batch.history.num_tokens for batch in batches if batch.history is not None]))
+    ours, theirs = our_step(model, batches, precision), padded_step(rival, padded)
+    parts = multitask_parts(model, batches[0]), padded_multitask_parts(rival, padded[0])
     contest.run(
-        f"multi-task training step {precision}, {sizes.num_skus + sizes.num_urls:,} rows, batch {VIEWS}",
+        f"multi-task training step {precision}, {sizes.num_skus + sizes.num_urls:,} rows, batch 128",
         ours,
         {"padded PyTorch fp32 + AdamW(fused)": (theirs, bar)},
-        lambda _, mine, other: None,  # both drop out at random; the losses were compared without that
+        lambda *_: None,  # both drop out at random; the losses were compared without that
         min_rounds=10,
         seconds=30,
-        facts={
-            "tokens": tokens,
-            "share_of_padded": round(tokens / (VIEWS * config.history_length), 3),
-            "cpu_ms_by_part": {"ubp_fast": ours.parts_ms(), "rival": theirs.parts_ms()},
-        },
+        facts=facts([batch.history.num_tokens for batch in batches], 128 * 64, (ours, theirs), (model, rival), parts),
     )
 
 
-def without_initialisation(factory: Callable[[], PaddedMultitask]) -> PaddedMultitask:
-    """Builds the rival without drawing random weights that `load_from` overwrites."""
-    original, nn.Embedding.reset_parameters = nn.Embedding.reset_parameters, lambda self: None
-    try:
-        return factory()
-    finally:
-        nn.Embedding.reset_parameters = original
+def bench_contrastive_step(contest: Contest) -> None:
+    """1,024 pairs: two minutes and 14 GB, nearly all of it the rival's. Futures are padded to 64 events, too.
+
+    One small step before pays for fresh memory; then one step each is timed, by its CPU time.
+    """
+    sizes, config = sizes_of(1.0), ContrastiveConfig()
+    model = ContrastiveModel(config, sizes)
+    model.set_age_edges(np.linspace(0, 150, config.events.age_bins + 1, dtype=np.float32))
+    rival = without_initialisation(lambda: PaddedContrastive(config, sizes)).load_from(model)
+    batches = [contrastive_batch(sizes, clients, seed) for seed, clients in enumerate((32, 1024))]
+    padded = [pad_pair(batch, config) for batch in batches]
+    assert_same_loss(model, rival, batches[0], padded[0])
+    ours, theirs = our_step(model, batches, "fp32"), padded_step(rival, padded)
+    in_bf16 = Step(ours.loss, batches, ours.optimizer, "bf16")
+    in_bf16()
+    parts = contrastive_parts(model, batches[1]), padded_contrastive_parts(rival, padded[1])
+    tokens = batches[1].history.num_tokens + batches[1].future.num_tokens
+    contest.once(
+        f"contrastive training step, {sizes.num_skus + sizes.num_urls:,} rows, batch 1,024",
+        {"fp32": ours, "bf16": in_bf16},
+        ("padded PyTorch fp32 + AdamW(fused)", theirs),
+        {"fp32": 2.0, "bf16": 4.0},
+        lambda *_: None,  # as above
+        facts=facts([tokens], 1024 * 128, (ours, theirs), (model, rival), parts, rounds=1),
+    )
+
+
+def facts(
+    tokens: list[int],
+    padded_tokens: int,
+    steps: tuple[Step, Step],
+    models: tuple[nn.Module, nn.Module],
+    parts: tuple[Parts, Parts],
+    rounds: int = 3,
+) -> dict[str, Any]:
+    """How much of the padded batch is real, and the parts of both steps once their memory exists."""
+    for step in steps:
+        step()
+    return {
+        "tokens": int(np.mean(tokens)),
+        "share_of_padded": round(float(np.mean(tokens)) / padded_tokens, 3),
+        "cpu_ms_by_part": {
+            name: cpu_ms_by_part(
+                *part, step.optimizer, large_tables(model), partial(in_precision, step.precision), rounds
+            )
+            for name, step, model, part in zip(("ubp_fast", "rival"), steps, models, parts, strict=True)
+        },
+    }
+
+
+def large_tables(model: nn.Module) -> list[Tensor]:
+    """The weights of the tables of skus and urls."""
+    return [
+        module.weight for module in model.modules() if isinstance(module, nn.Embedding) and len(module.weight) > 7000
+    ]
+
+
+@pytest.mark.parametrize("name", ["multi-task", "contrastive"])
+def bench_memory_and_start(contest: Contest, name: str) -> None:
+    """Our step alone in a process of its own, at full vocabularies: 4 to 6 GB."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        start_s, peak_bytes = contest.alone(lambda: pool.submit(steps_alone, name).result())
+    contest.at_most(f"{name} model, full vocabularies: peak memory of training", "GB", peak_bytes / 1e9, 10.0)
+    contest.at_most(f"{name} model, full vocabularies: until the first batch", "s", start_s, 10.0)
 
 
 @torch.no_grad()
-def assert_same_loss(model: MultitaskModel, rival: PaddedMultitask, batch: ViewBatch, padded: PaddedBatch) -> None:
+def assert_same_loss(model: nn.Module, rival: nn.Module, batch: ViewBatch, padded: PaddedBatch | PaddedPair) -> None:
     """Without dropout both give one loss."""
     model.eval(), rival.eval()
     ours, theirs = sum(model.loss(batch).values()), rival.loss(padded)

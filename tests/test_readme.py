@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 
 
-def test_tables_are_made_from_committed_results() -> None:
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        from bars import rewrite_readme
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
+@pytest.fixture
+def bars(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module that makes the tables; benchmarks are no package."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("bars")
+
+
+def test_tables_are_made_from_committed_results(bars: Any) -> None:
     text = README.read_text(encoding="utf-8")
     assert "<!-- benchmarks: benchmarks/results/" in text
-    assert rewrite_readme(README) == text, "run `python benchmarks/bars.py`"
+    assert "<!-- breakdown: benchmarks/results/" in text
+    assert bars.rewrite_readme(README) == text, "run `python benchmarks/bars.py`"
+
+
+def test_the_breakdown_of_a_step(bars: Any, tmp_path: Path) -> None:
+    parts = {"ubp_fast": {"linear layers": 30.0, "ours only": 10.0}, "rival": {"linear layers": 100.0}}
+    cases = {"one": {"figure": "a step", "facts": {"cpu_ms_by_part": parts}}, "other": {"figure": "without parts"}}
+    readme = tmp_path / "README.md"
+    for stored, expected in (
+        (cases, ["| linear layers | 30.0 ms | 75% | 100.0 ms | 100% |", "| ours only | 10.0 ms | 25% |  |  |"]),
+        ({"other": cases["other"]}, ["(not measured yet)"]),
+    ):
+        (tmp_path / "results.json").write_text(json.dumps({"cases": stored}), encoding="utf-8")
+        readme.write_text("before <!-- breakdown: results.json -->\n\nold\n\n<!-- end --> after", encoding="utf-8")
+        text = bars.rewrite_readme(readme)
+        assert all(line in text for line in expected)
+        assert text.startswith("before <!-- breakdown") and text.endswith("<!-- end --> after") and "old" not in text
 
 
 def test_every_path_of_the_file_map_exists() -> None:

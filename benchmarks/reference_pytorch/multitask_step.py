@@ -9,51 +9,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from reference_pytorch.padded import DAY_S, PaddedEvents, copy_layer, copy_linear, pad, random_events
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ubp_fast.models.encoder import EncoderLayer
 from ubp_fast.models.event_embedding import EventSizes
 from ubp_fast.models.multitask import MultitaskConfig, MultitaskModel
 from ubp_fast.models.ple import ExpertBank
-from ubp_fast.sequences.batch import SequenceBatch, ViewBatch
-
-VISIT, SEARCH, DAY_S = 4, 5, 86_400
+from ubp_fast.sequences.batch import ViewBatch
 
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """What a collate function makes: [B, L] fields, events at the right end, zeros before them."""
+    """Left-padded events and what belongs to the clients."""
 
-    kind: Tensor
-    sku: Tensor
-    category: Tensor
-    price: Tensor
-    url: Tensor
-    codes: Tensor
-    day: Tensor
-    is_padding: Tensor
+    events: PaddedEvents
     features: Tensor
     labels: dict[str, Tensor]
 
 
-def pad(batch: ViewBatch, length: int) -> PaddedBatch:
-    """Left-pads the histories of a packed batch."""
-    history = batch.history
-    assert history is not None and batch.features is not None
-    row, column = history.segments(), length - 1 - history.steps_to_end()
-
-    def padded(values: Tensor) -> Tensor:
-        result = torch.zeros((history.num_sequences, length, *values.shape[1:]), dtype=values.dtype)
-        result[row, column] = values
-        return result
-
-    names = ("kind", "sku", "category", "price", "url", "codes")
-    fields = {name: padded(getattr(history, name)) for name in names}
-    day = padded((history.age_s() // DAY_S).clamp(0, 364))
-    return PaddedBatch(
-        **fields, day=day, is_padding=fields["kind"] == 0, features=batch.features, labels=dict(batch.labels)
-    )
+def pad_views(batch: ViewBatch, length: int) -> PaddedBatch:
+    """The padded form of a packed batch."""
+    assert batch.history is not None and batch.features is not None
+    return PaddedBatch(pad(batch.history, length, "left"), batch.features, dict(batch.labels))
 
 
 class Expert(nn.Sequential):
@@ -136,26 +114,26 @@ class PaddedMultitask(nn.Module):
 
     def embed(self, batch: PaddedBatch) -> Tensor:
         """Event vectors with positions, [B, L, 412]."""
-        is_visit, is_search = batch.kind == VISIT, batch.kind == SEARCH
-        is_item = ~(is_visit | is_search | batch.is_padding)
-        content = torch.zeros((*batch.kind.shape, self.config.events.content_width))
+        events = batch.events
+        is_item, is_visit, is_search = events.by_content()
+        content = torch.zeros((*events.kind.shape, self.config.events.content_width))
         tables = (
-            self.sku(batch.sku[is_item]),
-            self.category(batch.category[is_item]),
-            self.price(batch.price[is_item]),
-            self.codes(batch.codes[is_item]).mean(dim=1),
+            self.sku(events.sku[is_item]),
+            self.category(events.category[is_item]),
+            self.price(events.price[is_item]),
+            self.codes(events.codes[is_item]).mean(dim=1),
         )
         content[is_item] = functional.relu(self.item(torch.cat(tables, dim=1)))
-        content[is_visit] = self.url(batch.url[is_visit])
-        content[is_search] = self.codes(batch.codes[is_search]).mean(dim=1)
-        parts = (self.kind(batch.kind), content, self.day(batch.day), self.week(batch.day // 7))
-        rows = torch.cat(parts, dim=2)
+        content[is_visit] = self.url(events.url[is_visit])
+        content[is_search] = self.codes(events.codes[is_search]).mean(dim=1)
+        day = (events.age_s // DAY_S).clamp(0, self.config.events.max_days - 1)
+        rows = torch.cat((self.kind(events.kind), content, self.day(day), self.week(day // 7)), dim=2)
         rows = rows + positions(*rows.shape[1:])
         return functional.dropout(rows, self.config.embedding_dropout, self.training)
 
     def encode(self, rows: Tensor, batch: PaddedBatch) -> Tensor:
         """The last position of the transformer, [B, 412]."""
-        return self.encoder(rows, src_key_padding_mask=batch.is_padding)[:, -1]
+        return self.encoder(rows, src_key_padding_mask=batch.events.is_padding)[:, -1]
 
     def loss_of(self, encoded: Tensor, batch: PaddedBatch) -> Tensor:
         """Profile, experts, towers and the sum of all losses."""
@@ -187,13 +165,13 @@ class PaddedMultitask(nn.Module):
         self.codes.weight.copy_(events.codes.table.weight)
         self.fusion.load_state_dict(model.fusion.state_dict())
         for layer, ours in zip(self.encoder.layers, model.encoder.layers, strict=True):
-            _copy_layer(layer, ours)
+            copy_layer(layer, ours)
         for level, ours in ((self.first, model.tasks.first), (self.second, model.tasks.second)):
             for index, experts in enumerate(level.own):
                 _copy_experts(experts, ours.own, index)
             _copy_experts(level.shared, ours.shared, 0)
             for index, gate in enumerate(level.gates):
-                _copy_linear(gate, ours.gate_weight[index].t(), ours.gate_bias[index])
+                copy_linear(gate, ours.gate_weight[index].t(), ours.gate_bias[index])
         self.first.shared_gate.load_state_dict(model.tasks.first.shared_gate.state_dict())
         self.towers.load_state_dict(model.tasks.towers.state_dict())
         return self
@@ -206,57 +184,18 @@ def positions(length: int, width: int) -> Tensor:
     return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)
 
 
-def _copy_linear(linear: nn.Linear, weight: Tensor, bias: Tensor) -> None:
-    linear.weight.copy_(weight)
-    linear.bias.copy_(bias)
-
-
-def _copy_layer(layer: nn.TransformerEncoderLayer, ours: EncoderLayer) -> None:
-    layer.self_attn.in_proj_weight.copy_(ours.qkv.weight)
-    layer.self_attn.in_proj_bias.copy_(ours.qkv.bias)
-    pairs = (
-        (layer.self_attn.out_proj, ours.out),
-        (layer.linear1, ours.expand),
-        (layer.linear2, ours.reduce),
-        (layer.norm1, ours.attention_norm),
-        (layer.norm2, ours.feed_forward_norm),
-    )
-    for module, source in pairs:
-        module.load_state_dict(source.state_dict())
-
-
 def _copy_experts(experts: nn.ModuleList, bank: ExpertBank, group: int) -> None:
     hidden = bank.hidden_weight[group].chunk(bank.experts, dim=1)
     hidden_bias = bank.hidden_bias[group].chunk(bank.experts)
     for index, expert in enumerate(experts):
-        _copy_linear(expert[0], hidden[index].t(), hidden_bias[index])
+        copy_linear(expert[0], hidden[index].t(), hidden_bias[index])
         place = group * bank.experts + index
-        _copy_linear(expert[3], bank.out_weight[place].t(), bank.out_bias[group, index])
+        copy_linear(expert[3], bank.out_weight[place].t(), bank.out_bias[group, index])
 
 
 def random_batch(lengths: tuple[int, ...], sizes: EventSizes, num_features: int, outputs: dict[str, int]) -> ViewBatch:
-    """Clients with these history lengths; kinds in the shares of the challenge's release, ids by 1 / rank."""
-    tokens, cutoff_s = sum(lengths), 1_700_000_000
-
-    def zipf(size: int) -> Tensor:
-        return (float(size - 2) ** torch.rand(tokens, dtype=torch.float64)).long().clamp(max=size - 3) + 2
-
-    kind = 1 + torch.multinomial(torch.tensor([1.7, 5.2, 1.7, 150.7, 9.6]), tokens, replacement=True)
-    is_visit, is_search = kind == VISIT, kind == SEARCH
-    is_item = ~(is_visit | is_search)
-    has_codes = (is_item | is_search)[:, None]
-    history = SequenceBatch(
-        kind=kind,
-        sku=zipf(sizes.num_skus) * is_item,
-        category=zipf(sizes.num_categories) * is_item,
-        price=torch.randint(2, sizes.num_prices, (tokens,)) * is_item,
-        url=zipf(sizes.num_urls) * is_visit,
-        codes=torch.randint(0, 256, (tokens, 16)) * has_codes,
-        timestamp_s=cutoff_s - torch.randint(0, 150 * DAY_S, (tokens,)),
-        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
-        cutoff_s=torch.full((len(lengths),), cutoff_s),
-        client=torch.arange(len(lengths)),
-    )
+    """Clients with histories of these lengths, random features and labels."""
+    history = random_events(lengths, sizes)
     labels = {
         name: (torch.rand(len(lengths)) < 0.3).float()
         if count == 1

@@ -15,12 +15,17 @@ namespace ubp {
     void row_sparse_reduce(const RowSparseReduce&);              \
     void row_sparse_update(const RowSparseUpdate&);              \
     void row_sparse_catch_up(const RowSparseCatchUp&);           \
+    void row_sparse_adam_gather(const RowSparseAdamGather&);     \
+    void row_sparse_adam_update(const RowSparseAdamUpdate&);     \
+    void row_sparse_adam_catch_up(const RowSparseAdamCatchUp&);  \
   }
-#define UBP_ENTRY(isa)                                                                                \
-  Kernels {                                                                                           \
-    #isa, &isa_##isa::flash_attention_forward, &isa_##isa::flash_attention_backward,                  \
-        &isa_##isa::nt_xent_forward, &isa_##isa::nt_xent_backward, &isa_##isa::row_sparse_gather,     \
-        &isa_##isa::row_sparse_reduce, &isa_##isa::row_sparse_update, &isa_##isa::row_sparse_catch_up \
+#define UBP_ENTRY(isa)                                                                                 \
+  Kernels {                                                                                            \
+    #isa, &isa_##isa::flash_attention_forward, &isa_##isa::flash_attention_backward,                   \
+        &isa_##isa::nt_xent_forward, &isa_##isa::nt_xent_backward, &isa_##isa::row_sparse_gather,      \
+        &isa_##isa::row_sparse_reduce, &isa_##isa::row_sparse_update, &isa_##isa::row_sparse_catch_up, \
+        &isa_##isa::row_sparse_adam_gather, &isa_##isa::row_sparse_adam_update,                        \
+        &isa_##isa::row_sparse_adam_catch_up                                                           \
   }
 
 UBP_DECLARE(base)

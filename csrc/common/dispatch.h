@@ -7,6 +7,7 @@
 #include "flash_attention/flash_attention.h"
 #include "nt_xent/nt_xent.h"
 #include "row_sparse/row_sparse.h"
+#include "row_sparse_adam/row_sparse_adam.h"
 
 namespace ubp {
 
@@ -18,6 +19,9 @@ struct Kernels {
   RowSparseReduceFunction row_sparse_reduce;
   RowSparseUpdateFunction row_sparse_update;
   RowSparseCatchUpFunction row_sparse_catch_up;
+  RowSparseAdamGatherFunction row_sparse_adam_gather;
+  RowSparseAdamUpdateFunction row_sparse_adam_update;
+  RowSparseAdamCatchUpFunction row_sparse_adam_catch_up;
 };
 
 // The kernels in use; at first those of the best instruction set of this machine.

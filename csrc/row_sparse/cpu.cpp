@@ -28,8 +28,9 @@ UBP_INLINE float kept_share(const ScheduleFreeRows& table, int32_t last) {
   return static_cast<float>(table.retained[table.now] / table.retained[last]);
 }
 
-UBP_INLINE float decay(const ScheduleFreeRows& table, int32_t last, double beta2) {
-  return static_cast<float>(std::pow(beta2, static_cast<double>(table.now - last)));
+// A dense optimizer multiplies by beta2 as a float in every step; the power of any other number drifts away.
+UBP_INLINE float decay(float beta2, int64_t steps) {
+  return static_cast<float>(std::pow(static_cast<double>(beta2), static_cast<double>(steps)));
 }
 
 UBP_INLINE float* state_of(const ScheduleFreeRows& table, int64_t id) {
@@ -93,7 +94,7 @@ void update_row(const RowSparseUpdate& problem, int64_t id, const float* __restr
   const float kept = last < 0 ? 1.f : kept_share(table, last);
   const float share = kept * (1.f - problem.average_weight);
   const float beta2 = static_cast<float>(problem.beta2);
-  const float old_moment = last < 0 ? 0.f : beta2 * decay(table, last, problem.beta2);
+  const float old_moment = last < 0 ? 0.f : decay(beta2, table.now + 1 - last);
   const float new_moment = static_cast<float>(1.0 - problem.beta2);
   const float correction = 1.f / problem.bias_correction, eps = problem.eps;
   const float z_rate = problem.learning_rate, y_rate = problem.gradient_weight;
@@ -140,7 +141,8 @@ void catch_up_item(void* context, int64_t item, int) {
     const float* __restrict z = state_of(table, id);
     float* __restrict v = state_of(table, id) + table.width;
     if (last < table.now) {
-      const float kept = kept_share(table, last), fade = decay(table, last, problem.beta2);
+      const float kept = kept_share(table, last);
+      const float fade = decay(static_cast<float>(problem.beta2), table.now - last);
       for (int64_t d = 0; d < table.width; ++d) {
         y[d] = z[d] + (y[d] - z[d]) * kept;
         v[d] *= fade;

@@ -80,3 +80,26 @@ def row_sparse_update(
 def row_sparse_catch_up(
     table: Sequence[int], sizes: Sequence[int], beta2: float, toward_z: float, threads: int
 ) -> None: ...
+def row_sparse_adam_gather(
+    table: Sequence[int],
+    sizes: Sequence[int],
+    numbers: Sequence[float],
+    ids: int,
+    count: int,
+    output: int,
+    threads: int,
+) -> None: ...
+def row_sparse_adam_update(
+    table: Sequence[int],
+    sizes: Sequence[int],
+    numbers: Sequence[float],
+    ids: int,
+    count: int,
+    gradient: int,
+    step: Sequence[float],
+    used: int,
+    threads: int,
+) -> None: ...
+def row_sparse_adam_catch_up(
+    table: Sequence[int], sizes: Sequence[int], numbers: Sequence[float], threads: int
+) -> None: ...

@@ -10,7 +10,13 @@ import torch
 from schedulefree import RAdamScheduleFree
 from torch import nn
 
-from ubp_fast.optim import RowSparseEmbedding, RowSparseRAdamScheduleFree, adopt_tables, clip_gradient_norm
+from ubp_fast.optim import (
+    RowSparseAdamW,
+    RowSparseEmbedding,
+    RowSparseRAdamScheduleFree,
+    adopt_tables,
+    clip_gradient_norm,
+)
 
 
 class Other(RAdamScheduleFree):
@@ -31,10 +37,28 @@ def test_schedule_free_is_adopted() -> None:
     assert layers[0].touched is not None
 
 
+@pytest.mark.parametrize("factory", [torch.optim.AdamW, torch.optim.Adam])
+def test_adam_is_adopted(factory: type[torch.optim.Optimizer]) -> None:
+    layers = model()
+    before = factory(layers.parameters(), lr=0.25, betas=(0.8, 0.9))
+    decay = before.param_groups[0]["weight_decay"]
+    optimizer = adopt_tables(before, layers, "auto")
+    assert isinstance(optimizer, RowSparseAdamW)
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (0.25, (0.8, 0.9), decay)
+    assert layers[0].touched is not None
+
+
 @pytest.mark.parametrize(
     "factory",
-    [Other, torch.optim.AdamW, partial(RAdamScheduleFree, weight_decay=0.1)],
-    ids=["subclass", "adamw", "decay"],
+    [
+        Other,
+        torch.optim.SGD,
+        partial(RAdamScheduleFree, weight_decay=0.1),
+        partial(torch.optim.Adam, weight_decay=0.1),
+        partial(torch.optim.AdamW, amsgrad=True),
+    ],
+    ids=["subclass", "sgd", "schedule-free decay", "adam decay", "amsgrad"],
 )
 def test_others_stay_as_they_are(factory: type[torch.optim.Optimizer]) -> None:
     layers = model()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ubp_fast.optim import RowSparseEmbedding, RowSparseRAdamScheduleFree
-from ubp_fast.optim.row_sparse_embedding import reserve
+from ubp_fast.optim.touched_rows import reserve
 
 
 @pytest.mark.parametrize("padding_idx", [None, 0, -1])

@@ -132,9 +132,9 @@ class LastStatePooling(nn.Module):
         position = lengths[segments] - 1 - batch.steps_to_end()
         # Time-major order: all first events, longest sequence first, then all second events, ...
         order = (position * len(lengths) + rank[segments]).argsort()
-        # An LSTM sums over hundreds of steps, which bfloat16 does not survive.
+        inputs = functional.linear(rows[order], self.cell.weight_ih, self.cell.bias_ih + self.cell.bias_hh).float()
+        # An LSTM sums over hundreds of steps, which bfloat16 does not survive; what enters each step does.
         with torch.autocast(rows.device.type, enabled=False):
-            inputs = functional.linear(rows.float()[order], self.cell.weight_ih, self.cell.bias_ih + self.cell.bias_hh)
             states = self._last_states(inputs.split(torch.bincount(position).tolist()))
         return functional.pad(states, (0, 0, 0, len(lengths) - len(states)))[rank]
 

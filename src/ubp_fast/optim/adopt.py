@@ -6,8 +6,9 @@ from typing import Literal
 
 from schedulefree import RAdamScheduleFree
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import Adam, AdamW, Optimizer
 
+from ubp_fast.optim.row_sparse_adamw import RowSparseAdamW, unsupported_options
 from ubp_fast.optim.row_sparse_embedding import RowSparseEmbedding
 from ubp_fast.optim.row_sparse_schedule_free import RowSparseRAdamScheduleFree
 
@@ -21,7 +22,7 @@ def adopt_tables(optimizer: Optimizer, model: nn.Module, updates: TableUpdates) 
         optimizer: made for the model's parameters, without any step taken.
         model: may hold tables.
         updates: "row_sparse" demands it; "auto" takes it for tables on the CPU that `RAdamScheduleFree` trains without
-            weight decay, and keeps `optimizer` otherwise; "dense" always keeps it.
+            weight decay or that `AdamW` or `Adam` train, and keeps `optimizer` otherwise; "dense" always keeps it.
 
     Raises:
         ValueError: "row_sparse" for an optimizer that has no row-sparse form.
@@ -36,7 +37,9 @@ def adopt_tables(optimizer: Optimizer, model: nn.Module, updates: TableUpdates) 
         return optimizer
     if updates == "auto" and any(table.weight.device.type != "cpu" for table in tables):
         return optimizer
-    return RowSparseRAdamScheduleFree(optimizer.param_groups, tables)
+    if type(optimizer) is RAdamScheduleFree:
+        return RowSparseRAdamScheduleFree(optimizer.param_groups, tables)
+    return RowSparseAdamW(optimizer.param_groups, tables)
 
 
 def release_tables(model: nn.Module) -> None:
@@ -51,8 +54,10 @@ def _tables(model: nn.Module) -> list[RowSparseEmbedding]:
 
 def _unsupported(optimizer: Optimizer) -> str | None:
     # A subclass may step in other ways than the library does.
-    if type(optimizer) is not RAdamScheduleFree:
-        return f"{type(optimizer).__name__} has no row-sparse form"
-    if any(group["weight_decay"] for group in optimizer.param_groups):
-        return "weight decay moves every row in every step"
-    return None
+    if type(optimizer) is RAdamScheduleFree:
+        has_decay = any(group["weight_decay"] for group in optimizer.param_groups)
+        return "weight decay moves every row in every step" if has_decay else None
+    if type(optimizer) in (Adam, AdamW):
+        reasons = (unsupported_options(group) for group in optimizer.param_groups)
+        return next((f"{reason} has no row-sparse form" for reason in reasons if reason is not None), None)
+    return f"{type(optimizer).__name__} has no row-sparse form"

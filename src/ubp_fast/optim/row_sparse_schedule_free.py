@@ -17,11 +17,66 @@ import torch
 from schedulefree import RAdamScheduleFree
 from torch import Tensor
 
-from ubp_fast.kernels.row_sparse import ScheduleFreeStep
-from ubp_fast.optim.row_sparse_embedding import RowSparseEmbedding, TouchedRows
+from ubp_fast.kernels import row_sparse
+from ubp_fast.kernels.row_sparse import ScheduleFreeRows, ScheduleFreeStep
+from ubp_fast.optim.row_sparse_embedding import RowSparseEmbedding
+from ubp_fast.optim.touched_rows import TouchedRows, rows_of, table_gradients
 
 # The library's step without the wrapper that torch adds to a class's `step`: hooks must run once, around ours.
 _dense_step = inspect.unwrap(RAdamScheduleFree.step)
+# The smallest product of (1 - c) that is kept: a quotient of two of them must stay a normal number.
+_SMALLEST_RETAINED, _SMALLEST_FACTOR = 1e-150, 1e-100
+
+
+class ScheduleFreeTable(TouchedRows):
+    """A table with z and exp_avg_sq of its touched rows.
+
+    Args:
+        weight: the table [N, D], float32 or float64.
+        beta2: decay of the second moment per step.
+    """
+
+    names = ("z", "exp_avg_sq")
+
+    def __init__(self, weight: Tensor, beta2: float) -> None:
+        super().__init__(weight)
+        self.beta2 = beta2
+
+    def _restart(self) -> None:
+        self._retained = torch.ones(1024, dtype=torch.float64, device=self.weight.device)
+        self.steps = 0
+
+    def _first_at_rest(self) -> Tensor:
+        return self._values
+
+    @property
+    def rows(self) -> ScheduleFreeRows:
+        """The table for the kernels."""
+        retained = self._retained[: self.steps + 1]
+        return ScheduleFreeRows(self._values, self.state, self.slot, self.used, self.last_step, retained)
+
+    def gather(self, ids: Tensor) -> Tensor:
+        """Rows as of the present, [..., D]."""
+        return row_sparse.gather(self.rows, ids)
+
+    def step(self, gradient: Tensor, step: ScheduleFreeStep) -> None:
+        """Takes one step with a sparse gradient [N, D]."""
+        row_sparse.update(self.rows, *rows_of(gradient), step)
+        kept = float(self._retained[self.steps]) * max(1.0 - step.average_weight, _SMALLEST_FACTOR)
+        if self.steps + 1 == len(self._retained):
+            self._retained = torch.cat([self._retained, torch.ones_like(self._retained)])
+        self.steps += 1
+        self._retained[self.steps] = kept
+        self.has_state = True
+        if kept < _SMALLEST_RETAINED:
+            self.catch_up()
+
+    def catch_up(self, toward_z: float = 0.0) -> None:
+        """Brings all touched rows to the present; y moves by the share `toward_z` of z - y."""
+        if self.steps == 0 and toward_z == 0.0:
+            return
+        row_sparse.catch_up(self.rows, self.beta2, toward_z=toward_z)
+        self._restart()
 
 
 class RowSparseRAdamScheduleFree(RAdamScheduleFree):
@@ -38,13 +93,12 @@ class RowSparseRAdamScheduleFree(RAdamScheduleFree):
 
     def __init__(self, params: Any, tables: Iterable[RowSparseEmbedding], **options: Any) -> None:
         super().__init__(params, **options)
-        self._tables: dict[Tensor, TouchedRows] = {}
+        self._tables: dict[Tensor, ScheduleFreeTable] = {}
         beta2_of = {weight: group["betas"][1] for group in self.param_groups for weight in group["params"]}
         for table in tables:
             if table.weight not in beta2_of:
                 raise ValueError("RowSparseRAdamScheduleFree: tables must have their weights in params, got another")
-            table.touched = TouchedRows(table.weight, beta2_of[table.weight])
-            self._tables[table.weight] = table.touched
+            self._tables[table.weight] = table.touched = ScheduleFreeTable(table.weight, beta2_of[table.weight])
         self._check_weight_decay()
 
     def _check_weight_decay(self) -> None:
@@ -55,7 +109,7 @@ class RowSparseRAdamScheduleFree(RAdamScheduleFree):
                     f" got {group['weight_decay']}; put other parameters into a group of their own"
                 )
 
-    def _touched(self, group: dict[str, Any]) -> list[TouchedRows]:
+    def _touched(self, group: dict[str, Any]) -> list[ScheduleFreeTable]:
         return [self._tables[weight] for weight in group["params"] if weight in self._tables]
 
     @torch.no_grad()
@@ -70,20 +124,8 @@ class RowSparseRAdamScheduleFree(RAdamScheduleFree):
             with torch.enable_grad():
                 loss = closure()
         self._check_weight_decay()
-        gradients = {weight: weight.grad for weight in self._tables if weight.grad is not None}
-        for gradient in gradients.values():
-            if not gradient.is_sparse:
-                raise ValueError(
-                    "RowSparseRAdamScheduleFree: gradients of tables must be sparse, got a dense one;"
-                    " read a table only by calling its module"
-                )
-        try:
-            for weight in gradients:
-                weight.grad = None
+        with table_gradients("RowSparseRAdamScheduleFree", self._tables) as gradients:
             _dense_step(self)
-        finally:
-            for weight, gradient in gradients.items():
-                weight.grad = gradient
         for group in self.param_groups:
             numbers = _numbers(group)
             for weight in group["params"]:
@@ -131,7 +173,7 @@ class RowSparseRAdamScheduleFree(RAdamScheduleFree):
         for weight, touched in self._tables.items():
             state: dict[str, Tensor] = self.state.pop(weight, {})
             if "z" in state:
-                touched.load(state["z"], state["exp_avg_sq"])
+                touched.load(state)
             else:
                 touched.reset()
 

@@ -98,5 +98,7 @@ def _present(rows: ScheduleFreeRows, ids: Tensor, beta2: float = 1.0) -> tuple[T
     z, exp_avg_sq = weight.clone(), torch.zeros_like(weight)
     z[is_touched], exp_avg_sq[is_touched] = rows.state[rows.slot[ids[is_touched]].long()].unbind(1)
     kept = (rows.retained[-1] / rows.retained[last])[:, None].to(weight.dtype)
-    decay = (beta2 ** (len(rows.retained) - 1 - last).double())[:, None].to(weight.dtype)
+    # A dense optimizer multiplies by beta2 in the dtype of the table; the power of any other number drifts away.
+    factor = torch.tensor(beta2, dtype=weight.dtype).item()
+    decay = (factor ** (len(rows.retained) - 1 - last).double())[:, None].to(weight.dtype)
     return z + (weight - z) * kept, z, exp_avg_sq * decay
