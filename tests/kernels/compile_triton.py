@@ -23,6 +23,11 @@ from triton.compiler import ASTSource
 from ubp_fast.kernels.flash_attention import _triton as attention
 from ubp_fast.kernels.flash_attention import _triton_kernels as attention_kernels
 from ubp_fast.kernels.flash_attention.reference import Problem as AttentionProblem
+from ubp_fast.kernels.nt_xent import _triton as contrastive
+from ubp_fast.kernels.nt_xent import _triton_kernels as contrastive_kernels
+from ubp_fast.kernels.nt_xent.reference import Problem as ContrastiveProblem
+from ubp_fast.kernels.row_sparse import _triton as row_sparse
+from ubp_fast.kernels.row_sparse import _triton_kernels as row_sparse_kernels
 
 CAPABILITIES = (80, 90)
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -122,13 +127,58 @@ def attention_build(dtype: torch.dtype, width: int, length: int, extras: dict[st
         yield Build(name, capability, function, tensors, constants, options, dtype != torch.float32)
 
 
+def contrastive_builds() -> Iterator[Build]:
+    for dtype, width in ((torch.bfloat16, 128), (torch.bfloat16, 512), (torch.float32, 128)):
+        yield from contrastive_build(dtype, width)
+
+
+def contrastive_build(dtype: torch.dtype, width: int) -> Iterator[Build]:
+    item = TYPES[dtype]
+    rows, row = torch.empty(64, width, dtype=dtype, device="meta"), torch.empty(64, device="meta")
+    problem = ContrastiveProblem(rows, rows, row, "simclr", row, row.bool(), row.long(), True)
+    tensors = dict.fromkeys(("inverse_ptr", "positive_ptr", "temperature_ptr", "loss_ptr"), "*fp64")
+    tensors |= dict.fromkeys(("maximum_ptr", "sum_ptr", "moment_ptr"), "*fp64")
+    tensors |= {
+        "rows_ptr": f"*{item}",
+        "ids_ptr": "*i64",
+        "valid_ptr": "*i1",
+        "weight_ptr": "*fp32",
+        "slope_ptr": "*fp32",
+    }
+    for kernel, capability in itertools.product(("statistics", "gradient"), CAPABILITIES):
+        chosen = contrastive.tiles(kernel, dtype, width, capability >= 90)
+        constants = contrastive.constants(f"{kernel}_kernel", problem, chosen)
+        options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "maxnreg")}
+        if kernel == "gradient":
+            constants |= {"HAS_ROW_LOSS": True, "HAS_COLUMN_LOSS": True}
+        name = f"nt_xent {kernel} {item} E={width} {chosen.block_m}x{chosen.block_n}x{chosen.block_k} all options"
+        function = getattr(contrastive_kernels, f"{kernel}_kernel")
+        yield Build(name, capability, function, tensors, constants, options, dtype != torch.float32)
+
+
+def row_sparse_builds() -> Iterator[Build]:
+    tensors = dict.fromkeys(("weight_ptr", "state_ptr", "gradient_ptr", "out_ptr", "sum_ptr"), "*fp32")
+    tensors |= dict.fromkeys(("slot_ptr", "last_ptr", "fault_ptr"), "*i32") | {"retained_ptr": "*fp64"}
+    tensors |= dict.fromkeys(("ids_ptr", "order_ptr", "used_ptr", "start_ptr"), "*i64")
+    floats = ("learning_rate", "average_weight", "gradient_weight", "beta2", "rest_of_beta2", "log2_beta2")
+    tensors |= dict.fromkeys((*floats, "log2_beta2_rest", "correction", "eps"), "fp32")
+    constants = row_sparse._blocks(torch.empty(9, 384, device="meta"))
+    options = {"num_warps": constants.pop("num_warps")}
+    kernels: dict[str, dict[str, Any]] = {"gather": {}, "update": {"IS_ADAPTIVE": True}}
+    for kernel, capability in itertools.product(kernels, CAPABILITIES):
+        function = getattr(row_sparse_kernels, f"{kernel}_kernel")
+        yield Build(
+            f"row_sparse {kernel} D=384", capability, function, tensors, constants | kernels[kernel], options, False
+        )
+
+
 COLUMNS = ("arch", "warps", "regs", "spill", "shared", "dot")
 
 
 def main() -> int:
     failures = 0
     print(f"triton {triton.__version__}\n{'kernel':75}", *(f"{name:>6}" for name in COLUMNS))
-    for build in attention_builds():
+    for build in (*attention_builds(), *contrastive_builds(), *row_sparse_builds()):
         found = compiled(build)
         is_wrong = found.spilled_bytes > 0 or found.shared_bytes > MOST_SHARED[build.capability]
         is_wrong |= build.uses_tensor_cores and found.tensor_core == "-"
