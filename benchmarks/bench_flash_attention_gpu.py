@@ -16,6 +16,8 @@ from ubp_fast.kernels import flash_attention
 from ubp_fast.kernels.flash_attention.api import IMPLEMENTATIONS
 
 DTYPE, DEVICE = torch.bfloat16, "cuda"
+# What PyTorch itself says about nested tensors and about compiling is no error of ours.
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
 BACKENDS = [name for name in ("triton", "cuda") if name in IMPLEMENTATIONS]
 DENSE_TOKENS, DENSE_HEADS = 16384, 16
 PACKED_HEADS = 4

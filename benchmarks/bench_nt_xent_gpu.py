@@ -15,6 +15,8 @@ from ubp_fast.kernels import nt_xent
 from ubp_fast.kernels.nt_xent.api import IMPLEMENTATIONS
 
 DTYPE, DEVICE, WIDTH, TEMPERATURE = torch.bfloat16, "cuda", 512, 0.1
+# What PyTorch itself says about nested tensors and about compiling is no error of ours.
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
 BACKENDS = [name for name in ("triton", "cuda") if name in IMPLEMENTATIONS]
 
 

@@ -34,6 +34,10 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # The setting of `keep_freed_memory` cannot be taken back, so the cases without it come first.
     items.sort(key=lambda item: item.get_closest_marker("plain_glibc") is None)
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu") is not None:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture
@@ -47,9 +51,7 @@ def contest(benchmark: Any, request: pytest.FixtureRequest) -> Contest:
 
 @pytest.fixture
 def gpu_contest(benchmark: Any, request: pytest.FixtureRequest) -> Contest:
-    """The same on a CUDA device; the case is skipped where there is none."""
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+    """The same on a CUDA device."""
     torch.manual_seed(0)
     return GpuContest(benchmark, request.config.stash[RATIOS])
 

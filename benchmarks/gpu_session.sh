@@ -33,7 +33,14 @@ run() { # name, seconds, command...: log and exit status in the output folder
 }
 
 build() {
-  [ -x "$python" ] || "${PYTHON:-python3}" -m venv --system-site-packages "$environment" || return
+  local seen
+  if [ ! -x "$python" ]; then
+    "${PYTHON:-python3}" -m venv "$environment" || return
+    # Also where PYTHON is itself in a virtual environment, which --system-site-packages would leave out.
+    seen=$("${PYTHON:-python3}" -c 'import sysconfig; print(sysconfig.get_path("purelib"))') || return
+    echo "import site; site.addsitedir('$seen')" \
+      >"$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/seen.pth"
+  fi
   local packages=(numba polars lightning schedulefree torchmetrics hydra-core rich matplotlib safetensors pyyaml
     pytest hypothesis pytest-timeout psutil pytest-benchmark scikit-build-core pybind11)
   if [ "$wheels" != - ]; then

@@ -116,7 +116,7 @@ def attention_build(dtype: torch.dtype, width: int, length: int, extras: dict[st
     tensors |= {"cu_ptr": "*i32", "cu_key_ptr": "*i32", "scale": "fp32", "keep_scale": "fp32", "threshold": "i64"}
     for kernel, capability in itertools.product(("forward", "dq", "dkv"), CAPABILITIES):
         function = getattr(attention_kernels, f"{'backward_' * (kernel != 'forward')}{kernel}_kernel")
-        chosen = attention.tiles(kernel, problem, length, capability >= 90)
+        chosen = attention.tiles(kernel, problem, length, divmod(capability, 10))
         constants = attention.constants(kernel, problem, chosen)
         options = {name: constants[name] for name in ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")}
         constants = {name: value for name, value in constants.items() if name.isupper()}

@@ -59,7 +59,7 @@ CASES = [
     (case, dtype)
     for case in ((*SMALL_CASES, *ATTENTION_CASES) if HAS_GPU else SMALL_CASES)
     for dtype in DTYPES
-    if HAS_GPU or dtype == torch.float16 or max(case.lengths, default=0) < 50
+    if HAS_GPU or dtype == torch.float16 or sum(case.lengths) < 50
 ]
 MIXED = PackedCase("mixed", (5, 0, 20, 17), width=16, heads=1)
 TIMED = replace(MIXED, name="timed", buckets=30, window=(20, 2))
@@ -89,7 +89,7 @@ def test_matches_reference(case: PackedCase, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_bucket_shifts_nothing(dtype: torch.dtype) -> None:
     """Softmax does not see a constant; the gradient of the table is 0, so that no bound of closeness applies."""
-    case = PackedCase("one-bucket", (5, 0, 40), buckets=1, width=32)
+    case = PackedCase("one-bucket", (5, 0, 20), buckets=1, heads=1)
     *found, grad_bias = with_gradients(case, inputs(case, dtype), "triton")
     plain = with_gradients(replace(case, buckets=0), inputs(case, dtype), "triton")
     for mine, theirs in zip(map(Tensor.detach, found), map(Tensor.detach, plain), strict=True):
@@ -186,7 +186,7 @@ def test_nan_stays_in_its_sequence_and_head() -> None:
         assert int(is_nan.sum()) == len(poisoned) * 32
 
 
-@pytest.mark.parametrize("case", [PLAIN, EVERYTHING], ids=str)
+@pytest.mark.parametrize("case", [PLAIN, EVERYTHING] if HAS_GPU else [EVERYTHING], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_opcheck(dtype: torch.dtype, case: PackedCase) -> None:
     query, key, value, *offsets = inputs(case, dtype)
@@ -204,7 +204,7 @@ def test_opcheck(dtype: torch.dtype, case: PackedCase) -> None:
     torch.library.opcheck(_backward_op, (*saved, *tensors, *numbers))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what torch.compile itself imports
+@pytest.mark.filterwarnings("ignore")  # of what torch.compile itself imports and advises
 def test_compiles_as_one_graph() -> None:
     query, key, value, cu_seqlens, _ = inputs(PLAIN, torch.float32)
 
@@ -217,6 +217,18 @@ def test_compiles_as_one_graph() -> None:
         results.append(torch.autograd.grad(function(*sides), sides))
     for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+def test_offsets_that_change_are_read_again() -> None:
+    """A GPU's offsets are read once, not in every layer; until somebody writes to them."""
+    query, key, value, cu_seqlens, _ = inputs(PLAIN, torch.float32)
+    for _ in range(2):
+        flash_attention(query, key, value, cu_seqlens, backend="triton")
+    with pytest.raises(ValueError, match="cu_seqlens must end at the number of rows 7, got 8"):
+        flash_attention(*3 * [query[:7]], cu_seqlens, backend="triton")
+    cu_seqlens[1] = 99
+    with pytest.raises(ValueError, match="must not decrease, got 99 then 3 at entry 2"):
+        flash_attention(query, key, value, cu_seqlens, backend="triton")
 
 
 def test_float64_is_refused() -> None:

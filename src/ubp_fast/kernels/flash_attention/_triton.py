@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ubp_fast.kernels.backends import triton_unavailable
+from ubp_fast.kernels.backends import capability, triton_unavailable
 from ubp_fast.kernels.flash_attention.reference import UNBOUNDED, Gradients, Problem
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,6 +31,8 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
+HOPPER = (9, 10)  # first numbers of the compute capability of cards with products of warp groups
+SMALL_MEMORY = ((8, 6), (8, 9))  # and 12.x: cards with 100 KB of shared memory for a block
 # (kernel, width) -> tiles on sm_80 and, from sm_90, where the products of a warp group read shared memory and leave
 # more registers. Each is the largest of its kind that does not spill.
 LONG = {
@@ -57,13 +59,14 @@ def unsupported(problem: Problem) -> str | None:
     return triton_unavailable(problem.query.device)
 
 
-def tiles(kernel: str, problem: Problem, mean_length: float, is_hopper: bool) -> Tiles:
+def tiles(kernel: str, problem: Problem, mean_length: float, capability: tuple[int, int]) -> Tiles:
     """The rule that chooses blocks; `mean_length` is that of the side whose rows a tile owns.
 
     A tile should be about as long as a sequence: 16 rows to 12, 32 rows to 48 (user histories), 64 rows to 160, else
     the tiles of LONG, at which the tensor cores wait neither for memory nor for the exponential. Buckets and masks of
     dropout take so many registers per score that those problems stay at 32 rows; so do rows wider than 128 that are
-    not long. float32 multiplies without tensor cores and holds its operands in registers: one small size.
+    not long. Cards with 100 KB of shared memory stop at 64 rows. float32 multiplies without tensor cores and holds its
+    operands in registers: one small size.
     `tests/kernels/test_triton.py` prints registers and asserts that none spills (but float32 wider than 128, in dq).
     """
     width = 64 if problem.query.shape[2] <= 64 else _power_of_two(problem.query.shape[2])
@@ -73,11 +76,12 @@ def tiles(kernel: str, problem: Problem, mean_length: float, is_hopper: bool) ->
         return Tiles(32, 32, 8, 1) if width > 128 else Tiles(32, 32, 4, 2)
     if mean_length <= 12 and width <= 64:
         return Tiles(16, 16, 1, 2)
-    if mean_length <= 48:
+    is_small = capability in SMALL_MEMORY or capability[0] == 12
+    if mean_length <= 48 or (is_small and width > 128):
         return Tiles(32, 32, 8, 1) if width > 128 else Tiles(32, 32, width // 32, 2)
-    if mean_length <= 160 and width <= 128:
+    if (mean_length <= 160 or is_small) and width <= 128:
         return Tiles(32, 64, width // 16, 2) if kernel == "dkv" else Tiles(64, 64, 4, 2)
-    return LONG[kernel, width][is_hopper]
+    return LONG[kernel, width][capability[0] in HOPPER]
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -105,9 +109,8 @@ def backward(problem: Problem, output: Tensor, lse: Tensor, grad_output: Tensor)
 
 def _tiles_here(kernel: str, problem: Problem) -> Tiles:
     """The tiles for this device and the mean length of the side that a tile owns."""
-    rows, device = len(problem.key if kernel == "dkv" else problem.query), problem.query.device
-    is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-    return tiles(kernel, problem, rows / max(1, len(problem.cu_seqlens) - 1), is_hopper)
+    rows = len(problem.key if kernel == "dkv" else problem.query)
+    return tiles(kernel, problem, rows / max(1, len(problem.cu_seqlens) - 1), capability(problem.query.device))
 
 
 def _slots(cu_seqlens: Tensor, rows: int, block: int) -> int:

@@ -179,7 +179,15 @@ def _check(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, cu_seq
 
 
 def _check_offsets(name: str, offsets: Tensor, tokens: int) -> None:
-    """Rules about values; inside the op, where reading them cannot break a graph, and before int64 becomes int32."""
+    """Rules about values; inside the op, where reading them cannot break a graph, and before int64 becomes int32.
+
+    Reading waits for a GPU, so that offsets on one are read once, by the first layer that gets them. On the CPU they
+    may share memory with an array, whose writes no version counts.
+    """
+    is_counted = offsets.is_cuda and not offsets.is_inference()
+    state = (offsets._version, tokens) if is_counted else None
+    if is_counted and getattr(offsets, "_ubp_fast_checked", None) == state:
+        return
     values = offsets.tolist()
     require(tokens < 2**31, OP, name, "count fewer than 2^31 rows", tokens)
     require(values[0] == 0, OP, name, "start at 0", values[0])
@@ -187,6 +195,8 @@ def _check_offsets(name: str, offsets: Tensor, tokens: int) -> None:
     for at in range(1, len(values)):
         if values[at] < values[at - 1]:
             raise ValueError(f"{OP}: {name} must not decrease, got {values[at - 1]} then {values[at]} at entry {at}")
+    if is_counted:
+        offsets._ubp_fast_checked = state  # type: ignore[attr-defined]
 
 
 @torch.library.custom_op("ubp_fast::flash_attention", mutates_args=())

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ubp_fast.kernels.backends import triton_unavailable
+from ubp_fast.kernels.backends import capability, triton_unavailable
 from ubp_fast.kernels.nt_xent.reference import Problem
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -129,8 +129,7 @@ def backward(problem: Problem, grad: Tensor, row_losses: Tensor) -> tuple[Tensor
 
 
 def _tiles_here(kernel: str, problem: Problem) -> Tiles:
-    device = problem.left.device
-    is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    is_hopper = capability(problem.left.device)[0] in (9, 10)  # 12 has products of single warps, too
     return tiles(kernel, problem.left.dtype, problem.left.shape[1], is_hopper)
 
 
