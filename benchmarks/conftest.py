@@ -16,9 +16,13 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]  # contest, bars; the tests' rule of closeness
 
 import bars  # noqa: E402
-from contest import Contest, Ratio, keep_freed_memory, machine  # noqa: E402
+from contest import Contest, GpuContest, Ratio, keep_freed_memory, machine  # noqa: E402
 
 RATIOS = pytest.StashKey[list[Ratio]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--results", default=HERE / "results", help="folder of the JSON files")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,6 +34,10 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # The setting of `keep_freed_memory` cannot be taken back, so the cases without it come first.
     items.sort(key=lambda item: item.get_closest_marker("plain_glibc") is None)
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu") is not None:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture
@@ -39,6 +47,13 @@ def contest(benchmark: Any, request: pytest.FixtureRequest) -> Contest:
     is_plain = request.node.get_closest_marker("plain_glibc") is not None
     benchmark.extra_info["glibc_keeps_freed_memory"] = not is_plain and keep_freed_memory()
     return Contest(benchmark, request.config.stash[RATIOS])
+
+
+@pytest.fixture
+def gpu_contest(benchmark: Any, request: pytest.FixtureRequest) -> Contest:
+    """The same on a CUDA device."""
+    torch.manual_seed(0)
+    return GpuContest(benchmark, request.config.stash[RATIOS])
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
@@ -64,8 +79,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 def _write(config: pytest.Config) -> None:
     """Adds the cases of this run to the file of this machine and commit; other cases in it stay."""
     facts = machine()
-    name = re.sub(r"[^a-z0-9]+", "-", f"{facts['cpu']}-{facts['cores']}-cores".lower()).strip("-")
-    path = HERE / "results" / name / f"{_commit()}.json"
+    name = facts.get("gpu", f"{facts['cpu']}-{facts['cores']}-cores")
+    name = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    path = Path(config.getoption("--results")) / name / f"{_commit()}.json"
     cases = {}
     if path.exists():
         cases = json.loads(path.read_text(encoding="utf-8"))["cases"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import os
 import platform
@@ -247,9 +248,7 @@ class Contest:
         samples: dict[str, list[tuple[float, float]]] = {name: [] for name in competitors}
 
         def timed(name: str) -> None:
-            cpu, wall = time.process_time(), time.perf_counter()
-            competitors[name]()
-            samples[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+            samples[name].append(self._seconds(competitors[name]))
 
         def between() -> None:
             torch.set_num_threads(1)
@@ -271,14 +270,64 @@ class Contest:
         torch.set_num_threads(1)
         return samples
 
-    @staticmethod
-    def _timing(samples: list[tuple[float, float]], call: Callable[[], Any], threads: int) -> Timing:
+    def _seconds(self, call: Callable[[], Any]) -> tuple[float, float]:
+        """Wall clock and CPU time of one call."""
+        cpu, wall = time.process_time(), time.perf_counter()
+        call()
+        return time.perf_counter() - wall, time.process_time() - cpu
+
+    def _peak_bytes(self, call: Callable[[], Any]) -> int:
+        return peak_extra_bytes(call)
+
+    def _timing(self, samples: list[tuple[float, float]], call: Callable[[], Any], threads: int) -> Timing:
         wall_ms = np.array([wall for wall, _ in samples]) * 1e3
         low, median, high = np.quantile(wall_ms, (0.2, 0.5, 0.8))
         cpu_ms = float(np.median([cpu for _, cpu in samples])) * 1e3
         with torch_threads(threads):
-            peak = peak_extra_bytes(call)
+            peak = self._peak_bytes(call)
         return Timing(float(median), float(low), float(high), cpu_ms, peak, len(samples))
+
+
+class GpuContest(Contest):
+    """The same race on a CUDA device: events around each call, memory as the allocator counts it, rates beside times.
+
+    An event is recorded before the call's first launch: a call that keeps the device waiting pays for it.
+    """
+
+    def run(self, figure: str, *arguments: Any, **options: Any) -> None:
+        super().run(figure, *arguments, **options)
+        facts, timings = self._benchmark.extra_info["facts"], self._benchmark.extra_info["timings"]
+        facts["matmul_peak_tflops"] = matmul_tflops(facts["dtype"])
+        for timing in timings.values():
+            timing["tflops"] = facts["flop"] / timing["median_ms"] / 1e9
+
+    def _seconds(self, call: Callable[[], Any]) -> tuple[float, float]:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        cpu = time.process_time()
+        start.record()
+        call()
+        end.record()
+        cpu = time.process_time() - cpu
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3, cpu
+
+    def _peak_bytes(self, call: Callable[[], Any]) -> int:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+
+@functools.cache
+def matmul_tflops(dtype: str) -> float:
+    """What the card's own matrix product of 8192^3 random numbers reaches: the peak that rates are held against."""
+    left, right = (torch.randn(8192, 8192, device="cuda").to(getattr(torch, dtype)) for _ in range(2))
+    contest = GpuContest(None, [])
+    seconds = sorted(contest._seconds(lambda: left @ right)[0] for _ in range(20))
+    return 2 * 8192**3 / seconds[10] / 1e12
 
 
 @contextlib.contextmanager
@@ -347,7 +396,9 @@ def machine() -> dict[str, str]:
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
+        **gpu,
         "cpu": model,
         "cores": str(os.cpu_count()),
         "python": platform.python_version(),

@@ -19,7 +19,8 @@ def plain(left: Tensor, right: Tensor, temperature: float) -> Tensor:
     rows = normalize(torch.cat((left, right)))
     similarity = ((rows / temperature) @ rows.T).fill_diagonal_(float("-inf"))
     count = len(left)
-    partner = torch.cat((torch.arange(count) + count, torch.arange(count)))
+    own = torch.arange(count, device=rows.device)
+    partner = torch.cat((own + count, own))
     return cross_entropy(similarity, partner)
 
 

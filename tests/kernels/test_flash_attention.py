@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.attention import NAMES, expected, leaves, with_gradients
 from support.cases import ATTENTION_CASES, PackedCase, case_options, cumulative, packed_inputs
 from support.closeness import assert_matches_reference
 from torch import Tensor
@@ -17,11 +18,10 @@ from torch.nn import functional
 from ubp_fast import _core
 from ubp_fast.kernels import BackendUnavailable, flash_attention
 from ubp_fast.kernels.flash_attention.api import _backward_op, _bounds, _forward_op
-from ubp_fast.kernels.flash_attention.reference import Problem, attention, philox, time_buckets
+from ubp_fast.kernels.flash_attention.reference import philox, time_buckets
 
 OP = "flash_attention"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-NAMES = ("output", "grad_query", "grad_key", "grad_value", "grad_time_bias")
 ISAS = tuple(_core.usable_isas())
 MIXED = PackedCase("mixed", (5, 0, 49, 26, 130), width=32, heads=3)
 TIMED = replace(MIXED, name="timed", buckets=64, window=(60, 2))
@@ -34,53 +34,6 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     _core.set_isa(request.param)
     yield request.param
     _core.set_isa(before)
-
-
-def leaves(*tensors: Tensor) -> list[Tensor]:
-    """The same values and strides, as leaves that want gradients."""
-    return [tensor.detach().requires_grad_() for tensor in tensors]
-
-
-def noise_like(output: Tensor, dtype: torch.dtype) -> Tensor:
-    """A fixed gradient of the output, rounded to dtype."""
-    noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    return noise.to(dtype).to(output.dtype)
-
-
-def with_gradients(case: PackedCase, tensors: list[Tensor], backend: str, **change: Any) -> list[Tensor]:
-    """Output and the gradients of query, key, value and time_bias for a fixed gradient of the output."""
-    options = {**case_options(case), **change}
-    inputs = leaves(*tensors[:3])
-    if case.buckets:
-        options["time_bias"] = options["time_bias"].detach().requires_grad_()
-        inputs.append(options["time_bias"])
-    output = flash_attention(*inputs[:3], *tensors[3:], backend=backend, **options)
-    return [output, *torch.autograd.grad(output, inputs, noise_like(output, output.dtype))]
-
-
-def truth_of(case: PackedCase, tensors: list[Tensor]) -> list[Tensor]:
-    """Output and gradients by autograd through the reference at float64, on the values the kernel saw."""
-    inputs, options = leaves(*(tensor.double() for tensor in tensors[:3])), case_options(case)
-    arguments: list[Any] = [*inputs, *tensors[3:], *_bounds(case.window, case.is_causal), case.width**-0.5]
-    if case.buckets:
-        inputs.append(options["time_bias"].double().requires_grad_())
-        arguments += [inputs[3], options["timestamp_s"], options.get("timestamp_key_s", options["timestamp_s"])]
-    seed = torch.tensor([options["seed"]]) if case.dropout_p else None
-    problem = Problem(*arguments)._replace(dropout_p=case.dropout_p, seed=seed)
-    output, _ = attention(problem)
-    noise = noise_like(output, tensors[0].dtype)
-    return [output, *torch.autograd.grad(output, inputs, noise, materialize_grads=True)]
-
-
-EXPECTED: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
-
-
-def expected(case: PackedCase, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-    """Reference and truth, computed once for all backends and instruction sets."""
-    if (case, dtype) not in EXPECTED:
-        tensors = list(packed_inputs(case, dtype))
-        EXPECTED[case, dtype] = with_gradients(case, tensors, "reference"), truth_of(case, tensors)
-    return EXPECTED[case, dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -411,7 +364,11 @@ BAD_INPUT = {
     ),
     "seed-float": ({"dropout_p": 0.1, "seed": torch.ones(1)}, TypeError, r"seed must have dtype torch\.int64, got"),
     "no-backend": ({"backend": "fast"}, ValueError, r"backend must be one of \['auto', .*\], got 'fast'"),
-    "triton": ({"backend": "triton"}, BackendUnavailable, r"backend 'triton' does not exist in this version"),
+    "triton": (
+        {"backend": "triton"},
+        BackendUnavailable,
+        r"backend 'triton' is unavailable: it computes on a CUDA device, the tensors are on cpu; use backend='auto'",
+    ),
     "cuda": ({"backend": "cuda"}, BackendUnavailable, r"backend 'cuda' does not exist in this version"),
     "native-float64": (
         {"backend": "native", **{name: torch.randn(6, 2, 4).double() for name in ("query", "key", "value")}},

@@ -6,11 +6,16 @@ An operator hands in its implementations (modules with `unsupported(problem) -> 
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
+import torch
+
 BACKENDS = ("auto", "native", "numba", "triton", "cuda", "reference")
+MIN_CAPABILITY = (8, 0)  # tensor cores for bfloat16, asynchronous copies
 
 
 class BackendUnavailable(RuntimeError):
@@ -51,3 +56,25 @@ def resolve(
             return name
         reasons.append(f"{name}: {reason}")
     raise BackendUnavailable(f"{op}: no backend supports this problem: {'; '.join(reasons)}")
+
+
+def triton_unavailable(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on tensors of this device, or None."""
+    is_interpreted = (
+        os.environ.get("TRITON_INTERPRET") == "1"
+    )  # Triton's own switch; it reads it when kernels are defined
+    if device.type != "cuda" and not is_interpreted:
+        return f"it computes on a CUDA device, the tensors are on {device}"
+    if device.type == "cuda" and capability(device) < MIN_CAPABILITY:
+        return f"it needs compute capability 8.0 or newer, {device} has {capability(device)}"
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    return None
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device, (0, 0) of any other; looked up once."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)

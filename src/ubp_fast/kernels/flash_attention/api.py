@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ubp_fast.kernels import backends
 from ubp_fast.kernels.checks import require, require_dtype, require_same
-from ubp_fast.kernels.flash_attention import _native, reference
+from ubp_fast.kernels.flash_attention import _native, _triton, reference
 from ubp_fast.kernels.flash_attention.reference import UNBOUNDED, Problem, lse_dtype
 
 OP = "flash_attention"
@@ -35,9 +35,9 @@ MAX_WIDTH = 256
 # x < 2^53 fills 106 buckets; beyond, the bucket would depend on the rounding to float64.
 MAX_BUCKETS = 106
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-IMPLEMENTATIONS: dict[str, ModuleType] = {"native": _native, "reference": reference}
-# float32, bfloat16 and float16 on the CPU run natively; float64 and other devices take the reference.
-ORDER = ("native", "reference")
+IMPLEMENTATIONS: dict[str, ModuleType] = {"native": _native, "triton": _triton, "reference": reference}
+# float32, bfloat16 and float16 run natively on the CPU and with Triton on NVIDIA GPUs; the rest takes the reference.
+ORDER = ("native", "triton", "reference")
 
 
 def flash_attention(
@@ -82,10 +82,11 @@ def flash_attention(
         dropout_p: share of the attention weights set to 0, in [0, 1); the others grow by 1 / (1 - p).
         seed: decides which weights: an integer of 64 bits, or an int64 tensor of one element, which keeps a compiled
             graph whole. The same seed gives the same mask on every device. None: drawn from torch's default generator.
-        backend: "auto", "native" (compiled, CPU) or "reference".
+        backend: "auto", "native" (compiled, CPU), "triton" (NVIDIA GPU) or "reference". "auto" takes the first of them
+            that computes these tensors.
 
     Returns:
-        [T, H, D] in the dtype of query. The same for any number of threads, bit by bit.
+        [T, H, D] in the dtype of query. The same in every run and for any number of threads, bit by bit.
 
     Raises:
         ValueError: shapes, devices, offsets or numbers break the rules above.
@@ -178,7 +179,15 @@ def _check(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, cu_seq
 
 
 def _check_offsets(name: str, offsets: Tensor, tokens: int) -> None:
-    """Rules about values; inside the op, where reading them cannot break a graph, and before int64 becomes int32."""
+    """Rules about values; inside the op, where reading them cannot break a graph, and before int64 becomes int32.
+
+    Reading waits for a GPU, so that offsets on one are read once, by the first layer that gets them. On the CPU they
+    may share memory with an array, whose writes no version counts.
+    """
+    is_counted = offsets.is_cuda and not offsets.is_inference()
+    state = (offsets._version, tokens) if is_counted else None
+    if is_counted and getattr(offsets, "_ubp_fast_checked", None) == state:
+        return
     values = offsets.tolist()
     require(tokens < 2**31, OP, name, "count fewer than 2^31 rows", tokens)
     require(values[0] == 0, OP, name, "start at 0", values[0])
@@ -186,6 +195,8 @@ def _check_offsets(name: str, offsets: Tensor, tokens: int) -> None:
     for at in range(1, len(values)):
         if values[at] < values[at - 1]:
             raise ValueError(f"{OP}: {name} must not decrease, got {values[at - 1]} then {values[at]} at entry {at}")
+    if is_counted:
+        offsets._ubp_fast_checked = state  # type: ignore[attr-defined]
 
 
 @torch.library.custom_op("ubp_fast::flash_attention", mutates_args=())

@@ -31,14 +31,14 @@ import torch
 from torch import Tensor
 
 from ubp_fast.kernels import backends
-from ubp_fast.kernels.nt_xent import _native, reference
+from ubp_fast.kernels.nt_xent import _native, _triton, reference
 from ubp_fast.kernels.nt_xent.reference import Problem
 
 NEGATIVES = ("cross", "symmetric", "simclr")
 MAX_WIDTH = 2048
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-IMPLEMENTATIONS: dict[str, ModuleType] = {"native": _native, "reference": reference}
-ORDER = ("native", "reference")
+IMPLEMENTATIONS: dict[str, ModuleType] = {"native": _native, "triton": _triton, "reference": reference}
+ORDER = ("native", "triton", "reference")
 SCHEMA = "Tensor left, Tensor right, Tensor temperature, str negatives, Tensor? weight, Tensor? valid, Tensor? ids"
 
 
@@ -72,9 +72,10 @@ def nt_xent(
             anything, NaN included. None: all rows are valid.
         ids: [N] integer; rows with the same id are no negatives of each other. None: all ids differ.
         normalize: divide every row by its length first. Zero rows stay zero and get gradient 0.
-        backend: "auto" or a name. "auto" is "native" for float32, bfloat16 and float16 on the CPU, else "reference"
-            (float64, GPU). Native computes small problems in float64, and so all others whose similarities divided by
-            the temperature may exceed 60 (for bfloat16 it stays with its own products): about half the speed.
+        backend: "auto" or a name. "auto" is, for float32, bfloat16 and float16, "native" on the CPU and "triton" on
+            NVIDIA GPUs, else "reference" (float64). Native computes small problems in float64, and so all others whose
+            similarities divided by the temperature may exceed 60 (for bfloat16 it stays with its own products): about
+            half the speed. Triton multiplies float32 rows in float64.
 
     Returns:
         0-d loss: float32, float64 for float64 inputs. 0 (gradients 0) if no row is valid or all weights are 0.

@@ -22,14 +22,14 @@ from torch import Tensor
 
 from ubp_fast.kernels import backends
 from ubp_fast.kernels.checks import require, require_dtype, require_same
-from ubp_fast.kernels.row_sparse import _native, reference
+from ubp_fast.kernels.row_sparse import _native, _triton, reference
 from ubp_fast.kernels.row_sparse.reference import ScheduleFreeRows, ScheduleFreeStep
 
 OP = "row_sparse"
 FLOATS = (torch.float32, torch.float64)
-IMPLEMENTATIONS: dict[str, ModuleType] = {"native": _native, "reference": reference}
-# float32 on the CPU runs natively; float64 and other devices take the reference.
-ORDER = ("native", "reference")
+IMPLEMENTATIONS: dict[str, ModuleType] = {"native": _native, "triton": _triton, "reference": reference}
+# float32 runs natively on the CPU and with Triton on NVIDIA GPUs; the rest takes the reference.
+ORDER = ("native", "triton", "reference")
 
 
 def gather(rows: ScheduleFreeRows, ids: Tensor, *, backend: str = "auto") -> Tensor:
@@ -38,7 +38,7 @@ def gather(rows: ScheduleFreeRows, ids: Tensor, *, backend: str = "auto") -> Ten
     Args:
         rows: the table, float32 or float64.
         ids: int64 [...], each in 0..N-1, in any order, repeated or not.
-        backend: "auto", "native" (compiled, CPU) or "reference".
+        backend: "auto", "native" (compiled, CPU), "triton" (NVIDIA GPU) or "reference".
 
     Returns:
         [..., D] in the dtype of the table. No gradient flows through it; `RowSparseEmbedding` adds that.

@@ -1,0 +1,399 @@
+"""Triton kernels of flash_attention; `_triton.py` launches them. Equations are in `api.py`.
+
+A program owns one tile: BLOCK rows of one sequence and head. Tiles are numbered without a list of them in memory:
+those of sequence b start at number cu[b] // BLOCK + b, which leaves room for all of them, and a program finds its
+sequence by comparing 128 of these numbers at a time (two rounds for 16,384 sequences). Numbers past the end of a
+sequence end at once.
+
+    forward   tile of queries: loop over the keys that any of its rows sees
+    dq        the same; also delta, and sums per bucket of the time_bias, written per tile and added afterwards
+    dkv       tile of keys: loop over the queries that see any of them, scores transposed
+
+Nobody writes what another program writes, so results are the same in every run. Statistics, scores and sums are
+float32. Scores and the saved log-sum-exp are in units of log 2: where one key outweighs all others both are the same
+number, and its weight is exactly 1. Products of float32 take full float32 precision, never TF32. Blocks in which all
+rows see all keys skip the mask. Offsets of rows are int64, offsets inside a tile int32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+FAN = tl.constexpr(128)
+VARYING = ("sequences", "slots", "left", "right", "threshold")
+
+
+@triton.jit
+def _tile(slot, cu_ptr, sequences, BLOCK: tl.constexpr, LEVELS: tl.constexpr):
+    """Sequence of a tile, its first packed row, its number of rows, and the tile's first row in it."""
+    low = slot * 0
+    for level in tl.static_range(LEVELS):
+        probe = low + tl.arange(0, FAN) * FAN ** (LEVELS - 1 - level)
+        start = tl.load(cu_ptr + probe, mask=probe < sequences, other=0)
+        is_before = (probe < sequences) & (start // BLOCK + probe <= slot)
+        low += (tl.sum(is_before.to(tl.int32), 0) - 1) * FAN ** (LEVELS - 1 - level)
+    start = tl.load(cu_ptr + low)
+    rows = tl.load(cu_ptr + low + 1) - start
+    return low, start, rows, (slot - start // BLOCK - low) * BLOCK
+
+
+@triton.jit
+def _load(ptr, stride, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Tile [BLOCK, BLOCK_D], 0 in rows past `rows` and columns past WIDTH."""
+    at, column = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    mask = (at < rows)[:, None]
+    if WIDTH < BLOCK_D:
+        mask &= (column < WIDTH)[None, :]
+    return tl.load(ptr + at[:, None] * stride + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _store(ptr, stride, tile, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    at, column = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    ptrs = ptr + at[:, None] * stride + column[None, :]
+    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=(at < rows)[:, None] & (column < WIDTH)[None, :])
+
+
+@triton.jit
+def _seen(query_at, key_at, queries, keys, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
+    """Which query sees which key; places inside the sequence that broadcast, ends aligned."""
+    place = query_at + (keys - queries)
+    seen = (query_at < queries) & (key_at < keys)
+    if HAS_LEFT:
+        seen &= key_at >= place - left
+    if HAS_RIGHT:
+        seen &= key_at <= place + right
+    return seen
+
+
+@triton.jit
+def _buckets(time, key_time, BUCKETS: tl.constexpr):
+    """Two per octave of |seconds| + 1: exponent and first digit of the float64, read from its bits."""
+    bits = (tl.abs(time - key_time) + 1).to(tl.float64).to(tl.int64, bitcast=True)
+    return tl.minimum((bits >> 51) - 2046, BUCKETS - 1).to(tl.int32)
+
+
+@triton.jit
+def _kept(seed_ptr, key_row, query_row, head, threshold):
+    word, _, _, _ = tl.philox(tl.load(seed_ptr), key_row, query_row, head, head * 0)
+    return word >= threshold.to(tl.uint32)
+
+
+@triton.jit
+def _keys_seen(place, keys, left, right, BLOCK_M: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
+    """For queries at places place .. place + BLOCK_M - 1: first and end of the keys any of them sees, and all see."""
+    first, end, free_first, free_end = place * 0, keys, place * 0, keys
+    if HAS_LEFT:
+        first = tl.maximum(place - left, 0)
+        free_first = place + BLOCK_M - 1 - left
+    if HAS_RIGHT:
+        end = tl.minimum(place + BLOCK_M + right, keys)
+        free_end = tl.minimum(place + right + 1, keys)
+    return first, end, free_first, free_end
+
+
+@triton.jit(do_not_specialize=VARYING)
+def forward_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    cu_ptr,
+    cu_key_ptr,
+    bias_ptr,
+    time_ptr,
+    key_time_ptr,
+    seed_ptr,
+    out_ptr,
+    lse_ptr,
+    q_stride,
+    q_stride_h,
+    k_stride,
+    k_stride_h,
+    v_stride,
+    v_stride_h,
+    sequences,
+    slots,
+    left,
+    right,
+    scale,
+    threshold,
+    keep_scale,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    BUCKETS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    LEVELS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # The last tiles of a causal sequence are the longest: they start first.
+    head, heads = tl.program_id(1), tl.num_programs(1)
+    b, start, queries, tile = _tile(slots - 1 - tl.program_id(0), cu_ptr, sequences, BLOCK_M, LEVELS)
+    if tile >= queries:
+        return
+    key_start = tl.load(cu_key_ptr + b)
+    keys = tl.load(cu_key_ptr + b + 1) - key_start
+    row, key_row = tl.cast(start + tile, tl.int64), tl.cast(key_start, tl.int64)
+    k_ptr += key_row * k_stride + head * k_stride_h
+    v_ptr += key_row * v_stride + head * v_stride_h
+    query_at = tile + tl.arange(0, BLOCK_M)
+    q = _load(q_ptr + row * q_stride + head * q_stride_h, q_stride, queries - tile, WIDTH, BLOCK_M, BLOCK_D)
+    if BUCKETS > 0:
+        time = tl.load(time_ptr + start + query_at, mask=query_at < queries, other=0)[:, None]
+
+    output = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    place = tile + keys - queries
+    first, end, free_first, free_end = _keys_seen(place, keys, left, right, BLOCK_M, HAS_LEFT, HAS_RIGHT)
+    for at in range(first, end, BLOCK_N):
+        key_at, there = at + tl.arange(0, BLOCK_N), tl.cast(at, tl.int64)
+        k = _load(k_ptr + there * k_stride, k_stride, keys - at, WIDTH, BLOCK_N, BLOCK_D)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+        if BUCKETS > 0:
+            key_time = tl.load(key_time_ptr + key_start + key_at, mask=key_at < keys, other=0)[None, :]
+            s += tl.load(bias_ptr + head * BUCKETS + _buckets(time, key_time, BUCKETS)) * LOG2E
+        if (at < free_first) | (at + BLOCK_N > free_end):
+            seen = _seen(query_at[:, None], key_at[None, :], queries, keys, left, right, HAS_LEFT, HAS_RIGHT)
+            s = tl.where(seen, s, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(s, 1))
+        # A row that has seen nothing yet: 0 in place of -infinity makes its weights exp2(-inf) = 0 instead of NaN.
+        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        p = tl.exp2(s - base[:, None])
+        fade = tl.exp2(peak - base)
+        total = total * fade + tl.sum(p, 1)
+        if HAS_DROPOUT:
+            kept = _kept(seed_ptr, (key_start + key_at)[None, :], (start + query_at)[:, None], head, threshold)
+            p = tl.where(kept, p, 0.0)
+        v = _load(v_ptr + there * v_stride, v_stride, keys - at, WIDTH, BLOCK_N, BLOCK_D)
+        output = tl.dot(p.to(v.dtype), v, output * fade[:, None], input_precision=PRECISION)
+        peak = new_peak
+
+    output *= (keep_scale / tl.where(total == 0.0, 1.0, total))[:, None]
+    lse = tl.where(total == 0.0, float("-inf"), peak + tl.log2(tl.where(total == 0.0, 1.0, total)))
+    out_ptr += (row * heads + head) * WIDTH
+    _store(out_ptr, heads * WIDTH, output, queries - tile, WIDTH, BLOCK_M, BLOCK_D)
+    at_lse = row * heads + head + tl.arange(0, BLOCK_M) * heads
+    tl.store(lse_ptr + at_lse, lse, mask=query_at < queries)
+
+
+@triton.jit
+def _bucket_sums(sums, grad, bucket, seen, lanes, BUCKETS: tl.constexpr):
+    """Adds the gradients of a tile to the sums of their buckets; only as many rounds as buckets lie between."""
+    lowest = tl.min(tl.min(tl.where(seen, bucket, BUCKETS), 1), 0)
+    highest = tl.max(tl.max(tl.where(seen, bucket, -1), 1), 0)
+    for here in range(lowest, highest + 1):
+        part = tl.sum(tl.sum(tl.where(bucket == here, grad, 0.0), 1), 0)
+        sums += tl.where(lanes == here, part, 0.0)
+    return sums
+
+
+@triton.jit(do_not_specialize=VARYING)
+def backward_dq_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    cu_ptr,
+    cu_key_ptr,
+    bias_ptr,
+    time_ptr,
+    key_time_ptr,
+    seed_ptr,
+    out_ptr,
+    lse_ptr,
+    grad_ptr,
+    delta_ptr,
+    dq_ptr,
+    dbias_ptr,
+    q_stride,
+    q_stride_h,
+    k_stride,
+    k_stride_h,
+    v_stride,
+    v_stride_h,
+    sequences,
+    slots,
+    left,
+    right,
+    scale,
+    threshold,
+    keep_scale,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    BUCKETS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    LEVELS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_BUCKETS: tl.constexpr,
+):
+    head, heads, slot = tl.program_id(1), tl.num_programs(1), slots - 1 - tl.program_id(0)
+    b, start, queries, tile = _tile(slot, cu_ptr, sequences, BLOCK_M, LEVELS)
+    if BUCKETS > 0:
+        lanes = tl.arange(0, BLOCK_BUCKETS)
+        sums = tl.zeros([BLOCK_BUCKETS], tl.float32)
+        dbias_ptr += (tl.cast(slot, tl.int64) * heads + head) * BUCKETS
+    if tile >= queries:
+        return
+    key_start = tl.load(cu_key_ptr + b)
+    keys = tl.load(cu_key_ptr + b + 1) - key_start
+    row, key_row = tl.cast(start + tile, tl.int64), tl.cast(key_start, tl.int64)
+    k_ptr += key_row * k_stride + head * k_stride_h
+    v_ptr += key_row * v_stride + head * v_stride_h
+    query_at = tile + tl.arange(0, BLOCK_M)
+    q = _load(q_ptr + row * q_stride + head * q_stride_h, q_stride, queries - tile, WIDTH, BLOCK_M, BLOCK_D)
+    packed, packed_stride = (row * heads + head) * WIDTH, heads * WIDTH
+    grad = _load(grad_ptr + packed, packed_stride, queries - tile, WIDTH, BLOCK_M, BLOCK_D)
+    out = _load(out_ptr + packed, packed_stride, queries - tile, WIDTH, BLOCK_M, BLOCK_D)
+    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+    at_lse = row * heads + head + tl.arange(0, BLOCK_M) * heads
+    tl.store(delta_ptr + at_lse, delta, mask=query_at < queries)
+    lse = tl.load(lse_ptr + at_lse, mask=query_at < queries, other=float("-inf"))
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)  # rows that see nothing: all weights 0
+    if BUCKETS > 0:
+        time = tl.load(time_ptr + start + query_at, mask=query_at < queries, other=0)[:, None]
+
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    place = tile + keys - queries
+    first, end, free_first, free_end = _keys_seen(place, keys, left, right, BLOCK_M, HAS_LEFT, HAS_RIGHT)
+    for at in range(first, end, BLOCK_N):
+        key_at, there = at + tl.arange(0, BLOCK_N), tl.cast(at, tl.int64)
+        k = _load(k_ptr + there * k_stride, k_stride, keys - at, WIDTH, BLOCK_N, BLOCK_D)
+        v = _load(v_ptr + there * v_stride, v_stride, keys - at, WIDTH, BLOCK_N, BLOCK_D)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+        if BUCKETS > 0:
+            key_time = tl.load(key_time_ptr + key_start + key_at, mask=key_at < keys, other=0)[None, :]
+            bucket = _buckets(time, key_time, BUCKETS)
+            s += tl.load(bias_ptr + head * BUCKETS + bucket) * LOG2E
+        p = tl.exp2(s - lse[:, None])
+        if (at < free_first) | (at + BLOCK_N > free_end):
+            seen = _seen(query_at[:, None], key_at[None, :], queries, keys, left, right, HAS_LEFT, HAS_RIGHT)
+            p = tl.where(seen, p, 0.0)
+        dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+        if HAS_DROPOUT:
+            kept = _kept(seed_ptr, (key_start + key_at)[None, :], (start + query_at)[:, None], head, threshold)
+            dp = tl.where(kept, dp * keep_scale, 0.0)
+        ds = p * (dp - delta[:, None])
+        if BUCKETS > 0:
+            seen = _seen(query_at[:, None], key_at[None, :], queries, keys, left, right, HAS_LEFT, HAS_RIGHT)
+            sums = _bucket_sums(sums, ds, bucket, seen, lanes, BUCKETS)
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+    _store(dq_ptr + packed, packed_stride, dq * scale, queries - tile, WIDTH, BLOCK_M, BLOCK_D)
+    if BUCKETS > 0:
+        tl.store(dbias_ptr + lanes, sums, mask=lanes < BUCKETS)
+
+
+@triton.jit
+def _queries_seeing(
+    place, keys, queries, left, right, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr
+):
+    """For keys place .. place + BLOCK_N - 1: first and end of the queries that see any of them, and that see all."""
+    shift = keys - queries
+    first, end, free_first, free_end = place * 0, queries, place * 0, queries
+    if HAS_RIGHT:
+        first = tl.maximum(place - right - shift, 0)
+        free_first = place + BLOCK_N - 1 - right - shift
+    if HAS_LEFT:
+        end = tl.minimum(place + BLOCK_N + left - shift, queries)
+        free_end = tl.minimum(place + left - shift + 1, queries)
+    return first, end, free_first, free_end
+
+
+@triton.jit(do_not_specialize=VARYING)
+def backward_dkv_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    cu_ptr,
+    cu_key_ptr,
+    bias_ptr,
+    time_ptr,
+    key_time_ptr,
+    seed_ptr,
+    lse_ptr,
+    grad_ptr,
+    delta_ptr,
+    dk_ptr,
+    dv_ptr,
+    q_stride,
+    q_stride_h,
+    k_stride,
+    k_stride_h,
+    v_stride,
+    v_stride_h,
+    sequences,
+    slots,
+    left,
+    right,
+    scale,
+    threshold,
+    keep_scale,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    BUCKETS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    LEVELS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    head, heads = tl.program_id(1), tl.num_programs(1)
+    b, key_start, keys, tile = _tile(tl.program_id(0), cu_key_ptr, sequences, BLOCK_N, LEVELS)
+    if tile >= keys:
+        return
+    start = tl.load(cu_ptr + b)
+    queries = tl.load(cu_ptr + b + 1) - start
+    row, key_row = tl.cast(start, tl.int64), tl.cast(key_start + tile, tl.int64)
+    q_ptr += row * q_stride + head * q_stride_h
+    grad_ptr += (row * heads + head) * WIDTH
+    lse_ptr += row * heads + head
+    delta_ptr += row * heads + head
+    key_at = tile + tl.arange(0, BLOCK_N)
+    k = _load(k_ptr + key_row * k_stride + head * k_stride_h, k_stride, keys - tile, WIDTH, BLOCK_N, BLOCK_D)
+    v = _load(v_ptr + key_row * v_stride + head * v_stride_h, v_stride, keys - tile, WIDTH, BLOCK_N, BLOCK_D)
+    if BUCKETS > 0:
+        key_time = tl.load(key_time_ptr + key_start + key_at, mask=key_at < keys, other=0)[:, None]
+
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    first, end, free_first, free_end = _queries_seeing(tile, keys, queries, left, right, BLOCK_N, HAS_LEFT, HAS_RIGHT)
+    for at in range(first, end, BLOCK_M):
+        query_at, there = at + tl.arange(0, BLOCK_M), tl.cast(at, tl.int64)
+        q = _load(q_ptr + there * q_stride, q_stride, queries - at, WIDTH, BLOCK_M, BLOCK_D)
+        grad = _load(grad_ptr + there * heads * WIDTH, heads * WIDTH, queries - at, WIDTH, BLOCK_M, BLOCK_D)
+        at_lse = there * heads + tl.arange(0, BLOCK_M) * heads
+        lse = tl.load(lse_ptr + at_lse, mask=query_at < queries, other=float("-inf"))
+        lse = tl.where(lse == float("-inf"), float("inf"), lse)
+        delta = tl.load(delta_ptr + at_lse, mask=query_at < queries, other=0.0)
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
+        if BUCKETS > 0:
+            time = tl.load(time_ptr + start + query_at, mask=query_at < queries, other=0)[None, :]
+            s += tl.load(bias_ptr + head * BUCKETS + _buckets(time, key_time, BUCKETS)) * LOG2E
+        p = tl.exp2(s - lse[None, :])
+        if (at < free_first) | (at + BLOCK_M > free_end):
+            seen = _seen(query_at[None, :], key_at[:, None], queries, keys, left, right, HAS_LEFT, HAS_RIGHT)
+            p = tl.where(seen, p, 0.0)
+        dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+        if HAS_DROPOUT:
+            kept = _kept(seed_ptr, (key_start + key_at)[:, None], (start + query_at)[None, :], head, threshold)
+            dv = tl.dot(tl.where(kept, p, 0.0).to(grad.dtype), grad, dv, input_precision=PRECISION)
+            dp = tl.where(kept, dp * keep_scale, 0.0)
+        else:
+            dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
+        ds = p * (dp - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+
+    packed, packed_stride = (key_row * heads + head) * WIDTH, heads * WIDTH
+    _store(dk_ptr + packed, packed_stride, dk * scale, keys - tile, WIDTH, BLOCK_N, BLOCK_D)
+    _store(dv_ptr + packed, packed_stride, dv * keep_scale, keys - tile, WIDTH, BLOCK_N, BLOCK_D)

@@ -1,0 +1,192 @@
+"""Compiles the Triton kernels in the configurations that are chosen at run time, for GPUs that need not be there.
+
+Run as a script, in a process of its own without TRITON_INTERPRET: prints a table of registers, spills, shared memory
+and instructions of the tensor cores; exits 1 where a kernel spills or misses them. `test_triton.py` runs it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ubp_fast.kernels.flash_attention import _triton as attention
+from ubp_fast.kernels.flash_attention import _triton_kernels as attention_kernels
+from ubp_fast.kernels.flash_attention.reference import Problem as AttentionProblem
+from ubp_fast.kernels.nt_xent import _triton as contrastive
+from ubp_fast.kernels.nt_xent import _triton_kernels as contrastive_kernels
+from ubp_fast.kernels.nt_xent.reference import Problem as ContrastiveProblem
+from ubp_fast.kernels.row_sparse import _triton as row_sparse
+from ubp_fast.kernels.row_sparse import _triton_kernels as row_sparse_kernels
+
+CAPABILITIES = (80, 90)
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+# Shared memory that a block may have: 163 KB on sm_80, 227 KB on sm_90.
+MOST_SHARED = {80: 163 * 1024, 90: 227 * 1024}
+
+
+class Build(NamedTuple):
+    """One kernel and everything that decides its code."""
+
+    name: str
+    capability: int
+    function: Any
+    types: dict[str, str]  # of tensors and of the numbers that are no i32
+    constants: dict[str, Any]
+    options: dict[str, int]
+    uses_tensor_cores: bool
+
+
+class Result(NamedTuple):
+    """What ptxas said."""
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    tensor_core: str
+
+
+def compiled(build: Build) -> Result:
+    names, capability = build.function.arg_names, build.capability
+    missing = [name for name in names if name.endswith("_ptr") and name not in {**build.types, **build.constants}]
+    assert not missing, f"{build.name}: no type for {missing}"
+    signature = {name: "constexpr" if name in build.constants else build.types.get(name, "i32") for name in names}
+    aligned = [at for at, name in enumerate(names) if signature[name].startswith("*") or "stride" in name]
+    source = ASTSource(
+        fn=build.function,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in build.constants.items()},
+        attrs={(at,): [["tt.divisibility", 16]] for at in aligned if signature[names[at]] != "constexpr"},
+    )
+    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=build.options)
+    ptx = kernel.asm["ptx"]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        arch = f"sm_{capability}{'a' * (capability >= 90)}"
+        call = [str(PTXAS), "-v", f"-arch={arch}", file.name, "-o", "/dev/null"]
+        said = subprocess.run(call, capture_output=True, text=True, check=True).stderr
+    registers, *_ = re.findall(r"Used (\d+) registers", said)
+    spilled = sum(int(number) for number in re.findall(r"(\d+) bytes spill", said))
+    unit = "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else "-"
+    return Result(int(registers), spilled, kernel.metadata.shared, unit)
+
+
+def attention_builds() -> Iterator[Build]:
+    """(dtype, width, mean length, extras): the usual tiles, and those whose registers are nearly used up."""
+    plain: dict[str, Any] = {}
+    everything = {"left": 70, "right": 0, "buckets": 64, "dropout_p": 0.1}
+    half, full = torch.bfloat16, torch.float32
+    for dtype, width, length, extras in (
+        (half, 32, 40, plain),
+        (half, 64, 40, everything),
+        (half, 64, 100, plain),
+        (half, 64, 1000, {"right": 0}),
+        (half, 128, 1000, {"right": 0}),
+        (half, 256, 1000, plain),
+        (full, 64, 40, everything),
+    ):
+        yield from attention_build(dtype, width, length, extras)
+
+
+def attention_build(dtype: torch.dtype, width: int, length: int, extras: dict[str, Any]) -> Iterator[Build]:
+    query = torch.empty(8 * length, 4, width, dtype=dtype, device="meta")
+    offsets = torch.empty(9, dtype=torch.int32, device="meta")
+    bias = torch.empty(4, extras["buckets"], device="meta") if "buckets" in extras else None
+    seed = torch.zeros(1, dtype=torch.int64, device="meta") if "dropout_p" in extras else None
+    left, right, dropout_p = extras.get("left", -1), extras.get("right", -1), extras.get("dropout_p", 0.0)
+    sides = (query, query, query, offsets, offsets, left, right, 0.125)
+    problem = AttentionProblem(*sides, time_bias=bias, dropout_p=dropout_p, seed=seed)
+    item = TYPES[dtype]
+    tensors = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr", "grad_ptr"), f"*{item}")
+    tensors |= dict.fromkeys(("dq_ptr", "dk_ptr", "dv_ptr"), f"*{item}")
+    tensors |= dict.fromkeys(("lse_ptr", "delta_ptr", "bias_ptr", "dbias_ptr"), "*fp32")
+    tensors |= dict.fromkeys(("time_ptr", "key_time_ptr", "seed_ptr"), "*i64")
+    tensors |= {"cu_ptr": "*i32", "cu_key_ptr": "*i32", "scale": "fp32", "keep_scale": "fp32", "threshold": "i64"}
+    for kernel, capability in itertools.product(("forward", "dq", "dkv"), CAPABILITIES):
+        function = getattr(attention_kernels, f"{'backward_' * (kernel != 'forward')}{kernel}_kernel")
+        chosen = attention.tiles(kernel, problem, length, divmod(capability, 10))
+        constants = attention.constants(kernel, problem, chosen)
+        options = {name: constants[name] for name in ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")}
+        constants = {name: value for name, value in constants.items() if name.isupper()}
+        absent = [] if bias is not None else ["bias_ptr", "time_ptr", "key_time_ptr", "dbias_ptr"]
+        absent += [] if seed is not None else ["seed_ptr"]
+        constants |= {name: None for name in absent if name in function.arg_names}
+        name = f"attention {kernel} {item} D={width} {chosen.block_m}x{chosen.block_n} {'+'.join(extras) or 'plain'}"
+        yield Build(name, capability, function, tensors, constants, options, dtype != torch.float32)
+
+
+def contrastive_builds() -> Iterator[Build]:
+    for dtype, width in ((torch.bfloat16, 128), (torch.bfloat16, 512), (torch.float32, 128)):
+        yield from contrastive_build(dtype, width)
+
+
+def contrastive_build(dtype: torch.dtype, width: int) -> Iterator[Build]:
+    item = TYPES[dtype]
+    rows, row = torch.empty(64, width, dtype=dtype, device="meta"), torch.empty(64, device="meta")
+    problem = ContrastiveProblem(rows, rows, row, "simclr", row, row.bool(), row.long(), True)
+    tensors = dict.fromkeys(("inverse_ptr", "positive_ptr", "temperature_ptr", "loss_ptr"), "*fp64")
+    tensors |= dict.fromkeys(("maximum_ptr", "sum_ptr", "moment_ptr"), "*fp64")
+    tensors |= {
+        "rows_ptr": f"*{item}",
+        "ids_ptr": "*i64",
+        "valid_ptr": "*i1",
+        "weight_ptr": "*fp32",
+        "slope_ptr": "*fp32",
+    }
+    for kernel, capability in itertools.product(("statistics", "gradient"), CAPABILITIES):
+        chosen = contrastive.tiles(kernel, dtype, width, capability >= 90)
+        constants = contrastive.constants(f"{kernel}_kernel", problem, chosen)
+        options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "maxnreg")}
+        if kernel == "gradient":
+            constants |= {"HAS_ROW_LOSS": True, "HAS_COLUMN_LOSS": True}
+        name = f"nt_xent {kernel} {item} E={width} {chosen.block_m}x{chosen.block_n}x{chosen.block_k} all options"
+        function = getattr(contrastive_kernels, f"{kernel}_kernel")
+        yield Build(name, capability, function, tensors, constants, options, dtype != torch.float32)
+
+
+def row_sparse_builds() -> Iterator[Build]:
+    tensors = dict.fromkeys(("weight_ptr", "state_ptr", "gradient_ptr", "out_ptr", "sum_ptr"), "*fp32")
+    tensors |= dict.fromkeys(("slot_ptr", "last_ptr", "fault_ptr"), "*i32") | {"retained_ptr": "*fp64"}
+    tensors |= dict.fromkeys(("ids_ptr", "order_ptr", "used_ptr", "start_ptr"), "*i64")
+    floats = ("learning_rate", "average_weight", "gradient_weight", "beta2", "rest_of_beta2", "log2_beta2")
+    tensors |= dict.fromkeys((*floats, "log2_beta2_rest", "correction", "eps"), "fp32")
+    constants = row_sparse._blocks(torch.empty(9, 384, device="meta"))
+    options = {"num_warps": constants.pop("num_warps")}
+    kernels: dict[str, dict[str, Any]] = {"gather": {}, "update": {"IS_ADAPTIVE": True}}
+    for kernel, capability in itertools.product(kernels, CAPABILITIES):
+        function = getattr(row_sparse_kernels, f"{kernel}_kernel")
+        yield Build(
+            f"row_sparse {kernel} D=384", capability, function, tensors, constants | kernels[kernel], options, False
+        )
+
+
+COLUMNS = ("arch", "warps", "regs", "spill", "shared", "dot")
+
+
+def main() -> int:
+    failures = 0
+    print(f"triton {triton.__version__}\n{'kernel':75}", *(f"{name:>6}" for name in COLUMNS))
+    for build in (*attention_builds(), *contrastive_builds(), *row_sparse_builds()):
+        found = compiled(build)
+        is_wrong = found.spilled_bytes > 0 or found.shared_bytes > MOST_SHARED[build.capability]
+        is_wrong |= build.uses_tensor_cores and found.tensor_core == "-"
+        failures += is_wrong
+        cells = (f"sm_{build.capability}", build.options["num_warps"], *found, "WRONG" if is_wrong else "")
+        print(f"{build.name:75}", *(f"{cell!s:>6}" for cell in cells), flush=True)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

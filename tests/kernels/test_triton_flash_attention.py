@@ -1,0 +1,254 @@
+"""flash_attention's Triton backend against the reference: the whole grid on a GPU, a small one in the interpreter."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from support.attention import NAMES, expected, leaves, with_gradients
+from support.cases import ATTENTION_CASES, PackedCase, case_options, cumulative, packed_inputs
+from support.closeness import assert_matches_reference
+from support.gpu import DEVICE, DTYPES, HAS_GPU, require_triton_device
+from torch import Tensor
+from torch.nn import functional
+
+from ubp_fast.kernels import BackendUnavailable, flash_attention
+from ubp_fast.kernels.flash_attention import _triton
+from ubp_fast.kernels.flash_attention.api import _backward_op, _bounds, _forward_op
+
+require_triton_device()
+
+# Around tiles of 16 (short), 32, 64 and 128 rows (16-bit types; the mean length chooses), and inside of long ones.
+SMALL_CASES = (
+    PackedCase("no-sequence", ()),
+    PackedCase("all-empty", (0, 0, 0), buckets=5),
+    PackedCase("one-token", (1,), width=1),
+    PackedCase("tile-edges", (0, 1, 15, 16, 17), heads=1),
+    PackedCase("tile-edges-causal", (0, 31, 32, 33, 1), heads=1, is_causal=True, width=59),
+    PackedCase("heads3", (7, 20), heads=3, width=20, is_causal=True),
+    PackedCase("middle", (63, 64, 65), heads=1, is_causal=True),
+    PackedCase("long", (300,), heads=1, width=17),
+    PackedCase("long-causal", (130, 270), heads=1, is_causal=True),
+    PackedCase("long-window", (400,), heads=1, window=(150, 70)),
+    PackedCase("wide-long", (200,), heads=1, width=256, is_causal=True),
+    PackedCase("width100", (3, 40), heads=1, width=100),
+    PackedCase("cross", (5, 19, 0, 3), (9, 30, 4, 0), heads=1, width=33),
+    PackedCase("cross-causal", (5, 49, 0, 3, 25), (9, 30, 4, 0, 70), heads=1, is_causal=True),
+    PackedCase("cross-long-causal", (200, 90), (70, 330), heads=1, is_causal=True),
+    PackedCase("no-keys", (4, 3), (0, 0), buckets=3),
+    PackedCase("no-queries", (0, 0), (4, 3), buckets=3),
+    PackedCase("peaked", (40,), kind="peaked", heads=1, width=64),
+    PackedCase("large-scores", (40, 70), kind="large", heads=1, width=64),
+    PackedCase("strided", (9, 20), kind="strided", width=24),
+    PackedCase("window", (23, 40), window=(7, 3), heads=1),
+    PackedCase("window-0", (5, 40, 1), window=(0, 0), heads=1),
+    PackedCase("window-left", (70, 0, 31), window=(40, None), heads=1, width=17),
+    PackedCase("window-right", (70, 0, 31), window=(None, 20), heads=1),
+    PackedCase("window-cross", (5, 49, 30), (9, 30, 4), window=(12, 8), heads=1),
+    PackedCase("time", (1, 17, 40), buckets=64, heads=1),
+    PackedCase("time-2-buckets", (5, 0, 40), buckets=2, width=33, heads=1),
+    PackedCase("time-cross", (5, 20, 0, 3), (9, 30, 4, 0), buckets=20, heads=1, is_causal=True),
+    PackedCase("dropout", (1, 17, 20), dropout_p=0.2),
+    PackedCase("dropout-cross-causal", (5, 20, 0), (9, 30, 4), dropout_p=0.5, is_causal=True, width=59, heads=1),
+    PackedCase("everything", (9, 20), (30, 23), kind="strided", window=(10, 1), buckets=64, dropout_p=0.3, width=32),
+)
+# float32 has one size of tiles: in the interpreter, where every tile costs milliseconds, it meets no long sequence.
+CASES = [
+    (case, dtype)
+    for case in ((*SMALL_CASES, *ATTENTION_CASES) if HAS_GPU else SMALL_CASES)
+    for dtype in DTYPES
+    if HAS_GPU or dtype == torch.float16 or sum(case.lengths) < 50
+]
+MIXED = PackedCase("mixed", (5, 0, 20, 17), width=16, heads=1)
+TIMED = replace(MIXED, name="timed", buckets=30, window=(20, 2))
+EVERYTHING = PackedCase("everything", (3, 0, 5), heads=1, width=8, window=(4, 1), buckets=20, dropout_p=0.3)
+PLAIN = PackedCase("plain", (3, 0, 5), heads=1, width=8, is_causal=True)
+
+
+def assert_close_in_other_tiles(mine: Tensor, theirs: Tensor) -> None:
+    """A time_bias or another mean length changes the tiles, and with them the order of sums."""
+    eps = torch.finfo(mine.dtype).eps
+    largest = float(theirs.abs().max()) if theirs.numel() else 0.0
+    torch.testing.assert_close(mine, theirs, rtol=4 * eps, atol=4 * eps * largest)
+
+
+def inputs(case: PackedCase, dtype: torch.dtype) -> list[Tensor]:
+    return [part.to(DEVICE) for part in packed_inputs(case, dtype)]
+
+
+@pytest.mark.parametrize(("case", "dtype"), CASES, ids=str)
+def test_matches_reference(case: PackedCase, dtype: torch.dtype) -> None:
+    reference, truth = expected(case, dtype)
+    found = with_gradients(case, inputs(case, dtype), "triton")
+    for name, mine, *parts in zip(NAMES[: len(truth)], found, reference, truth, strict=True):
+        assert_matches_reference(mine.cpu(), *parts, f"flash_attention {name}", f"{case}, triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_bucket_shifts_nothing(dtype: torch.dtype) -> None:
+    """Softmax does not see a constant; the gradient of the table is 0, so that no bound of closeness applies."""
+    case = PackedCase("one-bucket", (5, 0, 20), buckets=1, heads=1)
+    *found, grad_bias = with_gradients(case, inputs(case, dtype), "triton")
+    plain = with_gradients(replace(case, buckets=0), inputs(case, dtype), "triton")
+    for mine, theirs in zip(map(Tensor.detach, found), map(Tensor.detach, plain), strict=True):
+        assert_close_in_other_tiles(mine, theirs)
+    assert grad_bias.abs().max() < (1e-5 if dtype == torch.float32 else 0.3)
+
+
+def test_times_far_apart_are_the_last_bucket() -> None:
+    query, bias = torch.randn(4, 1, 16), torch.zeros(1, 64)
+    bias[0, 63] = -torch.inf
+    times = torch.tensor([0, 2**31 - 3, 2**31, 2**62])
+    same = {"cu_seqlens": torch.tensor([0, 4]), "time_bias": bias, "timestamp_s": times}
+    wanted = flash_attention(query, query, query, **same, backend="reference")
+    moved = {name: part.to(DEVICE) for name, part in same.items()}
+    found = flash_attention(*3 * [query.to(DEVICE)], **moved, backend="triton").cpu()
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(found[3], query[3])  # it sees nobody else
+
+
+@pytest.mark.parametrize("seed", [0, -5, 2**63 - 1])
+def test_dropout_mask_is_that_of_the_reference(seed: int) -> None:
+    case = PackedCase("dropout", (30, 7), dropout_p=0.5)
+    query, key, _, cu_seqlens, _ = packed_inputs(case, torch.float32)
+    value = torch.zeros(37, 2, 37) + torch.eye(37)[:, None, :]  # the output is the matrix of weights
+    tensors = [functional.pad(part, (0, 21)) for part in (query, key)] + [value, cu_seqlens]
+    options: dict[str, Any] = {"dropout_p": 0.5, "seed": seed}
+    wanted = flash_attention(*tensors, **options, backend="reference")
+    found = flash_attention(*(part.to(DEVICE) for part in tensors), **options, backend="triton")
+    assert torch.equal(found.cpu() > 0, wanted > 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_row_without_keys_is_zero(dtype: torch.dtype) -> None:
+    case = PackedCase("late-keys", (40, 3, 4), (20, 0, 4), is_causal=True)
+    output, *gradients = with_gradients(case, inputs(case, dtype), "triton")
+    blind = [*range(20), 40, 41, 42]  # the ends are aligned: 40 queries, 20 keys
+    assert not output[blind].any() and not gradients[0][blind].any()
+    assert output[20:40].any(dim=2).all() and not any(part.isnan().any() for part in (output, *gradients))
+
+
+@pytest.mark.parametrize("case", [MIXED, TIMED], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packed_equals_each_alone(dtype: torch.dtype, case: PackedCase) -> None:
+    query, key, value, cu_seqlens, _ = inputs(case, dtype)
+    together = with_gradients(case, [query, key, value, cu_seqlens, cu_seqlens], "triton")[0]
+    options = {name: part.to(DEVICE) if isinstance(part, Tensor) else part for name, part in case_options(case).items()}
+    start = 0
+    for length in case.lengths:
+        rows = slice(start, start + length)
+        times = {"timestamp_s": options["timestamp_s"][rows]} if case.buckets else {}
+        parts = (query[rows], key[rows], value[rows], cumulative((length,)).to(DEVICE))
+        alone = flash_attention(*parts, backend="triton", **{**options, **times})
+        assert_close_in_other_tiles(alone, together[rows].detach())
+        start += length
+
+
+def test_permuted_batch_permutes_the_result() -> None:
+    tensors = inputs(MIXED, torch.float32)
+    order = [3, 0, 2, 1]
+    rows = torch.cat([torch.arange(tensors[3][b], tensors[3][b + 1]) for b in order]).to(DEVICE)
+    offsets = cumulative(tuple(MIXED.lengths[b] for b in order)).to(DEVICE)
+    found = flash_attention(*(part[rows] for part in tensors[:3]), offsets, backend="triton")
+    assert torch.equal(found, flash_attention(*tensors[:4], backend="triton")[rows])
+
+
+def test_a_tile_finds_its_sequence_among_many() -> None:
+    case = PackedCase("many-sequences", (*130 * (0,), 3, *20 * (0,), 20), heads=1)
+    tensors = packed_inputs(case, torch.float32)[:4]
+    found = flash_attention(*(part.to(DEVICE) for part in tensors), backend="triton")
+    torch.testing.assert_close(found.cpu(), flash_attention(*tensors, backend="reference"))
+
+
+def test_every_run_gives_the_same_bits() -> None:
+    tensors = inputs(EVERYTHING, torch.float16)
+    once, again = (with_gradients(EVERYTHING, tensors, "triton") for _ in range(2))
+    assert all(map(torch.equal, once, again))
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1, 2)], ids=str)
+def test_only_some_inputs_want_gradients(wanted: tuple[int, ...]) -> None:
+    tensors = inputs(PLAIN, torch.float32)
+    some = [part.clone().requires_grad_(at in wanted) for at, part in enumerate(tensors[:3])]
+    flash_attention(*some, tensors[3], backend="triton").square().sum().backward()
+    assert [part.grad is not None for part in some] == [at in wanted for at in range(3)]
+
+
+def test_nan_stays_in_its_sequence_and_head() -> None:
+    case = PackedCase("nan", (30, 30, 4), width=32)
+    for causal, poisoned in ((False, range(30, 60)), (True, range(45, 60))):
+        query, key, value, cu_seqlens, _ = inputs(case, torch.float32)
+        key[45, 1, 3] = float("nan")
+        is_nan = flash_attention(query, key, value, cu_seqlens, causal=causal, backend="triton").isnan()
+        assert is_nan[list(poisoned), 1].all()
+        assert int(is_nan.sum()) == len(poisoned) * 32
+
+
+@pytest.mark.parametrize("case", [PLAIN, EVERYTHING] if HAS_GPU else [EVERYTHING], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_opcheck(dtype: torch.dtype, case: PackedCase) -> None:
+    query, key, value, *offsets = inputs(case, dtype)
+    options = case_options(case)
+    times: tuple[Any, ...] = (None, None, None, None)
+    if case.buckets:
+        stamps = options["timestamp_s"].to(DEVICE)
+        times = (*leaves(options["time_bias"].to(DEVICE)), stamps, stamps, torch.tensor([5]))
+    numbers = (*_bounds(case.window, case.is_causal), 0.3, case.dropout_p, "triton")
+    tensors = (*leaves(query, key, value), *offsets, *times)
+    torch.library.opcheck(_forward_op, (*tensors, *numbers))
+    output, lse = _forward_op(*tensors, *numbers)
+    saved = [part.detach() for part in (torch.randn_like(output), output, lse)]
+    tensors = tuple(part.detach() if isinstance(part, Tensor) else None for part in tensors)
+    torch.library.opcheck(_backward_op, (*saved, *tensors, *numbers))
+
+
+@pytest.mark.filterwarnings("ignore")  # of what torch.compile itself imports and advises
+def test_compiles_as_one_graph() -> None:
+    query, key, value, cu_seqlens, _ = inputs(PLAIN, torch.float32)
+
+    def loss(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return flash_attention(query * 2, key, value, cu_seqlens, causal=True, backend="triton").square().sum()
+
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="inductor" if HAS_GPU else "aot_eager")):
+        sides = leaves(query, key, value)
+        results.append(torch.autograd.grad(function(*sides), sides))
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_offsets_that_change_are_read_again() -> None:
+    """A GPU's offsets are read once, not in every layer; until somebody writes to them."""
+    query, key, value, cu_seqlens, _ = inputs(PLAIN, torch.float32)
+    for _ in range(2):
+        flash_attention(query, key, value, cu_seqlens, backend="triton")
+    with pytest.raises(ValueError, match="cu_seqlens must end at the number of rows 7, got 8"):
+        flash_attention(*3 * [query[:7]], cu_seqlens, backend="triton")
+    cu_seqlens[1] = 99
+    with pytest.raises(ValueError, match="must not decrease, got 99 then 3 at entry 2"):
+        flash_attention(query, key, value, cu_seqlens, backend="triton")
+
+
+def test_float64_is_refused() -> None:
+    tensors = inputs(PLAIN, torch.float64)[:4]
+    with pytest.raises(BackendUnavailable, match=r"'triton' is unavailable: it computes float32, .* torch\.float64"):
+        flash_attention(*tensors, backend="triton")
+
+
+def test_search_takes_as_many_rounds_as_sequences_need() -> None:
+    assert [_triton._levels(count) for count in (0, 1, 128, 129, 128**2, 128**2 + 1)] == [1, 1, 1, 2, 2, 3]
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_offsets_beyond_int32() -> None:
+    """4.3e9 elements a tensor: the last sequence alone gives the same rows."""
+    rows, length = 2**25 + 2**13, 2**13
+    query = torch.randn(rows, 2, 64, dtype=torch.bfloat16, device=DEVICE)
+    offsets = torch.arange(0, rows + 1, length, device=DEVICE)
+    found = flash_attention(query, query, query, offsets, causal=True, backend="triton")
+    last = query[-length:]
+    alone = flash_attention(last, last, last, offsets[:2], causal=True, backend="triton")
+    assert torch.equal(found[-length:], alone)
