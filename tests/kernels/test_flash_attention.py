@@ -412,7 +412,7 @@ BAD_INPUT = {
     "seed-float": ({"dropout_p": 0.1, "seed": torch.ones(1)}, TypeError, r"seed must have dtype torch\.int64, got"),
     "no-backend": ({"backend": "fast"}, ValueError, r"backend must be one of \['auto', .*\], got 'fast'"),
     "triton": ({"backend": "triton"}, BackendUnavailable, r"backend 'triton' does not exist in this version"),
-    "cuda": ({"backend": "cuda"}, BackendUnavailable, r"backend 'cuda' does not exist in this version"),
+    "cuda": ({"backend": "cuda"}, BackendUnavailable, r"backend 'cuda' is unavailable: it computes on CUDA devices"),
     "native-float64": (
         {"backend": "native", **{name: torch.randn(6, 2, 4).double() for name in ("query", "key", "value")}},
         BackendUnavailable,
