@@ -4,7 +4,7 @@ CASE ?= bench
 INSTALLED := .venv/installed
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test lint format bench wheel sanitize
+.PHONY: demo test lint format bench wheel sanitize cuda
 
 demo: $(INSTALLED)  ## real retail purchases -> profiles, scores, report
 	$(BIN)/python -m ubp_fast.run
@@ -16,18 +16,28 @@ lint: $(INSTALLED)  ## reports, never edits
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu')
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu')
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu')
 
 bench: $(INSTALLED)  ## make bench CASE=flash_attention
 	$(BIN)/python -m pytest benchmarks -k "$(CASE)"
 
 wheel: $(INSTALLED)
 	$(BIN)/pip wheel --no-deps -w dist .
+
+# A plain `pip install .` builds the CUDA kernels where nvcc is found. The environment of this Makefile leaves them to
+# this target, so that a change of C++ code costs seconds. It puts them beside the CPU module.
+cuda: $(INSTALLED)  ## compiles the CUDA kernels; registers and spills of each, no spill allowed
+	cmake -S . -B build/cuda -DCMAKE_BUILD_TYPE=Release -DUBP_CUDA=ON \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	cmake --build build/cuda --target _cuda --clean-first > build/cuda/build.log 2>&1 || { cat build/cuda/build.log; exit 1; }
+	$(BIN)/python cmake/kernel_registers.py build/cuda/build.log
+	cp build/cuda/_cuda*.so $$($(BIN)/python -c "import os, ubp_fast._core as core; print(os.path.dirname(core.__file__))")
+	$(BIN)/python -c "import ubp_fast._cuda"
 
 sanitize: $(INSTALLED)  ## fuzz of the compiled module under the address and undefined-behaviour sanitizers
 	cmake -S . -B build/sanitize -DCMAKE_BUILD_TYPE=Release -DUBP_CUDA=OFF -DUBP_SANITIZE=address,undefined \
@@ -39,5 +49,5 @@ sanitize: $(INSTALLED)  ## fuzz of the compiled module under the address and und
 
 $(INSTALLED): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[demo,test,bench,lint]"
+	UBP_CUDA=OFF $(BIN)/pip install --quiet -c constraints.txt -e ".[demo,test,bench,lint]"
 	touch $@

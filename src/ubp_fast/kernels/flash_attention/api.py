@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ubp_fast.kernels import backends
 from ubp_fast.kernels.checks import require, require_dtype, require_same
-from ubp_fast.kernels.flash_attention import _native, _triton, reference
+from ubp_fast.kernels.flash_attention import _cuda, _native, _triton, reference
 from ubp_fast.kernels.flash_attention.reference import UNBOUNDED, Problem, lse_dtype
 
 OP = "flash_attention"
@@ -35,8 +35,9 @@ MAX_WIDTH = 256
 # x < 2^53 fills 106 buckets; beyond, the bucket would depend on the rounding to float64.
 MAX_BUCKETS = 106
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-IMPLEMENTATIONS: dict[str, ModuleType] = {"native": _native, "triton": _triton, "reference": reference}
+IMPLEMENTATIONS: dict[str, ModuleType] = {"native": _native, "triton": _triton, "cuda": _cuda, "reference": reference}
 # float32, bfloat16 and float16 run natively on the CPU and with Triton on NVIDIA GPUs; the rest takes the reference.
+# "cuda" must be named: its kernels are compiled and emulated, but no device has run them yet.
 ORDER = ("native", "triton", "reference")
 
 
@@ -82,8 +83,8 @@ def flash_attention(
         dropout_p: share of the attention weights set to 0, in [0, 1); the others grow by 1 / (1 - p).
         seed: decides which weights: an integer of 64 bits, or an int64 tensor of one element, which keeps a compiled
             graph whole. The same seed gives the same mask on every device. None: drawn from torch's default generator.
-        backend: "auto", "native" (compiled, CPU), "triton" (NVIDIA GPU) or "reference". "auto" takes the first of them
-            that computes these tensors.
+        backend: "auto", "native" (compiled, CPU), "triton" (NVIDIA GPU), "cuda" (compiled, capability 8.0 and newer) or
+            "reference". "auto" takes the first of native, triton and reference that computes these tensors.
 
     Returns:
         [T, H, D] in the dtype of query. The same in every run and for any number of threads, bit by bit.

@@ -1,0 +1,182 @@
+"""The CUDA kernels, on a device where there is one, and everywhere compiled for the host against an emulation.
+
+The emulation runs the real kernel code, block after block, with the fragments of the PTX ISA; what it cannot show is
+whether a device agrees, and speed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support import cuda_emulation
+from support.cases import ATTENTION_CASES, PackedCase, case_options, packed_inputs
+from support.closeness import assert_matches_reference
+from torch import Tensor
+
+from ubp_fast.kernels import BackendUnavailable, cuda, flash_attention
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TILE_EDGES = (1, 7, 8, 9, 15, 16, 17, 0, 31, 32, 33, 63, 64, 65)
+SLOW_TO_EMULATE = {case.name for case in ATTENTION_CASES if max(case.lengths, default=0) > 250}
+EMULATED_CASES = (
+    PackedCase("tile-edges", TILE_EDGES, width=32),
+    PackedCase("tile-edges-causal", TILE_EDGES, width=8, is_causal=True, heads=1),
+    PackedCase("everything", (70, 0, 5, 33), (40, 3, 0, 90), width=40, window=(30, 9), buckets=64, dropout_p=0.3),
+    PackedCase("everything-wide", (35, 3), width=160, is_causal=True, buckets=31, dropout_p=0.1, heads=1),
+    *(case for case in ATTENTION_CASES if case.name not in SLOW_TO_EMULATE),
+)
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if cuda_emulation.compiler() is None:
+        pytest.skip("no C++ compiler for the emulation of the CUDA kernels")
+    return cuda_emulation.build(tmp_path_factory.mktemp("cuda"), os.environ.get("UBP_EMULATION_SANITIZE", ""))
+
+
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where tensors live so that backend "cuda" takes them."""
+    if request.param == "cuda":
+        return "cuda"
+    monkeypatch.setattr(cuda, "module", cuda_emulation.load(request.getfixturevalue("library")))
+    monkeypatch.setattr(cuda, "unsupported", lambda tensor: None)
+    return "cpu"
+
+
+def moved(tensors: Any, device: str) -> list[Any]:
+    return [part.to(device) if isinstance(part, Tensor) else part for part in tensors]
+
+
+def attention_results(
+    case: PackedCase, dtype: torch.dtype, backend: str, device: str = "cpu", compute: torch.dtype | None = None
+) -> list[Tensor]:
+    """Output and all gradients, on the CPU; `compute` converts the numbers of `dtype` first."""
+    *rows, cu_query, cu_key = packed_inputs(case, dtype)
+    options = dict(zip(case_options(case), moved(case_options(case).values(), device), strict=True))
+    compute = dtype if compute is None else compute
+    inputs = [part.to(device, compute).detach().requires_grad_() for part in rows]
+    if case.buckets:
+        options["time_bias"] = options["time_bias"].to(torch.promote_types(compute, torch.float32)).requires_grad_()
+        inputs.append(options["time_bias"])
+    output = flash_attention(*inputs[:3], cu_query.to(device), cu_key.to(device), backend=backend, **options)
+    noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    grads = torch.autograd.grad(output, inputs, noise.to(dtype).to(output))
+    return [part.detach().cpu() for part in (output, *grads)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", EMULATED_CASES, ids=str)
+def test_attention_matches_reference(case: PackedCase, dtype: torch.dtype, device: str) -> None:
+    found = attention_results(case, dtype, "cuda", device)
+    plain = attention_results(case, dtype, "reference")
+    truth = attention_results(case, dtype, "reference", compute=torch.float64)
+    for name, *parts in zip(("output", "query", "key", "value", "time_bias"), found, plain, truth, strict=False):
+        assert_matches_reference(*parts, f"flash_attention {name}", case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [case for case in ATTENTION_CASES if case.name in SLOW_TO_EMULATE], ids=str)
+def test_long_attention_matches_reference(case: PackedCase, dtype: torch.dtype) -> None:
+    test_attention_matches_reference(case, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_does_not_depend_on_the_order_of_threads(
+    dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Emulated: threads in the opposite order, which a missing barrier would show. On a device: a second run."""
+    case = EMULATED_CASES[2]
+    first = attention_results(case, dtype, "cuda", device)
+    monkeypatch.setenv("UBP_EMULATION_REVERSED", "1")
+    assert all(map(torch.equal, first, attention_results(case, dtype, "cuda", device)))
+
+
+def test_misaligned_rows_are_copied(device: str) -> None:
+    """Tensors that start between two multiples of 16 bytes, and an output whose gradient is not contiguous."""
+    cu_seqlens = torch.tensor([0, 3, 20], device=device)
+    query = torch.randn(20 * 2 * 8 + 1, device=device)[1:].view(20, 2, 8).requires_grad_()
+    results = []
+    for backend in ("cuda", "reference"):
+        output = flash_attention(query, query, query, cu_seqlens, backend=backend)
+        results.append(torch.autograd.grad(output.transpose(0, 1).sum(dim=0)[0].sum(), query)[0])
+    torch.testing.assert_close(*results)
+
+
+def test_absent_device_or_module_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.randn(4, 1, 8)
+    with pytest.raises(BackendUnavailable, match="backend 'cuda' is unavailable: it computes on CUDA devices, the ten"):
+        flash_attention(rows, rows, rows, torch.tensor([0, 4]), backend="cuda")
+    monkeypatch.setattr(cuda, "module", None)
+    monkeypatch.setattr(cuda, "MISSING", "no module")
+
+    class Elsewhere:
+        device = torch.device("cuda:0")
+        dtype = torch.float32
+
+    assert "built without the CUDA kernels (no module)" in str(cuda.unsupported(Elsewhere()))  # type: ignore[arg-type]
+
+
+def bits(numbers: np.ndarray) -> np.ndarray:
+    """Integers below 256 as bfloat16."""
+    return (numbers.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def pointer(array: np.ndarray) -> ctypes.c_void_p:
+    return array.ctypes.data_as(ctypes.c_void_p)
+
+
+def check(library: Path, name: str, *arguments: Any) -> str:
+    function = getattr(ctypes.CDLL(str(library)), name)
+    function.restype = ctypes.c_char_p
+    return (function(*arguments) or b"").decode()
+
+
+def test_emulated_product_has_the_layout_of_the_ptx_isa(library: Path) -> None:
+    """Fragments are filled by the formulas of the section on mma.m16n8k16, in its own variables."""
+    random = np.random.default_rng(0)
+    a, b = random.integers(-9, 9, (16, 16)), random.integers(-9, 9, (16, 8))
+    a_registers, b_registers = np.zeros((32, 8), np.uint16), np.zeros((32, 4), np.uint16)
+    found, wanted = np.zeros((32, 4), np.float32), np.zeros((32, 4), np.float32)
+    for lane in range(32):
+        group_id, thread_in_group = lane >> 2, lane % 4
+        for i in range(8):
+            row = group_id if (0 <= i < 2) or (4 <= i < 6) else group_id + 8
+            column = thread_in_group * 2 + (i & 1) + (8 if i >= 4 else 0)
+            a_registers[lane, i] = bits(a[row, column])
+        for i in range(4):
+            b_registers[lane, i] = bits(b[thread_in_group * 2 + (i & 1) + (8 if i >= 2 else 0), group_id])
+            row = group_id if i < 2 else group_id + 8
+            wanted[lane, i] = (a @ b)[row, thread_in_group * 2 + (i & 1)]
+    assert not check(library, "check_multiply", pointer(a_registers), pointer(b_registers), pointer(found))
+    np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_emulated_ldmatrix_has_the_layout_of_the_ptx_isa(library: Path, is_transposed: bool) -> None:
+    numbers = np.zeros(256 + 8, np.uint16)
+    numbers = numbers[(-numbers.ctypes.data % 16) // 2 :][:256].reshape(4, 8, 8)
+    numbers[:] = np.arange(256).reshape(4, 8, 8)
+    found = np.zeros((32, 8), np.uint16)
+    assert not check(library, "check_load", pointer(numbers), pointer(found), is_transposed)
+    for lane in range(32):
+        for matrix in range(4):
+            source = numbers[matrix].T if is_transposed else numbers[matrix]
+            assert found[lane, 2 * matrix : 2 * matrix + 2].tolist() == source[lane // 4][2 * (lane % 4) :][:2].tolist()
+
+
+@pytest.mark.parametrize(
+    ("which", "message"),
+    [(0, None), (1, None), (2, "lanes of a warp meet in different operations"), (3, "threads wait"), (4, "misaligned")],
+)
+def test_emulation_notices_mistakes(library: Path, which: int, message: str | None) -> None:
+    source, found = torch.ones(64), np.zeros(64, np.float32)
+    said = check(library, "check_mistake", which, ctypes.c_void_p(source.data_ptr()), pointer(found))
+    assert (message in said) if message else np.isnan(found).any()
