@@ -76,6 +76,28 @@ def _time(timing: dict[str, float] | None) -> str:
     return f"{milliseconds / 1e3:.1f} s" if milliseconds >= 10_000 else f"{milliseconds:.1f} ms"
 
 
+def components_markdown(report: dict[str, Any]) -> str:
+    """What `components.py` wrote as a README table: AUROC and its standard error, the best of a task in bold."""
+    rows = report["rows"]
+    tasks = list(next(iter(rows.values()))["tasks"])
+    best = {task: max(row["tasks"][task]["mean"] for row in rows.values()) for task in tasks}
+    lines = [
+        f"| profile | {' | '.join(task.removeprefix('propensity_') for task in tasks)} |",
+        "|---" * (len(tasks) + 1) + "|",
+    ]
+    for name, row in rows.items():
+        cells = []
+        for task in tasks:
+            entry = row["tasks"][task]
+            mean = f"{entry['mean']:.4f}"
+            cells.append(f"{f'**{mean}**' if entry['mean'] == best[task] else mean} ± {entry['standard_error']:.4f}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    if report["oracle"]:
+        cells = [f"{report['oracle'][task]:.4f}" if task in report["oracle"] else "" for task in tasks]
+        lines.append(f"| the truth (oracle) | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def rewrite_readme(readme: Path) -> str:
     """The README with every table between `<!-- benchmarks: FILE -->` and `<!-- end -->` made again from FILE.
 
@@ -83,9 +105,14 @@ def rewrite_readme(readme: Path) -> str:
     """
 
     def table_of(found: re.Match[str]) -> str:
-        cases = json.loads((readme.parent / found[2]).read_text(encoding="utf-8"))["cases"]
-        table = {"benchmarks": markdown, "breakdown": breakdown}[found[1]](cases)
-        return f"<!-- {found[1]}: {found[2]} -->\n\n{table}\n\n<!-- end -->"
+        stored = json.loads((readme.parent / found[2]).read_text(encoding="utf-8"))
+        make = {"benchmarks": markdown, "breakdown": breakdown}[found[1]]
+        table = components_markdown(stored) if "rows" in stored else make(stored["cases"])
+        return f"<!-- {found[1]}: {found[2]} -->
+
+{table}
+
+<!-- end -->"
 
     text = readme.read_text(encoding="utf-8")
     return re.sub(r"<!-- (benchmarks|breakdown): (\S+) -->.*?<!-- end -->", table_of, text, flags=re.S)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from hydra.errors import ConfigCompositionException
 from support.runs import CONF, composed
 
 from ubp_fast.pipeline.settings import read_settings
+from ubp_fast.pipeline.stages import plan
 
 REQUIRED = {"challenge": ("data.dir=somewhere",), "table": ("data.path=events.parquet",)}
 ENTRY = {
@@ -74,6 +76,20 @@ def test_yaml_repeats_the_constructors_defaults() -> None:
     for value in objects:
         needed = {item.name: required[item.name] for item in dataclasses.fields(value) if item.name in required}
         assert differences(value, type(value)(**needed), type(value).__name__) == []
+
+
+def test_rows_of_the_table_of_components_compose() -> None:
+    path = Path(__file__).resolve().parent.parent / "benchmarks" / "components.py"
+    spec = importlib.util.spec_from_file_location("components", path)
+    assert spec is not None and spec.loader is not None
+    components = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(components)
+    names = set()
+    for overrides, folder in components.ROWS.values():
+        settings = read_settings(composed(*overrides, f"stages=[{folder.split('/')[0]}]"))
+        assert folder.split("/")[0] in {stage.name for stage in plan(settings)}
+        names.add((settings.name, folder))
+    assert len(names) == len(components.ROWS), "no row twice"
 
 
 def test_demo_is_smaller_than_the_winner() -> None:

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from support.runs import NETWORK, SMALL, TINY, contents, run_tiny
+from support.runs import ALL_BLOCKS, NETWORK, SMALL, TINY, contents, run_tiny
 
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.profiles import validate
 
-SYNTHETIC = ("data=synthetic", "data.clients=200", "data.skus=60", "data.urls=80")
+SYNTHETIC = ("data=synthetic", "data.clients=200", "data.skus=60", "data.urls=80", ALL_BLOCKS)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_profiles_pass_the_organisers_rules(synthetic_run: Path) -> None:
     verdict = validate(synthetic_run / "profiles", events.relevant_clients)
     assert verdict.passed, verdict.problems
     profiles = verdict.require()
-    assert profiles.dim == 9
+    assert profiles.dim == 7
     assert np.unique(profiles.embeddings, axis=0).shape[0] > profiles.num_clients // 2, (
         "profiles must tell clients apart"
     )
@@ -71,6 +71,23 @@ def test_another_place_gives_the_same_bytes(synthetic_run: Path, tmp_path: Path)
     assert code == 0
     assert contents(run / "profiles") == contents(synthetic_run / "profiles")
     assert not (run / "scores.json").exists()
+
+
+def test_models_that_nothing_needs_are_not_trained(tmp_path: Path) -> None:
+    source = tuple(part for part in SYNTHETIC if part != ALL_BLOCKS)
+    code, run, printed = run_tiny(tmp_path, *source, "stages=[profiles]")
+    assert code == 0
+    assert {path.name for path in (run / "stages").iterdir()} == {"events", "store", "features", "stacking"}
+    assert "contrastive" not in printed
+    code, run, _ = run_tiny(tmp_path, *source, "stages=[contrastive]")
+    assert code == 0
+    assert (run / "stages" / "contrastive").exists(), "asked for by name"
+
+
+def test_block_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, _ = run_tiny(tmp_path, *SYNTHETIC, "stacking.blocks=[decayed,rich]")
+    assert code == 2
+    assert "stacking.blocks must be different ones of" in capsys.readouterr().err
 
 
 def test_rich_features_reach_the_profile(synthetic_run: Path, tmp_path: Path) -> None:
@@ -118,7 +135,7 @@ def challenge_directory(target: Path) -> Path:
     return target
 
 
-@pytest.mark.parametrize("stacking", [(), NETWORK], ids=["reduced rank", "network"])
+@pytest.mark.parametrize("stacking", [(ALL_BLOCKS,), NETWORK], ids=["reduced rank", "network"])
 def test_nothing_after_the_cutoff_moves_a_profile(stacking: tuple[str, ...], tmp_path: Path) -> None:
     data = challenge_directory(tmp_path / "data")
     common = ("data=challenge", "data.layout=raw", "stages=[profiles]", "store.all_clients=true")

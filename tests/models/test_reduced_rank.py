@@ -32,7 +32,7 @@ def example(clients: int = 600) -> tuple[np.ndarray, dict[str, LabelMatrix | np.
 def test_directions_are_those_of_the_predictions() -> None:
     blocks, labels, _ = example()
     config = ReducedRankConfig(rank=3, ridge=0.2, detail=0)
-    profile = ReducedRankModel(config).fit(blocks, labels).transform(blocks)[:, :-1].astype(np.float64)
+    profile = ReducedRankModel(config).fit([blocks], labels).transform(blocks)[:, :-1].astype(np.float64)
     deviation = blocks.std(axis=0, dtype=np.float64)
     inputs = (blocks - blocks.mean(axis=0, dtype=np.float64)) / np.where(deviation > 1e-6, deviation, np.inf)
     predictions = []
@@ -50,7 +50,7 @@ def test_directions_are_those_of_the_predictions() -> None:
 
 def test_columns_have_variance_one_and_the_last_is_one() -> None:
     blocks, labels, causes = example()
-    profile = ReducedRankModel(ReducedRankConfig(rank=2, detail=0)).fit(blocks, labels).transform(blocks)
+    profile = ReducedRankModel(ReducedRankConfig(rank=2, detail=0)).fit([blocks], labels).transform(blocks)
     assert profile.shape == (600, 3) and profile.dtype == np.float32
     assert profile[:, :2].std(axis=0) == pytest.approx(1.0, abs=1e-5)
     assert profile[:, :2].mean(axis=0) == pytest.approx(0.0, abs=1e-5)
@@ -59,10 +59,47 @@ def test_columns_have_variance_one_and_the_last_is_one() -> None:
     assert (explained < 0.1).all(), "both causes must be found in two columns"
 
 
+def test_columns_are_compared_inside_their_cutoff_only() -> None:
+    blocks, labels, _ = example()
+    halves = [blocks[:300], blocks[300:]]
+    whole = ReducedRankModel(ReducedRankConfig(rank=2)).fit(halves, labels)
+    moved = ReducedRankModel(ReducedRankConfig(rank=2)).fit([halves[0], halves[1] * np.float32(4) + 1000], labels)
+    np.testing.assert_allclose(moved.directions, whole.directions, rtol=1e-3, atol=1e-4)
+    profiles = whole.transform(halves[1])
+    np.testing.assert_allclose(whole.transform(halves[1] * np.float32(4) + 1000), profiles, atol=2e-3)
+    assert np.abs(whole.transform(blocks)[300:] - profiles).max() > 0.01, "clients of another day are another base"
+
+
+def test_rows_of_several_cutoffs_meet_their_own_labels() -> None:
+    blocks, labels, causes = example()
+    order = np.random.default_rng(0).permutation(600)
+    parts = [blocks[order[:100]], blocks[order[100:]]]
+    shuffled = {
+        name: label.take(order) if isinstance(label, LabelMatrix) else label[order] for name, label in labels.items()
+    }
+    config = ReducedRankConfig(rank=2)
+    right = ReducedRankModel(config).fit(parts, shuffled).transform(blocks)[:, :2]
+    explained = np.linalg.lstsq(np.c_[right, np.ones(600)], causes, rcond=None)[1]
+    assert (explained / ((causes - causes.mean(axis=0)) ** 2).sum(axis=0) < 0.15).all()
+
+
+def test_summary_columns_feel_less_of_the_penalty() -> None:
+    random = np.random.default_rng(5)
+    one, other = random.normal(size=(2, 500))
+    blocks = np.stack([one, other], axis=1)
+    labels = {"churn": (one + other + random.normal(size=500) > 0).astype(np.float32)}
+    config = ReducedRankConfig(rank=1, ridge=3.0, summary_weight=3.0)
+    plain = ReducedRankModel(config).fit([blocks], labels).directions[:, 0]
+    chosen = ReducedRankModel(config).fit([blocks], labels, np.array([True, False])).directions[:, 0]
+    assert plain[0] / plain[1] == pytest.approx(1.0, abs=0.2)
+    # 9 / (9 + 3) against 1 / (1 + 3) of the two slopes survives.
+    assert chosen[0] / chosen[1] == pytest.approx(3.0 * plain[0] / plain[1], rel=0.1)
+
+
 def test_detail_is_the_standardised_blocks() -> None:
     blocks, labels, _ = example()
     blocks[3, 5] = 1e6
-    profile = ReducedRankModel(ReducedRankConfig(rank=2, detail=0.1)).fit(blocks, labels).transform(blocks)
+    profile = ReducedRankModel(ReducedRankConfig(rank=2, detail=0.1)).fit([blocks], labels).transform(blocks)
     assert profile.shape == (600, 3 + 12)
     detail = profile[:, 3:]
     assert detail[:, :5].std(axis=0) == pytest.approx(0.1, abs=1e-6)
@@ -74,7 +111,7 @@ def test_detail_is_the_standardised_blocks() -> None:
 def test_columns_that_matter_are_kept_when_there_is_no_room() -> None:
     blocks, labels, _ = example()
     profile = (
-        ReducedRankModel(ReducedRankConfig(rank=2, detail=0.02, max_width=5)).fit(blocks, labels).transform(blocks)
+        ReducedRankModel(ReducedRankConfig(rank=2, detail=0.02, max_width=5)).fit([blocks], labels).transform(blocks)
     )
     assert profile.shape == (600, 5)
     for column in range(2):  # the two causes among twelve columns
@@ -83,23 +120,23 @@ def test_columns_that_matter_are_kept_when_there_is_no_room() -> None:
 
 def test_rows_at_once_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks, labels, _ = example()
-    whole = ReducedRankModel(ReducedRankConfig()).fit(blocks, labels).transform(blocks)
+    whole = ReducedRankModel(ReducedRankConfig()).fit([blocks], labels).transform(blocks)
     monkeypatch.setattr(reduced_rank, "ROWS_AT_ONCE", 77)
-    parts = ReducedRankModel(ReducedRankConfig()).fit(blocks, labels).transform(blocks)
+    parts = ReducedRankModel(ReducedRankConfig()).fit([blocks], labels).transform(blocks)
     np.testing.assert_allclose(parts, whole, atol=1e-4)
 
 
 def test_scale_and_order_of_columns_do_not_matter() -> None:
     blocks, labels, _ = example()
     config = ReducedRankConfig(rank=2, detail=0)
-    before = ReducedRankModel(config).fit(blocks, labels).transform(blocks)
+    before = ReducedRankModel(config).fit([blocks], labels).transform(blocks)
     changed = blocks[:, ::-1] * np.float32(8) - 3
-    np.testing.assert_allclose(ReducedRankModel(config).fit(changed, labels).transform(changed), before, atol=1e-3)
+    np.testing.assert_allclose(ReducedRankModel(config).fit([changed], labels).transform(changed), before, atol=1e-3)
 
 
 def test_saved_model_gives_the_same_profiles(tmp_path: Path) -> None:
     blocks, labels, _ = example()
-    model = ReducedRankModel(ReducedRankConfig()).fit(blocks, labels)
+    model = ReducedRankModel(ReducedRankConfig()).fit([blocks], labels)
     model.save(tmp_path / "model.safetensors")
     again = ReducedRankModel.load(tmp_path / "model.safetensors", ReducedRankConfig())
     assert np.array_equal(again.transform(blocks), model.transform(blocks))
@@ -107,14 +144,14 @@ def test_saved_model_gives_the_same_profiles(tmp_path: Path) -> None:
 
 def test_fewer_causes_than_asked_for_give_fewer_columns() -> None:
     blocks, labels, _ = example()
-    model = ReducedRankModel(ReducedRankConfig(rank=8, detail=0)).fit(blocks, {"churn": labels["churn"]})
+    model = ReducedRankModel(ReducedRankConfig(rank=8, detail=0)).fit([blocks], {"churn": labels["churn"]})
     assert model.transform(blocks).shape == (600, 2)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda blocks, labels: blocks.__setitem__((4, 2), np.nan), r"finite, got nan at \[4, 2\]"),
+        (lambda blocks, labels: blocks.__setitem__((4, 2), np.nan), r"finite, got nan at \[4, 2\] of cutoff 0"),
         (lambda blocks, labels: labels.__setitem__("churn", np.zeros(5)), "churn must have 600 rows, got 5"),
         (lambda blocks, labels: blocks.__setitem__(slice(None), 1.0), "must depend on the blocks"),
     ],
@@ -124,7 +161,7 @@ def test_errors(change, message: str) -> None:  # type: ignore[no-untyped-def]
     blocks, labels, _ = example()
     change(blocks, labels)
     with pytest.raises(ValueError, match=message):
-        ReducedRankModel(ReducedRankConfig()).fit(blocks, labels)
+        ReducedRankModel(ReducedRankConfig()).fit([blocks], labels)
 
 
 def test_bad_constants_are_refused() -> None:
@@ -132,10 +169,12 @@ def test_bad_constants_are_refused() -> None:
         ReducedRankConfig(rank=0)
     with pytest.raises(ValueError, match="ridge must be > 0, got 0"):
         ReducedRankConfig(ridge=0.0)
+    with pytest.raises(ValueError, match="summary_weight must be > 0, got 0"):
+        ReducedRankConfig(summary_weight=0.0)
     with pytest.raises(ValueError, match="detail must be >= 0, got -1"):
         ReducedRankConfig(detail=-1.0)
     with pytest.raises(ValueError, match="max_width must be > rank 8, got 8"):
-        ReducedRankConfig(max_width=8)
+        ReducedRankConfig(rank=8, max_width=8)
     blocks, labels, _ = example()
     with pytest.raises(ValueError, match="12 columns of the fit, got 3"):
-        ReducedRankModel(ReducedRankConfig()).fit(blocks, labels).transform(blocks[:, :3])
+        ReducedRankModel(ReducedRankConfig()).fit([blocks], labels).transform(blocks[:, :3])

@@ -30,6 +30,9 @@ TINY = (
     "compute.threads=1",
 )
 
+# Everything that can be joined, where the demo joins decayed counts only.
+ALL_BLOCKS = "stacking.blocks=[contrastive,multitask,aggregated,decayed]"
+
 # The winner's stacking network instead of the reduced-rank regression.
 NETWORK = ("model@stacking=stacking", "stacking.config.profile_width=64", "stacking.config.standardise=true")
 

@@ -30,6 +30,9 @@ from ubp_fast.store.event_store import EventStore
 
 TRAINING = "training"
 INFERENCE_BATCH = 512
+MODELS = ("contrastive", "multitask")
+# In the names of `decayed_features`: a count of one label, not a summary.
+DECAYED_LABEL = "_decayed_"
 Inputs = Mapping[str, Path]
 
 
@@ -106,14 +109,15 @@ def make_stacking(settings: Settings, inputs: Inputs, directory: Path, progress:
     _, cutoffs = cutoffs_of(store, settings)
     views = views_at(store, cutoffs)
     # Rows in the order of the views.
-    joined = np.concatenate([_blocks_at(store, inputs, cutoff_s, settings) for cutoff_s in cutoffs])
+    past = [_blocks_at(store, inputs, cutoff_s, settings)[0] for cutoff_s in cutoffs]
     labels = _labels(store, views, inputs["features"], config.labels)
     if isinstance(config, ReducedRankConfig):
-        model = ReducedRankModel(config).fit(joined, labels)
+        newest, is_summary = _blocks_at(store, inputs, store.cutoff_s, settings)
+        model = ReducedRankModel(config).fit(past, labels, is_summary)
         model.save(directory / "reduced_rank.safetensors")
-        vectors = model.transform(_blocks_at(store, inputs, store.cutoff_s, settings))
+        vectors = model.transform(newest)
     else:
-        vectors = _train_stacking(settings, store, inputs, joined, labels, views, directory, progress)
+        vectors = _train_stacking(settings, store, inputs, np.concatenate(past), labels, views, directory, progress)
     _profiles(store, vectors).save(directory / "stacked")
 
 
@@ -139,7 +143,7 @@ def _train_stacking(
         None,
         views_at(store, [store.cutoff_s]),
         batch_size=INFERENCE_BATCH,
-        features=_blocks_at(store, inputs, store.cutoff_s, settings),
+        features=_blocks_at(store, inputs, store.cutoff_s, settings)[0],
     )
     return embed(model, final)
 
@@ -198,16 +202,22 @@ def _profiles(store: EventStore, vectors: np.ndarray) -> Profiles:
     return Profiles(store.client_ids[store.is_relevant], vectors).to_float16()
 
 
-def _blocks_at(store: EventStore, inputs: Inputs, cutoff_s: int, settings: Settings) -> np.ndarray:
-    """Everything that is known about the relevant clients at a cutoff, side by side, float32 [relevant U, F]."""
-    rows = store.is_relevant
-    vectors = [
-        np.load(inputs[name] / f"vectors-{cutoff_s}.npy", allow_pickle=False) for name in ("contrastive", "multitask")
-    ]
-    aggregated = FeatureMatrix.load(inputs["features"] / f"aggregated-{cutoff_s}").values[rows]
-    decayed = FeatureMatrix.load(inputs["features"] / f"decayed-{cutoff_s}").values[rows]
-    blocks, is_normalised = [*vectors, np.log1p(aggregated), decayed], [False, False, True, False]
-    if settings.rich is not None:
-        blocks.append(FeatureMatrix.load(inputs["features"] / f"rich-{cutoff_s}").values[rows])
-        is_normalised.append(False)
-    return join_blocks(blocks, is_normalised)
+def _blocks_at(store: EventStore, inputs: Inputs, cutoff_s: int, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
+    """What `stacking.blocks` names about the relevant clients at a cutoff, side by side, and which columns sum up.
+
+    Returns:
+        float32 [relevant U, F]; bool [F], True for what sums a client up instead of counting one label.
+    """
+    blocks, is_normalised, is_summary = [], [], []
+    for name in settings.stacking_blocks:
+        if name in MODELS:
+            values = np.load(inputs[name] / f"vectors-{cutoff_s}.npy", allow_pickle=False)
+            of_label = np.ones(values.shape[1], bool)
+        else:
+            matrix = FeatureMatrix.load(inputs["features"] / f"{name}-{cutoff_s}")
+            values = matrix.values[store.is_relevant]
+            of_label = np.array([name != "decayed" or DECAYED_LABEL in column for column in matrix.names])
+        blocks.append(np.log1p(values) if name == "aggregated" else values)
+        is_normalised.append(name == "aggregated")
+        is_summary.append(~of_label)
+    return join_blocks(blocks, is_normalised), np.concatenate(is_summary)

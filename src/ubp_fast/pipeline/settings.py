@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ubp_fast.pipeline.cache import digest, file_digest
 
+BLOCKS = ("contrastive", "multitask", "aggregated", "decayed", "rich")
 DATA_SUFFIXES = (".parquet", ".npy", ".csv", ".gz")
 
 
@@ -51,6 +52,7 @@ class Settings:
         source: where events come from, with `prepare(directory, progress)`.
         stages: names of the stages that were asked for, or None for all.
         rich: the rich feature set, None without one.
+        stacking_blocks: what the stacking model joins, in this order.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Settings:
     contrastive: ModelSettings
     multitask: ModelSettings
     stacking: ModelSettings
+    stacking_blocks: tuple[str, ...]
     device: str
     threads: int | None
     evaluation: Any
@@ -123,12 +126,25 @@ def read_settings(config: DictConfig) -> Settings:
         contrastive=_model(plain["contrastive"]),
         multitask=_model(plain["multitask"]),
         stacking=_model(plain["stacking"]),
+        stacking_blocks=_blocks(plain),
         device=plain["compute"]["device"],
         threads=plain["compute"]["threads"],
         evaluation=_make(evaluation),
         components=components,
         submission=None if submission is None else Path(submission),
     )
+
+
+def _blocks(plain: Mapping[str, Any]) -> tuple[str, ...]:
+    """Named blocks; rich features that were asked for are one more."""
+    named = list(plain["stacking"]["blocks"])
+    has_rich = plain["features"].get("rich") is not None
+    if has_rich and "rich" not in named:
+        named.append("rich")
+    allowed = BLOCKS if has_rich else BLOCKS[:-1]
+    if not named or len(set(named)) < len(named) or not set(named) <= set(allowed):
+        raise ValueError(f"run: stacking.blocks must be different ones of {list(allowed)}, got {named}")
+    return tuple(named)
 
 
 def _model(group: Mapping[str, Any]) -> ModelSettings:

@@ -20,6 +20,7 @@ from ubp_fast.events.targets import make_label_lists
 from ubp_fast.features.rich import rich_features
 from ubp_fast.features.windows import aggregated_features, decayed_features, organisers_features, static_features
 from ubp_fast.pipeline.model_stages import (
+    MODELS,
     TRAINING,
     Inputs,
     cutoffs_of,
@@ -58,7 +59,10 @@ class Stage:
 
 
 def plan(settings: Settings) -> list[Stage]:
-    """All stages of a run in order; scoring a finished submission needs only the events."""
+    """All stages of a run in order; scoring a finished submission needs only the events.
+
+    A model is trained when the stacking model joins its vectors, when it is scored, or when it is asked for by name.
+    """
     events = Stage("events", (), settings.data_part(), make_events, 3)
     baselines = Stage("baselines", ("events",), {}, make_baselines, 5)
     if settings.submission is not None:
@@ -66,30 +70,28 @@ def plan(settings: Settings) -> list[Stage]:
         score = Stage("evaluate-submission", ("events",), config, evaluate_submission, 60)
         return [events, baselines, score, *(_score(settings, name) for name in BASELINES)]
     common = settings.part("seed", "windows")
+    joined = tuple(name for name in MODELS if name in settings.stacking_blocks)
+    parts = MODELS if settings.components == "all" else ()
+    asked = settings.stages or ()
     stages = [
         events,
         Stage("store", ("events",), settings.part("store"), make_store, 2),
         Stage("features", ("events", "store"), common | settings.part("features"), make_features, 8),
-        Stage(
-            "contrastive",
-            ("store", "features"),
-            common | settings.part("contrastive"),
-            make_contrastive,
-            60,
-            (TRAINING,),
+        *(
+            Stage(name, ("store", "features"), common | settings.part(name), make, 60, (TRAINING,))
+            for name, make in (("contrastive", make_contrastive), ("multitask", make_multitask))
+            if name in (*joined, *parts, *asked)
         ),
-        Stage("multitask", ("store", "features"), common | settings.part("multitask"), make_multitask, 60, (TRAINING,)),
         Stage(
             "stacking",
-            ("store", "features", "contrastive", "multitask"),
+            ("store", "features", *joined),
             common | settings.part("stacking"),
             make_stacking,
-            30,
+            30 if settings.stacking.training is not None else 1,
             (TRAINING,),
         ),
         baselines,
     ]
-    parts = ("contrastive", "multitask") if settings.components == "all" else ()
     components = ("stacked", *parts, *BASELINES)
     return stages + [_score(settings, component) for component in components]
 

@@ -1,0 +1,201 @@
+"""What every part of a profile is worth: each component alone, pairs, all of them, each addition, through the network.
+
+    python benchmarks/components.py --output FILE [--seeds 3] [--orders 4] [key=value ...] [--rows NAME ...]
+
+Words with "=" are overrides of the run's configuration (`data=synthetic data.clients=20000`). Every row is a run of the
+pipeline; rows share its cache, so a model is trained once per seed. All rows are scored on the same clients in the same
+row orders, and differences to the log1p baseline are taken order by order before they are averaged. Where the source
+wrote the truth beside its events, its probabilities are scored on the same labels: the oracle.
+
+The file is written after every row, and rows that it holds are not made again: the same command continues.
+`python benchmarks/bars.py` makes the README's tables from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra import compose, initialize_config_dir
+from rich.console import Console
+
+import ubp_fast
+from ubp_fast.evaluation import EvaluationConfig, Targets, build_targets, evaluate
+from ubp_fast.evaluation.metrics import auroc
+from ubp_fast.events.read import EventDirectory
+from ubp_fast.pipeline.execute import run_stages
+from ubp_fast.pipeline.settings import read_settings
+from ubp_fast.profiles import Profiles
+
+REFERENCE = "baseline log1p"
+CONF = Path(ubp_fast.__file__).resolve().parent / "conf"
+
+
+def _joined(*blocks: str) -> tuple[str, ...]:
+    return (f"stacking.blocks=[{','.join(blocks)}]",)
+
+
+# Row -> (overrides, folder of the profile below the run's `stages/`).
+ROWS: dict[str, tuple[tuple[str, ...], str]] = {
+    "baseline raw": ((), "baselines/baseline_raw"),
+    REFERENCE: ((), "baselines/baseline_log1p"),
+    "contrastive, its own vectors": ((), "contrastive/contrastive"),
+    "multitask, its own vectors": ((), "multitask/multitask"),
+    "contrastive": (_joined("contrastive"), "stacking/stacked"),
+    "multitask": (_joined("multitask"), "stacking/stacked"),
+    "aggregated": (_joined("aggregated"), "stacking/stacked"),
+    "decayed": (_joined("decayed"), "stacking/stacked"),
+    "contrastive + multitask": (_joined("contrastive", "multitask"), "stacking/stacked"),
+    "contrastive + decayed": (_joined("contrastive", "decayed"), "stacking/stacked"),
+    "multitask + decayed": (_joined("multitask", "decayed"), "stacking/stacked"),
+    "aggregated + decayed": (_joined("aggregated", "decayed"), "stacking/stacked"),
+    "all four": (_joined("contrastive", "multitask", "aggregated", "decayed"), "stacking/stacked"),
+    "decayed + rich": ((*_joined("decayed"), "features=rich"), "stacking/stacked"),
+    "decayed, ridge 0.1": ((*_joined("decayed"), "stacking.config.ridge=0.1"), "stacking/stacked"),
+    "decayed, summaries as labels": ((*_joined("decayed"), "stacking.config.summary_weight=1"), "stacking/stacked"),
+    "decayed, rank 12": ((*_joined("decayed"), "stacking.config.rank=12"), "stacking/stacked"),
+    "decayed, faint detail": ((*_joined("decayed"), "stacking.config.detail=0.02"), "stacking/stacked"),
+    "all four, stacking network": (
+        ("model@stacking=stacking", "stacking.config.standardise=true"),
+        "stacking/stacked",
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Makes the rows that are not there yet."""
+    options = _options(arguments)
+    report = _read(options.output, options)
+    config = EvaluationConfig(precision="bf16", orders=options.orders)
+    for name in options.rows:
+        if name in report["rows"]:
+            continue
+        overrides, folder = ROWS[name]
+        # Baselines have no seed.
+        seeds = range(1 if folder.startswith("baselines/") else options.seeds)
+        runs = []
+        for seed in seeds:
+            run = _run([*options.overrides, *overrides, f"seed={seed}"], folder, options.root)
+            targets = _targets(run, Profiles.load(run / "stages" / folder))
+            runs.append(_aurocs(Profiles.load(run / "stages" / folder), targets, config))
+            report["oracle"] = report["oracle"] or _oracle(run, targets)
+        report["rows"][name] = {
+            "overrides": list(overrides),
+            "auroc": {task: [one[task] for one in runs] for task in runs[0]},
+        }
+        summarise(report)
+        options.output.write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
+        print(line(name, report), flush=True)
+
+
+def summarise(report: dict[str, Any]) -> None:
+    """Adds to every row per task: mean, standard error, the paired difference to the reference, share of the oracle."""
+    reference = report["rows"].get(REFERENCE)
+    for row in report["rows"].values():
+        row["tasks"] = {}
+        for task, values in row["auroc"].items():
+            # An order is one draw: seeds are averaged inside it, so that the error is that of independent rows.
+            by_order = np.mean(values, axis=0)
+            entry = {"mean": float(by_order.mean()), "standard_error": _error(values)}
+            if reference is not None:
+                difference = np.asarray(values) - np.mean(reference["auroc"][task], axis=0)
+                entry |= {"difference": float(difference.mean()), "difference_error": _error(difference)}
+            if task in (report["oracle"] or {}):
+                entry["oracle_share"] = entry["mean"] / report["oracle"][task]
+            row["tasks"][task] = entry
+
+
+def line(name: str, report: Mapping[str, Any]) -> str:
+    """One row as text."""
+    parts = []
+    for task, entry in report["rows"][name]["tasks"].items():
+        share = f" ({entry['oracle_share']:.0%} of the oracle)" if "oracle_share" in entry else ""
+        parts.append(f"{task.removeprefix('propensity_')} {entry['mean']:.4f}{share}")
+    return f"{name}: {', '.join(parts)}"
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--root", type=Path, default=Path("runs"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--orders", type=int, default=4)
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
+    options, overrides = parser.parse_known_args(arguments)
+    if bad := [word for word in overrides if "=" not in word]:
+        parser.error(f"overrides must have the form key=value, got {bad}")
+    if options.seeds < 1 or options.orders < 2:
+        parser.error(f"needs 1 seed and 2 orders at least, got {options.seeds} and {options.orders}")
+    options.overrides = overrides
+    return options
+
+
+def _read(path: Path, options: argparse.Namespace) -> dict[str, Any]:
+    made_from = {"overrides": options.overrides, "seeds": options.seeds, "orders": options.orders}
+    if not path.exists():
+        return {**made_from, "oracle": None, "rows": {}}
+    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if {name: report[name] for name in made_from} != made_from:
+        sys.exit(f"{path}: must hold rows of {made_from}; name another file")
+    return report
+
+
+def _run(overrides: Sequence[str], folder: str, root: Path) -> Path:
+    """Makes the stage that `folder` belongs to; the run's directory."""
+    stage = folder.split("/")[0]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("run", overrides=[*overrides, f"stages=[{stage}]", f"root={root}"])
+    return run_stages(read_settings(config), Console(quiet=True))
+
+
+def _targets(run: Path, profiles: Profiles) -> Targets:
+    return build_targets(EventDirectory.open(run / "stages" / "events"), profiles.client_ids)
+
+
+def _aurocs(profiles: Profiles, targets: Targets, config: EvaluationConfig) -> dict[str, list[float]]:
+    """Task -> AUROC of the epoch that counts, per row order."""
+    scores = evaluate(profiles, targets, config)
+    return {
+        name: [
+            float("nan") if epoch is None else float(epochs[epoch].auroc)
+            for epochs, epoch in zip(task.orders, task.best_epochs, strict=True)
+        ]
+        for name, task in scores.tasks.items()
+    }
+
+
+def _oracle(run: Path, targets: Targets) -> dict[str, float] | None:
+    """AUROC of the true probabilities on the labels of the validation window; None when there is no truth."""
+    truth = run / "stages" / "events" / "truth"
+    if not truth.is_dir():
+        return None
+    ids = np.load(truth / "client_ids.npy", allow_pickle=False)
+    rows = np.argsort(ids)[np.searchsorted(np.sort(ids), targets.client_ids)]
+    found = {}
+    for name, task in targets.tasks.items():
+        path = truth / f"validation_{name if task.task.column else 'purchase'}.npy"
+        if not path.exists():  # a label list that the evaluation made itself
+            continue
+        chance = np.load(path, allow_pickle=False)[rows][task.included]
+        # Churn and conversion ask for "no purchase".
+        chance = chance if task.task.column else 1.0 - chance[:, None]
+        found[name] = auroc(
+            torch.from_numpy(np.ascontiguousarray(chance)), task.validation.take(np.flatnonzero(task.included))
+        )
+    return found
+
+
+def _error(values: Any) -> float:
+    """Standard error over row orders of the mean over seeds."""
+    by_order = np.mean(values, axis=0)
+    return float(by_order.std(ddof=1) / len(by_order) ** 0.5)
+
+
+if __name__ == "__main__":
+    main()
