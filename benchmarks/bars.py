@@ -108,11 +108,7 @@ def rewrite_readme(readme: Path) -> str:
         stored = json.loads((readme.parent / found[2]).read_text(encoding="utf-8"))
         make = {"benchmarks": markdown, "breakdown": breakdown}[found[1]]
         table = components_markdown(stored) if "rows" in stored else make(stored["cases"])
-        return f"<!-- {found[1]}: {found[2]} -->
-
-{table}
-
-<!-- end -->"
+        return f"<!-- {found[1]}: {found[2]} -->\n\n{table}\n\n<!-- end -->"
 
     text = readme.read_text(encoding="utf-8")
     return re.sub(r"<!-- (benchmarks|breakdown): (\S+) -->.*?<!-- end -->", table_of, text, flags=re.S)
