@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from polars.testing import assert_frame_equal
 
 from ubp_fast.events.read import EventDirectory
-from ubp_fast.events.schema import CODES, DataError
+from ubp_fast.events.schema import CODES, ITEM_COLUMN, DataError
 from ubp_fast.events.sources.challenge import Challenge
 from ubp_fast.events.tables import read_id_list, read_label_lists, read_products, read_table
 
@@ -218,3 +219,45 @@ def test_products_keep_their_order(shop: Shop) -> None:
     products = read_products(shop(product_properties=lambda t: t.reverse()) / "product_properties.parquet")
     assert products["sku"].to_list() == [15, 14, 13, 12, 11, 10]
     assert products["name"].dtype == CODES
+
+
+def test_a_directory_of_parts_is_a_table(shop: Shop, tmp_path: Path) -> None:
+    source = shop()
+    whole = pl.read_parquet(source / "product_buy.parquet")
+    (source / "product_buy.parquet").unlink()
+    (source / "product_buy.parquet").mkdir()
+    whole[:3].write_parquet(source / "product_buy.parquet" / "part-00000.parquet")
+    whole[3:].write_parquet(source / "product_buy.parquet" / "part-00001.parquet")
+    assert_frame_equal(read_table(source / "product_buy.parquet"), whole)
+    Challenge(str(source)).prepare(tmp_path / "events")
+    assert EventDirectory.open(tmp_path / "events").frame("product_buy")["client_id"].to_list() == [3, 1, 2, 1]
+    for part in (source / "product_buy.parquet").iterdir():
+        part.unlink()
+    with pytest.raises(DataError, match=r"product_buy.parquet: table must exist"):
+        read_table(source / "product_buy.parquet")
+
+
+def test_batches_give_the_same_events(shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = shop(page_visit=lambda table: pl.concat([table] * 5).with_columns(url=pl.int_range(pl.len())))
+    Challenge(str(source)).prepare(tmp_path / "whole")
+    monkeypatch.setattr("ubp_fast.events.tables.BATCH_ROWS", 4)
+    Challenge(str(source)).prepare(tmp_path / "parts")
+    whole, parts = (EventDirectory.open(tmp_path / name) for name in ("whole", "parts"))
+    assert len(list((tmp_path / "parts" / "page_visit.parquet").iterdir())) == 4
+    for kind in whole.kinds:
+        assert_frame_equal(whole.frame(kind), parts.frame(kind))
+        batches = list(parts.batches(kind))
+        item = whole.frame(kind)[ITEM_COLUMN[kind]].to_numpy()
+        np.testing.assert_array_equal(np.concatenate([batch.item for batch in batches]), item)
+        assert all(len(batch.client_id) == len(batch.timestamp_s) <= 4 for batch in batches)
+    late = next(parts.batches("page_visit", from_s=int(whole.frame("page_visit")["timestamp_s"].max())))  # type: ignore[arg-type]
+    assert late.item.tolist() == [2, 5, 8, 11]
+
+
+def test_a_bad_row_of_a_later_batch(shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ubp_fast.events.tables.BATCH_ROWS", 4)
+    ids = pl.when(pl.int_range(pl.len()) == 10).then(None).otherwise("client_id").alias("client_id")
+    source = shop(page_visit=lambda table: pl.concat([table] * 5).with_columns(ids))
+    message = r"page_visit.parquet: column 'client_id' .* in row 2 \(1 bad row of 4\).*rows are counted from row 8"
+    with pytest.raises(DataError, match=message):
+        Challenge(str(source)).prepare(tmp_path / "events")
