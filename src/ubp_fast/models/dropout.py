@@ -1,30 +1,51 @@
-"""Dropout on a CPU at the speed of memory: sixteen random bits per value from SFC64, and one byte of mask.
+"""Dropout on a CPU at the speed of memory: sixteen random bits per value from SFC64, and no mask.
 
-`nn.functional.dropout` draws one Mersenne twister number per value, which costs a tenth of a training step.
+`nn.functional.dropout` draws one Mersenne twister number per value and multiplies by a mask that it converts to the
+values' dtype: together a sixth of a training step in bfloat16.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 _WORDS = 2**16
 
 
+# Values are chosen as bit patterns, whatever their dtype means.
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@numba.njit(nogil=True, cache=True)
+def _choose(values: np.ndarray, words: np.ndarray, least: int, output: np.ndarray) -> None:
+    for at in range(values.size):
+        output[at] = values[at] if words[at] >= least else 0
+
+
+def _drop(values: Tensor, words: np.ndarray, least: int, scale: float) -> Tensor:
+    values = values.contiguous()
+    output = torch.empty_like(values)
+    bits = _BITS[values.element_size()]
+    _choose(values.view(bits).view(-1).numpy(), words, least, output.view(bits).view(-1).numpy())
+    return output.mul_(scale)
+
+
 class _Drop(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, is_kept: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(is_kept)
-        ctx.scale = scale
-        return (values * is_kept).mul_(scale)
+    def forward(ctx: Any, values: Tensor, words: np.ndarray, least: int, scale: float) -> Tensor:
+        ctx.draw = (words, least, scale)
+        return _drop(values.detach(), *ctx.draw)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
-        return (grad_output * ctx.saved_tensors[0]).mul_(ctx.scale), None, None
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
+        return _drop(grad_output, *ctx.draw), None, None, None
 
 
 def dropout(values: Tensor, share: float, is_training: bool) -> Tensor:
@@ -50,5 +71,4 @@ def dropout(values: Tensor, share: float, is_training: bool) -> Tensor:
         return values
     seed = int(torch.randint(2**63 - 1, ()))
     words = np.random.Generator(np.random.SFC64(seed)).integers(0, 2**64, -(-values.numel() // 4), dtype=np.uint64)
-    signed = torch.from_numpy(words.view(np.int16))[: values.numel()].view(values.shape)
-    return _Drop.apply(values, signed >= dropped - _WORDS // 2, _WORDS / (_WORDS - dropped))
+    return _Drop.apply(values, words.view(np.int16), dropped - _WORDS // 2, _WORDS / (_WORDS - dropped))

@@ -96,7 +96,7 @@ def _interleave(parts: list[Tensor], rows: list[Tensor]) -> Tensor:
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device)
     dtype = parts[0].dtype
-    return torch.cat([part.to(dtype) for part in parts])[place]
+    return torch.cat([part.to(dtype) for part in parts]).index_select(0, place)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ubp_fast.models.dropout import dropout
+
 
 @dataclass(frozen=True)
 class PLEConfig:
@@ -50,7 +52,7 @@ class ExpertBank(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         size, groups, _ = inputs.shape
         hidden = torch.einsum("bgi,gih->bgh", inputs, self.hidden_weight) + self.hidden_bias
-        hidden = functional.dropout(functional.relu(hidden), self.dropout, self.training)
+        hidden = dropout(functional.relu(hidden), self.dropout, self.training)
         hidden = hidden.reshape(size, groups * self.experts, -1)
         outputs = torch.einsum("bkh,kho->bko", hidden, self.out_weight)
         return outputs.reshape(size, groups, self.experts, -1) + self.out_bias
