@@ -156,15 +156,33 @@ def contrastive_build(dtype: torch.dtype, width: int) -> Iterator[Build]:
         yield Build(name, capability, function, tensors, constants, options, dtype != torch.float32)
 
 
+def pair_builds() -> Iterator[Build]:
+    """The kernels of nt_xent that own a pair each; half of them of normalised rows."""
+    item, row = torch.bfloat16, torch.empty(64, device="meta")
+    rows = torch.empty(64, 512, dtype=item, device="meta")
+    tensors = dict.fromkeys(("inverse_ptr", "positive_ptr", "pull_ptr", "factor_ptr"), "*fp64")
+    tensors |= dict.fromkeys(
+        ("left_ptr", "right_ptr", "rows_ptr", "grad_left_ptr", "grad_right_ptr"), f"*{TYPES[item]}"
+    )
+    tensors |= {"slope_ptr": "*fp32", "valid_ptr": "*i1"}
+    for is_normalized, capability in zip((True, False), CAPABILITIES, strict=True):
+        problem = ContrastiveProblem(rows, rows, row, "simclr", row, row.bool(), None, is_normalized)
+        for kernel in ("prepare", "finish"):
+            constants = contrastive._row_options(problem)
+            options = {"num_warps": constants.pop("num_warps")}
+            function = getattr(contrastive_kernels, f"{kernel}_kernel")
+            yield Build(f"nt_xent {kernel} bf16 E=512", capability, function, tensors, constants, options, False)
+
+
 def row_sparse_builds() -> Iterator[Build]:
     tensors = dict.fromkeys(("weight_ptr", "state_ptr", "gradient_ptr", "out_ptr", "sum_ptr"), "*fp32")
     tensors |= dict.fromkeys(("slot_ptr", "last_ptr", "fault_ptr"), "*i32") | {"retained_ptr": "*fp64"}
     tensors |= dict.fromkeys(("ids_ptr", "order_ptr", "used_ptr", "start_ptr"), "*i64")
     floats = ("learning_rate", "average_weight", "gradient_weight", "beta2", "rest_of_beta2", "log2_beta2")
-    tensors |= dict.fromkeys((*floats, "log2_beta2_rest", "correction", "eps"), "fp32")
+    tensors |= dict.fromkeys((*floats, "log2_beta2_rest", "correction", "eps", "toward_z"), "fp32")
     constants = row_sparse._blocks(torch.empty(9, 384, device="meta"))
     options = {"num_warps": constants.pop("num_warps")}
-    kernels: dict[str, dict[str, Any]] = {"gather": {}, "update": {"IS_ADAPTIVE": True}}
+    kernels: dict[str, dict[str, Any]] = {"gather": {}, "reduce": {}, "update": {"IS_ADAPTIVE": True}, "catch_up": {}}
     for kernel, capability in itertools.product(kernels, CAPABILITIES):
         function = getattr(row_sparse_kernels, f"{kernel}_kernel")
         yield Build(
@@ -178,7 +196,7 @@ COLUMNS = ("arch", "warps", "regs", "spill", "shared", "dot")
 def main() -> int:
     failures = 0
     print(f"triton {triton.__version__}\n{'kernel':75}", *(f"{name:>6}" for name in COLUMNS))
-    for build in (*attention_builds(), *contrastive_builds(), *row_sparse_builds()):
+    for build in (*attention_builds(), *contrastive_builds(), *pair_builds(), *row_sparse_builds()):
         found = compiled(build)
         is_wrong = found.spilled_bytes > 0 or found.shared_bytes > MOST_SHARED[build.capability]
         is_wrong |= build.uses_tensor_cores and found.tensor_core == "-"

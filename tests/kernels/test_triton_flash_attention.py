@@ -43,6 +43,7 @@ SMALL_CASES = (
     PackedCase("large-scores", (40, 70), kind="large", heads=1, width=64),
     PackedCase("strided", (9, 20), kind="strided", width=24),
     PackedCase("window", (23, 40), window=(7, 3), heads=1),
+    PackedCase("window-a-block-and-one", (40,), window=(1, 1), heads=1),
     PackedCase("window-0", (5, 40, 1), window=(0, 0), heads=1),
     PackedCase("window-left", (70, 0, 31), window=(40, None), heads=1, width=17),
     PackedCase("window-right", (70, 0, 31), window=(None, 20), heads=1),

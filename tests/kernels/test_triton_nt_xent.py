@@ -14,7 +14,7 @@ from support.gpu import DEVICE, DTYPES, HAS_GPU, require_triton_device
 from torch import Tensor
 
 from ubp_fast.kernels import BackendUnavailable
-from ubp_fast.kernels.nt_xent import NTXentLoss, nt_xent
+from ubp_fast.kernels.nt_xent import NTXentLoss, _triton, nt_xent
 from ubp_fast.kernels.nt_xent.api import NEGATIVES
 
 require_triton_device()
@@ -69,6 +69,15 @@ def test_each_option_alone(used: str, negatives: str) -> None:
     left, right = pair(20, 12, torch.float32)
     chosen = {used: options(20)[used]}
     assert_triton_is_close(left, right, 0.1, f"{used} {negatives}", negatives=negatives, **chosen)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_maximum_runs_over_the_blocks_of_a_part(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small problems are split until every program has one block; here one has all of them, the largest gaps last."""
+    monkeypatch.setattr(_triton, "PROGRAMS", 1)
+    left, right = pair(80, 12, dtype)
+    right[70:] = left[:10]
+    assert_triton_is_close(left, right, 0.02, "one part", negatives="cross")
 
 
 def test_gradient_is_accurate_when_the_loss_is_near_zero() -> None:

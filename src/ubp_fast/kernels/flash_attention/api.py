@@ -11,8 +11,9 @@ M_ij = 1 / (1 - p) with probability 1 - p, else 0 (1 everywhere without dropout)
 The bucket of x = |t_i - t_j| + 1 seconds is 2 floor(log2 x), plus 1 when x is in the upper half of its octave, at most
 B - 1. The mask is Philox4x32-10 of (key row, query row, head) under the seed: nothing is stored for it.
 
-Memory beyond inputs and outputs: one float per query and head (lse) and, on the CPU, some rows per thread; with a
-time_bias B more per sequence and head in backward. The reference stores the scores of one sequence at a time.
+Memory beyond inputs and outputs: one float per query and head (lse) and, on the CPU, some rows per thread, on a GPU
+one more (delta); with a time_bias B more per sequence and head in backward, on a GPU per tile and head. The reference
+stores the scores of one sequence at a time.
 Source: Dao et al. 2022 and 2023 (FlashAttention, FlashAttention-2); Milakov and Gimelshein 2018 (online softmax);
 Salmon et al. 2011 (Philox).
 """

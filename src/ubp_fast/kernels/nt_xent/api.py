@@ -17,8 +17,8 @@ Which rows meet which (N pairs left_i, right_i):
 
 The positive is always a candidate. Any other candidate is dropped if its row is not valid, or has the same id.
 
-Memory: native holds a few [2N, E] matrices, whatever N; the reference holds several [N, N] matrices ([2N, 2N] for
-simclr) in the dtype of the inputs. Both are deterministic.
+Memory: native and triton hold a few [2N, E] matrices, whatever N; the reference holds several [N, N] matrices ([2N, 2N]
+for simclr) in the dtype of the inputs. All are deterministic.
 Source: Sohn 2016 (N-pair loss), van den Oord et al. 2018 (InfoNCE), Chen et al. 2020 (SimCLR, NT-Xent).
 """
 
