@@ -4,7 +4,7 @@ CASE ?= bench
 INSTALLED := .venv/installed
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test lint format bench wheel sanitize cuda
+.PHONY: demo test lint format bench wheel sanitize sanitize-cuda cuda
 
 demo: $(INSTALLED)  ## real retail purchases -> profiles, scores, report
 	$(BIN)/python -m ubp_fast.run
@@ -46,6 +46,12 @@ sanitize: $(INSTALLED)  ## fuzz of the compiled module under the address and und
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 PYTHONMALLOC=malloc \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 	  $(BIN)/python tests/kernels/fuzz_core.py build/sanitize 300
+
+sanitize-cuda: $(INSTALLED)  ## the emulated CUDA kernels under the same sanitizers: minutes
+	UBP_EMULATION_SANITIZE=address,undefined ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 \
+	  UBSAN_OPTIONS=halt_on_error=1 \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+	  $(BIN)/python -m pytest tests/kernels/test_cuda.py -m "not gpu" -k "everything or order or 131 or 520 or mistakes"
 
 $(INSTALLED): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

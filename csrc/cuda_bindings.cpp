@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "flash_attention/cuda.h"
+#include "nt_xent/cuda.h"
 
 namespace py = pybind11;
 
@@ -75,6 +76,7 @@ void flash_attention(int pass, const std::vector<Address>& tensors, const std::v
   problem.threshold = static_cast<uint32_t>(dropout_p * 4294967296.0);
   problem.keep_factor = static_cast<float>(1.0 / (1.0 - dropout_p));
   problem.seed = seed;
+  require(pass >= 0 && pass <= 2, "flash_attention: pass must be 0, 1 or 2, got " + std::to_string(pass));
   const auto run = pass == 0   ? ubp::flash_attention_forward
                    : pass == 1 ? ubp::flash_attention_backward_queries
                                : ubp::flash_attention_backward_keys;
@@ -87,10 +89,46 @@ int flash_attention_warps(int pass, int dtype, int width, int buckets, int64_t r
                                     static_cast<int>(std::min<int64_t>(rows, 1024)));
 }
 
+// Tensors (0: absent): own rows, other rows, scales, ids, positives, largest, sums, losses, weights, grad,
+// moments. Sizes: own rows, other rows, numbers of the first of each, pairs, width, splits.
+void nt_xent(int pass, const std::vector<Address>& tensors, const std::vector<int64_t>& sizes, int dtype,
+             float inverse_temperature, Address stream) {
+  require(tensors.size() == 11 && sizes.size() == 7, "nt_xent: 11 tensors and 7 sizes must be given");
+  require(pass >= 0 && pass <= 2, "nt_xent: pass must be 0, 1 or 2, got " + std::to_string(pass));
+  require(dtype >= 0 && dtype <= 2, "nt_xent: dtype must be 0, 1 or 2, got " + std::to_string(dtype));
+  require(sizes[5] >= 64 && sizes[5] <= 2048 && sizes[5] % 64 == 0,
+          "nt_xent: width must be a multiple of 64 up to 2048, got " + std::to_string(sizes[5]));
+  require(tensors[0] % 16 == 0 && tensors[1] % 16 == 0 && tensors[9] % 16 == 0,
+          "nt_xent: tensors must start at a multiple of 16 bytes");
+  ubp::NTXentDeviceProblem problem{};
+  problem.own = pointer<void>(tensors[0]);
+  problem.other = pointer<void>(tensors[1]);
+  problem.scales = pointer<float>(tensors[2]);
+  problem.ids = pointer<int32_t>(tensors[3]);
+  problem.positives = pointer<float>(tensors[4]);
+  problem.largest = pointer<float>(tensors[5]);
+  problem.sums = pointer<float>(tensors[6]);
+  problem.losses = pointer<float>(tensors[7]);
+  problem.weights = pointer<float>(tensors[8]);
+  problem.grad = pointer<float>(tensors[9]);
+  problem.moments = pointer<float>(tensors[10]);
+  problem.own_rows = static_cast<int>(sizes[0]);
+  problem.other_rows = static_cast<int>(sizes[1]);
+  problem.own_first = static_cast<int>(sizes[2]);
+  problem.other_first = static_cast<int>(sizes[3]);
+  problem.pairs = static_cast<int>(sizes[4]);
+  problem.width = static_cast<int>(sizes[5]);
+  problem.splits = static_cast<int>(sizes[6]);
+  problem.dtype = static_cast<ubp::DType>(dtype);
+  problem.inverse_temperature = inverse_temperature;
+  raise_failure("nt_xent", ubp::nt_xent(static_cast<ubp::NTXentPass>(pass), problem, pointer<void>(stream)));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
   module.doc() = "Compiled CUDA kernels of ubp_fast; use them through ubp_fast.kernels.";
   module.def("flash_attention", &flash_attention);
+  module.def("nt_xent", &nt_xent);
   module.def("flash_attention_warps", &flash_attention_warps);
 }

@@ -7,6 +7,7 @@ whether a device agrees, and speed.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ import torch
 from support import cuda_emulation
 from support.cases import ATTENTION_CASES, PackedCase, case_options, packed_inputs
 from support.closeness import assert_matches_reference
+from support.contrastive_cases import RESULTS, options, pair, results
 from torch import Tensor
 
-from ubp_fast.kernels import BackendUnavailable, cuda, flash_attention
+from ubp_fast.kernels import BackendUnavailable, cuda, flash_attention, nt_xent
+from ubp_fast.kernels.nt_xent.api import NEGATIVES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TILE_EDGES = (1, 7, 8, 9, 15, 16, 17, 0, 31, 32, 33, 63, 64, 65)
@@ -110,10 +113,89 @@ def test_misaligned_rows_are_copied(device: str) -> None:
     torch.testing.assert_close(*results)
 
 
+# Rows, width, temperature, whether weight, valid and ids are given, whether rows are normalised.
+CONTRASTIVE_CASES = (
+    (1, 1, 0.1, False, True),
+    (2, 59, 0.1, False, True),
+    (3, 64, 1.0, True, True),
+    (63, 5, 0.1, True, False),
+    (64, 100, 0.02, False, True),
+    (65, 128, 0.005, True, True),
+    (131, 64, 0.01, True, True),
+    (40, 300, 0.1, False, True),
+    (20, 520, 0.05, True, True),
+)
+
+
+def contrastive_results(case: tuple, negatives: str, dtype: torch.dtype, backend: str, device: str = "cpu") -> Any:
+    """Loss and all gradients, on the CPU; "truth" is the reference at float64 on the same numbers."""
+    count, width, temperature, has_options, is_normalized = case
+    left, right = (rows if is_normalized else rows / 4 for rows in pair(count, width, dtype))
+    chosen = dict(zip(options(count), moved(options(count).values(), device), strict=True)) if has_options else {}
+    compute, backend = (torch.float64, "reference") if backend == "truth" else (dtype, backend)
+    arguments = {"negatives": negatives, "normalize": is_normalized, "backend": backend, **chosen}
+    return [part.cpu() for part in results(left.to(device), right.to(device), temperature, compute, **arguments)]
+
+
+@pytest.mark.parametrize("negatives", NEGATIVES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CONTRASTIVE_CASES, ids=str)
+def test_nt_xent_matches_reference(case: tuple, dtype: torch.dtype, negatives: str, device: str) -> None:
+    found = contrastive_results(case, negatives, dtype, "cuda", device)
+    plain, truth = (contrastive_results(case, negatives, dtype, backend) for backend in ("reference", "truth"))
+    for name, *parts in zip(RESULTS, found, plain, truth, strict=True):
+        assert_matches_reference(*parts, f"nt_xent {name}", case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("negatives", NEGATIVES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [127, 1000, 1031])
+def test_nt_xent_of_many_rows_matches_reference(count: int, dtype: torch.dtype, negatives: str) -> None:
+    test_nt_xent_matches_reference((count, 256, 0.02, True, True), dtype, negatives, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nt_xent_does_not_depend_on_the_order_of_threads(
+    dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = (70, 140, 0.05, True, True)
+    first = contrastive_results(case, "simclr", dtype, "cuda", device)
+    monkeypatch.setenv("UBP_EMULATION_REVERSED", "1")
+    assert all(map(torch.equal, first, contrastive_results(case, "simclr", dtype, "cuda", device)))
+
+
+def test_nt_xent_gradient_is_accurate_when_the_loss_is_near_zero(device: str) -> None:
+    """Orthogonal clients, left = right: the loss is exp(-1 / temperature) (N - 1), which 1 - p cannot represent."""
+    rows = torch.eye(8, device=device, requires_grad=True)
+    loss = nt_xent(rows, rows.detach(), temperature=0.02, backend="cuda")
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(7 * math.exp(-50), rel=1e-4)
+    assert rows.grad is not None
+    wanted = torch.full((7,), math.exp(-50) / 0.02 / 8)
+    torch.testing.assert_close(rows.grad[0, 1:].cpu(), wanted, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nt_xent_of_equal_rows_zero_rows_and_nothing(dtype: torch.dtype, device: str) -> None:
+    rows = torch.randn(1, 40).expand(9, 40).to(device, dtype)
+    equal = nt_xent(rows, rows, temperature=0.005, negatives="simclr", backend="cuda")
+    assert float(equal) == pytest.approx(math.log(17), rel=torch.finfo(dtype).eps)
+    left, right = (part.to(device) for part in pair(5, 8, dtype))
+    left[1] = right[3] = 0
+    nt_xent(left.requires_grad_(), right.requires_grad_(), backend="cuda").backward()
+    assert left.grad is not None and right.grad is not None
+    assert not left.grad[1].any() and not right.grad[3].any() and left.grad[0].any()
+    nobody = torch.zeros(5, dtype=torch.bool, device=device)
+    assert float(nt_xent(left.detach(), right.detach(), valid=nobody, backend="cuda")) == 0
+
+
 def test_absent_device_or_module_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = torch.randn(4, 1, 8)
     with pytest.raises(BackendUnavailable, match="backend 'cuda' is unavailable: it computes on CUDA devices, the ten"):
         flash_attention(rows, rows, rows, torch.tensor([0, 4]), backend="cuda")
+    with pytest.raises(BackendUnavailable, match="nt_xent: backend 'cuda' is unavailable: it computes on CUDA devices"):
+        nt_xent(rows[:, 0], rows[:, 0], backend="cuda")
     monkeypatch.setattr(cuda, "module", None)
     monkeypatch.setattr(cuda, "MISSING", "no module")
 

@@ -31,13 +31,13 @@ import torch
 from torch import Tensor
 
 from ubp_fast.kernels import backends
-from ubp_fast.kernels.nt_xent import _native, _triton, reference
+from ubp_fast.kernels.nt_xent import _cuda, _native, _triton, reference
 from ubp_fast.kernels.nt_xent.reference import Problem
 
 NEGATIVES = ("cross", "symmetric", "simclr")
 MAX_WIDTH = 2048
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-IMPLEMENTATIONS: dict[str, ModuleType] = {"native": _native, "triton": _triton, "reference": reference}
+IMPLEMENTATIONS: dict[str, ModuleType] = {"native": _native, "triton": _triton, "cuda": _cuda, "reference": reference}
 ORDER = ("native", "triton", "reference")
 SCHEMA = "Tensor left, Tensor right, Tensor temperature, str negatives, Tensor? weight, Tensor? valid, Tensor? ids"
 
