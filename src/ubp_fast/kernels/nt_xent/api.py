@@ -75,7 +75,7 @@ def nt_xent(
         backend: "auto" or a name. "auto" is, for float32, bfloat16 and float16, "native" on the CPU and "triton" on
             NVIDIA GPUs, else "reference" (float64). Native computes small problems in float64, and so all others whose
             similarities divided by the temperature may exceed 60 (for bfloat16 it stays with its own products): about
-            half the speed. Triton multiplies float32 rows in float64.
+            half the speed. Triton multiplies float32 rows in float64. "cuda" must be named: no device has run it yet.
 
     Returns:
         0-d loss: float32, float64 for float64 inputs. 0 (gradients 0) if no row is valid or all weights are 0.
