@@ -4,7 +4,7 @@
 #
 #   benchmarks/gpu_session.sh OUTPUT_FOLDER [WHEELS_FOLDER|-] [STEP...]
 #
-# Steps: build smoke test-attention test-contrastive test-rows test-slow bench-attention bench-packed bench-contrastive.
+# Steps: build smoke test-attention test-contrastive test-rows test-cuda test-slow bench-attention bench-packed bench-contrastive.
 # Without steps: all but test-slow, in at most 60 minutes; `build smoke test-attention` and each pair of the others fit
 # into nine. PYTHON is the interpreter that has PyTorch and Triton (python3); nothing is installed into it but what is
 # missing: the project and the wheels go into a virtual environment beside the build, which sees its packages.
@@ -14,7 +14,7 @@ wheels=${2:--}
 [ "$wheels" = - ] || wheels=$(cd "$wheels" && pwd)
 shift $(($# < 2 ? $# : 2))
 steps=("$@")
-[ ${#steps[@]} -gt 0 ] || steps=(build smoke test-attention test-contrastive test-rows
+[ ${#steps[@]} -gt 0 ] || steps=(build smoke test-attention test-contrastive test-rows test-cuda
   bench-attention bench-packed bench-contrastive)
 cd "$(dirname "$0")/.."
 environment=$PWD/build/gpu-session
@@ -80,6 +80,7 @@ for step in "${steps[@]}"; do
     test-attention) tests "$step" 420 tests/kernels/test_triton_flash_attention.py ;;
     test-contrastive) tests "$step" 420 tests/kernels/test_triton_nt_xent.py ;;
     test-rows) tests "$step" 240 tests/kernels/test_triton_row_sparse.py ;;
+    test-cuda) tests "$step" 420 -m gpu tests/kernels/test_cuda.py ;;
     test-slow) tests "$step" 480 --slow -m "gpu and slow" tests/kernels ;;
     bench-attention) bench "$step" 500 benchmarks/bench_flash_attention_gpu.py -k dense ;;
     bench-packed) bench "$step" 240 benchmarks/bench_flash_attention_gpu.py -k packed ;;
