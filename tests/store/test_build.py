@@ -75,6 +75,9 @@ def check_kinds(
                 items = ids[columns.item[inside]].tolist()
             found = list(zip(columns.timestamp_s[inside].tolist(), items, strict=True))
             assert found == expected_sorted(rows[kind], client, cutoff_s), (kind, client)
+        if columns.item is not None:
+            wanted = np.bincount(columns.item, minlength=store.num_urls if kind == "page_visit" else store.num_skus)
+            np.testing.assert_array_equal(store.item_counts(kind), wanted)
         for earlier_s in (0, 5, cutoff_s):
             counts = store.rows_before(kind, earlier_s) - columns.offsets[:-1]
             assert counts.tolist() == [len(expected_sorted(rows[kind], c, min(earlier_s, cutoff_s))) for c in clients]
@@ -125,6 +128,7 @@ def test_rare_urls_are_unknown(write_events: Write, tmp_path: Path) -> None:
     store = EventStore.open(tmp_path / "store")
     assert store.url_ids.tolist() == [-1, -1, 5]
     assert store.kind("page_visit").item.tolist() == [2, 2, 2, 1, 1, 1]  # type: ignore[union-attr]
+    assert store.item_counts("page_visit").tolist() == [0, 3, 3]
 
 
 def test_clients_without_events_keep_a_row(write_events: Write, tmp_path: Path) -> None:

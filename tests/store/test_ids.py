@@ -60,6 +60,14 @@ def test_numbers_while_ids_come() -> None:
         assert sorted(found.tolist()) == values[occurrences >= least].tolist()
         assert [number_of.get(value, value) for value in found.tolist()] == their_numbers.tolist()
     assert counts.max() == 2
+    values, occurrences = np.unique(ids, return_counts=True)
+    every = np.array([number_of.get(value, value) for value in values.tolist()])
+    assert numbering.counts_of(every).tolist() == occurrences.tolist()
+    numbering.add_counts(every[::2], np.arange(len(every[::2])))
+    occurrences[::2] += np.arange(len(every[::2]))
+    assert numbering.counts_of(every).tolist() == occurrences.tolist()
+    numbering.add_counts(every[-1:], np.array([2**40]))
+    assert numbering.counts_of(every[-1:]).tolist() == [2**31 - 1]
 
 
 def test_only_the_rows_asked_for() -> None:

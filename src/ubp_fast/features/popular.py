@@ -42,9 +42,12 @@ def popular_values(store: EventStore, kind: str, before_s: int, top_values: int)
         raise ValueError(f"popular_values: kind must have items, got '{kind}'")
     tables = _tables(store, kind)
     num_items = store.num_urls if kind == "page_visit" else store.num_skus
-    item_counts = code_counts(
-        columns.offsets, columns.timestamp_s, columns.item, before_s=before_s, num_codes=num_items
-    )
+    if before_s >= store.cutoff_s:
+        item_counts = np.asarray(store.item_counts(kind))
+    else:
+        item_counts = code_counts(
+            columns.offsets, columns.timestamp_s, columns.item, before_s=before_s, num_codes=num_items
+        )
     slots: list[np.ndarray] = []
     labels: list[str] = []
     for name, (dense_of_item, originals) in tables.items():

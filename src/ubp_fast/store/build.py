@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+from numba import njit
 
 from ubp_fast.events.progress import Progress, Steps
 from ubp_fast.events.publish import published_directory
 from ubp_fast.events.read import EventDirectory
-from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, NUM_CODES, DataError
+from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, NUM_CODES, SKU_KINDS, DataError
 from ubp_fast.store.event_store import FORMAT, HEADER_FILE, TIMELINE, ColumnWriter, EventStore
 from ubp_fast.store.ids import KnownIds, Numbering
 from ubp_fast.store.spill import MAX_CLIENTS, Events, Spill, keys_of, merge, sort_events
@@ -137,16 +138,18 @@ class _Builder:
         self._spills: dict[str, Spill] = {}
         self._products = events.products().sort("sku")
         self._skus = KnownIds(self._products["sku"].to_numpy())
-        self._sku_seen = np.zeros(len(self._products), bool)
+        self._sku_counts = {kind: np.zeros(len(self._products), np.int64) for kind in SKU_KINDS}
         self._urls = Numbering()
         self._dense: dict[str, np.ndarray] = {}
         self.header: dict[str, object] = {"format": FORMAT, "cutoff_s": cutoff_s, "num_clients": len(clients)}
         if base is not None:
             self._base_rows = self._clients.find(np.asarray(base.client_ids))
             skus = self._skus.find(np.asarray(base.sku_ids[FIRST_ID:]))
-            self._sku_seen[skus] = True
             urls = self._urls.number(np.asarray(base.url_ids), np.arange(FIRST_ID, base.num_urls, dtype=np.int32))
+            self._urls.add_counts(urls, base.item_counts("page_visit")[FIRST_ID:] - 1)
             self._base_numbers = {"sku": skus, "url": urls}
+            for kind in SKU_KINDS:
+                self._sku_counts[kind][skus] = base.item_counts(kind)[FIRST_ID:]
 
     def spill_kind(self, kind: str, steps: Steps) -> None:
         """Reads the history of one kind; keeps the events of our clients, items as numbers."""
@@ -158,7 +161,7 @@ class _Builder:
             rows, clients = self._clients.known(client_id, timestamp_s, self._cutoff_s)
             spill.write(clients, timestamp_s[rows], self._numbers(kind, values, rows))
             steps.done()
-        spill.flush()
+        spill.finish()
 
     def _numbers(self, kind: str, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Codes, or numbers that `write_vocabularies` turns into dense ids, of some rows of a batch."""
@@ -167,19 +170,33 @@ class _Builder:
         if kind == "page_visit":
             return self._urls.number(values, rows)
         places = self._skus.find(values[rows])
-        self._sku_seen[places] = True
+        if places.min(initial=0) < 0:
+            sku = values[rows][places < 0][0]
+            raise DataError(
+                f"{self._events.path}: column 'sku' of {kind} must occur in the product table, got {sku};"
+                " prepare the events again from their source"
+            )
+        _count(places, self._sku_counts[kind])
         return places
 
     def write_vocabularies(self, min_url_count: int) -> None:
         """Makes the vocabularies and writes them and the product table; numbers get their dense ids."""
-        products = self._products.filter(pl.Series(self._sku_seen))
-        self._dense["sku"] = np.cumsum(self._sku_seen, dtype=np.int32) + np.int32(FIRST_ID - 1)
+        is_seen = np.sum(list(self._sku_counts.values()), axis=0) > 0
+        products = self._products.filter(pl.Series(is_seen))
+        self._dense["sku"] = np.cumsum(is_seen, dtype=np.int32) + np.int32(FIRST_ID - 1)
+        for kind, counts in self._sku_counts.items():
+            self.save(f"{kind}.item_counts", np.concatenate([np.zeros(FIRST_ID, np.int64), counts[is_seen]]))
         ids, numbers = self._urls.counted(min_url_count)
         order = np.argsort(ids)
+        ids, numbers = ids[order], numbers[order]
         url_ids = vocabulary(ids)
         self._dense["url"] = np.zeros(self._urls.end, np.int32)
-        self._dense["url"][self._urls.counted(1)[1]] = UNKNOWN
-        self._dense["url"][numbers[order]] = np.arange(FIRST_ID, len(url_ids))
+        every = self._urls.counted(1)[1]
+        self._dense["url"][every] = UNKNOWN
+        self._dense["url"][numbers] = np.arange(FIRST_ID, len(url_ids))
+        counts = self._urls.counts_of(numbers)
+        rare = int(self._urls.counts_of(every).sum() - counts.sum())
+        self.save("page_visit.item_counts", np.concatenate([np.array([0, rare], np.int64), counts]))
         self.save("url_ids", url_ids)
         sku_ids = vocabulary(products["sku"].to_numpy())
         self.header |= {"num_skus": len(sku_ids), "num_urls": len(url_ids)}
@@ -260,3 +277,9 @@ class _Builder:
         """Removes the spilled events."""
         for spill in self._spills.values():
             spill.close()
+
+
+@njit(cache=True, nogil=True)
+def _count(places, counts):  # pragma: no cover - compiled
+    for place in places:
+        counts[place] += 1

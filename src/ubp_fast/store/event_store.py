@@ -21,7 +21,7 @@ import numpy as np
 from ubp_fast.events.schema import EVENT_KINDS, DataError
 
 HEADER_FILE = "store.json"
-FORMAT = 1
+FORMAT = 2
 TIMELINE = "timeline"
 
 
@@ -151,6 +151,13 @@ class EventStore:
             else:
                 columns[name] = KindColumns(offsets, timestamp_s, self._column(f"{name}.item"), None)
         return columns
+
+    def item_counts(self, kind: str) -> np.ndarray:
+        """How often each dense id of a kind with items occurs in the store, i64 [num_skus or num_urls].
+
+        2^31 - 1 visits of one url stand for that and more.
+        """
+        return self._column(f"{kind}.item_counts")
 
     @cached_property
     def timeline(self) -> Timeline:

@@ -15,6 +15,7 @@ from numba import njit
 BITS_PER_ID = 256
 DIRECT_IDS = 1 << 25
 SMALLEST_TABLE = 1 << 10
+MAX_COUNT = 2**31 - 1
 
 
 class KnownIds:
@@ -84,6 +85,23 @@ class Numbering:
             self._keys, self._numbers = _empty_table(len(self._ids))
             _insert(self._ids[: self._size], np.arange(self._size, dtype=np.int32), self._keys, self._numbers)
             known = (self._keys, self._numbers, self._ids, self._counts)
+
+    def add_counts(self, numbers: np.ndarray, counts: np.ndarray) -> None:
+        """Counts ids again: how often more each of some numbers came; no number twice."""
+        direct = numbers < DIRECT_IDS
+        for table, rows, more in (
+            (self._direct_counts, numbers[direct], counts[direct]),
+            (self._counts, numbers[~direct] - DIRECT_IDS, counts[~direct]),
+        ):
+            table[rows] = np.minimum(table[rows] + more.astype(np.int64), MAX_COUNT)
+
+    def counts_of(self, numbers: np.ndarray) -> np.ndarray:
+        """How often the id of each number came, i64; 2^31 - 1 stands for that and more."""
+        counts = np.empty(len(numbers), np.int64)
+        direct = numbers < DIRECT_IDS
+        counts[direct] = self._direct_counts[numbers[direct]]
+        counts[~direct] = self._counts[numbers[~direct] - DIRECT_IDS]
+        return counts
 
     def counted(self, min_count: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids that came at least that often (1 or more), i64 in no order, and their numbers, i64."""
@@ -192,7 +210,7 @@ def _number(ids, rows, start, numbers, direct_counts, size, keys, values, known,
     for index in range(start, rows.size):
         value = ids[rows[index]]
         if 0 <= value < direct_counts.size:
-            direct_counts[value] += direct_counts[value] < 0x7FFFFFFF
+            direct_counts[value] += direct_counts[value] < MAX_COUNT
             numbers[index] = value
             end = max(end, value + 1)
             continue
@@ -206,6 +224,6 @@ def _number(ids, rows, start, numbers, direct_counts, size, keys, values, known,
             known[number] = value
             keys[slot] = value
             values[slot] = number
-        counts[number] += counts[number] < 0x7FFFFFFF
+        counts[number] += counts[number] < MAX_COUNT
         numbers[index] = direct_counts.size + number
     return rows.size, size, end

@@ -83,6 +83,11 @@ class Spill:
         self.num_events += count
         self._waiting, self._num_waiting = [], 0
 
+    def finish(self) -> None:
+        """Writes what waits and gives the buffers back; nothing may follow."""
+        self.flush()
+        self._keys, self._items = np.empty(0, np.int64), self._empty
+
     def read(self, block: int, before: tuple[np.ndarray, np.ndarray] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Keys i64 [N] and items of a block in the order in which they came, after those `before`."""
         starts = [0 if before is None else len(before[0])]
