@@ -189,8 +189,8 @@ class Contest:
     ) -> None:
         """Work without a rival: the median CPU time and the memory must stay below a bound.
 
-        Memory is what the process itself holds (anonymous pages) beyond the start of the call: pages of mapped files are
-        the system's to take back.
+        Memory is what the process itself holds (anonymous pages) beyond the start of the call: pages of mapped files
+        are the system's to take back.
 
         Args:
             figure: what is measured.
