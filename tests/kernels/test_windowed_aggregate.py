@@ -253,6 +253,18 @@ def test_memory_mapped_columns(tmp_path: Any) -> None:
     assert_same(call(arguments, **mapped), call(arguments))
 
 
+@pytest.mark.parametrize("backend", ["reference", "numba"])
+@pytest.mark.parametrize("anchor_s", [1_000, 2**31 - 1, 2**40])
+def test_timestamps_of_four_bytes(backend: str, anchor_s: int) -> None:
+    arguments = random_shop() | {"anchor_s": anchor_s}
+    limits = np.iinfo(np.int32)
+    offsets = arguments["offsets"]
+    arguments["timestamp_s"] = arguments["timestamp_s"].clip(limits.min, limits.max)
+    arguments["timestamp_s"][offsets[:-1][np.diff(offsets) > 0][0]] = limits.min  # ages beyond 2^31 s
+    narrow = arguments | {"timestamp_s": arguments["timestamp_s"].astype(np.int32)}
+    assert_same(call(narrow, backend=backend), call(arguments, backend=backend))
+
+
 def as_tensors(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in arguments.items()}
 

@@ -103,11 +103,34 @@ def test_dtypes(write_events: Write, tmp_path: Path) -> None:
     build_store(write_events(tmp_path / "events", rows), tmp_path / "store", 100)
     store = EventStore.open(tmp_path / "store")
     timeline, products, visits = store.timeline, store.products, store.kind("page_visit")
-    assert [column.dtype for column in timeline] == [np.int64, np.int64, np.uint8, np.int64]
+    assert [column.dtype for column in timeline] == [np.int64, np.int32, np.uint8, np.int32]
     assert [column.dtype for column in products] == [np.int64, np.int32, np.int32, np.uint8]
     assert visits.item is not None
     assert visits.item.dtype == np.int32
     assert store.client_ids.dtype == store.url_ids.dtype == store.category_ids.dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    ("first_s", "last_s", "dtype"),
+    [
+        (-(2**31), 2**31 - 2, np.int32),
+        (-(2**31) - 1, 5, np.int64),  # 1901
+        (5, 2**31 - 1, np.int64),  # the cutoff after it no longer fits
+        (5, 2**32 + 5, np.int64),
+    ],
+)
+def test_times_take_eight_bytes_where_four_are_too_few(
+    write_events: Write, tmp_path: Path, first_s: int, last_s: int, dtype: type
+) -> None:
+    rows = {kind: [(3, last_s, 2), (1, first_s, 2), (3, first_s, 4)] for kind in EVENT_KINDS}
+    build_store(write_events(tmp_path / "events", rows, [1, 3]), tmp_path / "store", last_s + 1)
+    store = EventStore.open(tmp_path / "store")
+    assert {store.timeline.timestamp_s.dtype, *(store.kind(kind).timestamp_s.dtype for kind in EVENT_KINDS)} == {
+        np.dtype(dtype)
+    }
+    assert store.first_timestamp_s == first_s
+    check_kinds(store, rows, [1, 3], last_s + 1)
+    check_timeline(store, [1, 3])
 
 
 def test_products_by_dense_id(write_events: Write, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_open_refuses_what_is_no_store(write_events: Write, tmp_path: Path) -> N
     with pytest.raises(DataError, match=r"must hold store.json"):
         EventStore.open(tmp_path)
     (tmp_path / "store.json").write_text(json.dumps({"format": 0}))
-    with pytest.raises(DataError, match="must have format 2, got 0"):
+    with pytest.raises(DataError, match="must have format 3, got 0"):
         EventStore.open(tmp_path)
     build_store(write_events(tmp_path / "events", {"page_visit": [(1, 10, 5)]}), tmp_path / "store", 100)
     (tmp_path / "store" / "url_ids.npy").unlink()

@@ -74,7 +74,7 @@ class Gaps:
             count = history.store.rows_before(kind, history.cutoff_s) - offsets[:-1]
             client = np.repeat(np.arange(len(count)), count)
             rows = np.arange(len(client)) + np.repeat(offsets[:-1] - (np.cumsum(count) - count), count)
-            time_s = np.asarray(timestamp_s)[rows]
+            time_s = np.asarray(timestamp_s)[rows].astype(np.int64)
             inside = client[1:] == client[:-1]
             pauses = np.diff(time_s)[inside] > SESSION_PAUSE_S
             sessions = np.bincount(client[1:][inside][pauses], minlength=len(count)) + (count > 0)

@@ -42,7 +42,7 @@ def activity_columns(store: EventStore, cutoff_s: int) -> np.ndarray:
         counts = end - start
         days = np.full(store.num_clients, span_days)
         used = counts > 0
-        days[used] = (cutoff_s - kind.timestamp_s[end[used] - 1]) / DAY_S
+        days[used] = (cutoff_s - kind.timestamp_s[end[used] - 1].astype(np.int64)) / DAY_S
         columns += [np.log1p(counts), np.log1p(np.maximum(days, 0.0))]
     return np.stack(columns, axis=1)
 

@@ -21,7 +21,7 @@ from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, NUM_CODES, SKU_KINDS, DataError
 from ubp_fast.store.event_store import FORMAT, HEADER_FILE, TIMELINE, ColumnWriter, EventStore
 from ubp_fast.store.ids import KnownIds, Numbering
-from ubp_fast.store.spill import MAX_CLIENTS, Events, Spill, keys_of, merge, sort_events
+from ubp_fast.store.spill import MAX_CLIENTS, Events, Spill, keys_of, merge, narrowest, sort_events
 from ubp_fast.store.vocabulary import FIRST_ID, UNKNOWN, encode, vocabulary
 
 BLOCK_EVENTS = 1 << 18
@@ -232,22 +232,27 @@ class _Builder:
         for kind, count in counts.items():
             names = ("timestamp_s", "codes" if ITEM_COLUMN[kind] == "query" else "item")
             writers[kind] = ColumnWriter(self._directory, kind, names, self._num_clients, count)
-        first_s = []
+        first_s = self._first_s()
+        time, row_dtype = narrowest(first_s, self._cutoff_s), narrowest(0, max(counts.values()))
         for block in range(self.num_blocks):
-            parts = [self._sorted(kind, block) for kind in EVENT_KINDS]
-            offsets, timestamp_s, kind_code, row = merge(parts)
-            row += np.array([writers[kind].num_rows for kind in EVENT_KINDS])[kind_code - 1]
+            parts = [self._sorted(kind, block, time) for kind in EVENT_KINDS]
+            offsets, timestamp_s, kind_code, row = merge(parts, [one.num_rows for one in writers.values()], row_dtype)
             timeline.append(offsets, timestamp_s, kind_code, row)
             for writer, part in zip(writers.values(), parts, strict=True):
                 writer.append(*part)
-            first_s.append(int(timestamp_s.min(initial=self._cutoff_s)))
             steps.done()
         for writer in (timeline, *writers.values()):
             writer.close()
-        self.header |= {"first_timestamp_s": min(first_s), "kinds": [kind for kind in EVENT_KINDS if counts[kind]]}
+        self.header |= {"first_timestamp_s": first_s, "kinds": [kind for kind in EVENT_KINDS if counts[kind]]}
         (self._directory / HEADER_FILE).write_text(json.dumps(self.header, indent=1) + "\n", encoding="utf-8")
 
-    def _sorted(self, kind: str, block: int) -> Events:
+    def _first_s(self) -> int:
+        """Time of the earliest event."""
+        times = [spill.first_s for spill in self._spills.values()]
+        times.append(None if self._base is None else self._base.first_timestamp_s)
+        return min(time for time in times if time is not None)
+
+    def _sorted(self, kind: str, block: int, time: type[np.signedinteger]) -> Events:
         """Events of a block of clients with dense ids."""
         first = block * self._block_clients
         num_clients = min(self._block_clients, self._num_clients - first)
@@ -255,7 +260,7 @@ class _Builder:
         keys, items = self._spills[kind].read(block, before)
         if items.ndim == 1:
             items = self._dense[ITEM_COLUMN[kind]][items]
-        return sort_events(keys, items, first, num_clients)
+        return sort_events(keys, items, first, num_clients, time)
 
     def _base_records(self, base: EventStore, kind: str, first: int, num_clients: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys and items, as numbers, that the base holds of the clients of a block."""

@@ -4,7 +4,8 @@
     offsets   0         4   4       7
     time      t0 t1 t2 t3 | | t4 t5 t6   (ascending inside a client, ties in file order)
 
-All files are plain npy plus `store.json`; a cutoff view is a binary search per client, no copy.
+All files are plain npy plus `store.json`; a cutoff view is a binary search per client, no copy. Times and rows take
+four bytes where all of a store fit, which is nearly always: its columns are read more often than anything else.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 from ubp_fast.events.schema import EVENT_KINDS, DataError
 
 HEADER_FILE = "store.json"
-FORMAT = 2
+FORMAT = 3
 TIMELINE = "timeline"
 
 
@@ -30,7 +31,7 @@ class KindColumns(NamedTuple):
 
     Attributes:
         offsets: i64 [U + 1], rows of client u are offsets[u]:offsets[u + 1].
-        timestamp_s: i64 [N], ascending per client.
+        timestamp_s: i32 [N], i64 when a time of the store lies outside of 1902..2038; ascending per client.
         item: i32 [N] dense sku or url id; None for searches.
         codes: u8 [N, 16] query codes; None for the other kinds.
     """
@@ -46,9 +47,9 @@ class Timeline(NamedTuple):
 
     Attributes:
         offsets: i64 [U + 1].
-        timestamp_s: i64 [M].
+        timestamp_s: [M], as that of the kinds.
         kind: u8 [M], 1 + index in EVENT_KINDS.
-        row: i64 [M], row inside the columns of that kind.
+        row: i32 [M], row inside the columns of that kind; i64 when there are more than 2^31.
     """
 
     offsets: np.ndarray
@@ -271,7 +272,7 @@ def rows_before(offsets: np.ndarray, timestamp_s: np.ndarray, cutoff_s: int) -> 
 
     Args:
         offsets: i64 [U + 1].
-        timestamp_s: i64 [N], ascending between offsets.
+        timestamp_s: integers [N], ascending between offsets.
         cutoff_s: the cutoff.
 
     Returns:

@@ -62,8 +62,7 @@ class Numbering:
     """
 
     def __init__(self) -> None:
-        # Pages that no id touches take no memory.
-        self._direct_counts = np.zeros(DIRECT_IDS, np.int32)
+        self._direct_counts = np.zeros(SMALLEST_TABLE, np.int32)
         self._keys, self._numbers = _empty_table(SMALLEST_TABLE)
         self._size = 0
         self._direct_end = 0
@@ -79,6 +78,9 @@ class Numbering:
             self._direct_end = max(end, self._direct_end)
             if done == len(rows):
                 return numbers
+            if 0 <= ids[rows[done]] < DIRECT_IDS:
+                self._direct_counts = _grown(self._direct_counts, int(ids[rows[done]]) + 1)
+                continue
             space = np.zeros_like(self._ids)
             self._ids = np.concatenate([self._ids, space])
             self._counts = np.concatenate([self._counts, space.astype(np.int32)])
@@ -89,6 +91,7 @@ class Numbering:
     def add_counts(self, numbers: np.ndarray, counts: np.ndarray) -> None:
         """Counts ids again: how often more each of some numbers came; no number twice."""
         direct = numbers < DIRECT_IDS
+        self._direct_counts = _grown(self._direct_counts, int(numbers[direct].max(initial=-1)) + 1)
         for table, rows, more in (
             (self._direct_counts, numbers[direct], counts[direct]),
             (self._counts, numbers[~direct] - DIRECT_IDS, counts[~direct]),
@@ -113,6 +116,15 @@ class Numbering:
     def end(self) -> int:
         """Every number given so far is smaller."""
         return DIRECT_IDS + self._size
+
+
+def _grown(counts: np.ndarray, entries: int) -> np.ndarray:
+    """At least so many counts, a power of two. Written as a whole: such memory comes in large pages."""
+    if entries <= len(counts):
+        return counts
+    more = np.empty(1 << (entries - 1).bit_length(), counts.dtype)
+    more[: len(counts)], more[len(counts) :] = counts, 0
+    return more
 
 
 def _empty_table(entries: int) -> tuple[np.ndarray, np.ndarray]:
@@ -202,7 +214,7 @@ def _places_of(ids, rows, first, bits, keys, places):  # pragma: no cover - comp
 
 @njit(cache=True, nogil=True)
 def _number(ids, rows, start, numbers, direct_counts, size, keys, values, known, counts):  # pragma: no cover - compiled
-    """Returns (rows done, entries in the table, end of the small ids); stops early when the table has to grow first.
+    """Returns (rows done, entries in the table, end of the small ids); stops where a table has to grow first.
 
     Counts stop at 2^31 - 1.
     """
@@ -214,6 +226,8 @@ def _number(ids, rows, start, numbers, direct_counts, size, keys, values, known,
             numbers[index] = value
             end = max(end, value + 1)
             continue
+        if 0 <= value < DIRECT_IDS:
+            return index, size, end
         slot = _slot(value, keys, values)
         number = values[slot]
         if number < 0:
@@ -225,5 +239,5 @@ def _number(ids, rows, start, numbers, direct_counts, size, keys, values, known,
             keys[slot] = value
             values[slot] = number
         counts[number] += counts[number] < MAX_COUNT
-        numbers[index] = direct_counts.size + number
+        numbers[index] = DIRECT_IDS + number
     return rows.size, size, end

@@ -7,6 +7,7 @@ is gathered from one run per batch; memory holds a batch, or a block, whatever t
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ class Events(NamedTuple):
 
     Attributes:
         offsets: i64 [clients + 1].
-        timestamp_s: i64 [N].
+        timestamp_s: [N], of the dtype that was asked for.
         item: i32 [N] numbers, or u8 [N, 16] codes.
     """
 
@@ -45,6 +46,10 @@ class Spill:
         block_bits: a block has 2^block_bits clients: block b begins with the row b * 2^block_bits.
         num_blocks: number of blocks.
         item: an empty array with the dtype and shape of the items.
+
+    Attributes:
+        num_events: records so far.
+        first_s: time of the earliest one, None before there is one.
     """
 
     def __init__(self, path: Path, block_bits: int, num_blocks: int, item: np.ndarray) -> None:
@@ -56,11 +61,15 @@ class Spill:
         # Made once: memory that is new to the process costs more than what is done with it.
         self._keys, self._items = np.empty(0, np.int64), item
         self.num_events = 0
+        self.first_s: int | None = None
 
     def write(self, client_row: np.ndarray, timestamp_s: np.ndarray, item: np.ndarray) -> None:
         """Appends a batch: client rows i32 [N], times i64 [N], items [N, ...]."""
         self._waiting.append((client_row, timestamp_s, item))
         self._num_waiting += len(client_row)
+        if len(timestamp_s):
+            first_s = int(timestamp_s.min())
+            self.first_s = first_s if self.first_s is None else min(first_s, self.first_s)
         if self._num_waiting >= RUN_EVENTS:
             self.flush()
 
@@ -119,28 +128,47 @@ class Spill:
             content, place = content[count:], place + count
 
 
+def narrowest(smallest: int, largest: int) -> type[np.signedinteger]:
+    """int32 where it holds both numbers, else int64."""
+    limits = np.iinfo(np.int32)
+    return np.int32 if limits.min <= smallest and largest <= limits.max else np.int64
+
+
 def keys_of(client_row: np.ndarray, timestamp_s: np.ndarray) -> np.ndarray:
     """The keys i64 [N] of events."""
-    return (client_row.astype(np.int64) << TIME_BITS) | (timestamp_s - EARLIEST_S)
+    return (client_row.astype(np.int64) << TIME_BITS) | (timestamp_s.astype(np.int64) - EARLIEST_S)
 
 
-def sort_events(keys: np.ndarray, items: np.ndarray, first_client: int, num_clients: int) -> Events:
+def sort_events(
+    keys: np.ndarray, items: np.ndarray, first_client: int, num_clients: int, time: type[np.signedinteger] = np.int64
+) -> Events:
     """Sorts records of the clients first_client up to first_client + num_clients; equal keys keep their order."""
     offsets, order = _sorted(keys, first_client, num_clients)
-    return Events(offsets, _times(keys, order), items[order])
+    timestamp_s = np.empty(len(order), time)
+    _times(keys, order, timestamp_s)
+    return Events(offsets, timestamp_s, items[order])
 
 
-def merge(kinds: list[Events]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def merge(
+    kinds: list[Events], first_rows: Sequence[int], row: type[np.signedinteger] = np.int64
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """All kinds of a block merged by time; ties in the order of kinds, then of rows.
 
+    Args:
+        kinds: the events of every kind.
+        first_rows: number of the first row of each of them.
+        row: dtype of the numbers of rows.
+
     Returns:
-        offsets i64 [clients + 1], timestamp_s i64 [M], kind u8 [M] (1 + index in `kinds`), row i64 [M] (in its kind).
+        offsets i64 [clients + 1], timestamp_s [M], kind u8 [M] (1 + index in `kinds`), row [M] (in its kind).
     """
     starts = np.cumsum([0, *(len(events.timestamp_s) for events in kinds)])
     offsets = np.stack([events.offsets + start for events, start in zip(kinds, starts[:-1], strict=True)])
     times = np.concatenate([events.timestamp_s for events in kinds])
     merged = np.sum([events.offsets for events in kinds], axis=0)
-    return merged, *_merged(offsets, times)
+    rows = np.empty(len(times), row)
+    shifts = np.asarray(first_rows) - starts[:-1]  # from places in `times` to numbers of rows
+    return merged, *_merged(offsets, times, shifts, rows), rows
 
 
 @njit(cache=True, nogil=True)
@@ -162,11 +190,9 @@ def _scatter(client_row, timestamp_s, item, block_bits, ends, keys, items):  # p
 
 
 @njit(cache=True, nogil=True)
-def _times(keys, order):  # pragma: no cover - compiled
-    times = np.empty(order.size, np.int64)
+def _times(keys, order, times):  # pragma: no cover - compiled
     for place in range(order.size):
         times[place] = (keys[order[place]] & ((1 << TIME_BITS) - 1)) + EARLIEST_S
-    return times
 
 
 @njit(cache=True, nogil=True)
@@ -207,11 +233,11 @@ def _sort_history(history, keys):  # pragma: no cover - compiled
 
 
 @njit(cache=True, nogil=True)
-def _merged(offsets, times):  # pragma: no cover - compiled
+def _merged(offsets, times, shifts, rows):  # pragma: no cover - compiled
+    """Fills rows; returns the merged times and kinds."""
     num_kinds, num_clients = offsets.shape[0], offsets.shape[1] - 1
-    merged = np.empty(times.size, np.int64)
+    merged = np.empty_like(times)
     kinds = np.empty(times.size, np.uint8)
-    rows = np.empty(times.size, np.int64)
     at = np.empty(num_kinds, np.int64)
     out = 0
     for client in range(num_clients):
@@ -221,11 +247,11 @@ def _merged(offsets, times):  # pragma: no cover - compiled
             left += offsets[kind, client + 1] - at[kind]
         for _ in range(left):
             best = -1
-            best_s = np.int64(0)
+            best_s = times[0]
             for kind in range(num_kinds):
                 if at[kind] < offsets[kind, client + 1] and (best < 0 or times[at[kind]] < best_s):
                     best, best_s = kind, times[at[kind]]
-            merged[out], kinds[out], rows[out] = best_s, best + 1, at[best] - offsets[best, 0]
+            merged[out], kinds[out], rows[out] = best_s, best + 1, at[best] + shifts[best]
             at[best] += 1
             out += 1
-    return merged, kinds, rows
+    return merged, kinds

@@ -109,7 +109,7 @@ def windowed_aggregate(
     Args:
         offsets: [U + 1] int64, ascending: events of client u are rows offsets[u]..offsets[u + 1]. It need not start
             at 0: a part of the offsets is a block of clients.
-        timestamp_s: [N] int64 seconds, ascending inside every client (not checked beyond the given clients).
+        timestamp_s: [N] int64 or int32 seconds, ascending inside every client (not checked beyond the given clients).
         codes: [N] integer item codes in [0, M); needed for slots, groups and values.
         anchor_s: where every window ends.
         windows_s: lengths in seconds, > 0 and ascending; None as the last one is all history before the anchor.
@@ -218,7 +218,7 @@ def checked_problem(
 ) -> Problem:  # fmt: skip
     """Raises what `windowed_aggregate` documents; backends never check again."""
     offsets = _integers("offsets", offsets, 1, np.int64)
-    timestamp_s = _integers("timestamp_s", timestamp_s, 1, np.int64)
+    timestamp_s = _integers("timestamp_s", timestamp_s, 1, np.int64, np.int32)
     _check_scalars(anchor_s, windows_s, half_lives_s, periods_s)
     _check_offsets(offsets, len(timestamp_s))
     if codes is None:
@@ -259,7 +259,10 @@ def _table(table: np.ndarray | None) -> np.ndarray:
     return table[:, None] if table.ndim == 1 else table
 
 
-def _integers(name: str, array: np.ndarray | None, dimensions: int, dtype: type) -> np.ndarray:
+def _integers(
+    name: str, array: np.ndarray | None, dimensions: int, dtype: type, also: type | None = None
+) -> np.ndarray:
+    """As `dtype`; arrays of the dtype `also` stay what they are."""
     if array is None:
         return np.zeros((0,) * dimensions, dtype)
     array = np.asarray(array) if dimensions == 1 else _table(array)
@@ -267,6 +270,8 @@ def _integers(name: str, array: np.ndarray | None, dimensions: int, dtype: type)
         raise ValueError(f"windowed_aggregate: {name} must have {dimensions} dimensions, got shape {list(array.shape)}")
     if array.dtype.kind not in "iu":
         raise TypeError(f"windowed_aggregate: {name} must be integers, got {array.dtype}")
+    if array.dtype == also:
+        return array
     if array.dtype != dtype and array.size:
         limits = np.iinfo(dtype)
         if int(array.max()) > limits.max or int(array.min()) < limits.min:

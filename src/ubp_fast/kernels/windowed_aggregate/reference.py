@@ -126,7 +126,7 @@ def _events(problem: Problem) -> pl.DataFrame:
     frame = pl.DataFrame(
         {
             "client": np.repeat(np.arange(len(offsets) - 1), np.diff(offsets)),
-            "timestamp_s": problem.timestamp_s[here],
+            "timestamp_s": problem.timestamp_s[here].astype(np.int64),
             "code": problem.codes[here],
         }
     )
