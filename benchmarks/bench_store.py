@@ -10,13 +10,12 @@ import os
 os.environ.setdefault("POLARS_MAX_THREADS", "1")
 
 import shutil
-import time
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
-from bench_windowed_aggregate import DUCKDB_BARS, POLARS_BARS, SMALL, WIDE, agree
+from bench_windowed_aggregate import DUCKDB_BARS, POLARS_BARS, SMALL, WIDE, agree, two_threads
 from contest import Contest
 from reference_dataframes import read_with_duckdb, read_with_polars, with_duckdb, with_polars
 from shop_logs import CUTOFF_S, DAYS, EVENTS, START_S, write_logs
@@ -35,7 +34,9 @@ def to_features(
     events: EventDirectory, path: Path, config: CountsConfig, directory: Path | None = None
 ) -> FeatureMatrix | SparseFeatureMatrix:
     """A new store at `path`, and features from it."""
-    shutil.rmtree(path, ignore_errors=True)
+    for old in (path, directory):
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
     build_store(events, path, CUTOFF_S)
     return count_features(EventStore.open(path), CUTOFF_S, config, directory)
 
@@ -65,16 +66,21 @@ def bench_parquet_to_features(contest: Contest, tmp_path: Path, name: str, scale
     )
 
 
+@pytest.fixture(scope="module")
+def full_size(tmp_path_factory: pytest.TempPathFactory) -> EventDirectory:
+    """169 M events, 1 M relevant clients."""
+    return write_logs(tmp_path_factory.mktemp("full_size") / "events", 1.0)
+
+
 @pytest.mark.timeout(0)
 @pytest.mark.plain_glibc
-def bench_full_size(contest: Contest, tmp_path: Path) -> None:
-    """169 M events, 1 M relevant clients; features go to a file, so that all memory is beyond the output."""
-    events = write_logs(tmp_path / "events", 1.0)
-    store = tmp_path / "store"
+def bench_full_size(contest: Contest, full_size: EventDirectory, tmp_path: Path) -> None:
+    """Features go to a file, so that all memory is beyond the output."""
+    events, store = full_size, tmp_path / "store"
     to_features(write_logs(tmp_path / "small", 0.01), tmp_path / "warm", SMALL)  # compiles
     contest.limits(
         "Parquet to 320 features at full size",
-        lambda: to_features(events, store, SMALL, tmp_path / f"features-{time.monotonic_ns()}"),
+        lambda: to_features(events, store, SMALL, tmp_path / "features"),
         most_cpu_s=12.0,
         most_bytes=10**9,
         rounds=3,
@@ -88,6 +94,14 @@ def bench_full_size(contest: Contest, tmp_path: Path) -> None:
         rounds=5,
         facts={"clients": opened.num_clients},
     )
+
+
+@pytest.mark.timeout(0)
+@pytest.mark.plain_glibc
+def bench_two_threads_at_full_size(contest: Contest, full_size: EventDirectory, tmp_path: Path) -> None:
+    """Features from the store; one thread's time over two threads'."""
+    build_store(full_size, tmp_path / "store", CUTOFF_S)
+    two_threads(contest, EventStore.open(tmp_path / "store"), "full size", 1.7)
 
 
 @pytest.mark.timeout(0)

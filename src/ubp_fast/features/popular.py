@@ -59,7 +59,8 @@ def popular_values(store: EventStore, kind: str, before_s: int, top_values: int)
         slot_of_dense[top] = len(labels) + np.arange(len(top))
         slots.append(slot_of_dense if dense_of_item is None else slot_of_dense[dense_of_item])
         labels += [f"{name}_{value}" for value in originals[top].tolist()]
-    return PopularValues(np.stack(slots, axis=1), tuple(labels))
+    # A single column may be millions of urls: it is not copied.
+    return PopularValues(slots[0][:, None] if len(slots) == 1 else np.stack(slots, axis=1), tuple(labels))
 
 
 def _tables(store: EventStore, kind: str) -> dict[str, tuple[np.ndarray | None, np.ndarray]]:

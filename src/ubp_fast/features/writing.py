@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,10 +15,11 @@ import torch
 
 from ubp_fast.features.matrix import NAMES_FILE, FeatureMatrix, load_array, write_array, write_json
 
-# A block of 320 columns stays in the cache of a large CPU while all kinds of events are added to it.
-BLOCK_CLIENTS = 1 << 14
+# A block of 320 columns per thread stays in the cache of a large CPU while all kinds of events are added to it.
+BLOCK_CLIENTS = 1 << 13
 DTYPES = ("float32", "float16")
 LARGEST_FLOAT16 = 65_504.0
+SMALLEST_MAPPING = 1 << 22
 
 
 def in_client_blocks(
@@ -42,15 +46,13 @@ def in_client_blocks(
     """
     check_dtype(dtype)
     shape = (len(client_ids), len(names))
-    # Not np.zeros: NumPy asks for huge pages for np.empty only, and small ones cost more than filling them.
-    values = np.empty(shape, dtype) if directory is None else None
+    values = _zeros(shape, dtype) if directory is None else None
     file = None if directory is None else _new_file(directory, shape, dtype)
     free: list[np.ndarray] = []
 
     def make(first: int) -> None:
         last = min(first + block_clients, shape[0])
         if values is not None and dtype == "float32":
-            values[first:last] = 0
             fill(values[first:last], first, last)
             return
         buffer = free.pop() if free else np.empty((block_clients, shape[1]), np.float32)
@@ -78,6 +80,18 @@ def in_client_blocks(
         assert values is not None
         return FeatureMatrix(client_ids, values, names, units)
     return _finished(directory, client_ids, names, units)
+
+
+def _zeros(shape: tuple[int, int], dtype: str) -> np.ndarray:
+    """Untouched memory in huge pages where the system has them: np.zeros takes small ones, np.empty is not clean."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if size < SMALLEST_MAPPING or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return np.zeros(shape, dtype)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # A system without huge pages keeps its small ones.
+    with contextlib.suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, dtype).reshape(shape)
 
 
 def check_dtype(dtype: str) -> None:

@@ -130,22 +130,41 @@ def read_only(array: np.ndarray) -> np.ndarray:
 @numba.njit(cache=True, nogil=True)
 def _first_fault(first, last, offsets, timestamp_s, codes, num_codes):
     bad_code, falls = np.int64(-1), np.int64(-1)
+    # Whole runs of clients first: a history is too short for the CPU's vectors. Times may fall where a client begins.
+    run = slice(offsets[first], offsets[last])
+    faults = _num_falls(timestamp_s[run][1:], timestamp_s[run][:-1])
+    for client in range(first, last):
+        start = offsets[client]
+        if offsets[first] < start < offsets[client + 1]:
+            faults -= timestamp_s[start] < timestamp_s[start - 1]
+    if num_codes >= 0:
+        faults += _num_outside(codes[run], num_codes)
+    if faults == 0:
+        return bad_code, falls
     for client in range(first, last):
         start, end = offsets[client], offsets[client + 1]
-        faults = False
-        for row in range(start + 1, end):
-            faults |= timestamp_s[row] < timestamp_s[row - 1]
-        if num_codes >= 0:
-            for row in range(start, end):
-                faults |= (codes[row] < 0) | (codes[row] >= num_codes)
-        if not faults:
-            continue
         for row in range(start, end):
             if bad_code < 0 and num_codes >= 0 and (codes[row] < 0 or codes[row] >= num_codes):
                 bad_code = row
             if falls < 0 and row > start and timestamp_s[row] < timestamp_s[row - 1]:
                 falls = row
     return bad_code, falls
+
+
+@numba.njit(cache=True, nogil=True)
+def _num_falls(later, earlier):
+    falls = 0
+    for place in range(later.size):
+        falls += later[place] < earlier[place]
+    return falls
+
+
+@numba.njit(cache=True, nogil=True)
+def _num_outside(codes, num_codes):
+    outside = 0
+    for code in codes:
+        outside += (code < 0) | (code >= num_codes)
+    return outside
 
 
 @numba.njit(cache=True, nogil=True)
