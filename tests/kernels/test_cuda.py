@@ -113,6 +113,43 @@ def test_misaligned_rows_are_copied(device: str) -> None:
     torch.testing.assert_close(*results)
 
 
+REGISTERED_CASES = (
+    PackedCase("plain", (5, 0, 9), width=8, is_causal=True),
+    PackedCase("everything", (5, 0, 9), width=8, window=(4, 1), buckets=20, dropout_p=0.3),
+)
+
+
+@pytest.mark.parametrize("case", REGISTERED_CASES, ids=str)
+def test_attention_is_a_registered_op(case: PackedCase, device: str) -> None:
+    *rows, cu_query, cu_key = moved(packed_inputs(case, torch.float32), device)
+    options = dict(zip(case_options(case), moved(case_options(case).values(), device), strict=True))
+    times: tuple[Any, ...] = (None, None, None, None)
+    if case.buckets:
+        times = (options["time_bias"], *2 * [options["timestamp_s"]], torch.tensor([5], device=device))
+    low, high = case.window or (-1, 0 if case.is_causal else -1)
+    numbers = (low, high, 0.3, case.dropout_p, "cuda")
+    tensors = (*(part.requires_grad_() for part in rows), cu_query, cu_key, *times)
+    torch.library.opcheck(torch.ops.ubp_fast.flash_attention.default, (*tensors, *numbers))
+
+
+@pytest.mark.parametrize("case", REGISTERED_CASES, ids=str)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what torch.compile itself imports
+def test_attention_compiles_as_one_graph(case: PackedCase, device: str) -> None:
+    *rows, cu_seqlens, _ = moved(packed_inputs(case, torch.float32), device)
+    options = dict(zip(case_options(case), moved(case_options(case).values(), device), strict=True))
+    if case.dropout_p:
+        options["seed"] = torch.tensor([2**60 + 3], device=device)
+
+    def loss(*rows: Tensor) -> Tensor:
+        return flash_attention(*rows, cu_seqlens, backend="cuda", **options).square().sum()
+
+    found = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        inputs = [part.detach().requires_grad_() for part in rows]
+        found.append(torch.autograd.grad(function(*inputs), inputs))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
 # Rows, width, temperature, whether weight, valid and ids are given, whether rows are normalised.
 CONTRASTIVE_CASES = (
     (1, 1, 0.1, False, True),
@@ -188,6 +225,23 @@ def test_nt_xent_of_equal_rows_zero_rows_and_nothing(dtype: torch.dtype, device:
     assert not left.grad[1].any() and not right.grad[3].any() and left.grad[0].any()
     nobody = torch.zeros(5, dtype=torch.bool, device=device)
     assert float(nt_xent(left.detach(), right.detach(), valid=nobody, backend="cuda")) == 0
+
+
+@pytest.mark.parametrize("negatives", NEGATIVES)
+def test_nt_xent_is_a_registered_op(negatives: str, device: str) -> None:
+    left, right = (part.to(device) for part in pair(5, 4, torch.float32))
+    chosen = moved(options(5).values(), device)
+    tau = torch.tensor(0.2, device=device, requires_grad=True)
+    arguments = (left.requires_grad_(), right.requires_grad_(), tau, negatives, *chosen, True, "cuda")
+    torch.library.opcheck(torch.ops.ubp_fast.nt_xent.default, arguments)
+
+    def loss(left: Tensor, right: Tensor) -> Tensor:
+        return nt_xent(left, right, temperature=tau, negatives=negatives, backend="cuda")
+
+    found = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        found.append(torch.autograd.grad(function(left, right), (left, right, tau)))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 def test_absent_device_or_module_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
