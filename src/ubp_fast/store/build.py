@@ -9,6 +9,7 @@ Memory holds a batch or a block of clients, the clients and the vocabularies, wh
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from ubp_fast.events.progress import Progress, Steps
 from ubp_fast.events.publish import published_directory
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, NUM_CODES, SKU_KINDS, DataError
+from ubp_fast.store.clients import clients_of, in_shard
 from ubp_fast.store.event_store import FORMAT, HEADER_FILE, TIMELINE, ColumnWriter, EventStore
 from ubp_fast.store.ids import KnownIds, Numbering
 from ubp_fast.store.spill import MAX_CLIENTS, Events, Spill, keys_of, merge, narrowest, sort_events
@@ -36,6 +38,7 @@ def build_store(
     all_clients: bool = False,
     progress: Progress | None = None,
     base: EventStore | None = None,
+    shard: Sequence[int] | None = None,
 ) -> None:
     """Writes the store of all events with `timestamp_s < cutoff_s`; nothing later is looked at.
 
@@ -54,20 +57,25 @@ def build_store(
         base: a store of the same source with an earlier cutoff. Events before that cutoff are taken from it and only
             later ones are read, so that another day costs a copy and that day; the result has the same bytes. Its
             clients must be all that `events` asks for, and min_url_count must be 1: it does not hold rare urls.
+        shard: (index, count), only the clients of one of `count` parts, drawn by a hash of their ids. Vocabularies,
+            item counts, kinds and the first timestamp stay those of all clients: shards that were built apart, on
+            other machines, agree in every id, and their rows together are those of the whole. Not with a base.
 
     Raises:
         DataError: no event before the cutoff, or the directory is in use or cannot be written.
-        ValueError: `base` does not fit.
+        ValueError: `base` or `shard` does not fit.
     """
     if base is not None:
-        _check_base(base, cutoff_s, min_url_count, all_clients)
-    clients, is_relevant = _clients(events, cutoff_s, all_clients, base)
+        _check_base(base, cutoff_s, min_url_count, all_clients, shard)
+    clients, is_relevant = clients_of(events, cutoff_s, all_clients, base)
+    is_here = None if shard is None else in_shard(clients, shard)
     with published_directory(Path(path)) as partial:
-        builder = _Builder(events, partial, cutoff_s, clients, base)
+        builder = _Builder(events, partial, cutoff_s, clients, is_here, base)
         steps = Steps(progress, sum(events.num_batches(kind) for kind in EVENT_KINDS) + builder.num_blocks + 1)
-        builder.save("client_ids", clients.astype(np.int64))
-        builder.save("is_relevant", is_relevant)
+        builder.save("client_ids", (clients if is_here is None else clients[is_here]).astype(np.int64))
+        builder.save("is_relevant", is_relevant if is_here is None else is_relevant[is_here])
         builder.header |= {"all_clients": all_clients, "min_url_count": min_url_count}
+        builder.header |= {} if shard is None else {"shard": list(shard)}
         try:
             for kind in EVENT_KINDS:
                 builder.spill_kind(kind, steps)
@@ -78,7 +86,11 @@ def build_store(
             builder.close()
 
 
-def _check_base(base: EventStore, cutoff_s: int, min_url_count: int, all_clients: bool) -> None:
+def _check_base(
+    base: EventStore, cutoff_s: int, min_url_count: int, all_clients: bool, shard: Sequence[int] | None
+) -> None:
+    if shard is not None or "shard" in base.header:
+        raise ValueError("build_store: base must be None for a shard, and no shard itself; build without a base")
     found = (base.header.get("all_clients"), base.header.get("min_url_count"))
     if (all_clients, min_url_count) != found or min_url_count != 1:
         raise ValueError(
@@ -90,29 +102,6 @@ def _check_base(base: EventStore, cutoff_s: int, min_url_count: int, all_clients
         raise ValueError(f"build_store: base must have a cutoff up to {cutoff_s}, got {base.cutoff_s}")
 
 
-def _clients(
-    events: EventDirectory, cutoff_s: int, all_clients: bool, base: EventStore | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Client ids of the store, ascending, and which of them need a profile."""
-    relevant = events.relevant_clients
-    if relevant is not None and not all_clients:
-        clients = np.sort(relevant)
-        if base is not None and not np.array_equal(clients, base.client_ids):
-            raise ValueError("build_store: base must hold the relevant clients, got others; build without a base")
-        return clients, np.ones(len(clients), bool)
-    wanted = pl.col("timestamp_s") < cutoff_s
-    if base is not None:
-        wanted &= pl.col("timestamp_s") >= base.cutoff_s
-    parts = [events.scan(kind).filter(wanted).select(pl.col("client_id").unique()) for kind in events.kinds]
-    present = pl.concat(parts).collect(engine="streaming")["client_id"].unique().sort().to_numpy()
-    if base is not None:
-        present = np.union1d(present, base.client_ids)
-    if relevant is None:
-        return present, np.ones(len(present), bool)
-    clients = np.union1d(present, relevant)
-    return clients, np.isin(clients, relevant)
-
-
 class _Builder:
     """Steps of one build, in the order in which `build_store` calls them."""
 
@@ -122,6 +111,7 @@ class _Builder:
         directory: Path,
         cutoff_s: int,
         clients: np.ndarray,
+        is_here: np.ndarray | None,
         base: EventStore | None,
     ) -> None:
         if len(clients) > MAX_CLIENTS:
@@ -129,19 +119,25 @@ class _Builder:
                 f"{events.path}: clients must be at most {MAX_CLIENTS}, got {len(clients)}; make two stores"
             )
         self._events, self._directory, self._cutoff_s, self._base = events, directory, cutoff_s, base
-        self._clients, self._num_clients = KnownIds(clients), len(clients)
+        self._clients = KnownIds(clients)
+        self._num_clients = len(clients) if is_here is None else int(is_here.sum())
+        # Row in this shard of every client, -1 for those of other shards.
+        self._rows = None if is_here is None else np.where(is_here, np.cumsum(is_here) - 1, -1).astype(np.int32)
         sizes = sum(events.num_rows(kind) for kind in EVENT_KINDS)
         # A power of two: the block of a client is a shift away.
-        self._block_bits = (-(-len(clients) // min(MAX_BLOCKS, 1 + sizes // BLOCK_EVENTS)) - 1).bit_length()
+        self._block_bits = (-(-self._num_clients // min(MAX_BLOCKS, 1 + sizes // BLOCK_EVENTS)) - 1).bit_length()
         self._block_clients = 1 << self._block_bits
-        self.num_blocks = -(-len(clients) // self._block_clients)
+        self.num_blocks = -(-self._num_clients // self._block_clients)
         self._spills: dict[str, Spill] = {}
+        # Of all clients, whichever of them this shard holds.
+        self._first_s = cutoff_s if base is None else base.first_timestamp_s
+        self._kinds = set() if base is None else set(base.kinds)
         self._products = events.products().sort("sku")
         self._skus = KnownIds(self._products["sku"].to_numpy())
         self._sku_counts = {kind: np.zeros(len(self._products), np.int64) for kind in SKU_KINDS}
         self._urls = Numbering()
         self._dense: dict[str, np.ndarray] = {}
-        self.header: dict[str, object] = {"format": FORMAT, "cutoff_s": cutoff_s, "num_clients": len(clients)}
+        self.header: dict[str, object] = {"format": FORMAT, "cutoff_s": cutoff_s, "num_clients": self._num_clients}
         if base is not None:
             self._base_rows = self._clients.find(np.asarray(base.client_ids))
             skus = self._skus.find(np.asarray(base.sku_ids[FIRST_ID:]))
@@ -159,7 +155,15 @@ class _Builder:
         from_s = None if self._base is None else self._base.cutoff_s
         for client_id, timestamp_s, values in self._events.batches(kind, from_s):
             rows, clients = self._clients.known(client_id, timestamp_s, self._cutoff_s)
-            spill.write(clients, timestamp_s[rows], self._numbers(kind, values, rows))
+            times, numbers = timestamp_s[rows], self._numbers(kind, values, rows)
+            if len(rows):
+                self._first_s = min(self._first_s, int(times.min()))
+                self._kinds.add(kind)
+            if self._rows is not None:
+                clients = self._rows[clients]
+                here = clients >= 0
+                clients, times, numbers = clients[here], times[here], numbers[here]
+            spill.write(clients, times, numbers)
             steps.done()
         spill.finish()
 
@@ -221,19 +225,19 @@ class _Builder:
         counts = {kind: spill.num_events for kind, spill in self._spills.items()}
         if self._base is not None:
             counts = {kind: count + len(self._base.kind(kind).timestamp_s) for kind, count in counts.items()}
-        total = sum(counts.values())
-        if not total:
+        if not self._kinds:
             raise DataError(
                 f"{self._events.path}: the cutoff must lie after the first event of a client, got {self._cutoff_s}"
                 " with no event before it; choose a later cutoff or check the relevant clients"
             )
-        timeline = ColumnWriter(self._directory, TIMELINE, ("timestamp_s", "kind", "row"), self._num_clients, total)
+        timeline = ColumnWriter(
+            self._directory, TIMELINE, ("timestamp_s", "kind", "row"), self._num_clients, sum(counts.values())
+        )
         writers = {}
         for kind, count in counts.items():
             names = ("timestamp_s", "codes" if ITEM_COLUMN[kind] == "query" else "item")
             writers[kind] = ColumnWriter(self._directory, kind, names, self._num_clients, count)
-        first_s = self._first_s()
-        time, row_dtype = narrowest(first_s, self._cutoff_s), narrowest(0, max(counts.values()))
+        time, row_dtype = narrowest(self._first_s, self._cutoff_s), narrowest(0, max(counts.values()))
         for block in range(self.num_blocks):
             parts = [self._sorted(kind, block, time) for kind in EVENT_KINDS]
             offsets, timestamp_s, kind_code, row = merge(parts, [one.num_rows for one in writers.values()], row_dtype)
@@ -243,14 +247,11 @@ class _Builder:
             steps.done()
         for writer in (timeline, *writers.values()):
             writer.close()
-        self.header |= {"first_timestamp_s": first_s, "kinds": [kind for kind in EVENT_KINDS if counts[kind]]}
+        self.header |= {
+            "first_timestamp_s": self._first_s,
+            "kinds": [kind for kind in EVENT_KINDS if kind in self._kinds],
+        }
         (self._directory / HEADER_FILE).write_text(json.dumps(self.header, indent=1) + "\n", encoding="utf-8")
-
-    def _first_s(self) -> int:
-        """Time of the earliest event."""
-        times = [spill.first_s for spill in self._spills.values()]
-        times.append(None if self._base is None else self._base.first_timestamp_s)
-        return min(time for time in times if time is not None)
 
     def _sorted(self, kind: str, block: int, time: type[np.signedinteger]) -> Events:
         """Events of a block of clients with dense ids."""

@@ -49,7 +49,6 @@ class Spill:
 
     Attributes:
         num_events: records so far.
-        first_s: time of the earliest one, None before there is one.
     """
 
     def __init__(self, path: Path, block_bits: int, num_blocks: int, item: np.ndarray) -> None:
@@ -61,15 +60,11 @@ class Spill:
         # Made once: memory that is new to the process costs more than what is done with it.
         self._keys, self._items = np.empty(0, np.int64), item
         self.num_events = 0
-        self.first_s: int | None = None
 
     def write(self, client_row: np.ndarray, timestamp_s: np.ndarray, item: np.ndarray) -> None:
         """Appends a batch: client rows i32 [N], times i64 [N], items [N, ...]."""
         self._waiting.append((client_row, timestamp_s, item))
         self._num_waiting += len(client_row)
-        if len(timestamp_s):
-            first_s = int(timestamp_s.min())
-            self.first_s = first_s if self.first_s is None else min(first_s, self.first_s)
         if self._num_waiting >= RUN_EVENTS:
             self.flush()
 

@@ -1,0 +1,55 @@
+"""Which clients a store holds, and in which shard a client is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import polars as pl
+
+from ubp_fast.events.read import EventDirectory
+from ubp_fast.events.schema import DataError
+from ubp_fast.store.event_store import EventStore
+
+
+def clients_of(
+    events: EventDirectory, cutoff_s: int, all_clients: bool, base: EventStore | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of all clients, i64 ascending, and which of them need a profile, bool; arguments as of `build_store`."""
+    relevant = events.relevant_clients
+    if relevant is not None and not all_clients:
+        clients = np.sort(relevant)
+        if base is not None and not np.array_equal(clients, base.client_ids):
+            raise ValueError("build_store: base must hold the relevant clients, got others; build without a base")
+        return clients, np.ones(len(clients), bool)
+    wanted = pl.col("timestamp_s") < cutoff_s
+    if base is not None:
+        wanted &= pl.col("timestamp_s") >= base.cutoff_s
+    parts = [events.scan(kind).filter(wanted).select(pl.col("client_id").unique()) for kind in events.kinds]
+    present = pl.concat(parts).collect(engine="streaming")["client_id"].unique().sort().to_numpy()
+    if base is not None:
+        present = np.union1d(present, base.client_ids)
+    if relevant is None:
+        return present, np.ones(len(present), bool)
+    clients = np.union1d(present, relevant)
+    return clients, np.isin(clients, relevant)
+
+
+def in_shard(client_ids: np.ndarray, shard: Sequence[int]) -> np.ndarray:
+    """Bool [N]: ids i64 [N] whose hash leaves the rest `index` when it is divided by `count`, shard = (index, count).
+
+    Raises:
+        ValueError: not 0 <= index < count.
+        DataError: no client is in the shard.
+
+    Source: the mixing function of SplitMix64, Steele et al., Fast splittable pseudorandom number generators, 2014.
+    """
+    if len(shard) != 2 or not 0 <= shard[0] < shard[1]:
+        raise ValueError(f"build_store: shard must be (index, count) with 0 <= index < count, got {list(shard)}")
+    mixed = client_ids.astype(np.int64).view(np.uint64)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    inside = (mixed ^ (mixed >> np.uint64(31))) % np.uint64(shard[1]) == np.uint64(shard[0])
+    if len(inside) and not inside.any():
+        raise DataError(f"build_store: shard {list(shard)} must hold a client, got none of {len(inside)}; use fewer")
+    return np.asarray(inside)
