@@ -99,6 +99,13 @@ def test_demo_is_smaller_than_the_winner() -> None:
     assert winner.contrastive.config.temperature == 0.02
 
 
+def test_best_trains_the_models_that_the_demo_leaves_out() -> None:
+    stages = {
+        name: {stage.name for stage in plan(read_settings(composed(*name)))} for name in ((), ("experiment=best",))
+    }
+    assert stages[("experiment=best",)] - stages[()] == {"contrastive", "multitask"}
+
+
 def test_unknown_key_is_named() -> None:
     with pytest.raises(ConfigCompositionException, match=r"data\.clinets"):
         composed("data=synthetic", "data.clinets=5")

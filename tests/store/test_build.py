@@ -255,7 +255,9 @@ def test_another_day_on_a_base_gives_the_same_bytes(
 
 
 @pytest.mark.usefixtures("small_steps")
-@pytest.mark.parametrize(("relevant", "all_clients"), [(None, False), ([*range(0, 70, 7), 999], False), ([0, 999], True)])
+@pytest.mark.parametrize(
+    ("relevant", "all_clients"), [(None, False), ([*range(0, 70, 7), 999], False), ([0, 999], True)]
+)
 def test_shards_together_are_the_whole(
     write_events: Write, tmp_path: Path, relevant: list[int] | None, all_clients: bool
 ) -> None:
