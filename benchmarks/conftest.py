@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]  # contest, bars; the tests' rule of closeness
 
 import bars  # noqa: E402
-from contest import Contest, GpuContest, Ratio, keep_freed_memory, machine  # noqa: E402
+from contest import Contest, GpuContest, Ratio, give_memory_back, keep_freed_memory, machine  # noqa: E402
 
 RATIOS = pytest.StashKey[list[Ratio]]()
 
@@ -41,12 +42,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def contest(benchmark: Any, request: pytest.FixtureRequest) -> Contest:
+def contest(benchmark: Any, request: pytest.FixtureRequest) -> Iterator[Contest]:
     """Hands the case its race; pytest-benchmark stores what it measures."""
     torch.manual_seed(0)
     is_plain = request.node.get_closest_marker("plain_glibc") is not None
     benchmark.extra_info["glibc_keeps_freed_memory"] = not is_plain and keep_freed_memory()
-    return Contest(benchmark, request.config.stash[RATIOS])
+    yield Contest(benchmark, request.config.stash[RATIOS])
+    give_memory_back()  # the next case may need most of the machine
 
 
 @pytest.fixture

@@ -130,6 +130,7 @@ class Contest:
         check: Callable[[str, Any, Any], None],
         most_bytes: int | None = None,
         facts: dict[str, Any] | None = None,
+        before_rival: Callable[[], None] | None = None,
     ) -> None:
         """One call of each, for work of minutes: bars are about CPU time, results are checked before they count.
 
@@ -140,7 +141,8 @@ class Contest:
             bars: name of a contender -> how many times less CPU time it must need.
             check: called with a contender's name, its result and the rival's; raises when they differ.
             most_bytes: each contender's growth of the resident set must stay below.
-            facts: inputs and sizes, stored with the result.
+            facts: inputs and sizes, stored with the result; `before_rival` may add to them.
+            before_rival: called between the contenders and the rival, where they do not fit into memory together.
         """
         samples, results, peaks = {}, {}, {}
 
@@ -155,6 +157,8 @@ class Contest:
 
         for name, call in contenders.items():
             timed(name, call)
+        if before_rival is not None:
+            before_rival()
         self._benchmark.pedantic(timed, args=rival, rounds=1, iterations=1)
         rival_name = rival[0]
         ratios = []
@@ -367,10 +371,16 @@ def own_bytes_of() -> int:
     return int(memory.rss - memory.shared)
 
 
-def peak_extra_bytes(call: Callable[[], Any], measure: Callable[[], int] = resident_bytes) -> int:
-    """Largest growth of memory while `call` runs once, from heap that was given back to the system."""
+def give_memory_back() -> None:
+    """Frees what nobody refers to and returns free heap to the system."""
+    gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def peak_extra_bytes(call: Callable[[], Any], measure: Callable[[], int] = resident_bytes) -> int:
+    """Largest growth of memory while `call` runs once, from heap that was given back to the system."""
+    give_memory_back()
     stop = threading.Event()
     start = peak = measure()
 

@@ -86,10 +86,10 @@ def padded_contrastive_parts(model: PaddedContrastive, batch: PaddedPair) -> Par
     rows = leaf(model.embed(batch.history, with_age=True)), leaf(model.embed(batch.future, with_age=False))
     encoded = tuple(leaf(part) for part in model.encode(*rows, batch))
     profile, ahead = (leaf(part) for part in model.pool(*encoded, batch))
-    mixed = {
+    mixed = {  # the encoders first: their activations and the gradients of the tables are many gigabytes each
+        "encoders": lambda: torch.cat(model.encode(*rows, batch)),
         "history events": lambda: model.embed(batch.history, with_age=True),
         "future events": lambda: model.embed(batch.future, with_age=False),
-        "encoders": lambda: torch.cat(model.encode(*rows, batch)),
     }
     whole = {
         POOLING: lambda: sum(model.pool(*encoded, batch)),

@@ -51,6 +51,10 @@ class Step:
         self.optimizer.zero_grad()
         return loss.detach()
 
+    def release(self) -> None:
+        """Lets go of model and optimizer, whose memory can be given back then; the last call."""
+        del self.loss, self.optimizer
+
 
 def our_step(model: nn.Module, batches: list[ViewBatch], precision: str) -> Step:
     """A model of `ubp_fast` with its default optimizer."""

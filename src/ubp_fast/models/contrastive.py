@@ -23,6 +23,7 @@ from torch.nn import functional
 from ubp_fast.kernels import nt_xent
 from ubp_fast.models.encoder import EncoderConfig, SequenceEncoder
 from ubp_fast.models.event_embedding import EventSizes, ProjectedEventConfig, ProjectedEventEmbedding
+from ubp_fast.models.linear import Linear
 from ubp_fast.sequences.batch import SequenceBatch, ViewBatch
 
 
@@ -61,10 +62,10 @@ class ContrastiveModel(nn.Module):
         self.history = SequenceEncoder(config.events.width, config.history)
         # Clients without a future are left out of the contrast, so nothing would teach a vector for them.
         self.future = SequenceEncoder(config.events.width, config.future, learns_empty=False)
-        self.future_projection = nn.Linear(config.events.width, config.events.width)
-        self.future_activity = nn.Linear(config.events.width, 1)
+        self.future_projection = Linear(config.events.width, config.events.width)
+        self.future_activity = Linear(config.events.width, 1)
         self.probes = nn.ModuleDict(
-            {name: nn.Linear(config.events.width, outputs) for name, outputs in (probes or {}).items()}
+            {name: Linear(config.events.width, outputs) for name, outputs in (probes or {}).items()}
         )
 
     @property

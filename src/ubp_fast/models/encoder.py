@@ -24,6 +24,8 @@ from torch.nn import functional
 
 from ubp_fast.kernels import flash_attention
 from ubp_fast.models.dropout import dropout
+from ubp_fast.models.last_state import LastStatePooling
+from ubp_fast.models.linear import Linear, linear
 from ubp_fast.sequences.batch import SequenceBatch
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": functional.gelu, "relu": functional.relu}
@@ -52,10 +54,10 @@ class EncoderLayer(nn.Module):
         if width % config.heads:
             raise ValueError(f"EncoderLayer: heads must divide the width {width}, got {config.heads}")
         self.config = config
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-        self.expand = nn.Linear(width, config.feed_forward)
-        self.reduce = nn.Linear(config.feed_forward, width)
+        self.qkv = Linear(width, 3 * width)
+        self.out = Linear(width, width)
+        self.expand = Linear(width, config.feed_forward)
+        self.reduce = Linear(config.feed_forward, width)
         self.attention_norm, self.feed_forward_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         nn.init.xavier_uniform_(self.qkv.weight)
         nn.init.zeros_(self.qkv.bias)
@@ -86,8 +88,8 @@ class EncoderLayer(nn.Module):
         else:
             width = rows.shape[1]
             weight, bias = self.qkv.weight, self.qkv.bias
-            query = functional.linear(rows[last], weight[:width], bias[:width]).view(len(last), heads, -1)
-            key_value = functional.linear(rows, weight[width:], bias[width:])
+            query = linear(rows[last], weight[:width], bias[:width]).view(len(last), heads, -1)
+            key_value = linear(rows, weight[width:], bias[width:])
             key, value = key_value.view(len(rows), 2, heads, -1).unbind(1)
             cu_query = functional.pad((cu_seqlens.diff() > 0).cumsum(0, dtype=torch.int32), (1, 0))
             query_time = None if query_time is None else query_time[last]
@@ -110,48 +112,6 @@ class EncoderLayer(nn.Module):
 
     def _drop(self, rows: Tensor) -> Tensor:
         return dropout(rows, self.config.dropout, self.training)
-
-
-class LastStatePooling(nn.Module):
-    """The last hidden state of a one-layer LSTM over each sequence, zeros for empty ones: [T, width] -> [B, width].
-
-    Sequences are sorted by length, so that step t advances the first n_t of them; nothing is padded. `nn.LSTM` on a
-    PackedSequence computes the same, but its backward on a CPU clears a tensor of all T rows in each step.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.cell = nn.LSTMCell(width, width)
-
-    def forward(self, rows: Tensor, batch: SequenceBatch) -> Tensor:
-        lengths = batch.lengths()
-        by_length = lengths.argsort(descending=True, stable=True)
-        rank = torch.empty_like(by_length)
-        rank[by_length] = torch.arange(len(by_length), device=rows.device)
-        segments = batch.segments()
-        position = lengths[segments] - 1 - batch.steps_to_end()
-        # Time-major order: all first events, longest sequence first, then all second events, ...
-        order = (position * len(lengths) + rank[segments]).argsort()
-        inputs = functional.linear(rows[order], self.cell.weight_ih, self.cell.bias_ih + self.cell.bias_hh).float()
-        # An LSTM sums over hundreds of steps, which bfloat16 does not survive; what enters each step does.
-        with torch.autocast(rows.device.type, enabled=False):
-            states = self._last_states(inputs.split(torch.bincount(position).tolist()))
-        return functional.pad(states, (0, 0, 0, len(lengths) - len(states)))[rank]
-
-    def _last_states(self, steps: tuple[Tensor, ...]) -> Tensor:
-        """Runs the recurrence over inputs [n_t, 4 * width] with n_t never growing; [n_0, width], longest first."""
-        state = memory = steps[0].new_zeros(len(steps[0]), self.cell.hidden_size)
-        finished = []
-        for inputs in steps:
-            active = len(inputs)
-            if active < len(state):
-                finished.append(state[active:])
-                state, memory = state[:active], memory[:active]
-            gates = torch.addmm(inputs, state, self.cell.weight_hh.t())
-            enter, keep, update, leave = gates.chunk(4, dim=1)
-            memory = keep.sigmoid() * memory + enter.sigmoid() * update.tanh()
-            state = leave.sigmoid() * memory.tanh()
-        return torch.cat([state, *reversed(finished)])
 
 
 def pool_mean(rows: Tensor, batch: SequenceBatch) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ubp_fast.events.schema import EVENT_KINDS
+from ubp_fast.models.linear import Linear
 from ubp_fast.optim import RowSparseEmbedding
 from ubp_fast.sequences.batch import SequenceBatch
 
@@ -130,7 +131,7 @@ class ProjectedEventEmbedding(nn.Module):
         self.price = nn.Embedding(sizes.num_prices, config.price_width)
         self.codes = CodeEmbedding(config.code_width)
         self.age = PiecewiseLinearEncoding(config.age_bins)
-        self.age_projection = nn.Linear(config.age_bins, config.age_width)
+        self.age_projection = Linear(config.age_bins, config.age_width)
         item_width = config.sku_width + config.category_width + config.price_width + config.code_width
         widths = {"item": config.kind_width + item_width}
         if sizes.has_visits:
@@ -138,10 +139,8 @@ class ProjectedEventEmbedding(nn.Module):
             widths["visit"] = config.kind_width + config.url_width
         if sizes.has_searches:
             widths["search"] = config.kind_width + config.code_width
-        self.content = nn.ModuleDict({name: nn.Linear(width, config.width) for name, width in widths.items()})
-        self.content_age = nn.ModuleDict(
-            {name: nn.Linear(config.age_width, config.width, bias=False) for name in widths}
-        )
+        self.content = nn.ModuleDict({name: Linear(width, config.width) for name, width in widths.items()})
+        self.content_age = nn.ModuleDict({name: Linear(config.age_width, config.width, bias=False) for name in widths})
 
     def forward(self, batch: SequenceBatch, *, with_age: bool) -> Tensor:
         """Vectors of the packed events.
@@ -218,7 +217,7 @@ class ConcatenatedEventEmbedding(nn.Module):
         self.price = nn.Embedding(sizes.num_prices, config.price_width)
         self.codes = CodeEmbedding(config.content_width)
         item_width = config.sku_width + config.category_width + config.price_width + config.content_width
-        self.item = nn.Linear(item_width, config.content_width)
+        self.item = Linear(item_width, config.content_width)
         if sizes.has_visits:
             self.url = RowSparseEmbedding(sizes.num_urls, config.content_width)
         self.day = nn.Embedding(config.max_days, config.day_width)

@@ -20,6 +20,7 @@ from torch.nn import functional
 from ubp_fast.models.dropout import dropout
 from ubp_fast.models.encoder import EncoderConfig, SequenceEncoder, sinusoidal_positions
 from ubp_fast.models.event_embedding import ConcatenatedEventConfig, ConcatenatedEventEmbedding, EventSizes
+from ubp_fast.models.linear import Linear
 from ubp_fast.models.ple import PLE, PLEConfig
 from ubp_fast.sequences.batch import ViewBatch
 
@@ -65,10 +66,10 @@ class MultitaskModel(nn.Module):
         self.events = ConcatenatedEventEmbedding(config.events, sizes)
         self.encoder = SequenceEncoder(config.events.width, config.encoder)
         self.fusion = nn.Sequential(
-            nn.Linear(config.events.width + num_features, config.profile_width),
+            Linear(config.events.width + num_features, config.profile_width),
             nn.LeakyReLU(),
             nn.Dropout(config.fusion_dropout),
-            nn.Linear(config.profile_width, config.profile_width),
+            Linear(config.profile_width, config.profile_width),
         )
         self.tasks = PLE(config.profile_width, outputs, config.experts)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ubp_fast.models.dropout import dropout
+from ubp_fast.models.linear import Linear
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class ExtractionLevel(nn.Module):
         self.gate_weight = _uniform(tasks, gate_inputs, choices, fan_in=gate_inputs)
         self.gate_bias = _uniform(tasks, choices, fan_in=gate_inputs)
         everything = tasks * config.task_experts + config.shared_experts
-        self.shared_gate = nn.Linear(gate_inputs, everything) if has_shared_gate else None
+        self.shared_gate = Linear(gate_inputs, everything) if has_shared_gate else None
 
     def forward(
         self, task_inputs: Tensor, shared_inputs: Tensor, gate_inputs: Tensor
@@ -126,10 +127,10 @@ class PLE(nn.Module):
         self.towers = nn.ModuleDict(
             {
                 name: nn.Sequential(
-                    nn.Linear(width, config.tower_hidden),
+                    Linear(width, config.tower_hidden),
                     nn.ReLU(),
                     nn.Dropout(config.tower_dropout),
-                    nn.Linear(config.tower_hidden, count),
+                    Linear(config.tower_hidden, count),
                 )
                 for name, count in outputs.items()
             }

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ubp_fast.models.downstream import HIDDEN_DIM, DownstreamBody
+from ubp_fast.models.linear import Linear
 from ubp_fast.sequences.batch import ViewBatch
 
 STACKING_LABELS = ("churn", "buy_sku", "buy_category")
@@ -50,9 +51,9 @@ class StackingModel(nn.Module):
         self.config = config
         self.register_buffer("input_mean", torch.zeros(num_inputs))
         self.register_buffer("input_scale", torch.ones(num_inputs))
-        self.profile = nn.Linear(num_inputs, config.profile_width)
-        self.body = DownstreamBody(config.profile_width)
-        self.heads = nn.ModuleDict({name: nn.Linear(HIDDEN_DIM, count) for name, count in outputs.items()})
+        self.profile = Linear(num_inputs, config.profile_width)
+        self.body = DownstreamBody(config.profile_width, linear=Linear)
+        self.heads = nn.ModuleDict({name: Linear(HIDDEN_DIM, count) for name, count in outputs.items()})
 
     @property
     def embedding_width(self) -> int:
