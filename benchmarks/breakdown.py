@@ -99,6 +99,7 @@ def _kind(name: str) -> str | None:
 
 def _update_ms(optimizer: torch.optim.Optimizer, tables: list[Tensor]) -> dict[str, float]:
     """The update of the tables and that of all other weights, apart."""
+    optimizer.step()  # its state comes into being
     places = {id(table) for table in tables}
     others = [one for group in optimizer.param_groups for one in group["params"] if id(one) not in places]
     times = {}
