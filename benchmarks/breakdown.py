@@ -16,7 +16,7 @@ TABLE_UPDATE, OTHER_UPDATE = "optimizer: tables", "optimizer: other weights"
 # Time inside of one of these, children included, counts as the kind whose name it begins with.
 _KINDS = {
     TABLES: ("aten::embedding", "aten::_embedding_bag", "ubp_fast::row_sparse", "_LookupBackward"),
-    LINEAR: ("aten::linear", "aten::addmm", "aten::mm"),
+    LINEAR: ("aten::linear", "aten::addmm", "aten::mm", "mkldnn::_linear_pointwise"),
     ATTENTION: (
         "aten::scaled_dot_product_attention",
         "aten::_scaled_dot_product",
