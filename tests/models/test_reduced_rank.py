@@ -41,7 +41,7 @@ def test_directions_are_those_of_the_predictions() -> None:
         wanted = label.dense() if isinstance(label, LabelMatrix) else label[:, None]
         penalty = 0.2 * len(inputs) * np.eye(12)
         predicted = inputs @ np.linalg.solve(inputs.T @ inputs + penalty, inputs.T @ (wanted - wanted.mean(axis=0)))
-        predictions.append(predicted / predicted.std(axis=0) / predicted.shape[1] ** 0.25)
+        predictions.append(predicted / predicted.std(axis=0) / predicted.shape[1] ** 0.5)
     left, _, _ = np.linalg.svd(np.concatenate(predictions, axis=1), full_matrices=False)
     for column in range(3):
         alike = abs(left[:, column] @ profile[:, column]) / np.linalg.norm(profile[:, column])
