@@ -10,6 +10,7 @@ import polars as pl
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import DataError
 from ubp_fast.store.event_store import EventStore
+from ubp_fast.store.ids import hashes
 
 
 def clients_of(
@@ -41,15 +42,10 @@ def in_shard(client_ids: np.ndarray, shard: Sequence[int]) -> np.ndarray:
     Raises:
         ValueError: not 0 <= index < count.
         DataError: no client is in the shard.
-
-    Source: the mixing function of SplitMix64, Steele et al., Fast splittable pseudorandom number generators, 2014.
     """
     if len(shard) != 2 or not 0 <= shard[0] < shard[1]:
         raise ValueError(f"build_store: shard must be (index, count) with 0 <= index < count, got {list(shard)}")
-    mixed = client_ids.astype(np.int64).view(np.uint64)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    inside = (mixed ^ (mixed >> np.uint64(31))) % np.uint64(shard[1]) == np.uint64(shard[0])
+    inside = hashes(client_ids.astype(np.int64)) % np.uint64(shard[1]) == np.uint64(shard[0])
     if len(inside) and not inside.any():
         raise DataError(f"build_store: shard {list(shard)} must hold a client, got none of {len(inside)}; use fewer")
     return np.asarray(inside)

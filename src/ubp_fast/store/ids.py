@@ -140,13 +140,27 @@ def _insert_all(ids: np.ndarray, keys: np.ndarray, values: np.ndarray) -> None:
 
 
 @njit(cache=True, nogil=True)
-def _slot(key, keys, values):  # pragma: no cover - compiled
-    """Place of a key in the table, or the free place where it belongs. Mixing: Steele et al. 2014 (SplitMix64)."""
+def _mixed(key):  # pragma: no cover - compiled
+    """A hash of 64 bits. Source: Steele et al., Fast splittable pseudorandom number generators, 2014 (SplitMix64)."""
     mixed = np.uint64(key)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed = mixed ^ (mixed >> np.uint64(31))
-    slot = np.int64(mixed & np.uint64(keys.size - 1))
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+@njit(cache=True, nogil=True)
+def hashes(ids):  # pragma: no cover - compiled
+    """The hash u64 [N] of every id i64 [N]: the same on every machine."""
+    found = np.empty(ids.size, np.uint64)
+    for index in range(ids.size):
+        found[index] = _mixed(ids[index])
+    return found
+
+
+@njit(cache=True, nogil=True)
+def _slot(key, keys, values):  # pragma: no cover - compiled
+    """Place of a key in the table, or the free place where it belongs."""
+    slot = np.int64(_mixed(key) & np.uint64(keys.size - 1))
     while values[slot] >= 0 and keys[slot] != key:
         slot = (slot + 1) & (keys.size - 1)
     return slot
