@@ -20,6 +20,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from ubp_fast.models.linear import product
+
 
 class _ExactLinear(torch.autograd.Function):
     """x W^T + b; writes dW and db into `.grad` of the parameters, replacing what is there."""
@@ -28,14 +30,14 @@ class _ExactLinear(torch.autograd.Function):
     def forward(ctx: Any, inputs: torch.Tensor, layer: ProbeLinear, parameter: torch.Tensor) -> torch.Tensor:
         ctx.layer = layer
         ctx.save_for_backward(inputs, parameter)
-        return functional.linear(inputs, parameter, layer.bias)
+        return product(inputs, parameter, layer.bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
         inputs, weight = ctx.saved_tensors
         torch.mm(gradient.t(), inputs, out=_kept(ctx.layer.weight))
         torch.sum(gradient, dim=0, out=_kept(ctx.layer.bias))
-        return (torch.mm(gradient, weight) if ctx.needs_input_grad[0] else None), None, None
+        return (product(gradient, weight.t()) if ctx.needs_input_grad[0] else None), None, None
 
 
 class _RoundedLinear(torch.autograd.Function):
@@ -111,6 +113,6 @@ class ProbeLinear(nn.Linear):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Float32 [B, inputs] -> float32 [B, outputs]; parameters get their gradients in the buffers of `prepare`."""
         if not torch.is_grad_enabled():
-            return self.rounded(inputs)[0] if self.low_precision else super().forward(inputs)
+            return self.rounded(inputs)[0] if self.low_precision else product(inputs, self.weight, self.bias)
         # The weight goes in so that autograd visits this layer even when its inputs need no gradient.
         return (_RoundedLinear if self.low_precision else _ExactLinear).apply(inputs, self, self.weight)
