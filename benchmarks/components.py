@@ -56,6 +56,24 @@ ROWS: dict[str, tuple[tuple[str, ...], str]] = {
     "multitask + decayed": (_joined("multitask", "decayed"), "stacking/stacked"),
     "aggregated + decayed": (_joined("aggregated", "decayed"), "stacking/stacked"),
     "all four": (_joined("contrastive", "multitask", "aggregated", "decayed"), "stacking/stacked"),
+    "contrastive, next event": (
+        (
+            *_joined("contrastive"),
+            "contrastive.config.history.causal=true",
+            "contrastive.config.next_event_weight=1",
+        ),
+        "stacking/stacked",
+    ),
+    "contrastive, time bias": (
+        (*_joined("contrastive"), "contrastive.config.history.time_bias_buckets=64"),
+        "stacking/stacked",
+    ),
+    "contrastive, one cutoff": ((*_joined("contrastive"), "windows.model_cutoffs=1"), "stacking/stacked"),
+    "contrastive, batch 1,024": ((*_joined("contrastive"), "contrastive.training.batch_size=1024"), "stacking/stacked"),
+    "decayed, no price labels": (
+        (*_joined("decayed"), "stacking.config.labels=[churn,buy_sku,buy_category]"),
+        "stacking/stacked",
+    ),
     "decayed + rich": ((*_joined("decayed"), "features=rich"), "stacking/stacked"),
     "decayed, ridge 0.1": ((*_joined("decayed"), "stacking.config.ridge=0.1"), "stacking/stacked"),
     "decayed, summaries as labels": ((*_joined("decayed"), "stacking.config.summary_weight=1"), "stacking/stacked"),

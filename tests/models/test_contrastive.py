@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from support.shops import EMPTY_CLIENT, make_store
 from support.small_models import CUTOFF_S, pick_views, small_contrastive, untouched_parameters, whole_batch
 from torch.nn import functional
 
+from ubp_fast.models.contrastive import ContrastiveConfig, rows_with_successor
+from ubp_fast.models.encoder import EncoderConfig
 from ubp_fast.sequences import ViewBatch
 from ubp_fast.store.event_store import EventStore
 
@@ -50,10 +53,63 @@ def test_loss_by_hand(store: EventStore) -> None:
     torch.testing.assert_close(terms["future_activity"], (bce * weight).mean())
 
 
+def test_next_event_by_hand(store: EventStore) -> None:
+    """Every state tells its successor's content from the other contents; the same product or page is no rival."""
+    model, batch = small_contrastive(store, next_event_weight=0.5).eval(), whole_batch(store)
+    history = batch.history
+    terms, plain = model.loss(batch), small_contrastive(store).loss(batch)
+    assert set(terms) == {*plain, "next_event"}
+    states = model.history.states(model.events(history, with_age=True), history)
+    content = model.next_event(model.events(history, with_age=False))
+    bounds = history.cu_seqlens.tolist()
+    rows = [row for begin, end in pairwise(bounds) for row in range(begin, end - 1)]
+    query = functional.normalize(states[rows], dim=1)
+    key = functional.normalize(content[[row + 1 for row in rows]], dim=1)
+    named = [(int(history.sku[row + 1]), int(history.url[row + 1]), row) for row in rows]
+    what = [(sku, url) if sku or url else (0, 0, row) for sku, url, row in named]
+    same = torch.tensor([[left == right for right in what] for left in what]) & ~torch.eye(len(rows), dtype=torch.bool)
+    assert same.any()
+    scores = (query @ key.T / 0.1).masked_fill(same, -torch.inf)
+    expected = 0.5 * functional.cross_entropy(scores, torch.arange(len(rows)))
+    torch.testing.assert_close(terms["next_event"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_next_events_are_spread_evenly(store: EventStore) -> None:
+    history = whole_batch(store).history
+    everything = rows_with_successor(history, history.num_tokens)
+    ends = history.cu_seqlens[1:].long() - 1
+    assert len(everything) == history.num_tokens - int((history.lengths() > 0).sum())
+    assert not torch.isin(everything, ends[history.lengths() > 0]).any()
+    some = rows_with_successor(history, 7)
+    places = torch.searchsorted(everything, some)
+    assert len(some) == 7
+    assert torch.isin(some, everything).all()
+    assert set(places.diff().tolist()) <= {len(everything) // 7, len(everything) // 7 + 1}
+
+
+def test_views_without_a_successor_have_no_next_event(store: EventStore) -> None:
+    model, batch = small_contrastive(store, next_event_weight=1.0), whole_batch(store)
+    nobody = pick_views(batch, [EMPTY_CLIENT])
+    terms = model.loss(nobody)
+    assert float(terms["next_event"].detach()) == 0.0
+    sum(terms.values()).backward()
+
+
+def test_next_event_settings_are_checked() -> None:
+    with pytest.raises(ValueError, match=r"history\.causal must be true with a next_event_weight"):
+        ContrastiveConfig(next_event_weight=0.1)
+    causal = EncoderConfig(causal=True)
+    with pytest.raises(ValueError, match="next_event_weight must be >= 0 and next_events >= 2, got -1"):
+        ContrastiveConfig(history=causal, next_event_weight=-1.0)
+    with pytest.raises(ValueError, match=r"next_events >= 2, got 0\.0 and 1"):
+        ContrastiveConfig(history=causal, next_events=1)
+
+
+@pytest.mark.parametrize("next_event_weight", [0.0, 0.5])
 @pytest.mark.parametrize("shop", ["store", "purchases_store"])
-def test_gradients_reach_all_parameters(shop: str, request: pytest.FixtureRequest) -> None:
+def test_gradients_reach_all_parameters(shop: str, next_event_weight: float, request: pytest.FixtureRequest) -> None:
     store = request.getfixturevalue(shop)
-    model = small_contrastive(store, probes={"churn": 1})
+    model = small_contrastive(store, probes={"churn": 1}, next_event_weight=next_event_weight)
     sum(model.loss(whole_batch(store)).values()).backward()
     assert not untouched_parameters(model)
 
@@ -65,11 +121,13 @@ def test_probes_leave_the_profile_alone(store: EventStore) -> None:
     assert {name.split(".")[0] for name, value in model.named_parameters() if value.grad is not None} == {"probes"}
 
 
-def test_events_from_the_cutoff_on_do_not_change_a_vector(tmp_path: Path) -> None:
+@pytest.mark.parametrize("next_event_weight", [0.0, 0.5])
+def test_events_from_the_cutoff_on_do_not_change_a_vector(next_event_weight: float, tmp_path: Path) -> None:
     profiles = []
     for name, scrambled_from_s in (("a", None), ("b", CUTOFF_S)):
         other = make_store(tmp_path / name, scrambled_from_s=scrambled_from_s)
-        profiles.append(small_contrastive(other).eval()(whole_batch(other)))
+        model = small_contrastive(other, next_event_weight=next_event_weight)
+        profiles.append(model.eval()(whole_batch(other)))
     assert torch.equal(*profiles)
 
 

@@ -58,11 +58,14 @@ def torch_lstm(pooling: LastStatePooling) -> nn.LSTM:
     return twin
 
 
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("norm_first", [True, False])
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
-def test_layer_equals_torch_on_each_client(batch: SequenceBatch, norm_first: bool, activation: str) -> None:
+def test_layer_equals_torch_on_each_client(
+    batch: SequenceBatch, norm_first: bool, activation: Literal["gelu", "relu"], causal: bool
+) -> None:
     torch.manual_seed(1)
-    config = EncoderConfig(heads=3, feed_forward=40, activation=activation, norm_first=norm_first)  # type: ignore[arg-type]
+    config = EncoderConfig(heads=3, feed_forward=40, activation=activation, norm_first=norm_first, causal=causal)
     layer = EncoderLayer(WIDTH, config).eval()
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.3)
@@ -70,14 +73,17 @@ def test_layer_equals_torch_on_each_client(batch: SequenceBatch, norm_first: boo
     packed = layer(rows, batch.cu_seqlens)
     for begin, end in zip(batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), strict=True):
         if end > begin:
-            torch.testing.assert_close(packed[begin:end], twin(rows[None, begin:end])[0], rtol=1e-4, atol=1e-4)
+            mask = nn.Transformer.generate_square_subsequent_mask(end - begin) if causal else None
+            expected = twin(rows[None, begin:end], src_mask=mask, is_causal=causal)[0]
+            torch.testing.assert_close(packed[begin:end], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("buckets", [0, 40])
 @pytest.mark.parametrize("norm_first", [True, False])
-def test_last_rows_alone_equal_all_rows(batch: SequenceBatch, norm_first: bool, buckets: int) -> None:
+def test_last_rows_alone_equal_all_rows(batch: SequenceBatch, norm_first: bool, buckets: int, causal: bool) -> None:
     """The last layer of pooling "last" skips rows that nobody reads: same rows, same gradients."""
-    config = EncoderConfig(heads=3, layers=1, feed_forward=40, norm_first=norm_first, time_bias_buckets=buckets)
+    config = EncoderConfig(3, 1, 40, norm_first=norm_first, time_bias_buckets=buckets, causal=causal)
     torch.manual_seed(0)
     layer, last = EncoderLayer(WIDTH, config).eval(), batch.cu_seqlens[1:].long()[batch.lengths() > 0] - 1
     assert 0 < len(last) < batch.num_sequences
@@ -91,6 +97,14 @@ def test_last_rows_alone_equal_all_rows(batch: SequenceBatch, norm_first: bool, 
         results.append([found, *torch.autograd.grad(found.cos().sum(), (rows, *layer.parameters()))])
     for found, wanted in zip(*results, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean", "lstm"])
+def test_pooled_states_are_the_result(batch: SequenceBatch, pooling: Literal["last", "mean", "lstm"]) -> None:
+    model, rows = encoder(pooling), rows_of(batch)
+    states = model.states(rows, batch)
+    assert states.shape == rows.shape
+    torch.testing.assert_close(model.pool(states, batch), model(rows, batch), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean", "lstm"])

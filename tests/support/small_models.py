@@ -29,13 +29,16 @@ LISTS = {
 SMALL_EVENTS = ProjectedEventConfig(4, 16, 8, 4, 16, 8, 8, 8, 32)
 
 
-def small_contrastive(store: EventStore, seed: int = 0, **changes: Any) -> ContrastiveModel:
+def small_contrastive(
+    store: EventStore, seed: int = 0, next_event_weight: float = 0.0, **changes: Any
+) -> ContrastiveModel:
     """32 columns, one layer per tower; `changes` go to the model's constructor."""
     config = ContrastiveConfig(
         events=SMALL_EVENTS,
-        history=EncoderConfig(heads=2, layers=1, feed_forward=64),
+        history=EncoderConfig(heads=2, layers=1, feed_forward=64, causal=next_event_weight > 0),
         future=EncoderConfig(heads=2, layers=1, feed_forward=64, pooling="mean"),
         temperature=0.1,
+        next_event_weight=next_event_weight,
     )
     return initialise(lambda: ContrastiveModel(config, EventSizes.of(store), **changes), seed)
 

@@ -1,9 +1,11 @@
 """Contrastive two-tower model: a client's history and the same client's next 14 days should point in one direction.
 
-    loss = NT-Xent(future, history) + w * BCE(head(history), "no event at all in the future") [+ probes]
+    loss = NT-Xent(future, history) + w * BCE(head(history), "no event at all in the future")
+           [+ v * NT-Xent(state after event t, event t + 1)] [+ probes]
 
 The towers share every table and the projections of event content; only the history tower knows the age of an event.
 Clients without a future event neither pull nor push (`valid`), clients who are likely to matter weigh more (`weight`).
+The next event of a history is an objective of ours, off by default: it teaches from every event, not from every client.
 History [T events] -> profile float32 [B, width].
 
 Source: spec 3 (first place of the RecSys Challenge 2025, as far as it is public).
@@ -43,6 +45,20 @@ class ContrastiveConfig:
     temperature: float = 0.02  # divides the cosine similarities; spec 3.2
     negatives: Literal["cross", "symmetric"] = "cross"  # one direction as the winner, or both; spec 3.2
     future_activity_weight: float = 1.0  # factor of the "no future event" loss; spec 3.2
+    next_event_weight: float = 0.0  # factor of the next event's loss, which needs `history.causal`; 0 is off; ours
+    next_events: int = 2048  # events of a batch whose successor is asked for, spread evenly; ours
+
+    def __post_init__(self) -> None:
+        if not self.next_event_weight >= 0 or self.next_events < 2:
+            raise ValueError(
+                "ContrastiveConfig: next_event_weight must be >= 0 and next_events >= 2,"
+                f" got {self.next_event_weight} and {self.next_events}"
+            )
+        if self.next_event_weight and not self.history.causal:
+            raise ValueError(
+                "ContrastiveConfig: history.causal must be true with a next_event_weight, got false;"
+                " otherwise an event sees the one that it has to tell"
+            )
 
 
 class ContrastiveModel(nn.Module):
@@ -64,6 +80,7 @@ class ContrastiveModel(nn.Module):
         self.future = SequenceEncoder(config.events.width, config.future, learns_empty=False)
         self.future_projection = Linear(config.events.width, config.events.width)
         self.future_activity = Linear(config.events.width, 1)
+        self.next_event = Linear(config.events.width, config.events.width) if config.next_event_weight else None
         self.probes = nn.ModuleDict(
             {name: Linear(config.events.width, outputs) for name, outputs in (probes or {}).items()}
         )
@@ -88,14 +105,30 @@ class ContrastiveModel(nn.Module):
         history = _required(batch.history, "history")
         return self.history(self.events(history, with_age=True), history)
 
+    def _profile_and_next_event(self, history: SequenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The profiles, and the term `next_event` when the config asks for it."""
+        events = self.events(history, with_age=True)
+        if self.next_event is None:
+            return self.history(events, history), {}
+        states = self.history.states(events, history)
+        rows = rows_with_successor(history, self.config.next_events)
+        # Content alone: the age would tell how far away the next event is.
+        ahead = self.next_event(self.events(history, with_age=False)[rows + 1]).float()
+        with torch.autocast(ahead.device.type, enabled=False):
+            term = nt_xent(
+                states[rows].float(), ahead, temperature=self.config.temperature, ids=content_ids(history)[rows + 1]
+            )
+        return self.history.pool(states, history), {"next_event": self.config.next_event_weight * term}
+
     def embed_future(self, future: SequenceBatch) -> Tensor:
         """Vectors float32 [B, width] of the target windows."""
         return self.future_projection(self.future(self.events(future, with_age=False), future)).float()
 
     def loss(self, batch: ViewBatch) -> dict[str, Tensor]:
-        """Named terms whose sum is minimised: `nt_xent`, `future_activity`, and `probe_<label>` for each probe."""
+        """Named terms whose sum is minimised: `nt_xent`, `future_activity`, `next_event`, `probe_<label>` per probe."""
         future = _required(batch.future, "future")
-        profile, ahead = self(batch), self.embed_future(future)
+        profile, extra = self._profile_and_next_event(_required(batch.history, "history"))
+        ahead = self.embed_future(future)
         has_future = future.lengths() > 0
         # Similarities divided by a small temperature need more digits than bfloat16 has.
         with torch.autocast(profile.device.type, enabled=False):
@@ -112,12 +145,29 @@ class ContrastiveModel(nn.Module):
         activity = functional.binary_cross_entropy_with_logits(
             inactivity, (~has_future).float(), weight=batch.weight, reduction="mean"
         )
-        terms = {"nt_xent": contrast, "future_activity": self.config.future_activity_weight * activity}
+        terms = {"nt_xent": contrast, "future_activity": self.config.future_activity_weight * activity, **extra}
         for name, probe in self.probes.items():
             logits = probe(profile.detach()).float()
             label = batch.labels[name].reshape(logits.shape)
             terms[f"probe_{name}"] = functional.binary_cross_entropy_with_logits(logits, label)
         return terms
+
+
+def rows_with_successor(batch: SequenceBatch, limit: int) -> Tensor:
+    """Events that another one of the same view follows, int64 ascending, at most `limit`, spread evenly."""
+    is_last = torch.zeros(batch.num_tokens + 1, dtype=torch.bool, device=batch.kind.device)
+    is_last[batch.cu_seqlens.long()] = True
+    rows = (~is_last[1:]).nonzero()[:, 0]
+    if len(rows) <= limit:
+        return rows
+    return rows[torch.arange(limit, device=rows.device) * len(rows) // limit]
+
+
+def content_ids(batch: SequenceBatch) -> Tensor:
+    """Equal numbers, int64 [T], for the same product or the same page; searches differ from everything."""
+    unique = -1 - torch.arange(batch.num_tokens, device=batch.kind.device)
+    page = torch.where(batch.url > 0, 2 * batch.url + 1, unique)
+    return torch.where(batch.sku > 0, 2 * batch.sku, page)
 
 
 def _required(part: SequenceBatch | None, name: str) -> SequenceBatch:

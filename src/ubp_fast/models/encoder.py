@@ -44,6 +44,7 @@ class EncoderConfig:
     pooling: Literal["last", "mean", "lstm"] = "lstm"  # sequence -> vector; spec 3.4
     attention_dropout: float = 0.0  # share of dropped attention weights; ours
     time_bias_buckets: int = 0  # learned score by log time between events, two buckets per octave of seconds; 0 is off
+    causal: bool = False  # an event sees itself and earlier ones only; ours
 
 
 class EncoderLayer(nn.Module):
@@ -99,6 +100,7 @@ class EncoderLayer(nn.Module):
             value,
             cu_query,
             None if last is None else cu_seqlens,
+            causal=self.config.causal,
             time_bias=self.time_bias,
             timestamp_s=query_time,
             timestamp_key_s=None if last is None else key_time,
@@ -152,25 +154,40 @@ class SequenceEncoder(nn.Module):
         Returns:
             float32 [B, width].
         """
+        if self.config.pooling != "last" or not len(self.layers) or not batch.num_tokens:
+            return self.pool(self.states(rows, batch), batch)
+        # The last layer computes no other rows.
+        rows = self.states(rows, batch, layers=len(self.layers) - 1)
+        has_events, last = _last_rows(batch)
+        pooled = self.layers[-1](rows, batch.cu_seqlens, batch.timestamp_s, last).float()
+        return self._with_empty(pooled, has_events)
+
+    def states(self, rows: Tensor, batch: SequenceBatch, layers: int | None = None) -> Tensor:
+        """Every event after the first `layers` layers (None: all): [T, width] -> [T, width]."""
+        if batch.num_tokens:
+            for layer in self.layers[:layers]:
+                rows = layer(rows, batch.cu_seqlens, batch.timestamp_s)
+        return rows
+
+    def pool(self, states: Tensor, batch: SequenceBatch) -> Tensor:
+        """What `states` gave, [T, width], as one vector per sequence, float32 [B, width]."""
         if not batch.num_tokens:
             return self.empty.expand(batch.num_sequences, -1)
-        has_events = batch.lengths() > 0
+        has_events, last = _last_rows(batch)
         if self.config.pooling == "last":
-            pooled = self._last_rows(rows, batch, has_events)
-            return self.empty.expand(len(has_events), -1).masked_scatter(has_events[:, None], pooled)
-        for layer in self.layers:
-            rows = layer(rows, batch.cu_seqlens, batch.timestamp_s)
-        pooled = pool_mean(rows, batch) if self.lstm is None else self.lstm(rows, batch)
+            return self._with_empty(states[last].float(), has_events)
+        pooled = pool_mean(states, batch) if self.lstm is None else self.lstm(states, batch)
         return torch.where(has_events[:, None], pooled, self.empty)
 
-    def _last_rows(self, rows: Tensor, batch: SequenceBatch, has_events: Tensor) -> Tensor:
-        """The last row of every sequence that has one, float32 [n, d]; the last layer computes no others."""
-        last = batch.cu_seqlens[1:].long()[has_events] - 1
-        for layer in self.layers[:-1]:
-            rows = layer(rows, batch.cu_seqlens, batch.timestamp_s)
-        if not len(self.layers):
-            return rows[last].float()
-        return self.layers[-1](rows, batch.cu_seqlens, batch.timestamp_s, last).float()
+    def _with_empty(self, pooled: Tensor, has_events: Tensor) -> Tensor:
+        """Rows of `pooled` for the sequences that have events, the empty vector for the others."""
+        return self.empty.expand(len(has_events), -1).masked_scatter(has_events[:, None], pooled)
+
+
+def _last_rows(batch: SequenceBatch) -> tuple[Tensor, Tensor]:
+    """Which sequences have events, bool [B], and the last row of each of these, int64 [n]."""
+    has_events = batch.lengths() > 0
+    return has_events, batch.cu_seqlens[1:].long()[has_events] - 1
 
 
 def sinusoidal_positions(steps_to_end: Tensor, width: int, max_length: int) -> Tensor:
