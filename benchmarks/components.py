@@ -3,10 +3,10 @@
     python benchmarks/components.py --output FILE [--seeds 3] [--orders 4] [key=value ...] [--rows NAME ...]
 
 Words with "=" are overrides of the run's configuration (`data=synthetic data.clients=20000`). Every row is a run of the
-pipeline; rows share its cache, so a model is trained once per seed; rows
-without a trained model are made once. All rows are scored on the same clients in the same
-row orders, and differences to the log1p baseline are taken order by order before they are averaged. Where the source
-wrote the truth beside its events, its probabilities are scored on the same labels: the oracle.
+pipeline; rows share its cache, so a model is trained once per seed; rows without a trained model are made once. All
+rows are scored on the same clients in the same row orders, and differences to the log1p baseline are taken order by
+order before they are averaged. Where the source wrote the truth beside its events, its probabilities are scored on the
+same labels: the oracle.
 
 The file is written after every row, and rows that it holds are not made again: the same command continues.
 `python benchmarks/bars.py` makes the README's tables from it.
