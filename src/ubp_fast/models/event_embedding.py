@@ -9,7 +9,7 @@ Packed events [T] -> float [T, width].
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from ubp_fast.sequences.batch import SequenceBatch
 
 if TYPE_CHECKING:
     from ubp_fast.store.event_store import EventStore
+
+TableDtype = Literal["float32", "bfloat16"]
 
 DAY_S = 86_400
 _NUM_CODE_VALUES = 256
@@ -84,6 +86,10 @@ class CodeEmbedding(nn.Module):
         return self.table(codes)
 
 
+def _large_table(rows: int, width: int, dtype: TableDtype) -> RowSparseEmbedding:
+    return RowSparseEmbedding(rows, width, dtype={"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype])
+
+
 def _by_content(batch: SequenceBatch) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of product events, of visits and of searches, three int64."""
     is_visit, is_search = batch.kind == _VISIT, batch.kind == _SEARCH
@@ -113,6 +119,7 @@ class ProjectedEventConfig:
     age_width: int = 256  # columns of the encoded age; spec 3.3
     age_bins: int = 256  # quantile bins of the age; spec 3.3
     width: int = 512  # columns of the event vector; spec 3.4
+    table_dtype: TableDtype = "float32"  # of products and pages; bfloat16 halves their memory; ours
 
 
 class ProjectedEventEmbedding(nn.Module):
@@ -126,7 +133,7 @@ class ProjectedEventEmbedding(nn.Module):
         super().__init__()
         self.config = config
         self.kind = nn.Embedding(len(EVENT_KINDS) + 1, config.kind_width)
-        self.sku = RowSparseEmbedding(sizes.num_skus, config.sku_width)
+        self.sku = _large_table(sizes.num_skus, config.sku_width, config.table_dtype)
         self.category = nn.Embedding(sizes.num_categories, config.category_width)
         self.price = nn.Embedding(sizes.num_prices, config.price_width)
         self.codes = CodeEmbedding(config.code_width)
@@ -135,7 +142,7 @@ class ProjectedEventEmbedding(nn.Module):
         item_width = config.sku_width + config.category_width + config.price_width + config.code_width
         widths = {"item": config.kind_width + item_width}
         if sizes.has_visits:
-            self.url = RowSparseEmbedding(sizes.num_urls, config.url_width)
+            self.url = _large_table(sizes.num_urls, config.url_width, config.table_dtype)
             widths["visit"] = config.kind_width + config.url_width
         if sizes.has_searches:
             widths["search"] = config.kind_width + config.code_width
@@ -195,6 +202,7 @@ class ConcatenatedEventConfig:
     day_width: int = 16  # columns; spec 4.3
     week_width: int = 4  # columns; spec 4.3
     max_days: int = 365  # rows of the day table, older events share the last; spec 4.1
+    table_dtype: TableDtype = "float32"  # of products and pages; bfloat16 halves their memory; ours
 
     @property
     def width(self) -> int:
@@ -212,14 +220,14 @@ class ConcatenatedEventEmbedding(nn.Module):
         super().__init__()
         self.config, self.sizes = config, sizes
         self.kind = nn.Embedding(len(EVENT_KINDS) + 1, config.kind_width)
-        self.sku = RowSparseEmbedding(sizes.num_skus, config.sku_width)
+        self.sku = _large_table(sizes.num_skus, config.sku_width, config.table_dtype)
         self.category = nn.Embedding(sizes.num_categories, config.category_width)
         self.price = nn.Embedding(sizes.num_prices, config.price_width)
         self.codes = CodeEmbedding(config.content_width)
         item_width = config.sku_width + config.category_width + config.price_width + config.content_width
         self.item = Linear(item_width, config.content_width)
         if sizes.has_visits:
-            self.url = RowSparseEmbedding(sizes.num_urls, config.content_width)
+            self.url = _large_table(sizes.num_urls, config.content_width, config.table_dtype)
         self.day = nn.Embedding(config.max_days, config.day_width)
         self.week = nn.Embedding((config.max_days + 6) // 7, config.week_width)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from schedulefree import RAdamScheduleFree
 from torch import nn
 from torch.optim import Adam, AdamW, Optimizer
@@ -23,11 +24,19 @@ def adopt_tables(optimizer: Optimizer, model: nn.Module, updates: TableUpdates) 
         model: may hold tables.
         updates: "row_sparse" demands it; "auto" takes it for tables on the CPU that `RAdamScheduleFree` trains without
             weight decay or that `AdamW` or `Adam` train, and keeps `optimizer` otherwise; "dense" always keeps it.
+            A table in bfloat16 demands it, too, on any device.
 
     Raises:
-        ValueError: "row_sparse" for an optimizer that has no row-sparse form.
+        ValueError: "row_sparse" for an optimizer that has no row-sparse form; "dense" for a table in bfloat16.
     """
     tables = _tables(model)
+    if any(table.weight.dtype == torch.bfloat16 for table in tables):
+        if updates == "dense":
+            raise ValueError(
+                "adopt_tables: updates must be 'auto' or 'row_sparse' for tables in bfloat16, got 'dense';"
+                " a dense step would round its results to the nearest number and lose small ones"
+            )
+        updates = "row_sparse"
     if not tables or updates == "dense":
         return optimizer
     reason = _unsupported(optimizer)

@@ -22,7 +22,7 @@ from torch.optim import Adam, AdamW
 from ubp_fast.kernels import row_sparse_adam
 from ubp_fast.kernels.row_sparse_adam import AdamRows, AdamRule
 from ubp_fast.optim.row_sparse_embedding import RowSparseEmbedding
-from ubp_fast.optim.touched_rows import TouchedRows, rows_of, table_gradients
+from ubp_fast.optim.touched_rows import TouchedRows, rows_of, split_state, table_gradients
 
 # torch's step without the wrapper that it adds to a class's `step`: hooks must run once, around ours.
 _dense_step = inspect.unwrap(Adam.step)
@@ -34,7 +34,7 @@ class AdamTable(TouchedRows):
     """A table with exp_avg and exp_avg_sq of its touched rows.
 
     Args:
-        weight: the table [N, D], float32 or float64.
+        weight: the table [N, D], float32, float64 or bfloat16.
         rule: decays of the moments and eps.
     """
 
@@ -53,7 +53,7 @@ class AdamTable(TouchedRows):
         self.steps, self._kept = 0, 1.0
 
     def _first_at_rest(self) -> Tensor:
-        return torch.zeros((), dtype=self.weight.dtype, device=self.weight.device).expand(self.weight.shape)
+        return torch.zeros((), dtype=self.state_dtype, device=self.weight.device).expand(self.weight.shape)
 
     @property
     def rows(self) -> AdamRows:
@@ -63,7 +63,8 @@ class AdamTable(TouchedRows):
 
     def gather(self, ids: Tensor) -> Tensor:
         """Rows as of the present, [..., D]."""
-        return row_sparse_adam.gather(self.rows, self.rule, ids)
+        rows, places = self.part(ids.reshape(-1))
+        return row_sparse_adam.gather(rows, self.rule, places).view(*ids.shape, self.weight.shape[1])
 
     def step(self, gradient: Tensor, rule: AdamRule, learning_rate: float, weight_decay: float) -> None:
         """Takes one step with a sparse gradient [N, D]."""
@@ -74,7 +75,9 @@ class AdamTable(TouchedRows):
         rate = learning_rate / (1 - rule.beta1**self.count)
         root = 1 / math.sqrt(1 - rule.beta2**self.count)
         numbers = (rate, root, 1 - learning_rate * weight_decay)
-        row_sparse_adam.update(self.rows, rule, *rows_of(gradient), numbers)
+        ids, sums = rows_of(gradient, self.state_dtype)
+        with self.changing(ids) as (rows, places):
+            row_sparse_adam.update(rows, rule, places, sums, numbers)
         if self.steps + 1 == len(self._history):
             self._history = torch.cat([self._history, torch.ones_like(self._history)])
         self.steps += 1
@@ -87,8 +90,14 @@ class AdamTable(TouchedRows):
     def catch_up(self) -> None:
         """Brings all rows to the present, those that only decay included."""
         if self.steps:
-            row_sparse_adam.catch_up(self.rows, self.rule)
+            for ids in self.chunks():
+                with self.changing(ids) as (rows, _):
+                    row_sparse_adam.catch_up(rows, self.rule)
             self._restart()
+
+    def _left_behind(self) -> Tensor:
+        # Weight decay moves rows that never had a gradient as well.
+        return super()._left_behind() if self._kept == 1.0 else torch.arange(len(self.weight), device=self.slot.device)
 
 
 class RowSparseAdamW(AdamW):
@@ -159,13 +168,13 @@ class RowSparseAdamW(AdamW):
         Raises:
             ValueError: the state is that of other parameters.
         """
-        super().load_state_dict(state_dict)
+        others, taken = split_state(state_dict, self.param_groups, self._tables)
+        super().load_state_dict(others)
         for weight, touched in self._tables.items():
-            state: dict[str, Tensor] = self.state.pop(weight, {})
             touched.reset()
-            if "exp_avg" in state:
-                touched.load(state)
-                touched.count = int(state["step"])
+            if "exp_avg" in taken[weight]:
+                touched.load(taken[weight])
+                touched.count = int(taken[weight]["step"])
 
 
 def unsupported_options(group: dict[str, Any]) -> str | None:

@@ -51,7 +51,8 @@ class RowSparseEmbedding(nn.Embedding):
         embedding_dim: columns D.
         padding_idx: a row that starts as zeros and gets no gradient.
         device: as in `nn.Embedding`.
-        dtype: float32 or float64.
+        dtype: float32, float64 or bfloat16. Lookups in a bfloat16 table give float32, and only a row-sparse optimizer
+            trains it: its steps are rounded at random, any other's would be lost.
     """
 
     def __init__(
@@ -72,7 +73,8 @@ class RowSparseEmbedding(nn.Embedding):
     def forward(self, ids: Tensor) -> Tensor:
         """int64 [...] -> [..., D]."""
         if self.touched is None:
-            return super().forward(ids)
+            vectors = super().forward(ids)
+            return vectors.float() if vectors.dtype == torch.bfloat16 else vectors
         return _Lookup.apply(self.weight, self.touched, ids, self.padding_idx)
 
     def catch_up(self) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ubp_fast.kernels import row_sparse
 from ubp_fast.kernels.row_sparse import ScheduleFreeRows, ScheduleFreeStep
 from ubp_fast.optim.row_sparse_embedding import RowSparseEmbedding
-from ubp_fast.optim.touched_rows import TouchedRows, rows_of, table_gradients
+from ubp_fast.optim.touched_rows import TouchedRows, rows_of, split_state, table_gradients
 
 # The library's step without the wrapper that torch adds to a class's `step`: hooks must run once, around ours.
 _dense_step = inspect.unwrap(RAdamScheduleFree.step)
@@ -32,7 +32,7 @@ class ScheduleFreeTable(TouchedRows):
     """A table with z and exp_avg_sq of its touched rows.
 
     Args:
-        weight: the table [N, D], float32 or float64.
+        weight: the table [N, D], float32, float64 or bfloat16.
         beta2: decay of the second moment per step.
     """
 
@@ -57,11 +57,14 @@ class ScheduleFreeTable(TouchedRows):
 
     def gather(self, ids: Tensor) -> Tensor:
         """Rows as of the present, [..., D]."""
-        return row_sparse.gather(self.rows, ids)
+        rows, places = self.part(ids.reshape(-1))
+        return row_sparse.gather(rows, places).view(*ids.shape, self.weight.shape[1])
 
     def step(self, gradient: Tensor, step: ScheduleFreeStep) -> None:
         """Takes one step with a sparse gradient [N, D]."""
-        row_sparse.update(self.rows, *rows_of(gradient), step)
+        ids, sums = rows_of(gradient, self.state_dtype)
+        with self.changing(ids) as (rows, places):
+            row_sparse.update(rows, places, sums, step)
         kept = float(self._retained[self.steps]) * max(1.0 - step.average_weight, _SMALLEST_FACTOR)
         if self.steps + 1 == len(self._retained):
             self._retained = torch.cat([self._retained, torch.ones_like(self._retained)])
@@ -75,7 +78,9 @@ class ScheduleFreeTable(TouchedRows):
         """Brings all touched rows to the present; y moves by the share `toward_z` of z - y."""
         if self.steps == 0 and toward_z == 0.0:
             return
-        row_sparse.catch_up(self.rows, self.beta2, toward_z=toward_z)
+        for ids in self.chunks():
+            with self.changing(ids) as (rows, _):
+                row_sparse.catch_up(rows, self.beta2, toward_z=toward_z)
         self._restart()
 
 
@@ -169,11 +174,11 @@ class RowSparseRAdamScheduleFree(RAdamScheduleFree):
         Raises:
             ValueError: the state is that of other parameters.
         """
-        super().load_state_dict(state_dict)
+        others, taken = split_state(state_dict, self.param_groups, self._tables)
+        super().load_state_dict(others)
         for weight, touched in self._tables.items():
-            state: dict[str, Tensor] = self.state.pop(weight, {})
-            if "z" in state:
-                touched.load(state)
+            if "z" in taken[weight]:
+                touched.load(taken[weight])
             else:
                 touched.reset()
 
