@@ -43,7 +43,7 @@ def training_step(table: nn.Embedding, optimizer: torch.optim.Optimizer, batches
 def row_sparse_step(
     weights: Tensor, batches: list[Tensor], factory: type[torch.optim.Optimizer] = RowSparseRAdamScheduleFree
 ) -> Call:
-    table = RowSparseEmbedding(len(weights), WIDTH)
+    table = RowSparseEmbedding(len(weights), WIDTH, dtype=weights.dtype)
     table.load_state_dict({"weight": weights})
     optimizer = factory([table.weight], [table], lr=1e-3)
     if isinstance(optimizer, RAdamScheduleFree):
@@ -123,6 +123,27 @@ def bench_against_dense_schedule_free(contest: Contest) -> None:
         mine,
         {"nn.Embedding + RAdamScheduleFree": (rival, 10.0)},
         check,
+        facts=facts(rows, batches),
+    )
+
+
+def bench_bfloat16_table(contest: Contest) -> None:
+    """Half the memory of the weights, state in float32 for the rows in use; steps are rounded at random."""
+    rows = 1_260_000
+    batches, weights = zipf_batches(rows), torch.randn(rows, WIDTH, dtype=torch.bfloat16)
+    mine, plain = row_sparse_step(weights, batches), row_sparse_step(weights.float(), batches)
+    rival = dense_step(weights.float(), batches, lambda part: torch.optim.AdamW(part, lr=1e-3, fused=True))
+    first = [mine(), plain(), rival()]
+    assert all(torch.equal(vectors, first[0]) for vectors in first)
+    for _ in range(BATCHES):
+        mine(), plain()
+
+    contest.run(
+        f"row_sparse step {rows:,} x {WIDTH}, {IDS:,} ids, bfloat16 table",
+        mine,
+        {"nn.Embedding + AdamW(fused)": (rival, 5.0), "float32 table": (plain, None)},
+        lambda *_: None,  # compared above
+        min_rounds=40,
         facts=facts(rows, batches),
     )
 
