@@ -185,7 +185,7 @@ class _Builder:
         for kind, counts in self._sku_counts.items():
             self.save(f"{kind}.item_counts", np.concatenate([np.zeros(FIRST_ID, np.int64), counts[is_seen]]))
         ids, numbers = self._urls.counted(min_url_count)
-        order = np.argsort(ids)
+        order = np.argsort(ids, kind="stable")  # nearly all of them are in order: one pass
         ids, numbers = ids[order], numbers[order]
         url_ids = vocabulary(ids)
         self._dense["url"] = np.zeros(self._urls.end, np.int32)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 
+from ubp_fast.store.ids import KnownIds
+
 PAD, UNKNOWN, FIRST_ID = 0, 1, 2
 
 
@@ -14,23 +16,12 @@ def vocabulary(ids: np.ndarray) -> np.ndarray:
     """Original id of every dense id.
 
     Args:
-        ids: i64 [N], no id twice.
+        ids: i64 [N], ascending, no id twice.
 
     Returns:
         i64 [N + 2], entries 0 and 1 are -1.
     """
-    return np.concatenate([np.full(FIRST_ID, -1, np.int64), np.sort(ids).astype(np.int64)])
-
-
-def encode(ids: np.ndarray, vocabulary_ids: np.ndarray) -> np.ndarray:
-    """Dense ids i32 [N] of original ids i64 [N]; what the vocabulary does not hold becomes `UNKNOWN`."""
-    known = vocabulary_ids[FIRST_ID:]
-    if not len(known):
-        return np.full(len(ids), UNKNOWN, np.int32)
-    position = np.searchsorted(known, ids)
-    position[position == len(known)] = 0
-    found = known[position] == ids
-    return np.where(found, position + FIRST_ID, UNKNOWN).astype(np.int32)
+    return np.concatenate([np.full(FIRST_ID, -1, np.int64), ids])
 
 
 class DenseProducts(NamedTuple):
@@ -50,9 +41,13 @@ class DenseProducts(NamedTuple):
 
 
 def dense_products(products: pl.DataFrame) -> DenseProducts:
-    """Dense ids of a product table (sku, category, price), rows by ascending sku."""
+    """Dense ids of a product table with the columns sku, category and price, rows by ascending sku."""
     special = np.arange(FIRST_ID, dtype=np.int32)
-    category_ids = vocabulary(products["category"].unique().to_numpy())
-    category = np.concatenate([special, encode(products["category"].to_numpy(), category_ids)])
-    price = np.concatenate([special, products["price"].to_numpy().astype(np.int32) + np.int32(FIRST_ID)])
-    return DenseProducts(vocabulary(products["sku"].to_numpy()), category_ids, category, price)
+    categories = products["category"].unique().sort().to_numpy()
+    category = KnownIds(categories).find(products["category"].to_numpy())
+    price = products["price"].to_numpy().astype(np.int32)
+    return DenseProducts(
+        vocabulary(products["sku"].to_numpy()),
+        vocabulary(categories),
+        *(np.concatenate([special, column + np.int32(FIRST_ID)]) for column in (category, price)),
+    )
