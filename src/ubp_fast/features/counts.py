@@ -1,6 +1,8 @@
 """The organisers' layout of aggregated features from the event store, at full size: 320 columns by default.
 
-Who needs them once and nothing else needs no store: `ubp_fast.features.once`. Per kind with events, in the order product_buy, add_to_cart, remove_from_cart, page_visit:
+Who needs them once and nothing else needs no store: `ubp_fast.features.once`.
+
+Per kind with events, in the order product_buy, add_to_cart, remove_from_cart, page_visit:
 
     [ events over all time | for each window, for each column, counts of the column's most frequent values ]
 

@@ -127,7 +127,7 @@ class Numbering:
 
 
 def least_of_largest(counts: np.ndarray, number: int) -> int:
-    """A count of 1 or more that each of the `number` largest counts reaches, if it is above 0; seldom many others do."""
+    """A count, 1 or more, that each of the `number` largest counts above 0 reaches; seldom do many others."""
     if not 0 < number < len(counts) // CHUNK:
         return 1
     # That many chunks hold a value of this size or more: one pass instead of a partition of millions.
