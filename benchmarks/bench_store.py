@@ -1,6 +1,7 @@
-"""From Parquet to features: the store is built in one pass and the organisers' 320 features are made from it.
+"""From Parquet to the organisers' 320 features: with the store, built in one pass, and for features only, without it.
 
-Rivals read the same files and make the same cells, but no store, no merged timeline of all kinds and no matrix.
+Rivals read the same files and make the same cells, but no store, no merged timeline of all kinds and no matrix. They
+are held against our way without a store, which makes the features alone, too; that with a store stands beside it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.split import DAY_S
 from ubp_fast.features.counts import CountsConfig, count_features
 from ubp_fast.features.matrix import FeatureMatrix
+from ubp_fast.features.once import count_features_once
 from ubp_fast.features.sparse import SparseFeatureMatrix
 from ubp_fast.store.build import build_store
 from ubp_fast.store.event_store import EventStore
@@ -44,20 +46,27 @@ def to_features(
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("scale", [0.01, 0.1], ids=["1of100", "1of10"])
 @pytest.mark.parametrize("name", ["default", "wide"])
-def bench_parquet_to_features(contest: Contest, tmp_path: Path, name: str, scale: float) -> None:
+@pytest.mark.parametrize("way", ["no_store", "store"])
+def bench_parquet_to_features(contest: Contest, tmp_path: Path, way: str, name: str, scale: float) -> None:
     events, config = write_logs(tmp_path / "events", scale), SMALL if name == "default" else WIDE
     arguments = config.windows_days, config.top_values
+    ways = {
+        "no_store": ("features, no store", lambda: count_features_once(events, CUTOFF_S, config)),
+        "store": ("store and features", lambda: to_features(events, tmp_path / "store", config)),
+    }
+    what, ours = ways[way]
+    has_bars = way == "no_store" and scale == 0.1
     contest.run(
-        f"Parquet to features, {len(config.windows_days)} windows, top {config.top_values}, 1/{round(1 / scale)} size",
-        lambda: to_features(events, tmp_path / "store", config),
+        f"Parquet to {what}, {len(config.windows_days)} windows, top {config.top_values}, 1/{round(1 / scale)} size",
+        ours,
         {
             "Polars": (
                 lambda: with_polars(read_with_polars(events, CUTOFF_S), *arguments),
-                POLARS_BARS[name] if scale == 0.1 else None,
+                POLARS_BARS[name] if has_bars else None,
             ),
             "DuckDB": (
                 lambda: with_duckdb(*read_with_duckdb(events, CUTOFF_S), *arguments),
-                DUCKDB_BARS[name] if scale == 0.1 else None,
+                DUCKDB_BARS[name] if has_bars else None,
             ),
         },
         lambda _, mine, cells: agree(None, config, mine, cells),
@@ -77,14 +86,23 @@ def full_size(tmp_path_factory: pytest.TempPathFactory) -> EventDirectory:
 def bench_full_size(contest: Contest, full_size: EventDirectory, tmp_path: Path) -> None:
     """Features go to a file, so that all memory is beyond the output."""
     events, store = full_size, tmp_path / "store"
-    to_features(write_logs(tmp_path / "small", 0.01), tmp_path / "warm", SMALL)  # compiles
+    small = write_logs(tmp_path / "small", 0.01)
+    to_features(small, tmp_path / "warm", SMALL)  # compiles
+    count_features_once(small, CUTOFF_S, SMALL)
     contest.limits(
-        "Parquet to 320 features at full size",
+        "Parquet to store and 320 features at full size",
         lambda: to_features(events, store, SMALL, tmp_path / "features"),
         most_cpu_s=12.0,
         most_bytes=10**9,
         rounds=3,
         facts={"events": sum(EVENTS.values()), "moonshot_cpu_s": 6.0},
+    )
+    contest.limits(
+        "Parquet to 320 features at full size, no store",
+        lambda: count_features_once(events, CUTOFF_S, SMALL, tmp_path / "features_once"),
+        most_cpu_s=12.0,
+        most_bytes=10**9,
+        rounds=3,
     )
     opened = EventStore.open(store)
     contest.limits(

@@ -74,3 +74,19 @@ def test_only_the_rows_asked_for() -> None:
     numbering = Numbering()
     assert numbering.number(np.array([7, -7, 9]), np.array([2, 1])).tolist() == [9, DIRECT_IDS]
     assert sorted(numbering.counted(1)[0].tolist()) == [-7, 9]
+
+
+@pytest.mark.parametrize("number", [0, 1, 7, 60, 20_000])
+def test_most_frequent_ids(number: int) -> None:
+    """Small ids and others together, more of them than chunks, with ties; the smaller id goes first."""
+    random = np.random.default_rng(2)
+    ids = np.concatenate([random.zipf(1.3, 30_000) % 9_000, -(random.zipf(1.3, 30_000) % 9_000) - DIRECT_IDS])
+    numbering = Numbering()
+    numbers = numbering.number(ids, np.arange(len(ids)))
+    number_of = dict(zip(ids.tolist(), numbers.tolist(), strict=True))
+    values, occurrences = np.unique(ids, return_counts=True)
+    order = np.lexsort((values, -occurrences))[:number]
+    found = numbering.most_frequent(number)
+    assert found[0].tolist() == values[order].tolist()
+    assert found[1].tolist() == [number_of[value] for value in values[order].tolist()]
+    assert found[2].tolist() == occurrences[order].tolist()

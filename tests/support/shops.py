@@ -1,4 +1,4 @@
-"""Small shops for tests: seeded events of chosen kinds with tastes that can be learned, and their stores."""
+"""Small shops for tests: seeded events of chosen kinds with tastes that can be learned, or given rows; their stores."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 
 from ubp_fast.events.read import EventDirectory
-from ubp_fast.events.schema import CODES, EVENT_KINDS, ITEM_COLUMN
+from ubp_fast.events.schema import CODES, EVENT_KINDS, ITEM_COLUMN, PRODUCT_SCHEMA, event_schema
 from ubp_fast.events.split import Split
 from ubp_fast.events.write import event_writer
 from ubp_fast.store.build import build_store
@@ -20,6 +20,8 @@ DAYS = 84
 END_S = START_S + DAYS * DAY_S
 NUM_SKUS, NUM_URLS = 40, 25
 EMPTY_CLIENT, PURCHASES_PER_CLIENT = 5, 30
+
+Rows = dict[str, list[tuple[int, int, int]]]
 
 
 def write_shop(
@@ -82,3 +84,37 @@ def make_store(
     events = write_shop(path / "events", kinds, clients, seed, scrambled_from_s)
     build_store(events, path / "store", END_S)
     return EventStore.open(path / "store")
+
+
+def frame_of(kind: str, rows: list[tuple[int, int, int]]) -> pl.DataFrame:
+    """Canonical table of (client, time, item); the item of a search is the first of its codes."""
+    schema = event_schema(kind)
+    clients, times, items = ([row[column] for row in rows] for column in range(3))
+    item: pl.Series = pl.Series(items, dtype=pl.Int64)
+    if kind == "search_query":
+        codes = np.zeros((len(rows), 16), np.uint8)
+        codes[:, 0] = np.array(items, np.int64) % 256
+        item = pl.Series(codes, dtype=CODES)
+    return pl.DataFrame([pl.Series(clients, dtype=pl.Int64), pl.Series(times, dtype=pl.Int64), item], schema=schema)
+
+
+def product_frame(skus: list[int]) -> pl.DataFrame:
+    """Properties that follow from the sku."""
+    index = np.array(skus)
+    codes = np.repeat(index[:, None] % 256, 16, axis=1).astype(np.uint8)
+    columns = [pl.Series(skus), pl.Series(1000 + index % 3), pl.Series(index * 7 % 100), pl.Series(codes, dtype=CODES)]
+    return pl.DataFrame(columns, schema=PRODUCT_SCHEMA)
+
+
+def write_rows(directory: Path, rows: Rows, relevant: list[int] | None = None) -> EventDirectory:
+    """Writes (client, time, item) by kind, and a purchase far in the future that makes every directory a valid one."""
+    skus = sorted({item for kind in EVENT_KINDS[:3] for _, _, item in rows.get(kind, [])} | {0})
+    with event_writer(directory, "test") as writer:
+        writer.write_products(product_frame(skus))
+        for kind in EVENT_KINDS:
+            more = [(10**6, 10**9, 0)] if kind == "product_buy" else []
+            writer.write_events(kind, frame_of(kind, rows.get(kind, []) + more))
+        if relevant is not None:
+            writer.write_clients("relevant_clients", np.array(relevant, np.int64))
+        writer.finish(Split(10**9 - 2, 10**9 - 1, 10**9))
+    return EventDirectory.open(directory)

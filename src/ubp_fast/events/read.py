@@ -13,7 +13,7 @@ dataset.json                source, kinds, boundaries, row counts, notes
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -189,9 +189,9 @@ class EventDirectory:
             )
             yield EventBatch(frame["client_id"].to_numpy(), frame["timestamp_s"].to_numpy(), item)
 
-    def products(self) -> pl.DataFrame:
-        """Product properties: sku, category, price (bucket 0..99), name (16 codes)."""
-        return _with_codes(self._scan_stored(PRODUCT_TABLE), PRODUCT_SCHEMA).collect()
+    def products(self, columns: Sequence[str] = tuple(PRODUCT_SCHEMA)) -> pl.DataFrame:
+        """Product properties: sku, category, price (bucket 0..99), name (16 codes), or some of them."""
+        return _with_codes(self._scan_stored(PRODUCT_TABLE), PRODUCT_SCHEMA).select(columns).collect()
 
     @property
     def relevant_clients(self) -> np.ndarray | None:

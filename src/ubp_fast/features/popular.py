@@ -10,10 +10,11 @@ import numpy as np
 from ubp_fast.features.static import FIRST_REAL_ID
 from ubp_fast.kernels.windowed_aggregate import code_counts
 from ubp_fast.store.event_store import EventStore
-
-CHUNK = 1_024
+from ubp_fast.store.ids import least_of_largest
 
 LabelLists = Mapping[str, tuple[np.ndarray, np.ndarray]]
+# Column -> (its dense id per item, None for the item itself; original value per dense id).
+ValueTables = Mapping[str, tuple[np.ndarray | None, np.ndarray]]
 
 
 class PopularValues(NamedTuple):
@@ -40,7 +41,6 @@ def popular_values(store: EventStore, kind: str, before_s: int, top_values: int)
     columns = store.kind(kind)
     if columns.item is None:
         raise ValueError(f"popular_values: kind must have items, got '{kind}'")
-    tables = _tables(store, kind)
     num_items = store.num_urls if kind == "page_visit" else store.num_skus
     if before_s >= store.cutoff_s:
         item_counts = np.asarray(store.item_counts(kind))
@@ -48,6 +48,11 @@ def popular_values(store: EventStore, kind: str, before_s: int, top_values: int)
         item_counts = code_counts(
             columns.offsets, columns.timestamp_s, columns.item, before_s=before_s, num_codes=num_items
         )
+    return most_frequent(_tables(store, kind), item_counts, top_values)
+
+
+def most_frequent(tables: ValueTables, item_counts: np.ndarray, top_values: int) -> PopularValues:
+    """The lists of all columns of a kind from how often each dense item id occurred, i64 [codes]."""
     slots: list[np.ndarray] = []
     labels: list[str] = []
     for name, (dense_of_item, originals) in tables.items():
@@ -63,8 +68,7 @@ def popular_values(store: EventStore, kind: str, before_s: int, top_values: int)
     return PopularValues(slots[0][:, None] if len(slots) == 1 else np.stack(slots, axis=1), tuple(labels))
 
 
-def _tables(store: EventStore, kind: str) -> dict[str, tuple[np.ndarray | None, np.ndarray]]:
-    """Column -> (its dense id per item, None for the item itself; original value per dense id)."""
+def _tables(store: EventStore, kind: str) -> ValueTables:
     if kind == "page_visit":
         return {"url": (None, np.asarray(store.url_ids))}
     products = store.products
@@ -78,12 +82,7 @@ def _tables(store: EventStore, kind: str) -> dict[str, tuple[np.ndarray | None, 
 def _largest(counts: np.ndarray, originals: np.ndarray, number: int) -> np.ndarray:
     """Dense ids of the real values with the largest counts above 0, ties by original value."""
     real = counts[FIRST_REAL_ID:]
-    least = 1
-    if 0 < number < len(real) // CHUNK:
-        # That many chunks hold a value of this size or more: one pass instead of a partition of millions.
-        largest = np.maximum.reduceat(real, np.arange(0, len(real), CHUNK))
-        least = max(1, int(np.partition(largest, len(largest) - number)[len(largest) - number]))
-    candidates = np.flatnonzero(real >= least) + FIRST_REAL_ID
+    candidates = np.flatnonzero(real >= least_of_largest(real, number)) + FIRST_REAL_ID
     return candidates[np.lexsort((originals[candidates], -counts[candidates]))][:number]
 
 

@@ -1,6 +1,7 @@
 """Features of clients at a cutoff: what they did in windows before it, and what they keep doing.
 
     count_features        the organisers' columns from the store, for any number of clients (`counts.py`)
+    count_features_once   the same straight from the tables of events, without a store (`once.py`)
     rich_features         what the strongest systems added, as declared blocks (`rich.py`)
     aggregated_features   counts of popular values, distinct items, mean prices, active days per window, recency
     decayed_features      log1p of exponentially decayed counts per label, activity at several half-lives, recency

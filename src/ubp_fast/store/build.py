@@ -20,11 +20,11 @@ from ubp_fast.events.progress import Progress, Steps
 from ubp_fast.events.publish import published_directory
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, NUM_CODES, SKU_KINDS, DataError
-from ubp_fast.store.clients import clients_of, in_shard
+from ubp_fast.store.clients import clients_of, in_shard, no_history
 from ubp_fast.store.event_store import FORMAT, HEADER_FILE, TIMELINE, ColumnWriter, EventStore
 from ubp_fast.store.ids import KnownIds, Numbering
 from ubp_fast.store.spill import MAX_CLIENTS, Events, Spill, keys_of, merge, narrowest, sort_events
-from ubp_fast.store.vocabulary import FIRST_ID, UNKNOWN, encode, vocabulary
+from ubp_fast.store.vocabulary import FIRST_ID, UNKNOWN, DenseProducts, dense_products, vocabulary
 
 BLOCK_EVENTS = 1 << 18
 MAX_BLOCKS = 512
@@ -173,14 +173,8 @@ class _Builder:
             return values[rows]
         if kind == "page_visit":
             return self._urls.number(values, rows)
-        places = self._skus.find(values[rows])
-        if places.min(initial=0) < 0:
-            sku = values[rows][places < 0][0]
-            raise DataError(
-                f"{self._events.path}: column 'sku' of {kind} must occur in the product table, got {sku};"
-                " prepare the events again from their source"
-            )
-        _count(places, self._sku_counts[kind])
+        places = places_of_skus(self._events, kind, self._skus, values[rows])
+        count(places, self._sku_counts[kind])
         return places
 
     def write_vocabularies(self, min_url_count: int) -> None:
@@ -191,7 +185,7 @@ class _Builder:
         for kind, counts in self._sku_counts.items():
             self.save(f"{kind}.item_counts", np.concatenate([np.zeros(FIRST_ID, np.int64), counts[is_seen]]))
         ids, numbers = self._urls.counted(min_url_count)
-        order = np.argsort(ids)
+        order = np.argsort(ids, kind="stable")  # nearly all of them are in order: one pass
         ids, numbers = ids[order], numbers[order]
         url_ids = vocabulary(ids)
         self._dense["url"] = np.zeros(self._urls.end, np.int32)
@@ -202,23 +196,19 @@ class _Builder:
         rare = int(self._urls.counts_of(every).sum() - counts.sum())
         self.save("page_visit.item_counts", np.concatenate([np.array([0, rare], np.int64), counts]))
         self.save("url_ids", url_ids)
-        sku_ids = vocabulary(products["sku"].to_numpy())
-        self.header |= {"num_skus": len(sku_ids), "num_urls": len(url_ids)}
-        self._write_products(sku_ids, products)
+        dense = dense_products(products)
+        self.header |= {"num_skus": len(dense.sku_ids), "num_urls": len(url_ids)}
+        self._write_products(dense, products["name"])
 
-    def _write_products(self, sku_ids: np.ndarray, products: pl.DataFrame) -> None:
+    def _write_products(self, dense: DenseProducts, names: pl.Series) -> None:
         """Properties of the skus in the vocabulary; those of later skus must not be seen."""
-        special = np.arange(FIRST_ID, dtype=np.int32)
-        category_ids = vocabulary(products["category"].unique().to_numpy())
-        category = np.concatenate([special, encode(products["category"].to_numpy(), category_ids)])
-        price = np.concatenate([special, products["price"].to_numpy().astype(np.int32) + FIRST_ID])
-        name = np.concatenate([np.zeros((FIRST_ID, NUM_CODES), np.uint8), products["name"].to_numpy()])
-        self.save("products.sku_id", sku_ids)
-        self.save("products.category", category)
-        self.save("products.price", price.astype(np.int32))
-        self.save("products.name", name)
-        self.save("category_ids", category_ids)
-        self.header |= {"num_categories": len(category_ids), "num_prices": int(price.max(initial=UNKNOWN)) + 1}
+        self.save("products.sku_id", dense.sku_ids)
+        self.save("products.category", dense.category)
+        self.save("products.price", dense.price)
+        self.save("products.name", np.concatenate([np.zeros((FIRST_ID, NUM_CODES), np.uint8), names.to_numpy()]))
+        self.save("category_ids", dense.category_ids)
+        num_prices = int(dense.price.max(initial=UNKNOWN)) + 1
+        self.header |= {"num_categories": len(dense.category_ids), "num_prices": num_prices}
 
     def write_columns(self, steps: Steps) -> None:
         """Sorts block by block, appends to the columns of every kind and of the timeline, and writes store.json."""
@@ -226,10 +216,7 @@ class _Builder:
         if self._base is not None:
             counts = {kind: count + len(self._base.kind(kind).timestamp_s) for kind, count in counts.items()}
         if not self._kinds:
-            raise DataError(
-                f"{self._events.path}: the cutoff must lie after the first event of a client, got {self._cutoff_s}"
-                " with no event before it; choose a later cutoff or check the relevant clients"
-            )
+            raise no_history(self._events, self._cutoff_s)
         timeline = ColumnWriter(
             self._directory, TIMELINE, ("timestamp_s", "kind", "row"), self._num_clients, sum(counts.values())
         )
@@ -285,7 +272,23 @@ class _Builder:
             spill.close()
 
 
+def places_of_skus(events: EventDirectory, kind: str, skus: KnownIds, values: np.ndarray) -> np.ndarray:
+    """Places i32 [N] of the skus i64 [N] of some events in the product table.
+
+    Raises:
+        DataError: one is not there.
+    """
+    places = skus.find(values)
+    if places.min(initial=0) < 0:
+        raise DataError(
+            f"{events.path}: column 'sku' of {kind} must occur in the product table, got {values[places < 0][0]};"
+            " prepare the events again from their source"
+        )
+    return places
+
+
 @njit(cache=True, nogil=True)
-def _count(places, counts):  # pragma: no cover - compiled
+def count(places, counts):  # pragma: no cover - compiled
+    """Adds 1 to counts[place] for every place."""
     for place in places:
         counts[place] += 1

@@ -36,6 +36,14 @@ def clients_of(
     return clients, np.isin(clients, relevant)
 
 
+def no_history(events: EventDirectory, cutoff_s: int) -> DataError:
+    """The error for a cutoff before which no client has an event."""
+    return DataError(
+        f"{events.path}: the cutoff must lie after the first event of a client, got {cutoff_s} with no event before it;"
+        " choose a later cutoff or check the relevant clients"
+    )
+
+
 def in_shard(client_ids: np.ndarray, shard: Sequence[int]) -> np.ndarray:
     """Bool [N]: ids i64 [N] whose hash leaves the rest `index` when it is divided by `count`, shard = (index, count).
 

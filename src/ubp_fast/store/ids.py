@@ -16,6 +16,7 @@ BITS_PER_ID = 256
 DIRECT_IDS = 1 << 25
 SMALLEST_TABLE = 1 << 10
 MAX_COUNT = 2**31 - 1
+CHUNK = 1_024
 
 
 class KnownIds:
@@ -65,7 +66,6 @@ class Numbering:
         self._direct_counts = np.zeros(SMALLEST_TABLE, np.int32)
         self._keys, self._numbers = _empty_table(SMALLEST_TABLE)
         self._size = 0
-        self._direct_end = 0
         self._ids = np.zeros(SMALLEST_TABLE, np.int64)
         self._counts = np.zeros(SMALLEST_TABLE, np.int32)
 
@@ -74,8 +74,8 @@ class Numbering:
         numbers = np.empty(len(rows), np.int32)
         known, done = (self._keys, self._numbers, self._ids, self._counts), 0
         while True:
-            done, self._size, end = _number(ids, rows, done, numbers, self._direct_counts, self._size, *known)
-            self._direct_end = max(end, self._direct_end)
+            done = _number_direct(ids, rows, done, numbers, self._direct_counts)
+            done, self._size = _number(ids, rows, done, numbers, self._direct_counts, self._size, *known)
             if done == len(rows):
                 return numbers
             if 0 <= ids[rows[done]] < DIRECT_IDS:
@@ -108,14 +108,31 @@ class Numbering:
 
     def counted(self, min_count: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids that came at least that often (1 or more), i64 in no order, and their numbers, i64."""
-        direct = np.flatnonzero(self._direct_counts[: self._direct_end] >= min_count)
+        direct = np.flatnonzero(self._direct_counts >= min_count)
         others = np.flatnonzero(self._counts[: self._size] >= min_count)
         return np.concatenate([direct, self._ids[others]]), np.concatenate([direct, others + DIRECT_IDS])
+
+    def most_frequent(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids i64 that came most often, at most `number`, and their numbers and counts; ties: the smaller id."""
+        counts = (self._direct_counts, self._counts[: self._size])
+        ids, numbers = self.counted(max(least_of_largest(each, number) for each in counts))
+        largest = self.counts_of(numbers)
+        order = np.lexsort((ids, -largest))[:number]
+        return ids[order], numbers[order], largest[order]
 
     @property
     def end(self) -> int:
         """Every number given so far is smaller."""
         return DIRECT_IDS + self._size
+
+
+def least_of_largest(counts: np.ndarray, number: int) -> int:
+    """A count, 1 or more, that each of the `number` largest counts above 0 reaches; seldom do many others."""
+    if not 0 < number < len(counts) // CHUNK:
+        return 1
+    # That many chunks hold a value of this size or more: one pass instead of a partition of millions.
+    largest = np.maximum.reduceat(counts, np.arange(0, len(counts), CHUNK))
+    return max(1, int(np.partition(largest, len(largest) - number)[len(largest) - number]))
 
 
 def _grown(counts: np.ndarray, entries: int) -> np.ndarray:
@@ -227,26 +244,33 @@ def _places_of(ids, rows, first, bits, keys, places):  # pragma: no cover - comp
 
 
 @njit(cache=True, nogil=True)
-def _number(ids, rows, start, numbers, direct_counts, size, keys, values, known, counts):  # pragma: no cover - compiled
-    """Returns (rows done, entries in the table, end of the small ids); stops where a table has to grow first.
+def _number_direct(ids, rows, start, numbers, direct_counts):  # pragma: no cover - compiled
+    """`_number` up to the first id that has no count of its own: as simple as the loop of nearly all data can be."""
+    for index in range(start, rows.size):
+        value = np.uint64(ids[rows[index]])
+        if value >= np.uint64(direct_counts.size):
+            return index
+        direct_counts[value] = min(np.int64(direct_counts[value]) + 1, MAX_COUNT)
+        numbers[index] = value
+    return rows.size
 
-    Counts stop at 2^31 - 1.
-    """
-    end = 0
+
+@njit(cache=True, nogil=True)
+def _number(ids, rows, start, numbers, direct_counts, size, keys, values, known, counts):  # pragma: no cover - compiled
+    """Returns (rows done, entries in the table); stops where a table has to grow first. Counts stop at 2^31 - 1."""
     for index in range(start, rows.size):
         value = ids[rows[index]]
         if 0 <= value < direct_counts.size:
             direct_counts[value] += direct_counts[value] < MAX_COUNT
             numbers[index] = value
-            end = max(end, value + 1)
             continue
         if 0 <= value < DIRECT_IDS:
-            return index, size, end
+            return index, size
         slot = _slot(value, keys, values)
         number = values[slot]
         if number < 0:
             if size == known.size:
-                return index, size, end
+                return index, size
             number = size
             size += 1
             known[number] = value
@@ -254,4 +278,4 @@ def _number(ids, rows, start, numbers, direct_counts, size, keys, values, known,
             values[slot] = number
         counts[number] += counts[number] < MAX_COUNT
         numbers[index] = DIRECT_IDS + number
-    return rows.size, size, end
+    return rows.size, size
