@@ -89,21 +89,21 @@ def bench_full_size(contest: Contest, full_size: EventDirectory, tmp_path: Path)
     small = write_logs(tmp_path / "small", 0.01)
     to_features(small, tmp_path / "warm", SMALL)  # compiles
     count_features_once(small, CUTOFF_S, SMALL)
-    contest.limits(
-        "Parquet to store and 320 features at full size",
-        lambda: to_features(events, store, SMALL, tmp_path / "features"),
-        most_cpu_s=12.0,
-        most_bytes=10**9,
-        rounds=3,
-        facts={"events": sum(EVENTS.values()), "moonshot_cpu_s": 6.0},
-    )
-    contest.limits(
-        "Parquet to 320 features at full size, no store",
-        lambda: count_features_once(events, CUTOFF_S, SMALL, tmp_path / "features_once"),
-        most_cpu_s=12.0,
-        most_bytes=10**9,
-        rounds=3,
-    )
+    for figure, make in (
+        ("store and 320 features at full size", lambda: to_features(events, store, SMALL, tmp_path / "features")),
+        (
+            "320 features at full size, no store",
+            lambda: count_features_once(events, CUTOFF_S, SMALL, tmp_path / "features_once"),
+        ),
+    ):
+        contest.limits(
+            f"Parquet to {figure}",
+            make,
+            most_cpu_s=12.0,
+            most_bytes=10**9,
+            rounds=3,
+            facts={"events": sum(EVENTS.values()), "moonshot_cpu_s": 6.0},
+        )
     opened = EventStore.open(store)
     contest.limits(
         "320 features again from the store at full size",

@@ -120,6 +120,17 @@ def test_only_some_kinds(tmp_path: Path) -> None:
     assert_same(matrix, through_store(events, END_S, CountsConfig(top_values=1), tmp_path / "store"))
 
 
+def test_too_many_clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their rows would not fit the keys that events are sorted by."""
+    events = write_rows(tmp_path / "events", {"page_visit": [(client, 5, 2) for client in range(4)]})
+    monkeypatch.setattr("ubp_fast.store.clients.MAX_CLIENTS", 4)
+    count_features_once(events, 10)
+    monkeypatch.setattr("ubp_fast.store.clients.MAX_CLIENTS", 3)
+    for make in (count_features_once, partial(build_store, path=tmp_path / "store")):
+        with pytest.raises(DataError, match="clients must be at most 3, got 4; split them"):
+            make(events, cutoff_s=10)
+
+
 def test_a_sku_without_properties(tmp_path: Path) -> None:
     events = write_rows(tmp_path / "events", {"add_to_cart": [(1, 5, 41), (1, 6, 7)], "page_visit": [(1, 5, 2)]})
     stored_form(product_frame([0, 7])).write_parquet(events.path / "product_properties.parquet")

@@ -11,6 +11,7 @@ from ubp_fast.models.event_embedding import (
     ConcatenatedEventEmbedding,
     EventSizes,
     PiecewiseLinearEncoding,
+    ProjectedEventConfig,
     ProjectedEventEmbedding,
 )
 from ubp_fast.store.event_store import EventStore
@@ -82,6 +83,19 @@ def test_winner_widths_and_tables() -> None:
     embedding = ConcatenatedEventEmbedding(config, EventSizes(4, 3, 3, 0, ("product_buy",)))
     assert embedding.day.weight.shape == (365, 16)
     assert embedding.week.weight.shape == (53, 4)
+
+
+@pytest.mark.parametrize("config", [ConcatenatedEventConfig, ProjectedEventConfig])
+def test_dtypes_of_tables(config: type[ConcatenatedEventConfig | ProjectedEventConfig]) -> None:
+    with pytest.raises(ValueError, match=f"{config.__name__}: table_dtype must be .* got 'float16'"):
+        config(table_dtype="float16")
+    sizes = EventSizes(4, 3, 3, 5, ("product_buy", "page_visit"))
+    embedding = {
+        ConcatenatedEventConfig: ConcatenatedEventEmbedding,
+        ProjectedEventConfig: ProjectedEventEmbedding,
+    }[config](config(table_dtype="bfloat16"), sizes)
+    rounded = {name for name, value in embedding.named_parameters() if value.dtype == torch.bfloat16}
+    assert rounded == {"sku.weight", "url.weight"}
 
 
 def test_absent_kinds_have_no_parameters(purchases_store: EventStore) -> None:

@@ -14,6 +14,7 @@ from schedulefree import RAdamScheduleFree
 from support.small_models import CUTOFF_S, outputs_of, small_contrastive, small_multitask, training_loader, whole_batch
 
 from ubp_fast.models.contrastive import ContrastiveModel
+from ubp_fast.models.event_embedding import TableDtype
 from ubp_fast.models.training import TrainingConfig, embed, fit
 from ubp_fast.models.weights import initialise, load_model
 from ubp_fast.sequences import ViewLoader, views_at
@@ -38,7 +39,9 @@ def kill_at(step: int) -> Callable[[int, int], None]:
 
 
 def weights(model: torch.nn.Module) -> dict[str, bytes]:
-    return {name: value.numpy().tobytes() for name, value in model.state_dict().items()}
+    parts = model.state_dict().items()
+    # NumPy has no bfloat16; float32 holds the same numbers.
+    return {name: (part.float() if part.dtype == torch.bfloat16 else part).numpy().tobytes() for name, part in parts}
 
 
 def train(
@@ -48,22 +51,27 @@ def train(
     epochs: int = 3,
     progress: Callable[[int, int], None] | None = None,
     seed: int = 0,
+    table_dtype: TableDtype = "float32",
 ) -> tuple[ContrastiveModel, list[dict[str, float]]]:
-    model = small_contrastive(store, seed)
+    model = small_contrastive(store, seed, table_dtype=table_dtype)
     config = TrainingConfig(epochs=epochs, seed=seed, checkpoint_every_s=0)
     losses = fit(model, training_loader(store), OPTIMIZERS[optimizer], config, directory, progress)
     return model, losses
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_killed_and_continued_equals_undisturbed(store: EventStore, tmp_path: Path, optimizer: str) -> None:
-    undisturbed, losses = train(store, tmp_path / "a", optimizer)
+@pytest.mark.parametrize("table_dtype", ["float32", "bfloat16"])
+def test_killed_and_continued_equals_undisturbed(
+    store: EventStore, tmp_path: Path, optimizer: str, table_dtype: TableDtype
+) -> None:
+    run = partial(train, store, optimizer=optimizer, table_dtype=table_dtype)
+    undisturbed, losses = run(tmp_path / "a")
     steps = len(training_loader(store))
     for step in (steps + 1, 2 * steps + 2):
         with pytest.raises(Killed):
-            train(store, tmp_path / "b", optimizer, progress=kill_at(step))
+            run(tmp_path / "b", progress=kill_at(step))
     seen: list[tuple[int, int]] = []
-    continued, other_losses = train(store, tmp_path / "b", optimizer, progress=lambda *at: seen.append(at))
+    continued, other_losses = run(tmp_path / "b", progress=lambda *at: seen.append(at))
     assert seen[0] == (2 * steps + 1, 3 * steps)
     assert seen[-1] == (3 * steps, 3 * steps)
     assert weights(undisturbed) == weights(continued)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import nn
 
 from ubp_fast.models.contrastive import ContrastiveConfig, ContrastiveModel
 from ubp_fast.models.encoder import EncoderConfig
-from ubp_fast.models.event_embedding import ConcatenatedEventConfig, EventSizes, ProjectedEventConfig
+from ubp_fast.models.event_embedding import ConcatenatedEventConfig, EventSizes, ProjectedEventConfig, TableDtype
 from ubp_fast.models.multitask import MultitaskConfig, MultitaskModel
 from ubp_fast.models.ple import PLEConfig
 from ubp_fast.models.weights import initialise
@@ -30,11 +31,15 @@ SMALL_EVENTS = ProjectedEventConfig(4, 16, 8, 4, 16, 8, 8, 8, 32)
 
 
 def small_contrastive(
-    store: EventStore, seed: int = 0, next_event_weight: float = 0.0, **changes: Any
+    store: EventStore,
+    seed: int = 0,
+    next_event_weight: float = 0.0,
+    table_dtype: TableDtype = "float32",
+    **changes: Any,
 ) -> ContrastiveModel:
     """32 columns, one layer per tower; `changes` go to the model's constructor."""
     config = ContrastiveConfig(
-        events=SMALL_EVENTS,
+        events=replace(SMALL_EVENTS, table_dtype=table_dtype),
         history=EncoderConfig(heads=2, layers=1, feed_forward=64, causal=next_event_weight > 0),
         future=EncoderConfig(heads=2, layers=1, feed_forward=64, pooling="mean"),
         temperature=0.1,

@@ -44,7 +44,7 @@ def count_features_once(
         cutoff. Sparse above 1,000 columns.
 
     Raises:
-        DataError: no event before the cutoff, or a sku without properties.
+        DataError: no event before the cutoff, too many clients, or a sku without properties.
     """
     once = _Once(events, cutoff_s, config or CountsConfig())
     kinds = [found for kind in events.kinds if (found := once.kind(kind)) is not None]

@@ -9,7 +9,7 @@ Packed events [T] -> float [T, width].
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -86,8 +86,13 @@ class CodeEmbedding(nn.Module):
         return self.table(codes)
 
 
+def _check_table_dtype(name: str, dtype: str) -> None:
+    if dtype not in get_args(TableDtype):
+        raise ValueError(f"{name}: table_dtype must be 'float32' or 'bfloat16', got '{dtype}'")
+
+
 def _large_table(rows: int, width: int, dtype: TableDtype) -> RowSparseEmbedding:
-    return RowSparseEmbedding(rows, width, dtype={"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype])
+    return RowSparseEmbedding(rows, width, dtype=getattr(torch, dtype))
 
 
 def _by_content(batch: SequenceBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,6 +125,9 @@ class ProjectedEventConfig:
     age_bins: int = 256  # quantile bins of the age; spec 3.3
     width: int = 512  # columns of the event vector; spec 3.4
     table_dtype: TableDtype = "float32"  # of products and pages; bfloat16 halves their memory; ours
+
+    def __post_init__(self) -> None:
+        _check_table_dtype("ProjectedEventConfig", self.table_dtype)
 
 
 class ProjectedEventEmbedding(nn.Module):
@@ -203,6 +211,9 @@ class ConcatenatedEventConfig:
     week_width: int = 4  # columns; spec 4.3
     max_days: int = 365  # rows of the day table, older events share the last; spec 4.1
     table_dtype: TableDtype = "float32"  # of products and pages; bfloat16 halves their memory; ours
+
+    def __post_init__(self) -> None:
+        _check_table_dtype("ConcatenatedEventConfig", self.table_dtype)
 
     @property
     def width(self) -> int:

@@ -23,7 +23,7 @@ from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, NUM_CODES, SKU_KIND
 from ubp_fast.store.clients import clients_of, in_shard, no_history
 from ubp_fast.store.event_store import FORMAT, HEADER_FILE, TIMELINE, ColumnWriter, EventStore
 from ubp_fast.store.ids import KnownIds, Numbering
-from ubp_fast.store.spill import MAX_CLIENTS, Events, Spill, keys_of, merge, narrowest, sort_events
+from ubp_fast.store.spill import Events, Spill, keys_of, merge, narrowest, sort_events
 from ubp_fast.store.vocabulary import FIRST_ID, UNKNOWN, DenseProducts, dense_products, vocabulary
 
 BLOCK_EVENTS = 1 << 18
@@ -62,7 +62,7 @@ def build_store(
             other machines, agree in every id, and their rows together are those of the whole. Not with a base.
 
     Raises:
-        DataError: no event before the cutoff, or the directory is in use or cannot be written.
+        DataError: no event before the cutoff, too many clients, or the directory is in use or cannot be written.
         ValueError: `base` or `shard` does not fit.
     """
     if base is not None:
@@ -114,10 +114,6 @@ class _Builder:
         is_here: np.ndarray | None,
         base: EventStore | None,
     ) -> None:
-        if len(clients) > MAX_CLIENTS:
-            raise DataError(
-                f"{events.path}: clients must be at most {MAX_CLIENTS}, got {len(clients)}; make two stores"
-            )
         self._events, self._directory, self._cutoff_s, self._base = events, directory, cutoff_s, base
         self._clients = KnownIds(clients)
         self._num_clients = len(clients) if is_here is None else int(is_here.sum())

@@ -11,12 +11,28 @@ from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import DataError
 from ubp_fast.store.event_store import EventStore
 from ubp_fast.store.ids import hashes
+from ubp_fast.store.spill import MAX_CLIENTS
 
 
 def clients_of(
     events: EventDirectory, cutoff_s: int, all_clients: bool, base: EventStore | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of all clients, i64 ascending, and which of them need a profile, bool; arguments as of `build_store`."""
+    """Ids of all clients, i64 ascending, and which of them need a profile, bool; arguments as of `build_store`.
+
+    Raises:
+        DataError: more clients than the keys of their events can tell apart.
+    """
+    clients, is_relevant = _present_clients(events, cutoff_s, all_clients, base)
+    if len(clients) > MAX_CLIENTS:
+        raise DataError(
+            f"{events.path}: clients must be at most {MAX_CLIENTS}, got {len(clients)}; split them into two directories"
+        )
+    return clients, is_relevant
+
+
+def _present_clients(
+    events: EventDirectory, cutoff_s: int, all_clients: bool, base: EventStore | None
+) -> tuple[np.ndarray, np.ndarray]:
     relevant = events.relevant_clients
     if relevant is not None and not all_clients:
         clients = np.sort(relevant)
