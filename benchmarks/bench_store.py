@@ -11,6 +11,8 @@ import os
 os.environ.setdefault("POLARS_MAX_THREADS", "1")
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -43,36 +45,60 @@ def to_features(
     return count_features(EventStore.open(path), CUTOFF_S, config, directory)
 
 
+@contextmanager
+def on_cores(count: int) -> Iterator[None]:
+    """Keeps all threads of the process on that many cores: Polars decodes on a second one whatever it is told."""
+    allowed = sorted(os.sched_getaffinity(0))
+    try:
+        _keep_on(allowed[:count])
+        yield
+    finally:
+        _keep_on(allowed)
+
+
+def _keep_on(cores: list[int]) -> None:
+    for thread in os.listdir("/proc/self/task"):  # a new thread stays where the one that starts it is
+        with suppress(ProcessLookupError):  # it ended meanwhile
+            os.sched_setaffinity(int(thread), cores)
+
+
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("scale", [0.01, 0.1], ids=["1of100", "1of10"])
 @pytest.mark.parametrize("name", ["default", "wide"])
-@pytest.mark.parametrize("way", ["no_store", "store"])
-def bench_parquet_to_features(contest: Contest, tmp_path: Path, way: str, name: str, scale: float) -> None:
+@pytest.mark.parametrize(("way", "cores"), [("no store", 1), ("no store", 2), ("with store", 1)])
+def bench_parquet_to_features(contest: Contest, tmp_path: Path, way: str, cores: int, name: str, scale: float) -> None:
+    """The bars are those of one core. With a second one Polars decodes and counts at the same time; we do not."""
     events, config = write_logs(tmp_path / "events", scale), SMALL if name == "default" else WIDE
     arguments = config.windows_days, config.top_values
-    ways = {
-        "no_store": ("features, no store", lambda: count_features_once(events, CUTOFF_S, config)),
-        "store": ("store and features", lambda: to_features(events, tmp_path / "store", config)),
-    }
-    what, ours = ways[way]
-    has_bars = way == "no_store" and scale == 0.1
-    contest.run(
-        f"Parquet to {what}, {len(config.windows_days)} windows, top {config.top_values}, 1/{round(1 / scale)} size",
-        ours,
-        {
-            "Polars": (
-                lambda: with_polars(read_with_polars(events, CUTOFF_S), *arguments),
-                POLARS_BARS[name] if has_bars else None,
-            ),
-            "DuckDB": (
-                lambda: with_duckdb(*read_with_duckdb(events, CUTOFF_S), *arguments),
-                DUCKDB_BARS[name] if has_bars else None,
-            ),
-        },
-        lambda _, mine, cells: agree(None, config, mine, cells),
-        min_rounds=5,
-        facts={"events": int(sum(EVENTS.values()) * scale), "scale": scale, "windows_days": list(config.windows_days)},
-    )
+    ours = {
+        "no store": lambda: count_features_once(events, CUTOFF_S, config),
+        "with store": lambda: to_features(events, tmp_path / "store", config),
+    }[way]
+    has_bars = way == "no store" and cores == 1 and scale == 0.1
+    size = f"{len(config.windows_days)} windows, top {config.top_values}, 1/{round(1 / scale)} size"
+    with on_cores(cores):
+        contest.run(
+            f"Parquet to features, {way}, {size}, {cores} core{'s' * (cores > 1)}",
+            ours,
+            {
+                "Polars": (
+                    lambda: with_polars(read_with_polars(events, CUTOFF_S), *arguments),
+                    POLARS_BARS[name] if has_bars else None,
+                ),
+                "DuckDB": (
+                    lambda: with_duckdb(*read_with_duckdb(events, CUTOFF_S), *arguments),
+                    DUCKDB_BARS[name] if has_bars else None,
+                ),
+            },
+            lambda _, mine, cells: agree(None, config, mine, cells),
+            min_rounds=5,
+            facts={
+                "events": int(sum(EVENTS.values()) * scale),
+                "scale": scale,
+                "windows_days": list(config.windows_days),
+                "cores": cores,
+            },
+        )
 
 
 @pytest.fixture(scope="module")
