@@ -90,7 +90,8 @@ def components_markdown(report: dict[str, Any]) -> str:
         for task in tasks:
             entry = row["tasks"][task]
             mean = f"{entry['mean']:.4f}"
-            cells.append(f"{f'**{mean}**' if entry['mean'] == best[task] else mean} ± {entry['standard_error']:.4f}")
+            error = "" if entry["standard_error"] is None else f" ± {entry['standard_error']:.4f}"
+            cells.append(f"{f'**{mean}**' if entry['mean'] == best[task] else mean}{error}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     if report["oracle"]:
         cells = [f"{report['oracle'][task]:.4f}" if task in report["oracle"] else "" for task in tasks]

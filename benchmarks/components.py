@@ -8,7 +8,8 @@ rows are scored on the same clients in the same row orders, and differences to t
 order before they are averaged. Where the source wrote the truth beside its events, its probabilities are scored on the
 same labels: the oracle.
 
-The file is written after every row, and rows that it holds are not made again: the same command continues.
+Row orders are taken one after another, in each of them all rows. The file is written after every row, and what it holds
+is not made again: the same command continues, and one with more `--orders` adds to it.
 `python benchmarks/bars.py` makes the README's tables from it.
 """
 
@@ -28,6 +29,7 @@ from rich.console import Console
 
 import ubp_fast
 from ubp_fast.evaluation import EvaluationConfig, Targets, build_targets, evaluate
+from ubp_fast.evaluation.evaluator import row_orders
 from ubp_fast.evaluation.metrics import auroc
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.pipeline.execute import run_stages
@@ -91,25 +93,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Makes the rows that are not there yet."""
     options = _options(arguments)
     report = _read(options.output, options)
-    config = EvaluationConfig(precision="bf16", orders=options.orders)
-    for name in options.rows:
-        if name in report["rows"]:
-            continue
-        overrides, folder = ROWS[name]
-        seeds = range(options.seeds if _is_random(name) else 1)
-        runs = []
-        for seed in seeds:
-            run = _run([*options.overrides, *overrides, f"seed={seed}"], folder, options.root)
-            targets = _targets(run, Profiles.load(run / "stages" / folder))
-            runs.append(_aurocs(Profiles.load(run / "stages" / folder), targets, config))
-            report["oracle"] = report["oracle"] or _oracle(run, targets)
-        report["rows"][name] = {
-            "overrides": list(overrides),
-            "auroc": {task: [one[task] for one in runs] for task in runs[0]},
-        }
-        summarise(report)
-        options.output.write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
-        print(line(name, report), flush=True)
+    for number in range(options.orders):
+        for name in options.rows:
+            row = report["rows"].setdefault(name, {"overrides": list(ROWS[name][0]), "auroc": {}})
+            if all(len(orders) > number for seeds in row["auroc"].values() for orders in seeds) and row["auroc"]:
+                continue
+            _score(name, row, number, report, options)
+            summarise(report)
+            options.output.write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
+            print(f"order {number + 1}, {line(name, report)}", flush=True)
+
+
+def _score(name: str, row: dict[str, Any], number: int, report: dict[str, Any], options: argparse.Namespace) -> None:
+    """Adds to the row what one row order gives, for every seed."""
+    overrides, folder = ROWS[name]
+    scored = []
+    for seed in range(options.seeds if _is_random(name) else 1):
+        run = _run([*options.overrides, *overrides, f"seed={seed}"], folder, options.root)
+        profiles = Profiles.load(run / "stages" / folder)
+        order = row_orders(profiles.client_ids, EvaluationConfig(orders=options.orders + 1))[number]
+        profiles = Profiles(profiles.client_ids[order], profiles.embeddings[order])
+        targets = _targets(run, profiles)
+        scored.append(_aurocs(profiles, targets))
+        report["oracle"] = report["oracle"] or _oracle(run, targets)
+    for task in scored[0]:
+        seeds = row["auroc"].setdefault(task, [[] for _ in scored])
+        for orders, aurocs in zip(seeds, scored, strict=True):
+            del orders[number:]  # a row that was killed between two tasks
+            orders.append(aurocs[task])
 
 
 def _is_random(row: str) -> bool:
@@ -125,9 +136,10 @@ def summarise(report: dict[str, Any]) -> None:
         for task, values in row["auroc"].items():
             # An order is one draw: seeds are averaged inside it, so that the error is that of independent rows.
             by_order = np.mean(values, axis=0)
-            entry = {"mean": float(by_order.mean()), "standard_error": _error(values)}
-            if reference is not None:
-                difference = np.asarray(values) - np.mean(reference["auroc"][task], axis=0)
+            entry = {"mean": float(by_order.mean()), "standard_error": _error(by_order)}
+            if reference is not None and reference["auroc"]:
+                others = np.mean(reference["auroc"][task], axis=0)
+                difference = by_order[: len(others)] - others[: len(by_order)]
                 entry |= {"difference": float(difference.mean()), "difference_error": _error(difference)}
             if task in (report["oracle"] or {}):
                 entry["oracle_share"] = entry["mean"] / report["oracle"][task]
@@ -153,14 +165,14 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options, overrides = parser.parse_known_args(arguments)
     if bad := [word for word in overrides if "=" not in word]:
         parser.error(f"overrides must have the form key=value, got {bad}")
-    if options.seeds < 1 or options.orders < 2:
-        parser.error(f"needs 1 seed and 2 orders at least, got {options.seeds} and {options.orders}")
+    if options.seeds < 1 or options.orders < 1:
+        parser.error(f"needs 1 seed and 1 order at least, got {options.seeds} and {options.orders}")
     options.overrides = overrides
     return options
 
 
 def _read(path: Path, options: argparse.Namespace) -> dict[str, Any]:
-    made_from = {"overrides": options.overrides, "seeds": options.seeds, "orders": options.orders}
+    made_from = {"overrides": options.overrides, "seeds": options.seeds}
     if not path.exists():
         return {**made_from, "oracle": None, "rows": {}}
     report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -181,15 +193,13 @@ def _targets(run: Path, profiles: Profiles) -> Targets:
     return build_targets(EventDirectory.open(run / "stages" / "events"), profiles.client_ids)
 
 
-def _aurocs(profiles: Profiles, targets: Targets, config: EvaluationConfig) -> dict[str, list[float]]:
-    """Task -> AUROC of the epoch that counts, per row order."""
-    scores = evaluate(profiles, targets, config)
+def _aurocs(profiles: Profiles, targets: Targets) -> dict[str, float]:
+    """Task -> AUROC of the epoch that counts, in the order of the profiles' rows."""
+    scores = evaluate(profiles, targets, EvaluationConfig(precision="bf16"))
     return {
-        name: [
-            float("nan") if epoch is None else float(epochs[epoch].auroc)
-            for epochs, epoch in zip(task.orders, task.best_epochs, strict=True)
-        ]
+        name: float(task.orders[0][epoch].auroc)
         for name, task in scores.tasks.items()
+        if (epoch := task.best_epochs[0]) is not None
     }
 
 
@@ -214,10 +224,9 @@ def _oracle(run: Path, targets: Targets) -> dict[str, float] | None:
     return found
 
 
-def _error(values: Any) -> float:
-    """Standard error over row orders of the mean over seeds."""
-    by_order = np.mean(values, axis=0)
-    return float(by_order.std(ddof=1) / len(by_order) ** 0.5)
+def _error(by_order: np.ndarray) -> float | None:
+    """Standard error of the mean over row orders; None of one."""
+    return float(by_order.std(ddof=1) / len(by_order) ** 0.5) if len(by_order) > 1 else None
 
 
 if __name__ == "__main__":

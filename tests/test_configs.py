@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from hydra.errors import ConfigCompositionException
@@ -78,18 +79,41 @@ def test_yaml_repeats_the_constructors_defaults() -> None:
         assert differences(value, type(value)(**needed), type(value).__name__) == []
 
 
-def test_rows_of_the_table_of_components_compose() -> None:
+@pytest.fixture(scope="module")
+def components() -> ModuleType:
     path = Path(__file__).resolve().parent.parent / "benchmarks" / "components.py"
     spec = importlib.util.spec_from_file_location("components", path)
     assert spec is not None and spec.loader is not None
-    components = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(components)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_rows_of_the_table_of_components_compose(components: ModuleType) -> None:
     names = set()
     for overrides, folder in components.ROWS.values():
         settings = read_settings(composed(*overrides, f"stages=[{folder.split('/')[0]}]"))
         assert folder.split("/")[0] in {stage.name for stage in plan(settings)}
         names.add((settings.name, folder))
     assert len(names) == len(components.ROWS), "no row twice"
+
+
+def test_table_of_components_is_paired_order_by_order(components: ModuleType) -> None:
+    rows = {
+        components.REFERENCE: {"auroc": {"churn": [[0.5, 0.7]]}},
+        "two seeds": {"auroc": {"churn": [[0.6, 0.8], [0.7, 0.9]]}},
+        "one order so far": {"auroc": {"churn": [[0.75]]}},
+    }
+    report = {"oracle": {"churn": 0.9}, "rows": rows}
+    components.summarise(report)
+    found = {name: row["tasks"]["churn"] for name, row in rows.items()}
+    assert found["two seeds"]["mean"] == pytest.approx(0.75)
+    assert found["two seeds"]["standard_error"] == pytest.approx(0.1)  # of .65 and .85: seeds are no further draws
+    assert found["two seeds"]["difference"] == pytest.approx(0.15)
+    assert found["two seeds"]["difference_error"] == pytest.approx(0.0, abs=1e-12)
+    assert found["one order so far"]["difference"] == pytest.approx(0.25)  # to the reference in that order alone
+    assert found["one order so far"]["standard_error"] is None
+    assert found["one order so far"]["oracle_share"] == pytest.approx(0.75 / 0.9)
 
 
 def test_demo_is_smaller_than_the_winner() -> None:
