@@ -30,7 +30,6 @@ def events(tmp_path_factory: pytest.TempPathFactory) -> EventDirectory:
 
 
 @pytest.mark.plain_glibc
-@pytest.mark.timeout(0)  # ten minutes of one core
 def bench_six_tasks(contest: Contest, events: EventDirectory) -> None:
     raw = organisers_features(events)
     profiles = Profiles(raw.client_ids, raw.values).to_float16()

@@ -62,7 +62,6 @@ def _keep_on(cores: list[int]) -> None:
             os.sched_setaffinity(int(thread), cores)
 
 
-@pytest.mark.timeout(0)
 @pytest.mark.parametrize("scale", [0.01, 0.1], ids=["1of100", "1of10"])
 @pytest.mark.parametrize("name", ["default", "wide"])
 @pytest.mark.parametrize(("way", "cores"), [("no store", 1), ("no store", 2), ("with store", 1)])
@@ -107,7 +106,6 @@ def full_size(tmp_path_factory: pytest.TempPathFactory) -> EventDirectory:
     return write_logs(tmp_path_factory.mktemp("full_size") / "events", 1.0)
 
 
-@pytest.mark.timeout(0)
 @pytest.mark.plain_glibc
 def bench_full_size(contest: Contest, full_size: EventDirectory, tmp_path: Path) -> None:
     """Features go to a file, so that all memory is beyond the output."""
@@ -140,7 +138,6 @@ def bench_full_size(contest: Contest, full_size: EventDirectory, tmp_path: Path)
     )
 
 
-@pytest.mark.timeout(0)
 @pytest.mark.plain_glibc
 def bench_two_threads_at_full_size(contest: Contest, full_size: EventDirectory, tmp_path: Path) -> None:
     """Features from the store; one thread's time over two threads'."""
@@ -148,7 +145,6 @@ def bench_two_threads_at_full_size(contest: Contest, full_size: EventDirectory, 
     two_threads(contest, EventStore.open(tmp_path / "store"), "full size", 1.7)
 
 
-@pytest.mark.timeout(0)
 def bench_another_day(contest: Contest, tmp_path: Path) -> None:
     """The last of 140 days on the store of the others, against a new store of all; same bytes."""
     events = write_logs(tmp_path / "events", 0.1)
@@ -175,7 +171,6 @@ def bench_another_day(contest: Contest, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.timeout(0)
 def bench_code_vectors(contest: Contest) -> None:
     """Text '[1 2 ... 16]' to 16 checked codes."""
     codes = np.random.default_rng(0).integers(0, 256, (10**6, 16))

@@ -79,7 +79,6 @@ def agree(
     assert not np.delete(means, clients, axis=0).any()
 
 
-@pytest.mark.timeout(0)
 @pytest.mark.parametrize("scale", [0.01, 0.1], ids=["1of100", "1of10"])
 @pytest.mark.parametrize("name", ["default", "wide"])
 def bench_recompute(contest: Contest, tmp_path: Path, name: str, scale: float) -> None:
@@ -100,7 +99,6 @@ def bench_recompute(contest: Contest, tmp_path: Path, name: str, scale: float) -
     )
 
 
-@pytest.mark.timeout(0)
 def bench_two_threads(contest: Contest, tmp_path: Path) -> None:
     """A twentieth of a second for a thread: what both share shows. The full size has the bar."""
     two_threads(contest, make_store(tmp_path, 0.1), "1/10 size", None)

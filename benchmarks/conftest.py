@@ -35,6 +35,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # The setting of `keep_freed_memory` cannot be taken back, so the cases without it come first.
     items.sort(key=lambda item: item.get_closest_marker("plain_glibc") is None)
+    for item in items:
+        item.add_marker(pytest.mark.timeout(0))  # a race of minutes is none that hangs
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu") is not None:
