@@ -32,6 +32,7 @@ from ubp_fast.evaluation import EvaluationConfig, Targets, build_targets, evalua
 from ubp_fast.evaluation.evaluator import row_orders
 from ubp_fast.evaluation.metrics import auroc
 from ubp_fast.events.read import EventDirectory
+from ubp_fast.models.weights import write_atomically
 from ubp_fast.pipeline.execute import run_stages
 from ubp_fast.pipeline.settings import read_settings
 from ubp_fast.profiles import Profiles
@@ -100,7 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 continue
             _score(name, row, number, report, options)
             summarise(report)
-            options.output.write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
+            text = json.dumps(report, indent=1, allow_nan=False)
+            write_atomically(options.output, lambda file, text=text: file.write_text(text, encoding="utf-8"))
             print(f"order {number + 1}, {line(name, report)}", flush=True)
 
 
@@ -119,8 +121,7 @@ def _score(name: str, row: dict[str, Any], number: int, report: dict[str, Any], 
     for task in scored[0]:
         seeds = row["auroc"].setdefault(task, [[] for _ in scored])
         for orders, aurocs in zip(seeds, scored, strict=True):
-            del orders[number:]  # a row that was killed between two tasks
-            orders.append(aurocs[task])
+            orders[number : number + 1] = [aurocs[task]]  # a task may hold more orders than others
 
 
 def _is_random(row: str) -> bool:

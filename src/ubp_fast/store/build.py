@@ -253,10 +253,11 @@ class _Builder:
         offsets = columns.offsets[low : high + 1]
         rows = slice(int(offsets[0]), int(offsets[-1]))
         keys = keys_of(np.repeat(self._base_rows[low:high], np.diff(offsets)), columns.timestamp_s[rows])
-        if columns.item is None:
-            assert columns.codes is not None
-            return keys, columns.codes[rows]
-        return keys, self._base_numbers[ITEM_COLUMN[kind]][columns.item[rows] - FIRST_ID]
+        if columns.item is not None:
+            return keys, self._base_numbers[ITEM_COLUMN[kind]][columns.item[rows] - FIRST_ID]
+        if columns.codes is None:
+            raise ValueError(f"{base.path}: {kind} of the base must have items or codes, got neither; build it again")
+        return keys, columns.codes[rows]
 
     def save(self, name: str, column: np.ndarray) -> None:
         """Writes one column at once."""
