@@ -1,6 +1,7 @@
 """What every part of a profile is worth: each component alone, pairs, all of them, each addition, through the network.
 
-    python benchmarks/components.py --output FILE [--seeds 3] [--orders 4] [key=value ...] [--rows NAME ...]
+    python benchmarks/components.py --output FILE [--seeds 3] [--orders 4] [key=value ...]
+                                    [--rows NAME ...] [--tasks TASK ...]
 
 Words with "=" are overrides of the run's configuration (`data=synthetic data.clients=20000`). Every row is a run of the
 pipeline; rows share its cache, so a model is trained once per seed; rows without a trained model are made once. All
@@ -9,7 +10,8 @@ order before they are averaged. Where the source wrote the truth beside its even
 same labels: the oracle.
 
 Row orders are taken one after another, in each of them all rows. The file is written after every row, and what it holds
-is not made again: the same command continues, and one with more `--orders` adds to it.
+is not made again: the same command continues, and one with more `--orders` adds to it; `--rows` and `--tasks` add them
+where they are worth their time.
 `python benchmarks/bars.py` makes the README's tables from it.
 """
 
@@ -31,6 +33,7 @@ import ubp_fast
 from ubp_fast.evaluation import EvaluationConfig, Targets, build_targets, evaluate
 from ubp_fast.evaluation.evaluator import row_orders
 from ubp_fast.evaluation.metrics import auroc
+from ubp_fast.evaluation.tasks import TASKS
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.models.weights import write_atomically
 from ubp_fast.pipeline.execute import run_stages
@@ -56,7 +59,9 @@ ROWS: dict[str, tuple[tuple[str, ...], str]] = {
     "aggregated": (_joined("aggregated"), "stacking/stacked"),
     "decayed": (_joined("decayed"), "stacking/stacked"),
     "contrastive + multitask": (_joined("contrastive", "multitask"), "stacking/stacked"),
+    "contrastive + aggregated": (_joined("contrastive", "aggregated"), "stacking/stacked"),
     "contrastive + decayed": (_joined("contrastive", "decayed"), "stacking/stacked"),
+    "multitask + aggregated": (_joined("multitask", "aggregated"), "stacking/stacked"),
     "multitask + decayed": (_joined("multitask", "decayed"), "stacking/stacked"),
     "aggregated + decayed": (_joined("aggregated", "decayed"), "stacking/stacked"),
     "all four": (_joined("contrastive", "multitask", "aggregated", "decayed"), "stacking/stacked"),
@@ -97,17 +102,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for number in range(options.orders):
         for name in options.rows:
             row = report["rows"].setdefault(name, {"overrides": list(ROWS[name][0]), "auroc": {}})
-            if all(len(orders) > number for seeds in row["auroc"].values() for orders in seeds) and row["auroc"]:
+            missing = [task for task in options.tasks if _is_missing(row, task, number, report)]
+            if not missing:
                 continue
-            _score(name, row, number, report, options)
+            _score(name, row, number, missing, report, options)
             summarise(report)
             text = json.dumps(report, indent=1, allow_nan=False)
             write_atomically(options.output, lambda file, text=text: file.write_text(text, encoding="utf-8"))
             print(f"order {number + 1}, {line(name, report)}", flush=True)
 
 
-def _score(name: str, row: dict[str, Any], number: int, report: dict[str, Any], options: argparse.Namespace) -> None:
-    """Adds to the row what one row order gives, for every seed."""
+def _is_missing(row: Mapping[str, Any], task: str, number: int, report: Mapping[str, Any]) -> bool:
+    without_labels = report.get("tasks_without_labels", ())
+    return task not in without_labels and any(len(orders) <= number for orders in row["auroc"].get(task, [[]]))
+
+
+def _score(
+    name: str,
+    row: dict[str, Any],
+    number: int,
+    tasks: Sequence[str],
+    report: dict[str, Any],
+    options: argparse.Namespace,
+) -> None:
+    """Adds to the row what one row order gives in these tasks, for every seed."""
     overrides, folder = ROWS[name]
     scored = []
     for seed in range(options.seeds if _is_random(name) else 1):
@@ -116,12 +134,13 @@ def _score(name: str, row: dict[str, Any], number: int, report: dict[str, Any], 
         order = row_orders(profiles.client_ids, EvaluationConfig(orders=options.orders + 1))[number]
         profiles = Profiles(profiles.client_ids[order], profiles.embeddings[order])
         targets = _targets(run, profiles)
-        scored.append(_aurocs(profiles, targets))
+        scored.append(_aurocs(profiles, targets, tasks))
         report["oracle"] = report["oracle"] or _oracle(run, targets)
+    report["tasks_without_labels"] = sorted({*report.get("tasks_without_labels", ()), *set(tasks) - set(scored[0])})
     for task in scored[0]:
         seeds = row["auroc"].setdefault(task, [[] for _ in scored])
         for orders, aurocs in zip(seeds, scored, strict=True):
-            orders[number : number + 1] = [aurocs[task]]  # a task may hold more orders than others
+            orders.append(aurocs[task])
 
 
 def _is_random(row: str) -> bool:
@@ -138,7 +157,7 @@ def summarise(report: dict[str, Any]) -> None:
             # An order is one draw: seeds are averaged inside it, so that the error is that of independent rows.
             by_order = np.mean(values, axis=0)
             entry = {"mean": float(by_order.mean()), "standard_error": _error(by_order)}
-            if reference is not None and reference["auroc"]:
+            if reference is not None and task in reference["auroc"]:
                 others = np.mean(reference["auroc"][task], axis=0)
                 difference = by_order[: len(others)] - others[: len(by_order)]
                 entry |= {"difference": float(difference.mean()), "difference_error": _error(difference)}
@@ -163,6 +182,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--orders", type=int, default=4)
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), metavar="TASK")
     options, overrides = parser.parse_known_args(arguments)
     if bad := [word for word in overrides if "=" not in word]:
         parser.error(f"overrides must have the form key=value, got {bad}")
@@ -194,9 +214,9 @@ def _targets(run: Path, profiles: Profiles) -> Targets:
     return build_targets(EventDirectory.open(run / "stages" / "events"), profiles.client_ids)
 
 
-def _aurocs(profiles: Profiles, targets: Targets) -> dict[str, float]:
+def _aurocs(profiles: Profiles, targets: Targets, tasks: Sequence[str]) -> dict[str, float]:
     """Task -> AUROC of the epoch that counts, in the order of the profiles' rows."""
-    scores = evaluate(profiles, targets, EvaluationConfig(precision="bf16"))
+    scores = evaluate(profiles, targets, EvaluationConfig(tasks=tuple(tasks), precision="bf16"))
     return {
         name: float(task.orders[0][epoch].auroc)
         for name, task in scores.tasks.items()

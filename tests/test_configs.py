@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 from hydra.errors import ConfigCompositionException
 from support.runs import CONF, composed
 
+from ubp_fast.evaluation import EvaluationConfig
+from ubp_fast.evaluation.evaluator import row_orders
+from ubp_fast.evaluation.tasks import TASKS
 from ubp_fast.pipeline.settings import read_settings
 from ubp_fast.pipeline.stages import plan
+from ubp_fast.profiles import Profiles
 
 REQUIRED = {"challenge": ("data.dir=somewhere",), "table": ("data.path=events.parquet",)}
 ENTRY = {
@@ -114,6 +121,48 @@ def test_table_of_components_is_paired_order_by_order(components: ModuleType) ->
     assert found["one order so far"]["difference"] == pytest.approx(0.25)  # to the reference in that order alone
     assert found["one order so far"]["standard_error"] is None
     assert found["one order so far"]["oracle_share"] == pytest.approx(0.75 / 0.9)
+
+
+def test_table_of_components_adds_only_what_its_file_lacks(
+    components: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored = []
+
+    def aurocs(profiles: Profiles, targets: object, tasks: Sequence[str]) -> dict[str, float]:
+        scored.append((int(profiles.client_ids[0]), *tasks))
+        return {task: 0.5 for task in tasks if task != "propensity_new_sku"}  # the data has no new product
+
+    for name in ("first", "second"):
+        Profiles(np.arange(7), np.zeros((7, 2), np.float16)).save(tmp_path / name / "stages/stacking/stacked")
+    folders = {"stacking.blocks=[aggregated]": "first", "stacking.blocks=[decayed]": "second"}
+    monkeypatch.setattr(components, "_run", lambda overrides, folder, root: tmp_path / folders[overrides[0]])
+    monkeypatch.setattr(components, "_targets", lambda run, profiles: None)
+    monkeypatch.setattr(components, "_oracle", lambda run, targets: None)
+    monkeypatch.setattr(components, "_aurocs", aurocs)
+    arguments = ["--output", str(tmp_path / "table.json"), "--rows", "aggregated", "decayed"]
+
+    components.main([*arguments, "--orders", "1", "--tasks", "churn"])
+    components.main([*arguments[:-1], "--orders", "2", "--tasks", "churn"])
+    components.main([*arguments, "--orders", "2"])
+    rest = [task for task in TASKS if task != "churn"]
+    known = [task for task in rest if task != "propensity_new_sku"]
+    orders = [int(order[0]) for order in row_orders(np.arange(7), EvaluationConfig(orders=2))]
+    assert scored == [
+        (orders[0], "churn"),
+        (orders[0], "churn"),
+        (orders[1], "churn"),
+        (orders[0], *rest),
+        (orders[0], *known),
+        (orders[1], *known),
+        (orders[1], "churn", *known),
+    ]
+    scored.clear()
+    components.main([*arguments, "--orders", "2"])
+    assert scored == []
+    rows = json.loads((tmp_path / "table.json").read_text(encoding="utf-8"))["rows"]
+    assert {task: len(orders[0]) for task, orders in rows["decayed"]["auroc"].items()} == dict.fromkeys(
+        ["churn", *known], 2
+    )
 
 
 def test_demo_is_smaller_than_the_winner() -> None:
