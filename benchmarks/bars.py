@@ -79,23 +79,29 @@ def _time(timing: dict[str, float] | None) -> str:
 def components_markdown(report: dict[str, Any]) -> str:
     """What `components.py` wrote as a README table: AUROC and its standard error, the best of a task in bold."""
     rows = report["rows"]
-    tasks = list(next(iter(rows.values()))["tasks"])
-    best = {task: max(row["tasks"][task]["mean"] for row in rows.values()) for task in tasks}
+    tasks = list(dict.fromkeys(task for row in rows.values() for task in row["tasks"]))
+    best = {task: max(row["tasks"][task]["mean"] for row in rows.values() if task in row["tasks"]) for task in tasks}
     lines = [
-        f"| profile | {' | '.join(task.removeprefix('propensity_') for task in tasks)} |",
-        "|---" * (len(tasks) + 1) + "|",
+        f"| profile | {' | '.join(task.removeprefix('propensity_') for task in tasks)} | orders | seeds |",
+        "|---" * (len(tasks) + 3) + "|",
     ]
     for name, row in rows.items():
         cells = []
         for task in tasks:
+            if task not in row["tasks"]:
+                cells.append("")
+                continue
             entry = row["tasks"][task]
             mean = f"{entry['mean']:.4f}"
             error = "" if entry["standard_error"] is None else f" ± {entry['standard_error']:.4f}"
             cells.append(f"{f'**{mean}**' if entry['mean'] == best[task] else mean}{error}")
+        draws = sorted({len(seeds[0]) for seeds in row["auroc"].values()})
+        orders = str(draws[0]) if len(draws) == 1 else f"{draws[0]} to {draws[-1]}"
+        cells += [orders, str(len(next(iter(row["auroc"].values()))))]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     if report["oracle"]:
         cells = [f"{report['oracle'][task]:.4f}" if task in report["oracle"] else "" for task in tasks]
-        lines.append(f"| the truth (oracle) | {' | '.join(cells)} |")
+        lines.append(f"| the truth (oracle) | {' | '.join(cells)} | | |")
     return "\n".join(lines)
 
 
