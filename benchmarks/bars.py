@@ -78,7 +78,7 @@ def _time(timing: dict[str, float] | None) -> str:
 
 def components_markdown(report: dict[str, Any]) -> str:
     """What `components.py` wrote as a README table: AUROC and its standard error, the best of a task in bold."""
-    rows = report["rows"]
+    rows = {name: row for name, row in report["rows"].items() if row["auroc"]}  # not those without any label
     tasks = list(dict.fromkeys(task for row in rows.values() for task in row["tasks"]))
     best = {task: max(row["tasks"][task]["mean"] for row in rows.values() if task in row["tasks"]) for task in tasks}
     lines = [
