@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from contest import Ratio
 
 HEADER = ("figure", "rival", "ratio", "CPU ratio", "bar", "ok")
@@ -77,10 +78,20 @@ def _time(timing: dict[str, float] | None) -> str:
 
 
 def components_markdown(report: dict[str, Any]) -> str:
-    """What `components.py` wrote as a README table: AUROC and its standard error, the best of a task in bold."""
+    """What `components.py` wrote as a README table: AUROC and its standard error.
+
+    Bold in a task: the best row, and those that its lead does not separate, paired by row order, by more than two
+    standard errors.
+    """
     rows = {name: row for name, row in report["rows"].items() if row["auroc"]}  # not those without any label
     tasks = list(dict.fromkeys(task for row in rows.values() for task in row["tasks"]))
-    best = {task: max(row["tasks"][task]["mean"] for row in rows.values() if task in row["tasks"]) for task in tasks}
+    best = {
+        task: max(
+            (row for row in rows.values() if task in row["tasks"]),
+            key=lambda row, task=task: row["tasks"][task]["mean"],
+        )
+        for task in tasks
+    }
     lines = [
         f"| profile | {' | '.join(task.removeprefix('propensity_') for task in tasks)} | orders | seeds |",
         "|---" * (len(tasks) + 3) + "|",
@@ -94,7 +105,7 @@ def components_markdown(report: dict[str, Any]) -> str:
             entry = row["tasks"][task]
             mean = f"{entry['mean']:.4f}"
             error = "" if entry["standard_error"] is None else f" ± {entry['standard_error']:.4f}"
-            cells.append(f"{f'**{mean}**' if entry['mean'] == best[task] else mean}{error}")
+            cells.append(f"{f'**{mean}**' if _is_level(row, best[task], task) else mean}{error}")
         draws = sorted({len(seeds[0]) for seeds in row["auroc"].values()})
         orders = str(draws[0]) if len(draws) == 1 else f"{draws[0]} to {draws[-1]}"
         cells += [orders, str(len(next(iter(row["auroc"].values()))))]
@@ -103,6 +114,14 @@ def components_markdown(report: dict[str, Any]) -> str:
         cells = [f"{report['oracle'][task]:.4f}" if task in report["oracle"] else "" for task in tasks]
         lines.append(f"| the truth (oracle) | {' | '.join(cells)} | | |")
     return "\n".join(lines)
+
+
+def _is_level(row: dict[str, Any], best: dict[str, Any], task: str) -> bool:
+    ours, theirs = (np.mean(one["auroc"][task], axis=0) for one in (row, best))
+    shared = min(len(ours), len(theirs))
+    lead = theirs[:shared] - ours[:shared]
+    error = lead.std(ddof=1) / shared**0.5 if shared > 1 else 0.0
+    return bool(lead.mean() <= 2 * error)
 
 
 def rewrite_readme(readme: Path) -> str:

@@ -107,9 +107,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 continue
             _score(name, row, number, missing, report, options)
             summarise(report)
+            report["rows"] = dict(sorted(report["rows"].items(), key=_place))
             text = json.dumps(report, indent=1, allow_nan=False)
             write_atomically(options.output, lambda file, text=text: file.write_text(text, encoding="utf-8"))
             print(f"order {number + 1}, {line(name, report)}", flush=True)
+
+
+def _place(item: tuple[str, Any]) -> int:
+    """Where a row stands in the file; one that is no longer made stands last."""
+    return list(ROWS).index(item[0]) if item[0] in ROWS else len(ROWS)
 
 
 def _is_missing(row: Mapping[str, Any], task: str, number: int, report: Mapping[str, Any]) -> bool:

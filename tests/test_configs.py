@@ -139,7 +139,7 @@ def test_table_of_components_adds_only_what_its_file_lacks(
     monkeypatch.setattr(components, "_targets", lambda run, profiles: None)
     monkeypatch.setattr(components, "_oracle", lambda run, targets: None)
     monkeypatch.setattr(components, "_aurocs", aurocs)
-    arguments = ["--output", str(tmp_path / "table.json"), "--rows", "aggregated", "decayed"]
+    arguments = ["--output", str(tmp_path / "table.json"), "--rows", "decayed", "aggregated"]
 
     components.main([*arguments, "--orders", "1", "--tasks", "churn"])
     components.main([*arguments[:-1], "--orders", "2", "--tasks", "churn"])
@@ -160,6 +160,7 @@ def test_table_of_components_adds_only_what_its_file_lacks(
     components.main([*arguments, "--orders", "2"])
     assert scored == []
     rows = json.loads((tmp_path / "table.json").read_text(encoding="utf-8"))["rows"]
+    assert list(rows) == ["aggregated", "decayed"]
     assert {task: len(orders[0]) for task, orders in rows["decayed"]["auroc"].items()} == dict.fromkeys(
         ["churn", *known], 2
     )

@@ -44,6 +44,26 @@ def test_the_breakdown_of_a_step(bars: Any, tmp_path: Path) -> None:
         assert text.startswith("before <!-- breakdown") and text.endswith("<!-- end --> after") and "old" not in text
 
 
+def test_bold_is_what_the_row_orders_do_not_separate_from_the_best(bars: Any) -> None:
+    draws = {
+        "best": [[0.80, 0.82, 0.84]],
+        "level, two seeds": [[0.79, 0.84, 0.84], [0.79, 0.82, 0.80]],  # ahead by .01, -.01 and .02 in its orders
+        "always behind": [[0.799, 0.819, 0.839]],
+        "one order": [[0.80]],
+        "one order, behind": [[0.79]],
+    }
+    rows = {
+        name: {
+            "auroc": {"churn": seeds},
+            "tasks": {"churn": {"mean": sum(map(sum, seeds)) / sum(map(len, seeds)), "standard_error": None}},
+        }
+        for name, seeds in draws.items()
+    }
+    table = bars.components_markdown({"rows": rows, "oracle": None})
+    bold = {line.split("|")[1].strip() for line in table.splitlines() if "**" in line}
+    assert bold == {"best", "level, two seeds", "one order"}
+
+
 def test_every_path_of_the_file_map_exists() -> None:
     table = README.read_text(encoding="utf-8").split("## Where things are")[1].split("##")[0]
     first_columns = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
