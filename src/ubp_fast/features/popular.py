@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ubp_fast.features.static import FIRST_REAL_ID
 from ubp_fast.kernels.windowed_aggregate import code_counts
 from ubp_fast.store.event_store import EventStore
 from ubp_fast.store.ids import least_of_largest
+from ubp_fast.store.vocabulary import FIRST_ID
 
 LabelLists = Mapping[str, tuple[np.ndarray, np.ndarray]]
 # Column -> (its dense id per item, None for the item itself; original value per dense id).
@@ -51,15 +51,23 @@ def popular_values(store: EventStore, kind: str, before_s: int, top_values: int)
     return most_frequent(_tables(store, kind), item_counts, top_values)
 
 
-def most_frequent(tables: ValueTables, item_counts: np.ndarray, top_values: int) -> PopularValues:
-    """The lists of all columns of a kind from how often each dense item id occurred, i64 [codes]."""
+def most_frequent(
+    tables: ValueTables, item_counts: np.ndarray, top_values: int, first_seen: np.ndarray | None = None
+) -> PopularValues:
+    """The lists of all columns of a kind from how often each dense item id occurred, i64 [codes].
+
+    Ties go to the smaller original value, or to the one that was seen first when `first_seen` tells when, i64 [codes].
+    """
     slots: list[np.ndarray] = []
     labels: list[str] = []
     for name, (dense_of_item, originals) in tables.items():
-        counts = item_counts
+        counts, order = item_counts, originals if first_seen is None else first_seen
         if dense_of_item is not None:
             counts = np.bincount(dense_of_item, weights=item_counts, minlength=len(originals)).astype(np.int64)
-        top = _largest(counts, originals, top_values)
+            if first_seen is not None:
+                order = np.full(len(originals), np.iinfo(np.int64).max)
+                np.minimum.at(order, dense_of_item, first_seen)
+        top = _largest(counts, order, top_values)
         slot_of_dense = np.full(len(originals), -1, np.int32)
         slot_of_dense[top] = len(labels) + np.arange(len(top))
         slots.append(slot_of_dense if dense_of_item is None else slot_of_dense[dense_of_item])
@@ -75,15 +83,15 @@ def _tables(store: EventStore, kind: str) -> ValueTables:
     return {
         "sku": (None, np.asarray(store.sku_ids)),
         "category": (np.asarray(products.category), np.asarray(store.category_ids)),
-        "price": (np.asarray(products.price), np.arange(store.num_prices) - FIRST_REAL_ID),
+        "price": (np.asarray(products.price), np.arange(store.num_prices) - FIRST_ID),
     }
 
 
-def _largest(counts: np.ndarray, originals: np.ndarray, number: int) -> np.ndarray:
-    """Dense ids of the real values with the largest counts above 0, ties by original value."""
-    real = counts[FIRST_REAL_ID:]
-    candidates = np.flatnonzero(real >= least_of_largest(real, number)) + FIRST_REAL_ID
-    return candidates[np.lexsort((originals[candidates], -counts[candidates]))][:number]
+def _largest(counts: np.ndarray, order: np.ndarray, number: int) -> np.ndarray:
+    """Dense ids of the real values with the largest counts above 0, ties by `order`."""
+    real = counts[FIRST_ID:]
+    candidates = np.flatnonzero(real >= least_of_largest(real, number)) + FIRST_ID
+    return candidates[np.lexsort((order[candidates], -counts[candidates]))][:number]
 
 
 def label_slots(store: EventStore, lists: LabelLists) -> tuple[np.ndarray, list[str]]:
@@ -97,7 +105,7 @@ def label_slots(store: EventStore, lists: LabelLists) -> tuple[np.ndarray, list[
     ids_of_sku = {
         "sku": np.asarray(store.sku_ids),
         "category": category_ids,
-        "price": products.price.astype(np.int64) - FIRST_REAL_ID,
+        "price": products.price.astype(np.int64) - FIRST_ID,
     }
     slots = np.full((store.num_skus, len(lists)), -1, np.int32)
     labels: list[str] = []
@@ -105,7 +113,7 @@ def label_slots(store: EventStore, lists: LabelLists) -> tuple[np.ndarray, list[
         column = name.rsplit("_", 1)[-1]
         if column not in ids_of_sku:
             raise ValueError(f"label list: name must end in _category, _sku or _price, got '{name}'")
-        slots[FIRST_REAL_ID:, index] = _positions(ids, ids_of_sku[column][FIRST_REAL_ID:], len(labels))
+        slots[FIRST_ID:, index] = _positions(ids, ids_of_sku[column][FIRST_ID:], len(labels))
         labels += [f"{name}_{value}" for value in ids.tolist()]
     return slots, labels
 

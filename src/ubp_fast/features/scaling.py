@@ -1,4 +1,4 @@
-"""`Scaler`: column-wise scaling that is fitted once and then applied to every cutoff.
+"""`moments` of columns, and `Scaler`: column-wise scaling that is fitted once and then applied to every cutoff.
 
     none             x
     log1p            log(1 + x)
@@ -13,12 +13,39 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
 from ubp_fast.features.matrix import write_array, write_json
 
 KINDS = ("none", "log1p", "standard", "minmax", "log1p_standard")
+
+
+class Rows(Protocol):
+    """A float matrix that gives some of its rows at a time: an array, or what makes them when they are asked for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, chosen: Any, /) -> np.ndarray: ...
+
+
+def moments(values: Rows, rows_at_once: int = 4_096) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of every column, float64 [F] each; not finite where a value is not."""
+    parts = [slice(start, start + rows_at_once) for start in range(0, len(values), rows_at_once)]
+    total = np.zeros(values.shape[1])
+    for part in parts:
+        total += values[part].sum(axis=0, dtype=np.float64)
+    mean = total / len(values)
+    squares = np.zeros(values.shape[1])
+    for part in parts:
+        difference = values[part] - mean
+        difference *= difference
+        squares += difference.sum(axis=0)
+    return mean, np.sqrt(squares / len(values))
 
 
 class Scaler:

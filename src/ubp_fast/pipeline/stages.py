@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,12 @@ import numpy as np
 from ubp_fast.evaluation import build_targets, evaluate
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.targets import make_label_lists
+from ubp_fast.features.aggregated import aggregated_features
+from ubp_fast.features.decayed import decayed_features
+from ubp_fast.features.organisers import CountsConfig, count_features_once
 from ubp_fast.features.rich import rich_features
-from ubp_fast.features.windows import aggregated_features, decayed_features, organisers_features, static_features
+from ubp_fast.features.static import static_features
+from ubp_fast.features.writing import in_client_blocks
 from ubp_fast.pipeline.model_stages import (
     MODELS,
     TRAINING,
@@ -72,15 +77,20 @@ def plan(settings: Settings) -> list[Stage]:
     common = settings.part("seed", "windows")
     joined = tuple(name for name in MODELS if name in settings.stacking_blocks)
     parts = MODELS if settings.components == "all" else ()
-    asked = settings.stages or ()
     stages = [
         events,
         Stage("store", ("events",), settings.part("store"), make_store, 2),
-        Stage("features", ("events", "store"), common | settings.part("features"), make_features, 8),
+        Stage(
+            "features",
+            ("events", "store"),
+            common | settings.part("features") | {"sets": _feature_sets(settings)},
+            make_features,
+            8,
+        ),
         *(
             Stage(name, ("store", "features"), common | settings.part(name), make, 60, (TRAINING,))
             for name, make in (("contrastive", make_contrastive), ("multitask", make_multitask))
-            if name in (*joined, *parts, *asked)
+            if name in _trained(settings)
         ),
         Stage(
             "stacking",
@@ -94,6 +104,18 @@ def plan(settings: Settings) -> list[Stage]:
     ]
     components = ("stacked", *parts, *BASELINES)
     return stages + [_score(settings, component) for component in components]
+
+
+def _trained(settings: Settings) -> tuple[str, ...]:
+    """Models that the stacking model joins, that are scored, or that are asked for by name."""
+    wanted = (*settings.stacking_blocks, *(settings.stages or ()), *(MODELS if settings.components == "all" else ()))
+    return tuple(name for name in MODELS if name in wanted)
+
+
+def _feature_sets(settings: Settings) -> list[str]:
+    """Features that a model of the run looks at."""
+    of_stacking = [name for name in settings.stacking_blocks if name not in MODELS]
+    return ["static", *of_stacking] if "multitask" in _trained(settings) else of_stacking
 
 
 def _evaluation_part(settings: Settings) -> dict[str, Any]:
@@ -136,30 +158,40 @@ def make_features(settings: Settings, inputs: Inputs, directory: Path, progress:
         np.save(directory / f"{name}.npy", ids)
         np.save(directory / f"popularity_{name}.npy", popularity)
     model, stacking = cutoffs_of(store, settings)
-    cutoffs = (*model, *stacking, store.cutoff_s)
-    for done, cutoff_s in enumerate(cutoffs):
-        static_features(store, cutoff_s).save(directory / f"static-{cutoff_s}")
-        if cutoff_s not in model:
-            aggregated = aggregated_features(store, cutoff_s, settings.aggregated, lists_cutoff_s=store.cutoff_s)
-            aggregated.save(directory / f"aggregated-{cutoff_s}")
-            decayed_features(store, cutoff_s, lists, settings.decayed).save(directory / f"decayed-{cutoff_s}")
-            if settings.rich is not None:
-                rich_features(store, cutoff_s, lists, settings.rich).save(directory / f"rich-{cutoff_s}")
-        progress(done + 1, len(cutoffs))
+    make = {
+        "static": lambda cutoff_s, path: static_features(store, cutoff_s, path),
+        "aggregated": lambda cutoff_s, path: aggregated_features(
+            store, cutoff_s, settings.aggregated, lists_cutoff_s=store.cutoff_s, directory=path
+        ),
+        "decayed": lambda cutoff_s, path: decayed_features(store, cutoff_s, lists, settings.decayed, path),
+        "rich": lambda cutoff_s, path: rich_features(store, cutoff_s, lists, settings.rich, path),
+    }
+    wanted = [
+        (name, cutoff_s)
+        for cutoff_s in (*model, *stacking, store.cutoff_s)
+        for name in _feature_sets(settings)
+        if name == "static" or cutoff_s not in model
+    ]
+    for done, (name, cutoff_s) in enumerate(wanted):
+        make[name](cutoff_s, directory / f"{name}-{cutoff_s}")
+        progress(done + 1, len(wanted))
 
 
 def make_baselines(settings: Settings, inputs: Inputs, directory: Path, progress: ProgressCallback) -> None:
-    """The organisers' aggregated features, raw and as log1p; relevant clients without events follow with zeros."""
+    """The organisers' aggregated features, raw and as log1p, relevant clients without events with zeros."""
     events = EventDirectory.open(inputs["events"])
-    raw = organisers_features(events)
-    progress(1, 2)
-    relevant = events.relevant_clients
-    silent = np.setdiff1d(relevant, raw.client_ids) if relevant is not None else raw.client_ids[:0]
-    client_ids = np.concatenate([raw.client_ids, silent])
-    values = np.concatenate([raw.values, np.zeros((len(silent), raw.values.shape[1]), np.float32)])
-    largest = float(np.finfo(np.float16).max)
-    Profiles(client_ids, values.clip(-largest, largest).astype(np.float16)).save(directory / "baseline_raw")
-    Profiles(client_ids, np.log1p(values).astype(np.float16)).save(directory / "baseline_log1p")
+    with TemporaryDirectory(dir=directory) as folder:
+        config = CountsConfig(anchor="file_order")
+        counts = count_features_once(events, events.split.input_end_s, config, Path(folder) / "counts")
+        for done, (name, scaled) in enumerate((("baseline_raw", np.positive), ("baseline_log1p", np.log1p))):
+            progress(1 + done, 3)
+
+            def fill(block: np.ndarray, first: int, last: int, scaled: np.ufunc = scaled) -> None:
+                scaled(counts.rows(slice(first, last)), out=block)
+
+            columns = (counts.client_ids, counts.names, counts.units)
+            halves = in_client_blocks(*columns, fill, Path(folder) / name, "float16")
+            Profiles(halves.client_ids, halves.values).save(directory / name)
 
 
 def evaluate_submission(settings: Settings, inputs: Inputs, directory: Path, progress: ProgressCallback) -> None:

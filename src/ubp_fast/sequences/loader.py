@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ubp_fast.events.schema import EVENT_KINDS
+from ubp_fast.features.scaling import Rows
 from ubp_fast.sequences.batch import NUM_CODES, SequenceBatch, ViewBatch
 from ubp_fast.sequences.sampling import TARGET_WINDOW_S, Views, epoch_order, rows_at, token_rows
 
@@ -100,7 +101,7 @@ class ViewLoader:
         batch_size: views per batch; the last batch may be smaller.
         history_length: events of history at most, None for batches without history.
         future_length: events of the target window at most, None for batches without future.
-        features: float32 [N, F], row i belongs to view i.
+        features: float32 [N, F], row i belongs to view i; an array or what makes the rows that are asked for.
         labels: name -> float array [N] or label matrix with N rows.
         weight: float [N], loss weights.
         shuffle_seed: None keeps the order of `views`; otherwise each epoch has its own order, see `set_epoch`.
@@ -117,7 +118,7 @@ class ViewLoader:
         batch_size: int,
         history_length: int | None = None,
         future_length: int | None = None,
-        features: np.ndarray | None = None,
+        features: Rows | None = None,
         labels: Mapping[str, np.ndarray | DenseRows] | None = None,
         weight: np.ndarray | None = None,
         shuffle_seed: int | None = None,

@@ -1,14 +1,12 @@
-"""The organisers' layout of aggregated features from the event store, at full size: 320 columns by default.
-
-Who needs them once and nothing else needs no store: `ubp_fast.features.once`.
+"""The organisers' layout of aggregated features, at full size: 320 columns by default.
 
 Per kind with events, in the order product_buy, add_to_cart, remove_from_cart, page_visit:
 
     [ events over all time | for each window, for each column, counts of the column's most frequent values ]
 
-and for search_query the mean of the 16 query codes. Anchored at the cutoff, or like the organisers' code at the last
-event of each kind, which then gives the columns of `organisers_features(time_sorted=True)` up to ties in the lists.
-Up to 1,000 columns are one dense matrix, in a memory map if a directory is given; more become compressed sparse rows.
+and for search_query the mean of the 16 query codes. `count_features` makes them from the event store; who needs them
+once and nothing else needs no store: `count_features_once`. Where windows end is `CountsConfig.anchor`. Up to 1,000
+columns are one dense matrix, in a memory map if a directory is given; more become compressed sparse rows.
 """
 
 from __future__ import annotations
@@ -22,15 +20,16 @@ import numpy as np
 
 from ubp_fast.events.schema import NUM_CODES
 from ubp_fast.events.split import DAY_S
-from ubp_fast.features.matrix import FeatureMatrix
+from ubp_fast.features.history import History
+from ubp_fast.features.matrix import Features
 from ubp_fast.features.popular import PopularValues, popular_values
-from ubp_fast.features.sparse import DenseColumns, RowPart, SparseFeatureMatrix, side_by_side
-from ubp_fast.features.writing import check_dtype, in_client_blocks
+from ubp_fast.features.writing import SparseWriter, check_dtype, in_client_blocks
 from ubp_fast.kernels.windowed_aggregate import SparseCounter, row_sums, window_aggregator
 from ubp_fast.store.event_store import EventStore, KindColumns
 
 MOST_DENSE_COLUMNS = 1_000
-ANCHORS = ("cutoff", "last_event")
+SPARSE_BLOCK_CLIENTS = 1 << 16
+ANCHORS = ("cutoff", "last_event", "file_order")
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,9 @@ class CountsConfig:
     Attributes:
         windows_days: lengths of the windows in days, ascending. Source: the organisers' 1, 7, 30.
         top_values: most frequent values counted per column. Source: the organisers' 10.
-        anchor: where windows end: "cutoff" (exclusive), or "last_event" of each kind before it (inclusive).
+        anchor: where windows end: "cutoff" (exclusive), "last_event" of each kind before it (inclusive), or
+            "file_order": the last event, number by number as the organisers' own code has it, see
+            `count_features_once`.
         dtype: "float32" or "float16" (counts above 65,504 are cut off) of a dense result.
     """
 
@@ -65,15 +66,16 @@ class CountedKind(NamedTuple):
 
     Attributes:
         kind: its name.
-        columns: by client and time; events that are too old for every window or in no list may be missing.
+        columns: (first, last) -> the events of these clients, by client and time; those that are too old for every
+            window or in no list may be missing.
         popular: the lists of frequent values.
         anchor_s: end of the windows, seconds since 1970 UTC.
         include_anchor: events at the anchor count.
-        num_events: i64 [U], events of every client over all time; None when `columns` hold them all.
+        num_events: i64 [U], events of every client over all time; None when `columns` give them all.
     """
 
     kind: str
-    columns: KindColumns
+    columns: Callable[[int, int], KindColumns]
     popular: PopularValues
     anchor_s: int
     include_anchor: bool
@@ -98,24 +100,33 @@ def count_features(
     config: CountsConfig | None = None,
     directory: Path | None = None,
     lists_cutoff_s: int | None = None,
-) -> FeatureMatrix | SparseFeatureMatrix:
-    """Counts of every client, from events before the cutoff only.
+) -> Features:
+    """Counts of every client that needs a profile, from events before the cutoff only.
 
     Args:
         store: event store.
         cutoff_s: seconds since 1970 UTC.
         config: windows, lists, anchor.
-        directory: the result is written there and, if dense, mapped from there.
+        directory: the result is written there and mapped from there.
         lists_cutoff_s: the lists of frequent values are made from events before it, `cutoff_s` when None; see
             `aggregated_features`.
 
     Returns:
         Clients in the order of the store; sparse above 1,000 columns.
+
+    Raises:
+        ValueError: the anchor is "file_order", which no store remembers.
     """
     config = config or CountsConfig()
+    if config.anchor == "file_order":
+        raise ValueError(
+            "count_features: anchor must be 'cutoff' or 'last_event', got 'file_order', which a store does not keep;"
+            " use count_features_once"
+        )
     lists_s = cutoff_s if lists_cutoff_s is None else lists_cutoff_s
-    kinds = [_stored_kind(store, kind, cutoff_s, config, lists_s) for kind in store.kinds]
-    return counted_matrix(np.array(store.client_ids), kinds, config, directory)
+    history = History.of(store, cutoff_s)
+    kinds = [_stored_kind(history, kind, config, lists_s) for kind in store.kinds]
+    return counted_matrix(np.asarray(store.client_ids)[history.clients], kinds, config, directory)
 
 
 def counted_matrix(
@@ -123,22 +134,23 @@ def counted_matrix(
     kinds: Sequence[CountedKind | SearchedKind],
     config: CountsConfig,
     directory: Path | None,
-) -> FeatureMatrix | SparseFeatureMatrix:
+) -> Features:
     """The matrix of some kinds side by side; clients i64 [U] in the order of the kinds' columns."""
     names: list[str] = []
     units: list[str] = []
-    first_columns: list[int] = []
+    placed = []
     for kind in kinds:
-        first_columns.append(len(names))
+        placed.append((kind, len(names)))
         more = _names(kind, config)
-        names, units = names + more, units + [_unit(kind)] * len(more)
-    placed = list(zip(kinds, first_columns, strict=True))
+        names, units = names + more, units + ["code" if isinstance(kind, SearchedKind) else "events"] * len(more)
     if len(names) > MOST_DENSE_COLUMNS:
-        parts = [part for kind, column in placed for part in _sparse_parts(kind, column, config, len(client_ids))]
-        sparse = SparseFeatureMatrix(client_ids, *side_by_side(parts), tuple(names), tuple(units))
-        if directory is not None:
-            sparse.save(directory)
-        return sparse
+        writer = SparseWriter(directory)
+        for first in range(0, len(client_ids), SPARSE_BLOCK_CLIENTS):
+            last = min(first + SPARSE_BLOCK_CLIENTS, len(client_ids))
+            writer.append(
+                *_side_by_side([part for each in placed for part in _sparse_parts(*each, config, first, last)])
+            )
+        return writer.finish(client_ids, tuple(names), tuple(units))
     fills = [_dense_fill(kind, column, config) for kind, column in placed]
 
     def fill(block: np.ndarray, first: int, last: int) -> None:
@@ -154,24 +166,27 @@ def mean_codes(sums: np.ndarray, num_events: np.ndarray) -> np.ndarray:
     return sums.astype(np.float32) / np.maximum(num_events, 1).astype(np.float32)[:, None]
 
 
-def _stored_kind(
-    store: EventStore, kind: str, cutoff_s: int, config: CountsConfig, lists_cutoff_s: int
-) -> CountedKind | SearchedKind:
-    columns = store.kind(kind)
-    if columns.codes is not None:
-        rows = (columns.timestamp_s, columns.codes)
+def _stored_kind(history: History, kind: str, config: CountsConfig, lists_cutoff_s: int) -> CountedKind | SearchedKind:
+    store, cutoff_s = history.store, history.cutoff_s
+
+    def columns(first: int, last: int) -> KindColumns:
+        return history.part(first, last).events(kind)
+
+    if store.kind(kind).codes is not None:
 
         def means(first: int, last: int) -> np.ndarray:
-            return mean_codes(*row_sums(columns.offsets[first : last + 1], *rows, before_s=cutoff_s))
+            offsets, timestamp_s, _, codes = columns(first, last)
+            assert codes is not None
+            return mean_codes(*row_sums(offsets, timestamp_s, codes, before_s=cutoff_s))
 
         return SearchedKind(kind, means)
     anchor_s, inclusive = cutoff_s, config.anchor == "last_event"
     if inclusive:
-        before = columns.timestamp_s[columns.timestamp_s < cutoff_s]
-        anchor_s = int(before.max()) if len(before) else cutoff_s - 1
-    return CountedKind(
-        kind, columns, popular_values(store, kind, lists_cutoff_s, config.top_values), anchor_s, inclusive
-    )
+        times = (part.events(kind).timestamp_s for part in history.parts(1))
+        newest = [int(before.max()) for time_s in times if len(before := time_s[time_s < cutoff_s])]
+        anchor_s = max(newest, default=cutoff_s - 1)
+    popular = popular_values(store, kind, lists_cutoff_s, config.top_values)
+    return CountedKind(kind, columns, popular, anchor_s, inclusive)
 
 
 def _names(kind: CountedKind | SearchedKind, config: CountsConfig) -> list[str]:
@@ -179,10 +194,6 @@ def _names(kind: CountedKind | SearchedKind, config: CountsConfig) -> list[str]:
         return [f"{kind.kind}_mean_code_{code}" for code in range(NUM_CODES)]
     counted = [f"{label}_{days}d" for days in config.windows_days for label in kind.popular.labels]
     return [f"{kind.kind}_{name}" for name in ("count", *counted)]
-
-
-def _unit(kind: CountedKind | SearchedKind) -> str:
-    return "code" if isinstance(kind, SearchedKind) else "events"
 
 
 def _dense_fill(
@@ -195,25 +206,26 @@ def _dense_fill(
             block[:, first_column : first_column + NUM_CODES] = kind.mean_codes(first, last)
 
         return write
-    aggregator = window_aggregator(*_histories(kind), **_windows(kind, config))
+    aggregator = window_aggregator(*_events(kind, 0, 0), **_windows(kind, config))
     num_windows, num_slots = len(config.windows_days), len(kind.popular.labels)
 
     def count(block: np.ndarray, first: int, last: int) -> None:
         start, shape = first_column + 1, (last - first, num_windows, num_slots)
         out = block[:, start : start + num_windows * num_slots].reshape(shape)  # a view: columns of a row lie together
-        found = aggregator(first, last, out=out, threads=1).num_events
+        found = aggregator.on(*_events(kind, first, last))(out=out, threads=1).num_events
         block[:, first_column] = found if kind.num_events is None else kind.num_events[first:last]
 
     return count
 
 
-def _histories(kind: CountedKind) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    assert kind.columns.item is not None
-    return kind.columns.offsets, kind.columns.timestamp_s, kind.columns.item
+def _events(kind: CountedKind, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    offsets, timestamp_s, item, _ = kind.columns(first, last)
+    assert item is not None
+    return offsets, timestamp_s, item
 
 
 def _windows(kind: CountedKind, config: CountsConfig) -> dict[str, Any]:
-    """What is counted of the histories, as the aggregation takes it."""
+    """What is counted of the events, as the aggregation takes it."""
     return {
         "anchor_s": kind.anchor_s,
         "windows_s": [days * DAY_S for days in config.windows_days],
@@ -223,12 +235,43 @@ def _windows(kind: CountedKind, config: CountsConfig) -> dict[str, Any]:
     }
 
 
+class _DenseColumns:
+    """A dense float [U, C] block as a part of sparse rows: its entries that are not 0."""
+
+    def __init__(self, block: np.ndarray) -> None:
+        self._rows, self._columns = np.nonzero(block)
+        self._values = block[self._rows, self._columns]
+        self.lengths = np.bincount(self._rows, minlength=len(block))
+
+    def fill(self, places: np.ndarray, first_column: int, indices: np.ndarray, values: np.ndarray) -> None:
+        """As `SparseCounter.fill`."""
+        before = np.cumsum(self.lengths) - self.lengths
+        target = (places - before)[self._rows] + np.arange(len(self._rows))
+        indices[target] = self._columns + first_column
+        values[target] = self._values
+
+
+_Part = tuple[_DenseColumns | SparseCounter, int]
+
+
 def _sparse_parts(
-    kind: CountedKind | SearchedKind, first_column: int, config: CountsConfig, num_clients: int
-) -> list[tuple[RowPart, int]]:
-    """Sparse columns of one kind and the numbers of their first columns."""
+    kind: CountedKind | SearchedKind, first_column: int, config: CountsConfig, first: int, last: int
+) -> list[_Part]:
+    """Sparse columns of one kind of some clients and the numbers of their first columns."""
     if isinstance(kind, SearchedKind):
-        return [(DenseColumns(kind.mean_codes(0, num_clients)), first_column)]
-    counter = SparseCounter(*_histories(kind), **_windows(kind, config))
-    num_events = counter.num_events if kind.num_events is None else kind.num_events
-    return [(DenseColumns(num_events[:, None]), first_column), (counter, first_column + 1)]
+        return [(_DenseColumns(kind.mean_codes(first, last)), first_column)]
+    counter = SparseCounter(*_events(kind, first, last), **_windows(kind, config))
+    num_events = counter.num_events if kind.num_events is None else kind.num_events[first:last]
+    return [(_DenseColumns(num_events[:, None]), first_column), (counter, first_column + 1)]
+
+
+def _side_by_side(parts: Sequence[_Part]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Lengths, indices and values of rows made of parts in order, each with the number of its first column."""
+    lengths = np.sum([part.lengths for part, _ in parts], axis=0)
+    ends = np.cumsum(lengths)
+    indices, values = np.empty(ends[-1], np.int32), np.empty(ends[-1], np.float32)
+    places = ends - lengths
+    for part, first_column in parts:
+        part.fill(places, first_column, indices, values)
+        places += part.lengths
+    return lengths, indices, values

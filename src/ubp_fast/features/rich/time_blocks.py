@@ -1,7 +1,7 @@
 """Blocks about time: how much and how recently, in what rhythm, when in the week.
 
-Counts and days come as log1p, shares lie in [0, 1]. What a client lacks (a gap) is the mean of those who have it. A
-kind may be "timeline", all kinds together; kinds that the shop does not have give no columns.
+Counts and days come as log1p, shares lie in [0, 1]. What a client lacks (a gap) is NaN. A kind may be "timeline", all
+kinds together; kinds that the shop does not have give no columns.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy as np
 
 from ubp_fast.events.schema import EVENT_KINDS
 from ubp_fast.events.split import DAY_S
-from ubp_fast.features.history import Column, History, or_mean, share_of, windows_of
-from ubp_fast.store.event_store import TIMELINE
+from ubp_fast.features.history import Column, History, known_where, share_of, windows_of
+from ubp_fast.store.event_store import TIMELINE, rows_before
 
 EVERYTHING = (*EVENT_KINDS, TIMELINE)
 SESSION_PAUSE_S = 1_800
@@ -40,7 +40,7 @@ class Activity:
         windows_s, windows = windows_of(self.windows_days)
         half_lives_s = [days * DAY_S for days in self.half_lives_days]
         for kind in history.present(self.kinds):
-            found = history.aggregate(kind, windows_s=windows_s, half_lives_s=half_lives_s, periods_s=(DAY_S,))
+            found = history.aggregate(self, kind, windows_s=windows_s, half_lives_s=half_lives_s, periods_s=(DAY_S,))
             for index, window in enumerate(windows):
                 yield Column(f"{kind}_events_{window}", "log1p events", np.log1p(found.totals[:, index]))
                 days = found.distinct_times[:, index, 0]
@@ -70,8 +70,8 @@ class Gaps:
     def columns(self, history: History) -> Iterator[Column]:
         """Columns of this block."""
         for kind in history.present(self.kinds):
-            offsets, timestamp_s = history.times(kind)
-            count = history.store.rows_before(kind, history.cutoff_s) - offsets[:-1]
+            offsets, timestamp_s, *_ = history.events(kind)
+            count = rows_before(offsets, timestamp_s, history.cutoff_s) - offsets[:-1]
             client = np.repeat(np.arange(len(count)), count)
             rows = np.arange(len(client)) + np.repeat(offsets[:-1] - (np.cumsum(count) - count), count)
             time_s = np.asarray(timestamp_s)[rows].astype(np.int64)
@@ -92,11 +92,11 @@ class Gaps:
             newest = np.full(len(count), history.cutoff_s)
             newest[client] = time_s
             overdue = (history.cutoff_s - newest) / DAY_S / np.maximum(mean, 1)
-            yield Column(f"{kind}_gap_mean", "log1p days", or_mean(np.log1p(mean), has))
+            yield Column(f"{kind}_gap_mean", "log1p days", known_where(has, np.log1p(mean)))
             deviation = np.sqrt(np.maximum(square - mean**2, 0))
-            yield Column(f"{kind}_gap_deviation", "log1p days", or_mean(np.log1p(deviation), has))
-            yield Column(f"{kind}_gap_last", "log1p days", or_mean(np.log1p(last), has))
-            yield Column(f"{kind}_overdue", "log1p gaps", or_mean(np.log1p(overdue), has))
+            yield Column(f"{kind}_gap_deviation", "log1p days", known_where(has, np.log1p(deviation)))
+            yield Column(f"{kind}_gap_last", "log1p days", known_where(has, np.log1p(last)))
+            yield Column(f"{kind}_overdue", "log1p gaps", known_where(has, np.log1p(overdue)))
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,8 @@ class Calendar:
         ]
         for kind in history.present(self.kinds):
             # 1970-01-01 was a Thursday, weekday 3.
-            hours = (np.asarray(history.times(kind)[1]) // 3_600 + 3 * 24) % (7 * 24)
-            found = history.aggregate(
-                kind, hours.astype(np.int32), windows_s=(None,), slots=slots, num_slots=len(names)
-            )
+            hours = (history.events(kind).timestamp_s // 3_600 + 3 * 24) % (7 * 24)
+            hours = hours.astype(np.int32)
+            found = history.aggregate(self, kind, hours, windows_s=(None,), slots=slots, num_slots=len(names))
             for slot, name in enumerate(names):
                 yield Column(f"{kind}_{name}", "share", share_of(found.counts[:, 0, slot], found.totals[:, 0]))

@@ -1,20 +1,22 @@
 """Blocks about items: how many different ones, at what prices, what follows what, what they are called.
 
-Counts come as log1p, shares lie in [0, 1]. What a client lacks (a price) is the mean of those who have it. Kinds that
-the shop does not have give no columns.
+Counts come as log1p, shares lie in [0, 1]. What a client lacks (a price) is NaN. Kinds that the shop does not have give
+no columns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from ubp_fast.events.schema import EVENT_KINDS, NUM_CODES, NUM_PRICE_BUCKETS, SKU_KINDS
-from ubp_fast.features.history import Column, History, or_mean, share_of, windows_of
-from ubp_fast.features.static import FIRST_REAL_ID, item_codes, price_table
+from ubp_fast.features.history import Column, History, known_where, price_table, share_of, windows_of
 from ubp_fast.kernels.windowed_aggregate import row_sums
+from ubp_fast.store.event_store import rows_before
+from ubp_fast.store.vocabulary import FIRST_ID
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,15 @@ class Diversity:
         """Columns of this block."""
         windows_s, windows = windows_of(self.windows_days)
         for kind in history.present(self.kinds):
-            codes = item_codes(history.store.kind(kind))
-            items = np.arange(int(np.max(codes, initial=0)) + 1)
-            groups, names = items[:, None], ["items"]
+            codes, num_items = history.items(kind)
+            groups, names = np.arange(num_items)[:, None], ["items"]
             if kind in SKU_KINDS:
                 products = history.store.products
-                groups = np.stack((np.arange(history.store.num_skus), products.category, products.price), axis=1)
+                groups = np.stack((groups[:, 0], products.category, products.price), axis=1)
                 names = ["items", "categories", "prices"]
-            found = history.aggregate(kind, codes, windows_s=windows_s, groups=groups)
+            # Queries are numbered among those of the clients at hand: their table is another one each time.
+            key = None if kind == "search_query" else self
+            found = history.aggregate(key, kind, codes, windows_s=windows_s, groups=groups)
             for index, window in enumerate(windows):
                 total = found.totals[:, index]
                 for place, name in enumerate(names):
@@ -73,28 +76,29 @@ class Prices:
         values = np.stack((price, price**2, prices[:, 1]), axis=1)
         slots = np.where(known, prices[:, 0].astype(np.int32) * self.bins // NUM_PRICE_BUCKETS, -1)
         for kind in history.present(tuple(kind for kind in self.kinds if kind in SKU_KINDS)):
-            item = history.store.kind(kind).item
-            found = history.aggregate(kind, item, windows_s=windows_s, values=values, slots=slots, num_slots=self.bins)
+            offsets, timestamp_s, item, _ = history.events(kind)
+            tables: dict[str, Any] = {"values": values, "slots": slots, "num_slots": self.bins}
+            found = history.aggregate(self, kind, item, windows_s=windows_s, **tables)
             has = found.sums[:, :, 2] > 0
             means = share_of(found.sums[:, :, 0], found.sums[:, :, 2])
             for index, window in enumerate(windows):
                 mean = means[:, index]
                 variance = share_of(found.sums[:, index, 1], found.sums[:, index, 2]) - mean**2
-                yield Column(f"{kind}_price_mean_{window}", "price", or_mean(mean, has[:, index]))
+                yield Column(f"{kind}_price_mean_{window}", "price", known_where(has[:, index], mean))
                 deviation = np.sqrt(np.maximum(variance, 0))
-                yield Column(f"{kind}_price_deviation_{window}", "price", or_mean(deviation, has[:, index]))
+                yield Column(f"{kind}_price_deviation_{window}", "price", known_where(has[:, index], deviation))
                 for place in range(self.bins):
                     share = share_of(found.counts[:, index, place], found.sums[:, index, 2])
                     yield Column(f"{kind}_price_bin_{place}_{window}", "share", share)
             for index, window in enumerate(windows[:-1]):
                 trend = np.where(has[:, index], means[:, index] - means[:, -1], 0)
                 yield Column(f"{kind}_price_trend_{window}", "price", trend)
-            offsets, end = history.times(kind)[0], history.store.rows_before(kind, history.cutoff_s)
+            end = rows_before(offsets, timestamp_s, history.cutoff_s)
             newest = np.zeros(len(end), np.int64)
             some = end > offsets[:-1]
             assert item is not None
             newest[some] = item[end[some] - 1]
-            yield Column(f"{kind}_price_last", "price", or_mean(price[newest], some & known[newest]))
+            yield Column(f"{kind}_price_last", "price", known_where(some & known[newest], price[newest]))
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ class Conversions:
         for pair in self.pairs:
             if len(history.present(tuple(pair))) < 2:
                 continue
-            one, other = (history.aggregate(kind, windows_s=windows_s).totals for kind in pair)
+            one, other = (history.aggregate(self, kind, windows_s=windows_s).totals for kind in pair)
             for index, window in enumerate(windows):
                 ratio = np.log1p(one[:, index]) - np.log1p(other[:, index])
                 yield Column(f"{pair[0]}_per_{pair[1]}_{window}", "log ratio", ratio)
@@ -139,15 +143,15 @@ class MeanCodes:
     def columns(self, history: History) -> Iterator[Column]:
         """Columns of this block."""
         for kind in history.present(self.kinds):
-            columns = history.store.kind(kind)
+            columns = history.events(kind)
             if columns.codes is not None:
                 sums, events = row_sums(*columns[:2], columns.codes, before_s=history.cutoff_s)
             else:
                 names = history.store.products.name
-                known = np.arange(len(names)) >= FIRST_REAL_ID
+                known = np.arange(len(names)) >= FIRST_ID
                 values = np.concatenate((names * known[:, None], known[:, None]), axis=1)
-                found = history.aggregate(kind, columns.item, windows_s=(None,), values=values.astype(np.float64))
+                found = history.aggregate(self, kind, columns.item, windows_s=(None,), values=values)
                 sums, events = found.sums[:, 0, :NUM_CODES], found.sums[:, 0, NUM_CODES]
             for code in range(NUM_CODES):
                 mean = share_of(sums[:, code], events) / 255
-                yield Column(f"{kind}_mean_code_{code}", "code", or_mean(mean, events > 0))
+                yield Column(f"{kind}_mean_code_{code}", "code", known_where(events > 0, mean))

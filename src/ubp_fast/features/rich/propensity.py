@@ -19,13 +19,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ubp_fast.events.schema import SKU_KINDS
 from ubp_fast.events.split import DAY_S
 from ubp_fast.features.history import Column, History
 from ubp_fast.features.popular import label_slots
-from ubp_fast.kernels.windowed_aggregate import WindowedAggregator, window_aggregator
 
-BLOCK_CLIENTS = 1 << 13
 BOUGHT_EDGES = np.array([1e-9, 0.25, 0.5, 0.8, 1.5, 3.0, 5.0, 8.0, 12.0, 20.0, 40.0])
 CARTED_EDGES = np.array([1e-9, 0.5, 1.5, 4.0])
 ACTIVITY_EDGES = np.array([1e-9, 0.25, 0.75, 1.5, 3.0, 6.0, 12.0, 25.0, 50.0, 100.0, 200.0, 400.0])
@@ -56,20 +53,15 @@ class Propensities:
 
     def columns(self, history: History) -> Iterator[Column]:
         """Columns of this block; none without label lists or purchases."""
-        slots, labels = label_slots(history.store, history.lists)
+        slots, labels = history.once("label_slots", lambda: label_slots(history.store, history.lists))
         if not labels or "product_buy" not in history.store.kinds:
             return
         of_list = np.repeat(np.arange(len(history.lists)), [len(ids) for ids, _ in history.lists.values()])
-        rate, lift = self._learn(history, slots, of_list)
+        rate, lift = history.once(self, lambda: self._learn(history, slots, of_list))
         cells = self._cells(history, history.cutoff_s, slots, len(labels))
-        clients = history.store.num_clients
-        chances = np.empty((clients, len(labels)), np.float32)
-        for first in range(0, clients, BLOCK_CLIENTS):
-            block = cells(first, min(first + BLOCK_CLIENTS, clients))
-            chances[first : first + BLOCK_CLIENTS] = np.clip(rate[of_list, block] * lift, SMALLEST, LARGEST)
-        for index, label in enumerate(labels):
-            chance = chances[:, index]
-            yield Column(f"log_odds_{label}", "log odds", np.log(chance) - np.log1p(-chance))
+        chances = np.clip(rate[of_list, cells] * lift, SMALLEST, LARGEST).astype(np.float32)
+        log_odds = np.log(chances) - np.log1p(-chances)
+        yield Column(tuple(f"log_odds_{label}" for label in labels), "log odds", log_odds)
         for index, name in enumerate(history.lists):
             of_this = chances[:, of_list == index]
             if of_this.shape[1]:
@@ -97,54 +89,25 @@ class Propensities:
         self, history: History, slots: np.ndarray, start_s: int, end_s: int, pairs: np.ndarray, bought: np.ndarray
     ) -> None:
         """Adds the pairs of each label and cell at the start of a window, and those that were bought in it."""
-        store, num_labels = history.store, len(pairs) // NUM_CELLS
-        cells = self._cells(history, start_s, slots, num_labels)
-        columns = store.kind("product_buy")
-        later = window_aggregator(
-            columns.offsets,
-            columns.timestamp_s,
-            columns.item,
-            anchor_s=end_s,
-            windows_s=(end_s - start_s,),
-            slots=slots,
-            num_slots=num_labels,
-        )
-        for first in range(0, store.num_clients, BLOCK_CLIENTS):
-            last = min(first + BLOCK_CLIENTS, store.num_clients)
-            place = (np.arange(num_labels) * NUM_CELLS + cells(first, last)).ravel()
-            hits = (later(first, last).counts[:, 0] > 0).ravel()
+        num_labels = len(pairs) // NUM_CELLS
+        for part in history.parts(num_labels):
+            place = (np.arange(num_labels) * NUM_CELLS + self._cells(part, start_s, slots, num_labels)).ravel()
+            window = {"windows_s": (end_s - start_s,), "slots": slots, "num_slots": num_labels}
+            item = part.events("product_buy").item
+            later = part.aggregate((self, "later"), "product_buy", item, anchor_s=end_s, **window)
+            hits = (later.counts[:, 0] > 0).ravel()
             pairs += np.bincount(place, minlength=len(pairs))
             bought += np.bincount(place[hits], minlength=len(bought))
 
-    def _cells(self, history: History, anchor_s: int, slots: np.ndarray, num_labels: int) -> _Cells:
-        store = history.store
-
-        def aggregator(kind: str) -> WindowedAggregator:
-            columns = store.kind(kind)
-            return window_aggregator(
-                columns.offsets,
-                columns.timestamp_s,
-                columns.item,
-                anchor_s=anchor_s,
-                slots=slots,
-                num_slots=num_labels,
-                half_lives_s=(self.half_life_days * DAY_S,),
-            )
-
-        kinds = [kind for kind in ("product_buy", "add_to_cart") if kind in SKU_KINDS and kind in store.kinds]
-        return _Cells(tuple(aggregator(kind) for kind in kinds))
-
-
-@dataclass(frozen=True)
-class _Cells:
-    """Cell of every pair of client and label: purchases first, carts second if the shop has them."""
-
-    aggregators: tuple[WindowedAggregator, ...]
-
-    def __call__(self, first: int, last: int) -> np.ndarray:
-        """int64 [clients, labels]."""
-        found = [aggregator(first, last) for aggregator in self.aggregators]
-        bought = np.digitize(found[0].decayed_counts[:, 0], BOUGHT_EDGES)
-        carted = np.digitize(found[1].decayed_counts[:, 0], CARTED_EDGES) if len(found) > 1 else 0
-        activity = np.digitize(found[0].decayed_totals[:, 0], ACTIVITY_EDGES)[:, None]
-        return (bought * (len(CARTED_EDGES) + 1) + carted) * (len(ACTIVITY_EDGES) + 1) + activity
+    def _cells(self, history: History, anchor_s: int, slots: np.ndarray, num_labels: int) -> np.ndarray:
+        """int64 [clients, labels] cell of every pair: purchases first, carts second if the shop has them."""
+        tables = {"slots": slots, "num_slots": num_labels, "half_lives_s": (self.half_life_days * DAY_S,)}
+        bought, *carted = (
+            history.aggregate(self, kind, history.events(kind).item, anchor_s=anchor_s, **tables)
+            for kind in history.present(("product_buy", "add_to_cart"))
+        )
+        cells = np.digitize(bought.decayed_counts[:, 0], BOUGHT_EDGES) * (len(CARTED_EDGES) + 1)
+        for found in carted:
+            cells += np.digitize(found.decayed_counts[:, 0], CARTED_EDGES)
+        activity = np.digitize(bought.decayed_totals[:, 0], ACTIVITY_EDGES)[:, None]
+        return np.asarray(cells * (len(ACTIVITY_EDGES) + 1) + activity)
