@@ -15,11 +15,8 @@ from ubp_fast.events import tables
 from ubp_fast.events.read import EventDirectory, stored_form
 from ubp_fast.events.schema import EVENT_KINDS, DataError
 from ubp_fast.events.split import DAY_S
-from ubp_fast.features import counts
-from ubp_fast.features.counts import CountsConfig, count_features
-from ubp_fast.features.matrix import FeatureMatrix
-from ubp_fast.features.once import count_features_once
-from ubp_fast.features.sparse import SparseFeatureMatrix
+from ubp_fast.features.matrix import Features, SparseFeatureMatrix
+from ubp_fast.features.organisers import CountsConfig, count_features, count_features_once, counts
 from ubp_fast.store.build import build_store
 from ubp_fast.store.event_store import EventStore
 from ubp_fast.store.ids import DIRECT_IDS
@@ -42,15 +39,13 @@ CONFIGS = st.builds(
 )
 
 
-def through_store(
-    events: EventDirectory, cutoff_s: int, config: CountsConfig, path: Path
-) -> FeatureMatrix | SparseFeatureMatrix:
+def through_store(events: EventDirectory, cutoff_s: int, config: CountsConfig, path: Path) -> Features:
     build_store(events, path, cutoff_s)
     return count_features(EventStore.open(path), cutoff_s, config)
 
 
 def assert_same(
-    one: FeatureMatrix | SparseFeatureMatrix | str, other: FeatureMatrix | SparseFeatureMatrix | str
+    one: Features | str, other: Features | str
 ) -> None:
     """Same bytes, or the same words of an error."""
     assert type(one) is type(other)

@@ -11,14 +11,10 @@ import pytest
 from ubp_fast.events.read import EventDirectory, stored_form
 from ubp_fast.events.sources.synthetic import Synthetic
 from ubp_fast.events.split import DAY_S
-from ubp_fast.features.matrix import FeatureMatrix
-from ubp_fast.features.windows import (
-    AggregatedConfig,
-    DecayedConfig,
-    aggregated_features,
-    decayed_features,
-    static_features,
-)
+from ubp_fast.features.aggregated import AggregatedConfig, aggregated_features
+from ubp_fast.features.decayed import DecayedConfig, decayed_features
+from ubp_fast.features.matrix import Features
+from ubp_fast.features.static import static_features
 from ubp_fast.store.build import build_store
 from ubp_fast.store.event_store import EventStore
 
@@ -58,11 +54,11 @@ def table(events: EventDirectory, kind: str, cutoff_s: int) -> pl.DataFrame:
     return frame.join(events.products(), on="sku", how="left") if "sku" in frame.columns else frame
 
 
-def column(matrix: FeatureMatrix, name: str) -> np.ndarray:
-    return matrix.values[:, matrix.names.index(name)]
+def column(matrix: Features, name: str) -> np.ndarray:
+    return matrix.rows(slice(None))[:, matrix.names.index(name)]
 
 
-def per_client(matrix: FeatureMatrix, frame: pl.DataFrame, value: pl.Expr) -> np.ndarray:
+def per_client(matrix: Features, frame: pl.DataFrame, value: pl.Expr) -> np.ndarray:
     """`value` per client in the order of the matrix, 0 for clients without rows."""
     grouped = dict(frame.group_by("client_id").agg(value.alias("value")).iter_rows())
     return np.array([grouped.get(client) or 0 for client in matrix.client_ids.tolist()], np.float32)
@@ -72,7 +68,7 @@ def per_client(matrix: FeatureMatrix, frame: pl.DataFrame, value: pl.Expr) -> np
 def test_static_features_equal_group_bys(events: EventDirectory, store: EventStore, earlier_days: int) -> None:
     cutoff_s = store.cutoff_s - earlier_days * DAY_S
     matrix = static_features(store, cutoff_s)
-    assert matrix.values.shape == (store.num_clients, 46)
+    assert matrix.shape == (store.num_clients, 46)
     tables = {
         short: table(events, kind, cutoff_s)
         for short, kind in (
@@ -166,7 +162,7 @@ def test_decayed_features_equal_sums_of_weights(events: EventDirectory, store: E
     np.testing.assert_allclose(column(matrix, "product_buy_active_days_all"), np.log1p(wanted), rtol=1e-6)
 
 
-def make_all(store: EventStore, cutoff_s: int, lists: Lists) -> list[FeatureMatrix]:
+def make_all(store: EventStore, cutoff_s: int, lists: Lists) -> list[Features]:
     return [
         static_features(store, cutoff_s),
         aggregated_features(store, cutoff_s, AggregatedConfig(top_values=4)),
@@ -202,7 +198,7 @@ def test_events_from_the_cutoff_on_change_nothing(
     other = EventStore.open(tmp_path / "store")
     for one, two in zip(make_all(store, cutoff_s, lists), make_all(other, cutoff_s, lists), strict=True):
         assert one.names == two.names
-        np.testing.assert_array_equal(one.values, two.values)
+        np.testing.assert_array_equal(one.rows(slice(None)), two.rows(slice(None)))
 
 
 def test_shop_with_purchases_only(events: EventDirectory, store: EventStore, lists: Lists, tmp_path: Path) -> None:
@@ -216,7 +212,7 @@ def test_shop_with_purchases_only(events: EventDirectory, store: EventStore, lis
         for name in kept:
             np.testing.assert_array_equal(column(one, name), column(many, name)[rows], err_msg=name)
     static = static_features(few, store.cutoff_s)
-    assert static.values.shape[1] == 46
+    assert static.shape[1] == 46
     assert not column(static, "add_flag").any()
     assert not column(static, "unique_url").any()
 
@@ -224,9 +220,9 @@ def test_shop_with_purchases_only(events: EventDirectory, store: EventStore, lis
 def test_widths(store: EventStore, lists: Lists) -> None:
     item_kind, visits, searches = 3 * (5 + 3 * 4) + 5 + 2, 3 * (3 + 4) + 3 + 2, 3 * 3 + 3 + 2
     matrix = aggregated_features(store, store.cutoff_s, AggregatedConfig(top_values=4))
-    assert matrix.values.shape[1] == 3 * item_kind + visits + searches
+    assert matrix.shape[1] == 3 * item_kind + visits + searches
     labels = sum(len(ids) for ids, _ in lists.values())
-    assert decayed_features(store, store.cutoff_s, lists).values.shape[1] == 2 * labels + 5 * (6 + 2 + 4)
+    assert decayed_features(store, store.cutoff_s, lists).shape[1] == 2 * labels + 5 * (6 + 2 + 4)
 
 
 @pytest.mark.parametrize("windows", [(), (0,), (7, 7), (7, 1)], ids=str)
