@@ -43,7 +43,7 @@ def curve(store: EventStore, events: EventDirectory, directory: Path, updates: s
     (cutoff_s,) = training_cutoffs(store, 1)
     views = views_at(store, [cutoff_s], with_history=True)
     labels = window_labels(store, views, make_label_lists(events, cutoff_s - TARGET_WINDOW_S, cutoff_s))
-    features = static_features(store, cutoff_s).values[views.row].astype(np.float32)
+    features = static_features(store, cutoff_s).rows(views.row)
     features = features / np.maximum(features.max(axis=0), 1)
     loader = ViewLoader(
         store, views, batch_size=128, history_length=64, features=features, labels=labels, shuffle_seed=0

@@ -48,7 +48,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> EventStore:
 
 
 def test_the_golden_columns_from_the_store(golden: EventDirectory, tmp_path: Path) -> None:
-    """Anchored at the last events these are the organisers' numbers of sorted files; their lists break ties otherwise."""
+    """Anchored at the last events these are the organisers' numbers of sorted files, but for ties in their lists."""
     theirs = np.load(GOLDEN / "c_baseline_time_sorted.npz")
     tops = json.loads((GOLDEN / "c_baseline_time_sorted.json").read_text())["top_values_in_column_order"]
     names: list[str] = []

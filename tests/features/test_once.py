@@ -44,9 +44,7 @@ def through_store(events: EventDirectory, cutoff_s: int, config: CountsConfig, p
     return count_features(EventStore.open(path), cutoff_s, config)
 
 
-def assert_same(
-    one: Features | str, other: Features | str
-) -> None:
+def assert_same(one: Features | str, other: Features | str) -> None:
     """Same bytes, or the same words of an error."""
     assert type(one) is type(other)
     if isinstance(one, str):

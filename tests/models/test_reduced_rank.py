@@ -126,6 +126,25 @@ def test_rows_at_once_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_allclose(parts, whole, atol=1e-4)
 
 
+def test_rows_may_be_made_when_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole blocks were joined in memory once, several times over."""
+    monkeypatch.setattr(reduced_rank, "ROWS_AT_ONCE", 128)
+    blocks, labels, _ = example()
+
+    class Lazy:
+        shape = blocks.shape
+
+        def __len__(self) -> int:
+            return len(blocks)
+
+        def __getitem__(self, chosen: slice) -> np.ndarray:
+            assert len(blocks[chosen]) <= 128
+            return blocks[chosen]
+
+    one, other = (ReducedRankModel(ReducedRankConfig()).fit([each], labels) for each in (Lazy(), blocks))
+    np.testing.assert_array_equal(one.transform(Lazy()), other.transform(blocks))
+
+
 def test_scale_and_order_of_columns_do_not_matter() -> None:
     blocks, labels, _ = example()
     config = ReducedRankConfig(rank=2, detail=0)

@@ -73,16 +73,9 @@ class FeatureMatrix:
         """Some rows (a slice or i64 positions [N]) as float32 [N, F]."""
         return np.asarray(self.values[chosen], np.float32)
 
-    def save(self, directory: Path) -> None:
-        """Writes client_ids.npy, values.npy and, last, names.json; each one complete or not there."""
-        directory.mkdir(parents=True, exist_ok=True)
-        write_array(directory / "client_ids.npy", np.asarray(self.client_ids))
-        write_array(directory / "values.npy", self.values)
-        write_json(directory / NAMES_FILE, {"names": self.names, "units": self.units})
-
     @classmethod
     def load(cls, directory: Path, memory_map: bool = False) -> FeatureMatrix:
-        """Reads what `save` wrote; with `memory_map` the values stay in their file.
+        """Reads what `in_client_blocks` wrote; with `memory_map` the values stay in their file.
 
         Raises:
             FileNotFoundError: a file is missing.

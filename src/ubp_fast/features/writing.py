@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from ubp_fast.features.matrix import (
 # A block of 320 columns per thread stays in the cache of a large CPU while all kinds of events are added to it.
 BLOCK_CLIENTS = 1 << 13
 BLOCK_VALUES = 1 << 22
+SMALLEST_BLOCK = 1 << 8
 DTYPES = ("float32", "float16")
 LARGEST_FLOAT16 = 65_504.0
 SMALLEST_MAPPING = 1 << 22
@@ -62,42 +63,39 @@ def in_client_blocks(
     check_dtype(dtype)
     shape = (len(client_ids), len(names))
     step = block_clients or clients_at_once(shape[1])
-    values = _zeros(shape, dtype) if directory is None else None
-    file = None if directory is None else _new_file(directory, shape, dtype)
-    free: list[np.ndarray] = []
+    values: Any = _zeros(shape, dtype) if directory is None else None
+    file = None if directory is None else _ArrayFile(directory, "values", np.dtype(dtype), shape[1:])
+    free: list[Any] = []
 
-    def make(first: int) -> tuple[np.ndarray, np.ndarray] | None:
+    def make(first: int) -> np.ndarray:
         last = min(first + step, shape[0])
         if values is not None and dtype == "float32":
             fill(values[first:last], first, last)
-            return _of_known(values[first:last]) if fill_missing else None
-        buffer = free.pop() if free else np.empty((step, shape[1]), np.float32)
-        block = buffer[: last - first]
+            return values[first:last]
+        block = (free.pop() if free else np.empty((step, shape[1]), np.float32))[: last - first]
         block[:] = 0
         fill(block, first, last)
-        known = _of_known(block) if fill_missing else None
-        stored = block if dtype == "float32" else block.clip(-LARGEST_FLOAT16, LARGEST_FLOAT16).astype(np.float16)
-        if values is not None:
-            values[first:last] = stored
-        else:
-            assert file is not None
-            _write_at(file[0], stored, file[1] + first * shape[1] * stored.itemsize)
-        free.append(buffer)
-        return known
+        return block
 
-    try:
-        known = list(_in_order(make, range(0, shape[0], step)))
-    finally:
-        if file is not None:
-            os.close(file[0])
+    known = []
+    for first, block in zip(range(0, shape[0], step), _in_order(make, range(0, shape[0], step)), strict=True):
+        known.append(_of_known(block) if fill_missing else None)
+        if values is None or dtype != "float32":
+            stored = block if dtype == "float32" else block.clip(-LARGEST_FLOAT16, LARGEST_FLOAT16).astype(np.float16)
+            if file is not None:
+                file.append(stored)
+            elif values is not None:
+                values[first : first + len(block)] = stored
+            free.append(block.base)
+    path = None if file is None else file.complete()
     if any(part is not None for part in known):
-        whole = np.load(_temporary(directory), mmap_mode="r+", allow_pickle=False) if directory else values
-        assert whole is not None
-        _fill_missing(whole, known, step)
-    if directory is None:
-        assert values is not None
-        return FeatureMatrix(client_ids, values, names, units)
-    return _finished(directory, client_ids, names, units)
+        _fill_missing(values if path is None else np.load(path, mmap_mode="r+", allow_pickle=False), known, step)
+    made = values if path is None else load_array(path, memory_map=True)
+    matrix = FeatureMatrix(client_ids, made, names, units)
+    if file is not None and directory is not None:
+        file.publish()
+        _write_names(directory, client_ids, names, units)
+    return matrix
 
 
 def in_sparse_blocks(
@@ -124,22 +122,16 @@ class SparseWriter:
     def __init__(self, directory: Path | None) -> None:
         self._directory = directory
         self._lengths = [np.zeros(1, np.int64)]
-        self._parts: tuple[list[np.ndarray], list[np.ndarray]] = ([np.zeros(0, np.int32)], [np.zeros(0, np.float32)])
-        self._files: list[BinaryIO] = []
-        if directory is not None:
-            directory.mkdir(parents=True, exist_ok=True)
-            for name, (nothing,) in zip(("indices", "values"), self._parts, strict=True):
-                self._files.append(_temporary(directory, name).open("wb"))
-                _write_header(self._files[-1], nothing.shape, nothing.dtype)
+        nothing = (np.zeros(0, np.int32), np.zeros(0, np.float32))
+        self._parts: Any = tuple([array] for array in nothing)
+        named = zip(("indices", "values"), nothing, strict=True)
+        self._files = [] if directory is None else [_ArrayFile(directory, name, array.dtype) for name, array in named]
 
     def append(self, lengths: np.ndarray, indices: np.ndarray, values: np.ndarray) -> None:
         """Adds rows: number of entries of each one, int32 columns and float32 values of all entries."""
         self._lengths.append(lengths)
-        for place, array in enumerate((indices, values)):
-            if self._files:
-                self._files[place].write(np.ascontiguousarray(array).data)
-            else:
-                self._parts[place].append(array)
+        for target, array in zip(self._files or self._parts, (indices, values), strict=True):
+            target.append(array)
 
     def finish(self, client_ids: np.ndarray, names: tuple[str, ...], units: tuple[str, ...]) -> SparseFeatureMatrix:
         """The matrix; its files get their names, names.json last."""
@@ -147,22 +139,56 @@ class SparseWriter:
         if self._directory is None:
             indices, values = (np.concatenate(parts) for parts in self._parts)
             return SparseFeatureMatrix(client_ids, indptr, indices, values, names, units)
-        for name, file, (nothing,) in zip(("indices", "values"), self._files, self._parts, strict=True):
-            file.seek(0)
-            # An npy header keeps room for a longer first dimension.
-            start = _write_header(file, (int(indptr[-1]),), nothing.dtype)
-            assert file.seek(0, os.SEEK_END) == start + int(indptr[-1]) * nothing.itemsize
-            file.close()
-            os.replace(_temporary(self._directory, name), self._directory / f"{name}.npy")
-        write_array(self._directory / "client_ids.npy", client_ids)
+        for file in self._files:
+            file.complete()
+            file.publish()
         write_array(self._directory / "indptr.npy", indptr)
-        write_json(self._directory / NAMES_FILE, {"names": names, "units": units})
+        _write_names(self._directory, client_ids, names, units)
         return SparseFeatureMatrix.load(self._directory, memory_map=True)
+
+
+class _ArrayFile:
+    """An npy file that grows by its first dimension, under a temporary name until it is published.
+
+    Writing costs a third of filling a new memory map, whose every page is a fault of its own.
+    """
+
+    def __init__(self, directory: Path, name: str, dtype: np.dtype, row: tuple[int, ...] = ()) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._path, self._final = directory / f".{name}.npy.writing", directory / f"{name}.npy"
+        self._dtype, self._row, self._length = dtype, row, 0
+        with self._path.open("wb") as file:
+            self._start = self._write_header(file)
+
+    def _write_header(self, file: BinaryIO) -> int:
+        shape, descr = (self._length, *self._row), np.lib.format.dtype_to_descr(self._dtype)
+        np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
+        return file.tell()
+
+    def append(self, array: np.ndarray) -> None:
+        with self._path.open("ab") as file:
+            file.write(np.ascontiguousarray(array).data)
+        self._length += len(array)
+
+    def complete(self) -> Path:
+        """Ends the file; its path so far."""
+        with self._path.open("r+b") as file:
+            # A header keeps room for the digits of a longer first dimension.
+            assert self._write_header(file) == self._start
+        return self._path
+
+    def publish(self) -> None:
+        os.replace(self._path, self._final)
+
+
+def _write_names(directory: Path, client_ids: np.ndarray, names: tuple[str, ...], units: tuple[str, ...]) -> None:
+    write_array(directory / "client_ids.npy", client_ids)
+    write_json(directory / NAMES_FILE, {"names": names, "units": units})
 
 
 def clients_at_once(num_columns: int) -> int:
     """Clients of a block: what it takes does not grow with the number of columns either."""
-    return max(1 << 8, min(BLOCK_CLIENTS, BLOCK_VALUES // max(num_columns, 1)))
+    return max(SMALLEST_BLOCK, min(BLOCK_CLIENTS, BLOCK_VALUES // max(num_columns, 1)))
 
 
 def check_dtype(dtype: str) -> None:
@@ -216,39 +242,3 @@ def _zeros(shape: tuple[int, int], dtype: str) -> np.ndarray:
     with contextlib.suppress(OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, dtype).reshape(shape)
-
-
-def _write_header(file: BinaryIO, shape: tuple[int, ...], dtype: str | np.dtype) -> int:
-    """Writes the header of an npy file; where its values begin."""
-    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, header)
-    return file.tell()
-
-
-def _new_file(directory: Path, shape: tuple[int, int], dtype: str) -> tuple[int, int]:
-    """Descriptor of an npy file under a temporary name with its header, and where its values begin."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with _temporary(directory).open("wb") as file:
-        start = _write_header(file, shape, dtype)
-    return os.open(_temporary(directory), os.O_WRONLY), start
-
-
-def _write_at(descriptor: int, block: np.ndarray, position: int) -> None:
-    # Writing costs a third of filling a new memory map, whose every page is a fault of its own.
-    left = memoryview(block.view(np.uint8).reshape(-1))  # type: ignore[arg-type]
-    while len(left):
-        written = os.pwrite(descriptor, left, position)
-        left, position = left[written:], position + written
-
-
-def _finished(directory: Path, client_ids: np.ndarray, names: tuple[str, ...], units: tuple[str, ...]) -> FeatureMatrix:
-    """Gives the values their final name and writes the rest, names.json last."""
-    matrix = FeatureMatrix(client_ids, load_array(_temporary(directory), memory_map=True), names, units)
-    os.replace(_temporary(directory), directory / "values.npy")
-    write_array(directory / "client_ids.npy", client_ids)
-    write_json(directory / NAMES_FILE, {"names": names, "units": units})
-    return matrix
-
-
-def _temporary(directory: Path, name: str = "values") -> Path:
-    return directory / f".{name}.npy.writing"

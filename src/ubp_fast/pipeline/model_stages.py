@@ -14,7 +14,7 @@ import torch
 
 from ubp_fast.features.decayed import OF_LABEL
 from ubp_fast.features.matrix import Features, load_features
-from ubp_fast.features.scaling import Scaler
+from ubp_fast.features.scaling import MinMaxScaler
 from ubp_fast.models.contrastive import ContrastiveModel
 from ubp_fast.models.event_embedding import EventSizes
 from ubp_fast.models.membership import activity_columns, membership_weights
@@ -69,7 +69,7 @@ def make_multitask(settings: Settings, inputs: Inputs, directory: Path, progress
     model_cutoffs, _ = cutoffs_of(store, settings)
     views = views_at(store, model_cutoffs, with_history=True)
     features = _static(store, views, inputs["features"])
-    scaler = Scaler("minmax").fit(features)
+    scaler = MinMaxScaler.fit(features)
     scaler.save(directory / "scaler")
     labels = _labels(store, views, inputs["features"], MULTITASK_LABELS)
     sizes, widths = EventSizes.of(store), _widths(labels)
@@ -105,8 +105,9 @@ def make_stacking(settings: Settings, inputs: Inputs, directory: Path, progress:
     views = views_at(store, cutoffs)
     labels = _labels(store, views, inputs["features"], config.labels)
     if isinstance(config, ReducedRankConfig):
-        past = [_joined(inputs, [cutoff_s], settings) for cutoff_s in cutoffs]
-        model = ReducedRankModel(config).fit(past, labels, _is_summary(inputs, store.cutoff_s, settings))
+        is_summary = _is_summary(inputs, store.cutoff_s, settings)
+        model = ReducedRankModel(config)
+        model.fit([_joined(inputs, [cutoff_s], settings) for cutoff_s in cutoffs], labels, is_summary)
         model.save(directory / "reduced_rank.safetensors")
         vectors = model.transform(_joined(inputs, [store.cutoff_s], settings))
     else:

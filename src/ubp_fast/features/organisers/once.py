@@ -21,10 +21,10 @@ Source: Synerise/recsys2025, aggregated_features_baseline (behaviour, not code).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
@@ -38,11 +38,9 @@ from ubp_fast.features.popular import PopularValues, most_frequent
 from ubp_fast.store.build import count, places_of_skus
 from ubp_fast.store.clients import clients_of, no_history
 from ubp_fast.store.event_store import KindColumns
-from ubp_fast.store.ids import MAX_COUNT, KnownIds, Numbering
+from ubp_fast.store.ids import KnownIds, Numbering
 from ubp_fast.store.spill import EARLIEST_S, TIME_BITS, keys_of, sort_events
 from ubp_fast.store.vocabulary import FIRST_ID, dense_products
-
-T = TypeVar("T")
 
 
 def count_features_once(
@@ -81,44 +79,43 @@ class _Products:
 
 
 class _Skus:
-    """Skus of one kind: their numbers are dense ids of the whole product table."""
+    """Skus of one kind: their numbers are dense ids of the whole product table.
 
-    def __init__(self, events: EventDirectory, kind: str, products: _Products) -> None:
+    Args:
+        in_order: ties in the lists go to what came first, not to the smaller id.
+    """
+
+    def __init__(self, events: EventDirectory, kind: str, products: _Products, in_order: bool) -> None:
         self._events, self._kind = events, kind
         self._known, self._dense = products.known, products.dense
         self._counts = np.zeros(len(self._dense.sku_ids), np.int64)
-        self.first_seen: np.ndarray | None = None
-
-    def codes(self, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Numbers i32 of values[rows]."""
-        return places_of_skus(self._events, self._kind, self._known, values[rows]) + np.int32(FIRST_ID)
+        self._first_seen = np.full(len(self._counts), 2**62) if in_order else None
+        self._done = 0
 
     def number(self, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Numbers i32 of values[rows], which are counted."""
-        numbers = self.codes(values, rows)
+        numbers = places_of_skus(self._events, self._kind, self._known, values[rows]) + np.int32(FIRST_ID)
         count(numbers, self._counts)
+        if self._first_seen is not None:
+            _note_first(numbers, self._done, self._first_seen)
+            self._done += len(numbers)
         return numbers
-
-    def candidates(self, top_values: int) -> _Skus:
-        """For the second pass, which notes when each one was seen first."""
-        self.first_seen = np.full(len(self._counts), np.iinfo(np.int64).max)
-        return self
 
     def listed(self, numbers: np.ndarray, top_values: int) -> tuple[PopularValues, np.ndarray, np.ndarray]:
         """The lists, which numbers are in one of them, and the codes i32 of these."""
         sku_ids, category_ids, category, price = self._dense
         prices = np.arange(int(price.max(initial=0)) + 1) - FIRST_ID
         tables = {"sku": (None, sku_ids), "category": (category, category_ids), "price": (price, prices)}
-        popular = most_frequent(tables, self._counts, top_values, self.first_seen)
+        popular = most_frequent(tables, self._counts, top_values, self._first_seen)
         is_listed = (popular.slots[numbers] >= 0).any(axis=1)
         return popular, is_listed, numbers[is_listed]
 
 
 class _Urls:
-    """Urls: numbers in order of appearance, or the ids themselves; see `Numbering`."""
+    """Urls: see `Numbering` for their numbers."""
 
-    def __init__(self) -> None:
-        self._numbering = Numbering()
+    def __init__(self, in_order: bool) -> None:
+        self._numbering = Numbering(in_order)
         self.number = self._numbering.number
 
     def listed(self, numbers: np.ndarray, top_values: int) -> tuple[PopularValues, np.ndarray, np.ndarray]:
@@ -129,43 +126,12 @@ class _Urls:
         popular = PopularValues(order.astype(np.int32)[:, None], tuple(f"url_{value}" for value in ids.tolist()))
         return popular, codes >= 0, codes[codes >= 0]
 
-    def candidates(self, top_values: int) -> _FrequentUrls:
-        """For the second pass: all that came often enough for the list, whatever breaks ties."""
-        least = self._numbering.most_frequent(top_values)[2].min(initial=MAX_COUNT)
-        ids, numbers = self._numbering.counted(int(least))
-        order = np.argsort(ids)
-        return _FrequentUrls(ids[order], self._numbering.counts_of(numbers[order]))
-
-
-class _FrequentUrls:
-    """Urls of the second pass: a code is a place in `ids`, i64 ascending, or -1."""
-
-    def __init__(self, ids: np.ndarray, counts: np.ndarray) -> None:
-        self._ids, self._counts, self._known = ids, counts, KnownIds(ids)
-        self.first_seen = np.full(len(ids), np.iinfo(np.int64).max)
-
-    def codes(self, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Codes i32 of values[rows]."""
-        return self._known.find(values[rows])
-
-    def listed(self, codes: np.ndarray, top_values: int) -> tuple[PopularValues, np.ndarray, np.ndarray]:
-        """As `_Skus.listed`."""
-        top = np.lexsort((self.first_seen, -self._counts))[:top_values]
-        slots = np.full((len(self._ids), 1), -1, np.int32)
-        slots[top, 0] = np.arange(len(top))
-        is_listed = slots[codes, 0] >= 0
-        labels = tuple(f"url_{value}" for value in self._ids[top].tolist())
-        return PopularValues(slots, labels), is_listed, codes[is_listed]
-
 
 class _Searches(NamedTuple):
     """Number of searches of each client, i64 [U], and their mean codes, float32 [U, 16]."""
 
     num_events: np.ndarray
     means: np.ndarray
-
-    def of(self, order: np.ndarray) -> _Searches:
-        return _Searches(self.num_events[order], self.means[order])
 
     def kind(self, name: str, config: CountsConfig) -> SearchedKind:
         return SearchedKind(name, lambda first, last: self.means[first:last])
@@ -183,7 +149,7 @@ class _Pass(NamedTuple):
     """
 
     num_events: np.ndarray
-    items: Any
+    items: _Skus | _Urls
     anchor_s: int
     keys: np.ndarray
     numbers: np.ndarray
@@ -199,29 +165,22 @@ class _Pass(NamedTuple):
         return CountedKind(name, columns, popular, self.anchor_s, config.anchor != "cutoff", self.num_events)
 
 
-class _Survey(NamedTuple):
-    """What the first pass leaves for the anchor "file_order".
-
-    Attributes:
-        num_events, items, anchor_s: as in `_Pass`.
-        starts_s: i64 [W], where windows begin.
-        left_out: i32 [U, W], how many events of a client, the first ones in the file, a window leaves out.
-    """
+class _FileOrder(NamedTuple):
+    """How many events each window leaves out, i32 [U, W]: the first ones of a client in the file."""
 
     num_events: np.ndarray
-    items: Any
-    anchor_s: int
-    starts_s: np.ndarray
     left_out: np.ndarray
+    starts_s: np.ndarray
 
-
-class _Batch(NamedTuple):
-    """Events of our clients before the cutoff: rows i32 of the batch, places i32 of their clients; all times, items."""
-
-    rows: np.ndarray
-    clients: np.ndarray
-    timestamp_s: np.ndarray
-    values: np.ndarray
+    @classmethod
+    def of(cls, found: _Pass, windows_days: Sequence[int]) -> _FileOrder:
+        clients, time_s = found.keys >> TIME_BITS, (found.keys & ((1 << TIME_BITS) - 1)) + EARLIEST_S
+        starts_s = found.anchor_s - np.array(windows_days) * DAY_S
+        left_out = np.empty((len(found.num_events), len(starts_s)), np.int32)
+        for window, start_s in enumerate(starts_s):
+            inside = np.bincount(clients[time_s >= start_s], minlength=len(left_out))
+            left_out[:, window] = found.num_events - inside
+        return cls(found.num_events, left_out, starts_s)
 
 
 class _Once:
@@ -241,80 +200,65 @@ class _Once:
     def _products(self) -> _Products:
         return _Products(self._events)
 
-    def _batches(self, kind: str) -> Iterator[_Batch]:
-        for client_id, timestamp_s, values in self._events.batches(kind):
-            rows, clients = self._clients.known(client_id, timestamp_s, self._cutoff_s)
-            if len(rows):
-                yield _Batch(rows, clients, timestamp_s, values)
-
     def kinds(self) -> list[CountedKind | SearchedKind]:
         """What is counted of every kind that has an event of our clients."""
-        if self.config.anchor == "file_order":
-            return self._kinds_in_file_order()
-        passes = ((kind, self._first(kind, self._pass)) for kind in self._events.kinds)
-        return [found.kind(kind, self.config) for kind, found in passes if found.num_events.any()]
+        in_order = self.config.anchor == "file_order"
+        found = self._in_file_order() if in_order else ((kind, self._pass(kind)) for kind in self._events.kinds)
+        return [each.kind(kind, self.config) for kind, each in found if each.num_events.any()]
 
-    def _kinds_in_file_order(self) -> list[CountedKind | SearchedKind]:
-        surveys = [(kind, self._first(kind, self._survey)) for kind in self._events.kinds]
-        surveys = [(kind, found) for kind, found in surveys if found.num_events.any()]
+    def _in_file_order(self) -> Iterator[tuple[str, _Pass | _Searches]]:
+        """First how many events the windows leave out and who comes first, then the events that are left."""
+        surveys: list[tuple[str, _FileOrder | _Searches]] = []
+        for kind in self._events.kinds:
+            found = self._pass(kind)
+            survey = found if isinstance(found, _Searches) else _FileOrder.of(found, self.config.windows_days)
+            surveys.append((kind, survey))
         first_kind = np.full(len(self.client_ids), len(surveys))
-        for index, (_, found) in reversed([*enumerate(surveys)]):
-            first_kind[found.num_events > 0] = index
+        for index, (_, survey) in reversed([*enumerate(surveys)]):
+            first_kind[survey.num_events > 0] = index
         order = np.argsort(first_kind, kind="stable")
-        self.client_ids = self.client_ids[order]
-        passes = (
-            (kind, found.of(order) if isinstance(found, _Searches) else self._again(kind, found, order))
-            for kind, found in surveys
-        )
-        return [found.kind(kind, self.config) for kind, found in passes]
+        self.client_ids, position = self.client_ids[order], np.argsort(order)
+        for kind, survey in surveys:
+            if isinstance(survey, _Searches):
+                yield kind, _Searches(*(array[order] for array in survey))
+                continue
+            found = self._pass(kind, survey)
+            assert isinstance(found, _Pass)
+            clients, time_s = found.keys >> TIME_BITS, found.keys & ((1 << TIME_BITS) - 1)
+            yield (
+                kind,
+                found._replace(num_events=found.num_events[order], keys=(position[clients] << TIME_BITS) | time_s),
+            )
 
-    def _first(self, kind: str, of_items: Callable[[str], T]) -> T | _Searches:
-        return self._searches() if ITEM_COLUMN[kind] == "query" else of_items(kind)
-
-    def _searches(self) -> _Searches:
-        sums = np.zeros((len(self.client_ids), NUM_CODES), np.int64)
+    def _pass(self, kind: str, survey: _FileOrder | None = None) -> _Pass | _Searches:
+        """All events of a kind; after a survey, those that are left have the start of their shortest window as time."""
         num_events = np.zeros(len(self.client_ids), np.int64)
-        for batch in self._batches("search_query"):
-            _add_codes(batch.rows, batch.clients, batch.values, sums, num_events)
-        return _Searches(num_events, mean_codes(sums, num_events))
-
-    def _pass(self, kind: str) -> _Pass:
-        items = _Skus(self._events, kind, self._products) if ITEM_COLUMN[kind] == "sku" else _Urls()
-        is_last = self.config.anchor != "cutoff"
+        if ITEM_COLUMN[kind] == "query":
+            sums = np.zeros((len(num_events), NUM_CODES), np.int64)
+            for client_id, timestamp_s, codes in self._events.batches(kind):
+                _add_codes(*self._clients.known(client_id, timestamp_s, self._cutoff_s), codes, sums, num_events)
+            return _Searches(num_events, mean_codes(sums, num_events))
+        config, in_order = self.config, survey is not None
+        is_sku = ITEM_COLUMN[kind] == "sku"
+        items = _Skus(self._events, kind, self._products, in_order) if is_sku else _Urls(in_order)
+        is_last = config.anchor != "cutoff"
         anchor_s = -(2**62) if is_last else self._cutoff_s
-        num_events = np.zeros(len(self.client_ids), np.int64)
         keys, numbers = [np.empty(0, np.int64)], [np.empty(0, np.int32)]
-        for rows, clients, timestamp_s, values in self._batches(kind):
+        for client_id, timestamp_s, values in self._events.batches(kind):
+            rows, clients = self._clients.known(client_id, timestamp_s, self._cutoff_s)
+            if not len(rows):
+                continue
             if is_last:  # it only grows, so that no event of the last windows is lost
                 anchor_s = max(anchor_s, int(timestamp_s[rows].max()))
             numbered = items.number(values, rows)
-            kept = _recent(rows, clients, timestamp_s, anchor_s - self.config.windows_days[-1] * DAY_S, num_events)
+            from_s = anchor_s - config.windows_days[-1] * DAY_S
+            if survey is not None:
+                timestamp_s, from_s = timestamp_s.copy(), survey.starts_s[-1]
+                _set_times(rows, clients, survey.left_out, survey.starts_s, num_events, timestamp_s)
+            kept = _recent(rows, clients, timestamp_s, from_s, num_events)
             keys.append(keys_of(clients[kept], timestamp_s[rows[kept]]))
             numbers.append(numbered[kept])
         return _Pass(num_events, items, anchor_s, np.concatenate(keys), np.concatenate(numbers))
-
-    def _survey(self, kind: str) -> _Survey:
-        num_events, items, anchor_s, keys, _ = self._pass(kind)
-        clients, time_s = keys >> TIME_BITS, (keys & ((1 << TIME_BITS) - 1)) + EARLIEST_S
-        starts_s = anchor_s - np.array(self.config.windows_days) * DAY_S
-        left_out = np.empty((len(num_events), len(starts_s)), np.int32)
-        for window, start_s in enumerate(starts_s):
-            left_out[:, window] = num_events - np.bincount(clients[time_s >= start_s], minlength=len(num_events))
-        return _Survey(num_events, items, anchor_s, starts_s, left_out)
-
-    def _again(self, kind: str, survey: _Survey, order: np.ndarray) -> _Pass:
-        """Events get the start of the shortest window that has them as their time: it is all that counts."""
-        items = survey.items.candidates(self.config.top_values)
-        position, seen, done = np.argsort(order), np.zeros(len(order), np.int64), 0
-        keys, numbers = [np.empty(0, np.int64)], [np.empty(0, np.int32)]
-        for rows, clients, _, values in self._batches(kind):
-            codes = items.codes(values, rows)
-            kept, times_s = _left(clients, codes, survey.left_out, survey.starts_s, seen, items.first_seen, done)
-            keys.append(keys_of(position[clients[kept]], times_s))
-            numbers.append(codes[kept])
-            done += len(codes)
-        num_events = survey.num_events[order]
-        return _Pass(num_events, items, survey.anchor_s, np.concatenate(keys), np.concatenate(numbers))
 
 
 @njit(cache=True, nogil=True)
@@ -330,26 +274,26 @@ def _recent(rows, clients, timestamp_s, from_s, num_events):  # pragma: no cover
 
 
 @njit(cache=True, nogil=True)
-def _left(clients, codes, left_out, starts_s, seen, first_seen, done):  # pragma: no cover - compiled
-    """Events that no window leaves out, or a longer one does not, and the start of the shortest such window.
+def _set_times(rows, clients, left_out, starts_s, num_events, timestamp_s):  # pragma: no cover - compiled
+    """The start of the shortest window that has an event, and a moment earlier than all where none has.
 
-    Counts the events `seen` of each client so far, and notes when each code was seen first; `done` events came before.
+    Each client had `num_events` before; how many more come in this batch is counted here and taken back.
     """
-    places, times_s = np.empty(clients.size, np.int32), np.empty(clients.size, np.int64)
-    found = 0
-    for place in range(clients.size):
-        client, code, window = clients[place], codes[place], 0
-        number = seen[client]
-        seen[client] += 1
-        if code < 0:
-            continue
-        first_seen[code] = min(first_seen[code], done + place)
-        while window < starts_s.size and number < left_out[client, window]:
+    for place in range(rows.size):
+        client, window = clients[place], 0
+        while window < starts_s.size and num_events[client] < left_out[client, window]:
             window += 1
-        if window < starts_s.size:
-            places[found], times_s[found] = place, starts_s[window]
-            found += 1
-    return places[:found], times_s[:found]
+        timestamp_s[rows[place]] = starts_s[window] if window < starts_s.size else starts_s[-1] - 1
+        num_events[client] += 1
+    for place in range(rows.size):
+        num_events[clients[place]] -= 1
+
+
+@njit(cache=True, nogil=True)
+def _note_first(numbers, done, first_seen):  # pragma: no cover - compiled
+    """When each number was seen first, counted in events; `done` came before."""
+    for place in range(numbers.size):
+        first_seen[numbers[place]] = min(first_seen[numbers[place]], done + place)
 
 
 @njit(cache=True, nogil=True)
