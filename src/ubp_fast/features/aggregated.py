@@ -11,7 +11,7 @@ import numpy as np
 
 from ubp_fast.events.schema import SKU_KINDS
 from ubp_fast.events.split import DAY_S
-from ubp_fast.features.history import Column, History, features_of, price_table, windows_of
+from ubp_fast.features.history import Column, History, check_windows, features_of, price_table, windows_of
 from ubp_fast.features.matrix import Features
 from ubp_fast.features.popular import popular_values
 from ubp_fast.store.event_store import EventStore
@@ -30,12 +30,7 @@ class AggregatedConfig:
     top_values: int = 10
 
     def __post_init__(self) -> None:
-        if (
-            not self.windows_days
-            or min(self.windows_days) < 1
-            or sorted(set(self.windows_days)) != [*self.windows_days]
-        ):
-            raise ValueError(f"AggregatedConfig: windows_days must be > 0 and ascending, got {self.windows_days}")
+        check_windows("AggregatedConfig", self.windows_days)
         if self.top_values < 0:
             raise ValueError(f"AggregatedConfig: top_values must be >= 0, got {self.top_values}")
 
@@ -77,23 +72,14 @@ def _columns(history: History, kind: str, config: AggregatedConfig, lists_s: int
     """Per window, the named ones first and all history last; top values only inside the named windows."""
     store, of_skus = history.store, kind in SKU_KINDS
     windows_s, windows = windows_of(config.windows_days)
-    codes, num_items = history.items(kind)
-    tables: dict[str, Any] = {}
+    tables: dict[str, Any] = {"values": lambda: price_table(store)} if of_skus else {}
     labels: tuple[str, ...] = ()
     if kind != "search_query":
         popular = history.once(("popular", kind), lambda: popular_values(store, kind, lists_s, config.top_values))
         labels = popular.labels
-        tables = {"slots": popular.slots, "num_slots": len(labels)}
-
-    def groups() -> np.ndarray:
-        skus = np.arange(num_items)
-        return np.stack((skus, store.products.category), axis=1) if of_skus else skus[:, None]
-
-    if of_skus:
-        tables["values"] = lambda: price_table(store)
-    # Queries are numbered among those of the clients at hand: their table is another one each time.
-    key = None if kind == "search_query" else "aggregated"
-    found = history.aggregate(key, kind, codes, windows_s=windows_s, groups=groups, periods_s=(DAY_S,), **tables)
+        tables |= {"slots": popular.slots, "num_slots": len(labels)}
+    distinct = ("items", "categories") if of_skus else ("items",)
+    found = history.aggregate("aggregated", kind, distinct, windows_s=windows_s, periods_s=(DAY_S,), **tables)
     items = ("skus", "categories") if of_skus else ("urls",) if kind == "page_visit" else ("queries",)
     for index, window in enumerate(windows):
         yield Column(f"{kind}_count_{window}", "events", found.totals[:, index])

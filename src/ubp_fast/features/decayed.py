@@ -70,7 +70,6 @@ def decayed_features(
         found = history.aggregate(
             "labels",
             kind,
-            history.events(kind).item,
             slots=slots,
             num_slots=len(labels),
             half_lives_s=(config.half_life_days * DAY_S,),

@@ -15,7 +15,7 @@ from ubp_fast.events.split import DAY_S
 from ubp_fast.features.matrix import Features, end_to_end
 from ubp_fast.features.popular import LabelLists
 from ubp_fast.features.writing import clients_at_once, in_client_blocks, in_sparse_blocks
-from ubp_fast.kernels.windowed_aggregate import WindowedAggregate, window_aggregator
+from ubp_fast.kernels.windowed_aggregate import WindowedAggregate, WindowedAggregator, window_aggregator
 from ubp_fast.store.event_store import TIMELINE, EventStore, KindColumns
 from ubp_fast.store.vocabulary import FIRST_ID
 
@@ -98,19 +98,11 @@ class History:
             self.seen[kind] = KindColumns(offsets, *arrays)  # type: ignore[arg-type]
         return self.seen[kind]
 
-    def items(self, kind: str) -> tuple[np.ndarray, int]:
-        """int32 [N] what each event is about, and how many there are: dense ids, or numbers of different queries."""
-        columns = self.events(kind)
-        if columns.item is not None:
-            return columns.item, self.store.num_skus if kind in SKU_KINDS else self.store.num_urls
-        assert columns.codes is not None
-        numbers = numbered(columns.codes)
-        return numbers, int(numbers.max(initial=-1)) + 1
-
     def aggregate(
         self,
         key: Hashable,
         kind: str,
+        distinct: tuple[str, ...] = (),
         codes: np.ndarray | None = None,
         anchor_s: int | None = None,
         **arguments: Any,
@@ -118,24 +110,43 @@ class History:
         """`windowed_aggregate` of a kind up to the cutoff or another moment before it.
 
         Args:
-            key: who asks; what depends on the arguments is made once for each key, kind and anchor, anew for None.
+            key: who asks; what depends on the arguments is made once for each key, kind and anchor.
             kind: of events, or "timeline".
-            codes: int32 [N] of the events at hand.
+            distinct: what is told apart: "items" (skus, urls or queries), of skus also "categories", "prices", "names".
+            codes: int32 [N] of the events at hand, their items when None.
             anchor_s: the cutoff when None.
             arguments: as there; a table may be a function that makes it.
         """
-        anchor_s = self.cutoff_s if anchor_s is None else anchor_s
-        none = np.zeros(0, np.int32)
+        anchor_s, events = self.cutoff_s if anchor_s is None else anchor_s, self.events(kind)
+        # Queries are numbered among those of the clients at hand: their table is another one each time.
+        of_queries = events.codes is not None and bool(distinct)
+        if codes is None and (distinct or {"slots", "values"} & {*arguments}):
+            codes = numbered(events.codes) if events.codes is not None else events.item
 
-        def make() -> Any:
+        def make() -> WindowedAggregator:
             made = {name: value() if callable(value) else value for name, value in arguments.items()}
+            made |= {"groups": self._groups(kind, distinct, codes)} if distinct else {}
+            none = np.zeros(0, np.int32)
             return window_aggregator(
                 np.zeros(1, np.int64), none, None if codes is None else none, anchor_s=anchor_s, **made
             )
 
-        aggregator = make() if key is None else self.once((key, kind, anchor_s), make)
-        events = self.events(kind)
+        aggregator = make() if of_queries else self.once((key, kind, anchor_s), make)
         return aggregator.on(events.offsets, events.timestamp_s, codes)(threads=1)
+
+    def _groups(self, kind: str, distinct: tuple[str, ...], codes: np.ndarray | None) -> np.ndarray:
+        """int32 [codes, D] dense number of what each code is."""
+        if kind not in SKU_KINDS:
+            size = self.store.num_urls if codes is None or kind == "page_visit" else int(codes.max(initial=-1)) + 1
+            return np.arange(size)[:, None]
+        products = self.store.products
+        tables = {
+            "items": lambda: np.arange(self.store.num_skus),
+            "categories": lambda: products.category,
+            "prices": lambda: products.price,
+            "names": lambda: self.once("names", lambda: numbered(products.name)),
+        }
+        return np.stack([tables[name]() for name in distinct], axis=1)
 
     def recency(self, found: WindowedAggregate, name: str) -> list[Column]:
         """Days since the last and the first event, as fractions; the whole history's length for none."""
@@ -194,6 +205,12 @@ def features_of(
 def windows_of(days: tuple[int, ...]) -> tuple[tuple[int | None, ...], list[str]]:
     """Lengths in seconds and names of windows, all history last."""
     return (*(length * DAY_S for length in days), None), [*(f"{length}d" for length in days), "all"]
+
+
+def check_windows(name: str, days: tuple[int, ...]) -> None:
+    """Raises ValueError unless the lengths of some windows are > 0 and ascending."""
+    if not days or min(days) < 1 or sorted(set(days)) != [*days]:
+        raise ValueError(f"{name}: windows_days must be > 0 and ascending, got {days}")
 
 
 def share_of(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

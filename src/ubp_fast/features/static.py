@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ubp_fast.events.split import DAY_S
-from ubp_fast.features.history import Column, History, features_of, numbered, price_table
+from ubp_fast.features.history import Column, History, features_of, price_table
 from ubp_fast.features.matrix import Features
 from ubp_fast.kernels.windowed_aggregate import WindowedAggregate
 from ubp_fast.store.event_store import TIMELINE, EventStore
@@ -66,20 +66,10 @@ def _columns(history: History) -> Iterator[Column]:
 
 def _of_kind(history: History, kind: str) -> WindowedAggregate:
     """All-history aggregate with distinct items; for skus also categories, prices, names, and the sum of prices."""
-    store, is_search = history.store, kind == "search_query"
-    codes, num_items = history.items(kind)
-
-    def groups() -> np.ndarray:
-        items = np.arange(num_items)
-        if kind not in ITEM_TABLES:
-            return items[:, None]
-        products = store.products
-        names = history.once("names", lambda: numbered(products.name))
-        return np.stack((items, products.category, products.price, names), axis=1)
-
-    tables: dict[str, Any] = {"values": lambda: price_table(store)} if kind in ITEM_TABLES else {}
-    key = None if is_search else "static"
-    return history.aggregate(key, kind, codes, windows_s=(None,), groups=groups, periods_s=(1,), **tables)
+    is_item = kind in ITEM_TABLES
+    distinct = ("items", "categories", "prices", "names") if is_item else ("items",)
+    tables: dict[str, Any] = {"values": lambda: price_table(history.store)} if is_item else {}
+    return history.aggregate("static", kind, distinct, windows_s=(None,), periods_s=(1,), **tables)
 
 
 def _times(short: str, result: WindowedAggregate, history_days: int) -> Iterator[Column]:

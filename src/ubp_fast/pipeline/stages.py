@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -158,13 +159,12 @@ def make_features(settings: Settings, inputs: Inputs, directory: Path, progress:
         np.save(directory / f"{name}.npy", ids)
         np.save(directory / f"popularity_{name}.npy", popularity)
     model, stacking = cutoffs_of(store, settings)
-    make = {
-        "static": lambda cutoff_s, path: static_features(store, cutoff_s, path),
-        "aggregated": lambda cutoff_s, path: aggregated_features(
-            store, cutoff_s, settings.aggregated, lists_cutoff_s=store.cutoff_s, directory=path
-        ),
-        "decayed": lambda cutoff_s, path: decayed_features(store, cutoff_s, lists, settings.decayed, path),
-        "rich": lambda cutoff_s, path: rich_features(store, cutoff_s, lists, settings.rich, path),
+    aggregated = partial(aggregated_features, config=settings.aggregated, lists_cutoff_s=store.cutoff_s)
+    make: dict[str, Callable[..., object]] = {
+        "static": static_features,
+        "aggregated": aggregated,
+        "decayed": partial(decayed_features, lists=lists, config=settings.decayed),
+        "rich": partial(rich_features, lists=lists, config=settings.rich),
     }
     wanted = [
         (name, cutoff_s)
@@ -173,7 +173,7 @@ def make_features(settings: Settings, inputs: Inputs, directory: Path, progress:
         if name == "static" or cutoff_s not in model
     ]
     for done, (name, cutoff_s) in enumerate(wanted):
-        make[name](cutoff_s, directory / f"{name}-{cutoff_s}")
+        make[name](store, cutoff_s, directory=directory / f"{name}-{cutoff_s}")
         progress(done + 1, len(wanted))
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from ubp_fast.events.schema import NUM_CODES
 from ubp_fast.events.split import DAY_S
-from ubp_fast.features.history import History
+from ubp_fast.features.history import History, check_windows
 from ubp_fast.features.matrix import Features
 from ubp_fast.features.popular import PopularValues, popular_values
 from ubp_fast.features.writing import SparseWriter, check_dtype, in_client_blocks
@@ -51,9 +51,7 @@ class CountsConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        days = [*self.windows_days]
-        if not days or min(days) < 1 or sorted(set(days)) != days:
-            raise ValueError(f"CountsConfig: windows_days must be > 0 and ascending, got {self.windows_days}")
+        check_windows("CountsConfig", self.windows_days)
         if self.top_values < 0:
             raise ValueError(f"CountsConfig: top_values must be >= 0, got {self.top_values}")
         if self.anchor not in ANCHORS:
@@ -99,7 +97,6 @@ def count_features(
     cutoff_s: int,
     config: CountsConfig | None = None,
     directory: Path | None = None,
-    lists_cutoff_s: int | None = None,
 ) -> Features:
     """Counts of every client that needs a profile, from events before the cutoff only.
 
@@ -108,8 +105,6 @@ def count_features(
         cutoff_s: seconds since 1970 UTC.
         config: windows, lists, anchor.
         directory: the result is written there and mapped from there.
-        lists_cutoff_s: the lists of frequent values are made from events before it, `cutoff_s` when None; see
-            `aggregated_features`.
 
     Returns:
         Clients in the order of the store; sparse above 1,000 columns.
@@ -123,9 +118,8 @@ def count_features(
             "count_features: anchor must be 'cutoff' or 'last_event', got 'file_order', which a store does not keep;"
             " use count_features_once"
         )
-    lists_s = cutoff_s if lists_cutoff_s is None else lists_cutoff_s
     history = History.of(store, cutoff_s)
-    kinds = [_stored_kind(history, kind, config, lists_s) for kind in store.kinds]
+    kinds = [_stored_kind(history, kind, config) for kind in store.kinds]
     return counted_matrix(np.asarray(store.client_ids)[history.clients], kinds, config, directory)
 
 
@@ -166,7 +160,7 @@ def mean_codes(sums: np.ndarray, num_events: np.ndarray) -> np.ndarray:
     return sums.astype(np.float32) / np.maximum(num_events, 1).astype(np.float32)[:, None]
 
 
-def _stored_kind(history: History, kind: str, config: CountsConfig, lists_cutoff_s: int) -> CountedKind | SearchedKind:
+def _stored_kind(history: History, kind: str, config: CountsConfig) -> CountedKind | SearchedKind:
     store, cutoff_s = history.store, history.cutoff_s
 
     def columns(first: int, last: int) -> KindColumns:
@@ -185,7 +179,7 @@ def _stored_kind(history: History, kind: str, config: CountsConfig, lists_cutoff
         times = (part.events(kind).timestamp_s for part in history.parts(1))
         newest = [int(before.max()) for time_s in times if len(before := time_s[time_s < cutoff_s])]
         anchor_s = max(newest, default=cutoff_s - 1)
-    popular = popular_values(store, kind, lists_cutoff_s, config.top_values)
+    popular = popular_values(store, kind, cutoff_s, config.top_values)
     return CountedKind(kind, columns, popular, anchor_s, inclusive)
 
 

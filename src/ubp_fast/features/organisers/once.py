@@ -21,8 +21,8 @@ Source: Synerise/recsys2025, aggregated_features_baseline (behaviour, not code).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +40,7 @@ from ubp_fast.store.clients import clients_of, no_history
 from ubp_fast.store.event_store import KindColumns
 from ubp_fast.store.ids import KnownIds, Numbering
 from ubp_fast.store.spill import EARLIEST_S, TIME_BITS, keys_of, sort_events
-from ubp_fast.store.vocabulary import FIRST_ID, dense_products
+from ubp_fast.store.vocabulary import FIRST_ID, DenseProducts, dense_products
 
 
 def count_features_once(
@@ -69,32 +69,24 @@ def count_features_once(
     return counted_matrix(once.client_ids, kinds, once.config, directory)
 
 
-class _Products:
-    """The product table, for all kinds with skus."""
-
-    def __init__(self, events: EventDirectory) -> None:
-        products = events.products(("sku", "category", "price")).sort("sku")
-        self.known = KnownIds(products["sku"].to_numpy())
-        self.dense = dense_products(products)
-
-
 class _Skus:
     """Skus of one kind: their numbers are dense ids of the whole product table.
 
     Args:
+        number: gives the places i32 of skus in the product table.
+        products: the product table.
         in_order: ties in the lists go to what came first, not to the smaller id.
     """
 
-    def __init__(self, events: EventDirectory, kind: str, products: _Products, in_order: bool) -> None:
-        self._events, self._kind = events, kind
-        self._known, self._dense = products.known, products.dense
+    def __init__(self, number: Callable[[np.ndarray], np.ndarray], products: DenseProducts, in_order: bool) -> None:
+        self._number, self._dense = number, products
         self._counts = np.zeros(len(self._dense.sku_ids), np.int64)
         self._first_seen = np.full(len(self._counts), 2**62) if in_order else None
         self._done = 0
 
     def number(self, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Numbers i32 of values[rows], which are counted."""
-        numbers = places_of_skus(self._events, self._kind, self._known, values[rows]) + np.int32(FIRST_ID)
+        numbers = self._number(values[rows]) + np.int32(FIRST_ID)
         count(numbers, self._counts)
         if self._first_seen is not None:
             _note_first(numbers, self._done, self._first_seen)
@@ -128,7 +120,7 @@ class _Urls:
 
 
 class _Searches(NamedTuple):
-    """Number of searches of each client, i64 [U], and their mean codes, float32 [U, 16]."""
+    """Number of searches i64 [U] and mean codes float32 [U, 16] of each client."""
 
     num_events: np.ndarray
     means: np.ndarray
@@ -197,8 +189,15 @@ class _Once:
         self._clients = KnownIds(self.client_ids)
 
     @cached_property
-    def _products(self) -> _Products:
-        return _Products(self._events)
+    def _products(self) -> tuple[KnownIds, DenseProducts]:
+        products = self._events.products(("sku", "category", "price")).sort("sku")
+        return KnownIds(products["sku"].to_numpy()), dense_products(products)
+
+    def _items(self, kind: str, in_order: bool) -> _Skus | _Urls:
+        if ITEM_COLUMN[kind] != "sku":
+            return _Urls(in_order)
+        known, dense = self._products
+        return _Skus(partial(places_of_skus, self._events, kind, known), dense, in_order)
 
     def kinds(self) -> list[CountedKind | SearchedKind]:
         """What is counted of every kind that has an event of our clients."""
@@ -238,9 +237,7 @@ class _Once:
             for client_id, timestamp_s, codes in self._events.batches(kind):
                 _add_codes(*self._clients.known(client_id, timestamp_s, self._cutoff_s), codes, sums, num_events)
             return _Searches(num_events, mean_codes(sums, num_events))
-        config, in_order = self.config, survey is not None
-        is_sku = ITEM_COLUMN[kind] == "sku"
-        items = _Skus(self._events, kind, self._products, in_order) if is_sku else _Urls(in_order)
+        config, items = self.config, self._items(kind, in_order=survey is not None)
         is_last = config.anchor != "cutoff"
         anchor_s = -(2**62) if is_last else self._cutoff_s
         keys, numbers = [np.empty(0, np.int64)], [np.empty(0, np.int32)]
@@ -275,17 +272,14 @@ def _recent(rows, clients, timestamp_s, from_s, num_events):  # pragma: no cover
 
 @njit(cache=True, nogil=True)
 def _set_times(rows, clients, left_out, starts_s, num_events, timestamp_s):  # pragma: no cover - compiled
-    """The start of the shortest window that has an event, and a moment earlier than all where none has.
-
-    Each client had `num_events` before; how many more come in this batch is counted here and taken back.
-    """
+    """The start of the shortest window that has an event, a moment earlier where none has; `num_events` came before."""
     for place in range(rows.size):
         client, window = clients[place], 0
         while window < starts_s.size and num_events[client] < left_out[client, window]:
             window += 1
         timestamp_s[rows[place]] = starts_s[window] if window < starts_s.size else starts_s[-1] - 1
         num_events[client] += 1
-    for place in range(rows.size):
+    for place in range(rows.size):  # `_recent` counts them
         num_events[clients[place]] -= 1
 
 

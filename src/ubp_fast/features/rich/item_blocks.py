@@ -35,15 +35,8 @@ class Diversity:
         """Columns of this block."""
         windows_s, windows = windows_of(self.windows_days)
         for kind in history.present(self.kinds):
-            codes, num_items = history.items(kind)
-            groups, names = np.arange(num_items)[:, None], ["items"]
-            if kind in SKU_KINDS:
-                products = history.store.products
-                groups = np.stack((groups[:, 0], products.category, products.price), axis=1)
-                names = ["items", "categories", "prices"]
-            # Queries are numbered among those of the clients at hand: their table is another one each time.
-            key = None if kind == "search_query" else self
-            found = history.aggregate(key, kind, codes, windows_s=windows_s, groups=groups)
+            names = ("items", "categories", "prices") if kind in SKU_KINDS else ("items",)
+            found = history.aggregate(self, kind, names, windows_s=windows_s)
             for index, window in enumerate(windows):
                 total = found.totals[:, index]
                 for place, name in enumerate(names):
@@ -78,7 +71,7 @@ class Prices:
         for kind in history.present(tuple(kind for kind in self.kinds if kind in SKU_KINDS)):
             offsets, timestamp_s, item, _ = history.events(kind)
             tables: dict[str, Any] = {"values": values, "slots": slots, "num_slots": self.bins}
-            found = history.aggregate(self, kind, item, windows_s=windows_s, **tables)
+            found = history.aggregate(self, kind, windows_s=windows_s, **tables)
             has = found.sums[:, :, 2] > 0
             means = share_of(found.sums[:, :, 0], found.sums[:, :, 2])
             for index, window in enumerate(windows):
@@ -150,7 +143,7 @@ class MeanCodes:
                 names = history.store.products.name
                 known = np.arange(len(names)) >= FIRST_ID
                 values = np.concatenate((names * known[:, None], known[:, None]), axis=1)
-                found = history.aggregate(self, kind, columns.item, windows_s=(None,), values=values)
+                found = history.aggregate(self, kind, windows_s=(None,), values=values)
                 sums, events = found.sums[:, 0, :NUM_CODES], found.sums[:, 0, NUM_CODES]
             for code in range(NUM_CODES):
                 mean = share_of(sums[:, code], events) / 255

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -92,18 +93,18 @@ class Propensities:
         num_labels = len(pairs) // NUM_CELLS
         for part in history.parts(num_labels):
             place = (np.arange(num_labels) * NUM_CELLS + self._cells(part, start_s, slots, num_labels)).ravel()
-            window = {"windows_s": (end_s - start_s,), "slots": slots, "num_slots": num_labels}
-            item = part.events("product_buy").item
-            later = part.aggregate((self, "later"), "product_buy", item, anchor_s=end_s, **window)
+            window: dict[str, Any] = {"windows_s": (end_s - start_s,), "slots": slots, "num_slots": num_labels}
+            later = part.aggregate((self, "later"), "product_buy", anchor_s=end_s, **window)
             hits = (later.counts[:, 0] > 0).ravel()
             pairs += np.bincount(place, minlength=len(pairs))
             bought += np.bincount(place[hits], minlength=len(bought))
 
     def _cells(self, history: History, anchor_s: int, slots: np.ndarray, num_labels: int) -> np.ndarray:
         """int64 [clients, labels] cell of every pair: purchases first, carts second if the shop has them."""
-        tables = {"slots": slots, "num_slots": num_labels, "half_lives_s": (self.half_life_days * DAY_S,)}
+        half_lives_s = (self.half_life_days * DAY_S,)
+        tables: dict[str, Any] = {"slots": slots, "num_slots": num_labels, "half_lives_s": half_lives_s}
         bought, *carted = (
-            history.aggregate(self, kind, history.events(kind).item, anchor_s=anchor_s, **tables)
+            history.aggregate(self, kind, anchor_s=anchor_s, **tables)
             for kind in history.present(("product_buy", "add_to_cart"))
         )
         cells = np.digitize(bought.decayed_counts[:, 0], BOUGHT_EDGES) * (len(CARTED_EDGES) + 1)

@@ -127,6 +127,6 @@ class Calendar:
             # 1970-01-01 was a Thursday, weekday 3.
             hours = (history.events(kind).timestamp_s // 3_600 + 3 * 24) % (7 * 24)
             hours = hours.astype(np.int32)
-            found = history.aggregate(self, kind, hours, windows_s=(None,), slots=slots, num_slots=len(names))
+            found = history.aggregate(self, kind, codes=hours, windows_s=(None,), slots=slots, num_slots=len(names))
             for slot, name in enumerate(names):
                 yield Column(f"{kind}_{name}", "share", share_of(found.counts[:, 0, slot], found.totals[:, 0]))
