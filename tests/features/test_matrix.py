@@ -42,6 +42,7 @@ def test_neighbours_are_a_slice_and_others_are_not() -> None:
         ([2, 5, 5], [5, 5, 9], slice(2, 9)),
         ([2, 7], [5, 9], [2, 3, 4, 7, 8]),
         ([7, 2], [9, 5], [7, 8, 2, 3, 4]),
+        ([2, 10, 5], [3, 12, 6], [2, 10, 11, 5]),
         ([4, 4], [4, 4], slice(0, 0)),
     ):
         found, offsets = end_to_end(np.array(start), np.array(end))

@@ -356,7 +356,7 @@ def test_the_same_aggregation_of_other_events(backend: str) -> None:
     theirs = [other[name] for name in ("offsets", "timestamp_s", "codes")]
     assert_same(aggregator.on(*theirs)(), call(other | one, backend=backend))
     assert_same(aggregator(), windowed_aggregate(*events, **one, backend=backend))
-    with pytest.raises(ValueError, match="codes must lie in 0..4, got 5 in row 1"):
+    with pytest.raises(ValueError, match=r"codes must lie in 0..4, got 5 in row 1"):
         aggregator.on(theirs[0], theirs[1], np.array([0, 5, 1], np.int32))
     with pytest.raises(ValueError, match="must ascend inside every client"):
         aggregator.on(np.array([0, 3]), theirs[1][::-1].copy(), theirs[2])

@@ -88,12 +88,12 @@ def test_summary_columns_feel_less_of_the_penalty() -> None:
     one, other = random.normal(size=(2, 500))
     blocks = np.stack([one, other], axis=1)
     labels = {"churn": (one + other + random.normal(size=500) > 0).astype(np.float32)}
-    config = ReducedRankConfig(rank=1, ridge=3.0, summary_weight=3.0)
+    config = ReducedRankConfig(rank=1, ridge=3.0, summary_weight=5.0)
     plain = ReducedRankModel(config).fit([blocks], labels).directions[:, 0]
     chosen = ReducedRankModel(config).fit([blocks], labels, np.array([True, False])).directions[:, 0]
     assert plain[0] / plain[1] == pytest.approx(1.0, abs=0.2)
-    # 9 / (9 + 3) against 1 / (1 + 3) of the two slopes survives.
-    assert chosen[0] / chosen[1] == pytest.approx(3.0 * plain[0] / plain[1], rel=0.1)
+    # 25 / (25 + 3) against 1 / (1 + 3) of the two slopes survives.
+    assert chosen[0] / chosen[1] == pytest.approx(25 / 7 * plain[0] / plain[1], rel=0.1)
 
 
 def test_detail_is_the_standardised_blocks() -> None:

@@ -72,14 +72,15 @@ def in_client_blocks(
         if values is not None and dtype == "float32":
             fill(values[first:last], first, last)
             return values[first:last]
-        block = (free.pop() if free else np.empty((step, shape[1]), np.float32))[: last - first]
+        try:
+            block = free.pop()[: last - first]
+        except IndexError:
+            block = np.empty((step, shape[1]), np.float32)[: last - first]
         block[:] = 0
         fill(block, first, last)
         return block
 
-    known = []
     for first, block in zip(range(0, shape[0], step), _in_order(make, range(0, shape[0], step)), strict=True):
-        known.append(_of_known(block) if fill_missing else None)
         if values is None or dtype != "float32":
             stored = block if dtype == "float32" else block.clip(-LARGEST_FLOAT16, LARGEST_FLOAT16).astype(np.float16)
             if file is not None:
@@ -88,8 +89,8 @@ def in_client_blocks(
                 values[first : first + len(block)] = stored
             free.append(block.base)
     path = None if file is None else file.complete()
-    if any(part is not None for part in known):
-        _fill_missing(values if path is None else np.load(path, mmap_mode="r+", allow_pickle=False), known, step)
+    if fill_missing and names:
+        _fill_missing(values if path is None else np.load(path, mmap_mode="r+", allow_pickle=False), step)
     made = values if path is None else load_array(path, memory_map=True)
     matrix = FeatureMatrix(client_ids, made, names, units)
     if file is not None and directory is not None:
@@ -210,22 +211,14 @@ def _in_order(make: Callable[[int], T], starts: Sequence[int]) -> Iterator[T]:
             yield waiting.popleft().result()
 
 
-def _of_known(block: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """Sum and number of the values of each column that are not NaN; None when all are."""
-    missing = np.isnan(block)
-    if not missing.any():
-        return None
-    return np.where(missing, 0, block).sum(axis=0, dtype=np.float64), (~missing).sum(axis=0)
-
-
-def _fill_missing(values: np.ndarray, known: Sequence[tuple[np.ndarray, np.ndarray] | None], step: int) -> None:
+def _fill_missing(values: np.ndarray, step: int) -> None:
     """Puts the mean of a column's other values in the place of NaN."""
     blocks = [values[first : first + step] for first in range(0, len(values), step)]
-    parts = [
-        (block.sum(axis=0, dtype=np.float64), np.full(values.shape[1], len(block))) if part is None else part
-        for block, part in zip(blocks, known, strict=True)
-    ]
-    total, number = (np.sum([part[place] for part in parts], axis=0) for place in (0, 1))
+    total, number = np.zeros((2, values.shape[1]))
+    for block in blocks:
+        known = ~np.isnan(block)
+        total += np.where(known, block, 0).sum(axis=0, dtype=np.float64)
+        number += known.sum(axis=0)
     mean = (total / np.maximum(number, 1)).astype(values.dtype)
     for block in blocks:
         rows, columns = np.nonzero(np.isnan(block))
