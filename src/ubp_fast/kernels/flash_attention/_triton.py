@@ -136,8 +136,7 @@ def _launch(name: str, problem: Problem, owner: Tensor, rows: int, *tensors: Ten
     optional = (problem.time_bias, problem.timestamp_s, problem.timestamp_key_s)
     times = [None if part is None else part.contiguous() for part in optional]
     device = problem.query.device
-    seed = None if problem.seed is None else problem.seed.to(device)
-    shared = (*sides, problem.cu_seqlens, problem.cu_seqlens_key, *times, seed)
+    shared = (*sides, problem.cu_seqlens, problem.cu_seqlens_key, *times, problem.seed)
     with torch.cuda.device(device if device.type == "cuda" else -1):
         function[(slots, heads)](*shared, *tensors, *strides, len(owner) - 1, slots, **constants(name, problem, chosen))
 

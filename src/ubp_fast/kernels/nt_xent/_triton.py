@@ -147,7 +147,7 @@ def _meetings(problem: Problem, is_backward: bool = False) -> list[tuple[tuple[i
 
 
 def _temperature(problem: Problem) -> Tensor:
-    return problem.temperature.to(device=problem.left.device, dtype=torch.float64)
+    return problem.temperature.to(problem.left.device, torch.float64, non_blocking=True)
 
 
 def _row_facts(problem: Problem) -> tuple[Tensor | None, Tensor | None, Tensor]:
