@@ -1,4 +1,4 @@
-"""The kernels as a package: what importing it needs, and that functions and packages of one name do not hide each other."""
+"""The kernels as a package: what importing it needs; functions and packages of one name do not hide each other."""
 
 from __future__ import annotations
 

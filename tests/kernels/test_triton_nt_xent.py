@@ -240,7 +240,7 @@ def test_a_million_rows_fit() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["statistics", "gradient"])
 def test_rows_beyond_int32_elements(kernel: str) -> None:
-    """2^22 + 100 pairs of 512: 2^32 elements. Blocks of the last rows with the last columns equal the same rows alone."""
+    """2^22 + 100 pairs of 512, 2^32 elements: blocks of the last rows and columns equal those of these rows alone."""
     pairs, last, kind = 2**22 + 100, 200, torch.bfloat16
     left = torch.randn(pairs, 512, dtype=kind, device=DEVICE)
     many, few = (_problem_of(rows) for rows in (left, left[-last:].clone()))
