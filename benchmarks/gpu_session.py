@@ -409,7 +409,7 @@ STEPS = (
     Step("test-chosen", "first", 120, _tests(CHOSEN), CHOSEN, fixed_s=START_S + 12),
     Step("test-attention", "second", 120, _tests({"attention": ""}), {"attention": ""}, fixed_s=START_S + 8),
     Step("test-contrastive", "second", 120, _tests({"nt_xent": ""}), {"nt_xent": ""}, fixed_s=START_S + 8),
-    Step("test-rest", "second", 90, _tests(REST), REST, fixed_s=START_S + 8),
+    Step("test-rest", "first", 90, _tests(REST), REST, fixed_s=START_S + 8),
     Step(
         "test-large",
         "second",
