@@ -508,10 +508,10 @@ def main(arguments: list[str]) -> int:
         print(f"unknown steps {unknown}; there are {sorted(names)}, first, second and plan")
         return 2
     session = Session(Path(arguments[0]))
-    session.output.mkdir(parents=True, exist_ok=True)
     if "plan" in arguments[1:]:
         print("\n".join(plan(session)))
         return 0
+    session.output.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     for step in STEPS:
         if step.name not in arguments[1:] and step.part not in arguments[1:]:

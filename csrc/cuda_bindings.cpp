@@ -36,7 +36,9 @@ void require_aligned(const std::string& op, std::initializer_list<const void*> t
 template <class Problem>
 class Struct {
  public:
-  Struct(py::module_& module, const char* name) : class_(module, name) { class_.def(py::init<>()); }
+  Struct(py::module_& module, const char* name) : class_(module, name, py::module_local()) {
+    class_.def(py::init<>());
+  }
 
   template <class T>
   Struct& field(const char* name, T Problem::* member) {
