@@ -2,8 +2,8 @@
 
 An entry holds for a device ("sm_90", or a card by its name), a kernel, a kind of problem, widths up to `width` and mean
 lengths up to `length` (null: any). A card's entries take the place of its architecture's for the same width and length;
-of those that hold the narrowest, then the shortest, is taken. `benchmarks/tune_tiles.py` measures candidates on the card
-at hand and writes entries under its name.
+of those that hold the narrowest, then the shortest, is taken. `benchmarks/tune_tiles.py` measures candidates on a card
+and writes entries under its name.
 """
 
 from __future__ import annotations
