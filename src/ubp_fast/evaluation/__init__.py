@@ -7,8 +7,7 @@ from ubp_fast.evaluation.leaderboard import Difference, Standing, compare, leade
 from ubp_fast.evaluation.metrics import Metrics
 from ubp_fast.evaluation.probe import EvaluationConfig
 from ubp_fast.evaluation.scores import Scores, TaskScore
-from ubp_fast.evaluation.targets import Targets, TaskTargets, build_targets
-from ubp_fast.evaluation.tasks import TASKS, Task
+from ubp_fast.evaluation.tasks import TASKS, Targets, Task, TaskTargets, build_targets
 
 __all__ = [
     "TASKS",

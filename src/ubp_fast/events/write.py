@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -13,8 +12,7 @@ import numpy as np
 import polars as pl
 
 from ubp_fast.events.parse import parse_timestamps
-from ubp_fast.events.publish import published_directory
-from ubp_fast.events.read import DATASET_FILE, FORMAT, TARGET_PURCHASES, stored_form
+from ubp_fast.events.read import BATCH_ROWS, DATASET_FILE, FORMAT, TARGET_PURCHASES, check_products, stored_form
 from ubp_fast.events.schema import (
     EVENT_KINDS,
     LABEL_LISTS,
@@ -23,12 +21,13 @@ from ubp_fast.events.schema import (
     PURCHASE_SCHEMA,
     SKU_KINDS,
     DataError,
+    LabelLists,
     bad_rows,
     event_schema,
     require_canonical,
 )
 from ubp_fast.events.split import Split, split_at
-from ubp_fast.events.tables import BATCH_ROWS, LabelLists, check_products
+from ubp_fast.files import published_directory, write_json
 
 
 def end_seconds(end: str | None) -> int | None:
@@ -170,8 +169,7 @@ class EventWriter:
             "notes": self.notes,
             **info,
         }
-        text = json.dumps(self._info, indent=1) + "\n"
-        (self.directory / DATASET_FILE).write_text(text, encoding="utf-8")
+        write_json(self.directory / DATASET_FILE, self._info)
 
     def _require_properties(self, file: str, skus: pl.Series) -> None:
         assert self._products is not None, "products come first"
@@ -207,7 +205,7 @@ def event_writer(directory: Path, source: str, end: str | None = None) -> Iterat
         end: ISO date-time; later events are removed.
 
     Raises:
-        DataError: the directory is in use or cannot be written.
+        OutputDirectoryError: the directory is in use or cannot be written.
     """
     end_s = end_seconds(end)
     with published_directory(Path(directory)) as partial:

@@ -30,8 +30,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from ubp_fast.events.targets import LabelMatrix
-from ubp_fast.models.weights import write_atomically
+from ubp_fast.events.labels import LabelMatrix
+from ubp_fast.files import write_atomically
 
 SMALLEST_DEVIATION = 1e-6
 LARGEST_DETAIL = 10.0  # deviations; a rare feature must not become the strongest of a client

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -18,14 +17,15 @@ from rich.table import Table
 
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import DataError
+from ubp_fast.files import OutputDirectoryError, copy_directory, load_json, write_json, write_text
 from ubp_fast.kernels import BackendUnavailable
 from ubp_fast.models.training import LOSSES_FILE
-from ubp_fast.pipeline.cache import OutputDirectoryError, StageCache, copy_directory, stage_key, write_text
+from ubp_fast.pipeline.cache import StageCache, stage_key
 from ubp_fast.pipeline.model_stages import TRAINING
-from ubp_fast.pipeline.progress import RunProgress, duration
 from ubp_fast.pipeline.run_directory import RunDirectory, environment
 from ubp_fast.pipeline.settings import Settings, read_settings
 from ubp_fast.pipeline.stages import Stage, plan
+from ubp_fast.progress import RunProgress, duration
 from ubp_fast.report import RunSummary, render_report
 
 USER_ERROR = 2
@@ -59,7 +59,7 @@ def run_stages(settings: Settings, console: Console) -> Path:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     run = RunDirectory(settings.directory, settings.plain)
-    run.write_json("environment.json", environment(torch.get_num_threads()))
+    write_json(run.path / "environment.json", environment(torch.get_num_threads()))
     cache = StageCache(settings.cache)
     stages = plan(settings)
     wanted = _wanted(stages, settings.stages)
@@ -129,7 +129,7 @@ def _publish(
         copy_directory(run.path / "stages" / "stacking" / "stacked", run.path / "profiles")
     scores = _scores(run, names)
     if scores:
-        run.write_json("scores.json", _score_files(run, names))
+        write_json(run.path / "scores.json", _score_files(run, names))
     summary = RunSummary(
         title=settings.name,
         scores=scores,
@@ -155,7 +155,7 @@ def _score_files(run: RunDirectory, names: set[str]) -> dict[str, dict]:
     for name in sorted(names):
         if name.startswith("evaluate-"):
             path = run.path / "stages" / name / "scores.json"
-            found[name.removeprefix("evaluate-")] = json.loads(path.read_text(encoding="utf-8"))
+            found[name.removeprefix("evaluate-")] = load_json(path)
     order = sorted(found, key=lambda name: (name.startswith("baseline"), name != "stacked", name))
     return {name: found[name] for name in order}
 
@@ -173,7 +173,7 @@ def _losses(run: RunDirectory, names: set[str]) -> dict[str, list[dict[str, floa
         if name in names:
             path = run.path / "stages" / name / TRAINING / LOSSES_FILE
             if path.exists():  # a model in closed form has no losses
-                losses[name] = json.loads(path.read_text(encoding="utf-8"))["curve"]
+                losses[name] = load_json(path)["curve"]
     return losses
 
 
