@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ubp_fast.evaluation.evaluator import evaluate
-from ubp_fast.evaluation.leaderboard import Difference, Standing, compare, leaderboard
 from ubp_fast.evaluation.metrics import Metrics
 from ubp_fast.evaluation.probe import EvaluationConfig
 from ubp_fast.evaluation.scores import Scores, TaskScore
@@ -11,17 +10,13 @@ from ubp_fast.evaluation.tasks import TASKS, Targets, Task, TaskTargets, build_t
 
 __all__ = [
     "TASKS",
-    "Difference",
     "EvaluationConfig",
     "Metrics",
     "Scores",
-    "Standing",
     "Targets",
     "Task",
     "TaskScore",
     "TaskTargets",
     "build_targets",
-    "compare",
     "evaluate",
-    "leaderboard",
 ]

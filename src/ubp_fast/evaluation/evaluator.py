@@ -11,6 +11,7 @@ from ubp_fast.evaluation.metrics import Metrics
 from ubp_fast.evaluation.probe import EvaluationConfig, ProbeData, probe_cost, train_probe
 from ubp_fast.evaluation.scores import Scores, TaskScore
 from ubp_fast.evaluation.tasks import Targets, TaskTargets
+from ubp_fast.events.schema import DataError
 from ubp_fast.profiles import Profiles
 from ubp_fast.progress import Progress, Steps
 
@@ -35,11 +36,10 @@ def evaluate(
         progress: called as progress(steps done, steps in all).
 
     Raises:
-        DataError: a client has no profile, or a value does not fit float16.
-        ValueError: vectors of width 0.
+        DataError: a client has no profile, a value does not fit float16, or vectors of width 0.
     """
     if profiles.dim == 0:
-        raise ValueError("evaluate: profiles must have at least one number per client, got width 0")
+        raise DataError("evaluate: profiles must have at least one number per client, got width 0")
     chosen = [targets.tasks[name] for name in config.tasks if name in targets.tasks]
     vectors = _to_device(profiles.align(targets.client_ids).to_float16().embeddings, torch.device(device))
     orders = row_orders(targets.client_ids, config)

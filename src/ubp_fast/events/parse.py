@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 from numba import njit
 
-from ubp_fast.events.schema import CODES, NUM_CODES, DataError, bad_rows
+from ubp_fast.events.schema import CODES, NUM_CODES, DataError, UserError, bad_rows
 
 # Dates outside these years come from a wrong unit (milliseconds read as seconds), not from a shop.
 EARLIEST_S, LATEST_S = -2_208_988_800, 7_258_118_400  # 1900-01-01, 2200-01-01
@@ -48,7 +48,7 @@ def parse_timestamps(file: str, column: pl.Series, unit: str = "s") -> pl.Series
         DataError: wrong dtype, null, unparsable, or outside the years 1900..2199.
     """
     if unit not in UNIT_PER_SECOND:
-        raise ValueError(f"{file}: timestamp unit must be one of {list(UNIT_PER_SECOND)}, got '{unit}'")
+        raise UserError(f"{file}: timestamp unit must be one of {list(UNIT_PER_SECOND)}, got '{unit}'")
     dtype = column.dtype
     if dtype == pl.String:
         seconds = _seconds_of_text(column)

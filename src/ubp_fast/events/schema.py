@@ -41,7 +41,11 @@ PURCHASE_SCHEMA: dict[str, pl.DataType] = {
 }
 
 
-class DataError(ValueError):
+class UserError(ValueError):
+    """What a user gave breaks a rule; the message is all that the user needs. Other errors are mistakes of ours."""
+
+
+class DataError(UserError):
     """The data breaks a rule; the message names file, column, first bad row, count and the remedy."""
 
 

@@ -22,6 +22,7 @@ from ubp_fast.events.schema import (
     SKU_KINDS,
     DataError,
     LabelLists,
+    UserError,
     bad_rows,
     event_schema,
     require_canonical,
@@ -41,7 +42,7 @@ def end_seconds(end: str | None) -> int | None:
     try:
         moment = datetime.fromisoformat(end)
     except ValueError as error:
-        raise ValueError(f"source: end must be a date-time like '2022-11-09 23:59:59', got '{end}'") from error
+        raise UserError(f"source: end must be a date-time like '2022-11-09 23:59:59', got '{end}'") from error
     text = pl.Series("end", [moment if moment.tzinfo is None else moment.astimezone(timezone.utc)])
     return int(parse_timestamps("end", text)[0])
 

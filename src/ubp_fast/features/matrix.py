@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,25 +62,6 @@ class FeatureMatrix:
                 f"FeatureMatrix: values must be finite, got {self.values[first + row, column]} for client"
                 f" {self.client_ids[first + row]} in '{self.names[column]}' ({int(bad.sum())} values)"
             )
-
-    @classmethod
-    def join(cls, blocks: Sequence[FeatureMatrix]) -> FeatureMatrix:
-        """Blocks of the same clients side by side.
-
-        Raises:
-            ValueError: no block, or other clients (or another order) in one of them.
-        """
-        if not blocks:
-            raise ValueError("FeatureMatrix: blocks must hold at least one matrix, got none")
-        first = blocks[0]
-        for index, block in enumerate(blocks):
-            if not np.array_equal(block.client_ids, first.client_ids):
-                raise ValueError(
-                    f"FeatureMatrix: blocks must have the same clients in the same order, got others in block {index}"
-                )
-        values = np.concatenate([block.values for block in blocks], axis=1)
-        names = tuple(name for block in blocks for name in block.names)
-        return cls(first.client_ids, values, names, tuple(unit for block in blocks for unit in block.units))
 
     def save(self, directory: Path) -> None:
         """Writes client_ids.npy, values.npy and, last, names.json; each one complete or not there."""

@@ -1,4 +1,4 @@
-"""One vector per client: align, join, save and load.
+"""One vector per client: align, save and load.
 
 Files of a profile directory, as in a submission to the challenge:
 
@@ -8,7 +8,6 @@ Files of a profile directory, as in a submission to the challenge:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,27 +85,6 @@ class Profiles:
         if np.array_equal(client_ids, self.client_ids):
             return self
         return Profiles(np.asarray(client_ids, np.int64), self.embeddings[self.rows_of(client_ids)])
-
-    @staticmethod
-    def concat(parts: Sequence[Profiles]) -> Profiles:
-        """Joins vectors of the same clients side by side, in the row order of the first; float32 [U, sum of D].
-
-        Raises:
-            DataError: a client of the first part is missing from another.
-            ValueError: no parts, or parts with another number of clients.
-        """
-        if not parts:
-            raise ValueError("Profiles.concat: parts must not be empty, got none")
-        ids = parts[0].client_ids
-        sizes = [part.num_clients for part in parts]
-        if len(set(sizes)) > 1:
-            raise ValueError(f"Profiles.concat: parts must have the same clients, got {sizes} rows")
-        joined = np.empty((len(ids), sum(part.dim for part in parts)), np.float32)
-        column = 0
-        for part in parts:
-            joined[:, column : column + part.dim] = part.align(ids).embeddings
-            column += part.dim
-        return Profiles(ids, joined)
 
     def to_float16(self) -> Profiles:
         """The same in the dtype of a submission.

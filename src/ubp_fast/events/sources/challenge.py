@@ -21,6 +21,7 @@ from ubp_fast.events.schema import (
     PRODUCT_TABLE,
     PURCHASE_SCHEMA,
     DataError,
+    UserError,
     event_schema,
 )
 from ubp_fast.events.split import DAY_S, TARGET_DAYS, Split, floor_day, split_at
@@ -53,7 +54,7 @@ class Challenge:
             OutputDirectoryError: `directory` cannot be written.
         """
         if self.layout not in LAYOUTS:
-            raise ValueError(f"Challenge: layout must be one of {list(LAYOUTS)}, got '{self.layout}'")
+            raise UserError(f"Challenge: layout must be one of {list(LAYOUTS)}, got '{self.layout}'")
         root = Path(self.dir)
         if not root.is_dir():
             raise DataError(f"{root}: the challenge directory must exist, got no such directory; check data.dir")

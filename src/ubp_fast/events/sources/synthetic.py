@@ -12,7 +12,7 @@ from numpy.lib.format import open_memmap
 
 from ubp_fast.events.labels import label_lists
 from ubp_fast.events.read import EventDirectory
-from ubp_fast.events.schema import CODES, ITEM_COLUMN, PRODUCT_SCHEMA, LabelLists, event_schema
+from ubp_fast.events.schema import CODES, ITEM_COLUMN, PRODUCT_SCHEMA, LabelLists, UserError, event_schema
 from ubp_fast.events.sources.synthetic_world import (
     ADDS_PER_SESSION,
     Catalogue,
@@ -102,14 +102,14 @@ class Synthetic:
     def _check(self) -> None:
         for name, least in (("clients", 1), ("days", 2 * TARGET_DAYS + 1), ("categories", 1), ("block_clients", 1)):
             if getattr(self, name) < least:
-                raise ValueError(f"Synthetic: {name} must be at least {least}, got {getattr(self, name)}")
+                raise UserError(f"Synthetic: {name} must be at least {least}, got {getattr(self, name)}")
         if not self.activity > 0:
-            raise ValueError(f"Synthetic: activity must be > 0, got {self.activity}")
+            raise UserError(f"Synthetic: activity must be > 0, got {self.activity}")
         if self.relevant is not None and not 1 <= self.relevant <= self.clients:
-            raise ValueError(f"Synthetic: relevant must be 1..clients = {self.clients}, got {self.relevant}")
+            raise UserError(f"Synthetic: relevant must be 1..clients = {self.clients}, got {self.relevant}")
         for name in ("skus", "urls"):
             if getattr(self, name) < self.categories:
-                raise ValueError(f"Synthetic: {name} must be at least categories, got {getattr(self, name)}")
+                raise UserError(f"Synthetic: {name} must be at least categories, got {getattr(self, name)}")
 
     def _relevant(self, weights: np.ndarray) -> np.ndarray | None:
         """Rows of the clients that need a profile, ascending. Source: Efraimidis and Spirakis 2006."""

@@ -11,7 +11,16 @@ import polars as pl
 
 from ubp_fast.events.parse import hash_texts, number_ids, parse_codes, parse_timestamps
 from ubp_fast.events.read import read_table
-from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, NUM_CODES, SKU_KINDS, DataError, bad_rows, event_schema
+from ubp_fast.events.schema import (
+    EVENT_KINDS,
+    ITEM_COLUMN,
+    NUM_CODES,
+    SKU_KINDS,
+    DataError,
+    UserError,
+    bad_rows,
+    event_schema,
+)
 from ubp_fast.events.sources.table_products import product_table
 from ubp_fast.events.split import split_at
 from ubp_fast.events.write import EventWriter, end_seconds, event_writer
@@ -72,7 +81,7 @@ class Table:
             ValueError: the configuration breaks a rule.
         """
         if self.text_format not in TEXT_FORMATS:
-            raise ValueError(f"Table: text_format must be one of {list(TEXT_FORMATS)}, got '{self.text_format}'")
+            raise UserError(f"Table: text_format must be one of {list(TEXT_FORMATS)}, got '{self.text_format}'")
         steps = Steps(progress, 3 + len(EVENT_KINDS))
         with event_writer(directory, "table", self.end) as writer:
             rows = self._read()
@@ -126,7 +135,7 @@ class Table:
         names = {kind: kind for kind in EVENT_KINDS} if self.kinds is None else dict(self.kinds)
         for theirs, ours in names.items():
             if ours not in (*EVENT_KINDS, IGNORE):
-                raise ValueError(f"Table: kinds must map to {[*EVENT_KINDS, IGNORE]}, got '{ours}' for '{theirs}'")
+                raise UserError(f"Table: kinds must map to {[*EVENT_KINDS, IGNORE]}, got '{ours}' for '{theirs}'")
         column = raw[self.kind_column].cast(pl.String)
         kind = column.replace_strict({str(theirs): ours for theirs, ours in names.items()}, default=None)
         if kind.null_count():
