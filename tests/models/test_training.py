@@ -18,7 +18,7 @@ from support.small_models import CUTOFF_S, outputs_of, small_contrastive, small_
 from ubp_fast.events.schema import DataError
 from ubp_fast.files import load_tensors, write_tensors
 from ubp_fast.models.contrastive import ContrastiveModel
-from ubp_fast.models.event_embedding import TableDtype
+from ubp_fast.models.layers.event_embedding import TableDtype
 from ubp_fast.models.training import TrainingConfig, embed, fit, initialise
 from ubp_fast.sequences import ViewLoader, views_at
 from ubp_fast.store.event_store import EventStore

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ubp_fast.kernels import nt_xent
-from ubp_fast.models.encoder import EncoderConfig, SequenceEncoder
-from ubp_fast.models.event_embedding import EventSizes, ProjectedEventConfig, ProjectedEventEmbedding
-from ubp_fast.models.linear import Linear
+from ubp_fast.models.layers.encoder import EncoderConfig, SequenceEncoder
+from ubp_fast.models.layers.event_embedding import EventSizes, ProjectedEventConfig, ProjectedEventEmbedding
+from ubp_fast.models.layers.linear import Linear
 from ubp_fast.sequences.batch import SequenceBatch, ViewBatch
 
 # What the winner's probes tell, see `window_labels`.

@@ -15,7 +15,7 @@ import torch
 from ubp_fast.features.matrix import FeatureMatrix
 from ubp_fast.features.scaling import Scaler
 from ubp_fast.models.contrastive import PROBE_LABELS, ContrastiveModel
-from ubp_fast.models.event_embedding import EventSizes
+from ubp_fast.models.layers.event_embedding import EventSizes
 from ubp_fast.models.membership import activity_columns, membership_weights
 from ubp_fast.models.multitask import MULTITASK_LABELS, MultitaskModel
 from ubp_fast.models.reduced_rank import ReducedRankConfig, ReducedRankModel
