@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ubp_fast.events.schema import DataError
+from ubp_fast.events.schema import DataError, UserError
 from ubp_fast.files import load_json, load_tensors, write_atomically, write_json, write_tensors
 from ubp_fast.optim import TableUpdates, adopt_tables, clip_gradient_norm, release_tables
 from ubp_fast.progress import Progress
@@ -91,6 +91,7 @@ def fit(
 
     Raises:
         DataError: a loader without views.
+        UserError: `table_updates` that this optimizer cannot have.
         FloatingPointError: a loss that is not finite.
     """
     if not len(loader):
@@ -190,7 +191,10 @@ class _Job(lightning.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer = self.optimizer_factory(self.model.parameters())
-        self.optimizer = adopt_tables(optimizer, self.model, self.config.table_updates)
+        try:
+            self.optimizer = adopt_tables(optimizer, self.model, self.config.table_updates)
+        except ValueError as error:  # `table_updates` that the optimizer or the tables cannot have
+            raise UserError(str(error)) from error
         if self._resumed is not None:
             self.optimizer.load_state_dict(self._resumed)
             self._resumed = None

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ubp_fast.events.schema import UserError
 from ubp_fast.kernels import flash_attention
 from ubp_fast.models.layers.dropout import dropout
 from ubp_fast.models.layers.last_state import LastStatePooling
@@ -53,7 +54,7 @@ class EncoderLayer(nn.Module):
     def __init__(self, width: int, config: EncoderConfig) -> None:
         super().__init__()
         if width % config.heads:
-            raise ValueError(f"EncoderLayer: heads must divide the width {width}, got {config.heads}")
+            raise UserError(f"EncoderLayer: heads must divide the width {width}, got {config.heads}")
         self.config = config
         self.qkv = Linear(width, 3 * width)
         self.out = Linear(width, width)
