@@ -112,6 +112,17 @@ def test_read_only_directory(tmp_path: Path) -> None:
         tmp_path.chmod(0o700)
 
 
+def test_mistakes_inside_the_directory_stay_what_they_are(tmp_path: Path) -> None:
+    def make_it_twice() -> None:
+        with published_directory(tmp_path / "out") as partial:
+            (partial / "twice").mkdir()
+            (partial / "twice").mkdir()
+
+    with pytest.raises(FileExistsError):
+        make_it_twice()
+    assert os.listdir(tmp_path) == []
+
+
 def test_errors_about_other_files_stay_what_they_are(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), published_directory(tmp_path / "out"):
         (Path(tmp_path.anchor) / "no" / "such" / "input").read_text()

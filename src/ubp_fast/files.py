@@ -21,10 +21,8 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor
 
-# None: how Polars tells of a full disk.
-_REFUSALS = frozenset(
-    {None, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
-)
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
+_IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR)
 
 
 class OutputDirectoryError(RuntimeError):
@@ -182,10 +180,10 @@ def writing_to(path: Path, purpose: str, partial: Path | None = None) -> Iterato
         yield
     except OSError as error:
         file = None if error.filename is None else Path(os.fsdecode(error.filename))
-        is_here = file is None or any(
-            file == place or place in file.parents or file in place.parents for place in (path, partial or path)
-        )
-        if error.errno not in _REFUSALS or not is_here:
+        places = {place for one in (path, partial or path) for place in (one, *one.parents)}
+        is_above = file is None or file in places
+        is_below = file is not None and bool({path, partial} & {*file.parents})
+        if not ((error.errno in _REFUSALS and (is_above or is_below)) or (error.errno in _IN_THE_WAY and is_above)):
             raise
         raise OutputDirectoryError(
             f"{path}: {purpose} must be a writable directory with free space, got {error.strerror or error};"

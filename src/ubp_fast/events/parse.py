@@ -11,6 +11,7 @@ import polars as pl
 from numba import njit
 
 from ubp_fast.events.schema import CODES, NUM_CODES, DataError, UserError, bad_rows
+from ubp_fast.events.split import DAY_S
 
 # Dates outside these years come from a wrong unit (milliseconds read as seconds), not from a shop.
 EARLIEST_S, LATEST_S = -2_208_988_800, 7_258_118_400  # 1900-01-01, 2200-01-01
@@ -55,7 +56,7 @@ def parse_timestamps(file: str, column: pl.Series, unit: str = "s") -> pl.Series
     elif isinstance(dtype, pl.Datetime):
         seconds = column.to_physical() // UNIT_PER_SECOND[dtype.time_unit]
     elif dtype == pl.Date:
-        seconds = column.to_physical().cast(pl.Int64) * 86_400
+        seconds = column.to_physical().cast(pl.Int64) * DAY_S
     elif dtype.is_integer():
         seconds = column.cast(pl.Int64, strict=False) // UNIT_PER_SECOND[unit]
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -27,7 +28,7 @@ from ubp_fast.events.schema import (
     event_schema,
     require_canonical,
 )
-from ubp_fast.events.split import Split, split_at
+from ubp_fast.events.split import Split, split_at, utc_text
 from ubp_fast.files import published_directory, write_json
 
 
@@ -156,8 +157,8 @@ class EventWriter:
         self.notes += [f"{kind}: no rows, the kind is left out" for kind in self._given if kind not in self._rows]
         if self._first_s >= split.input_end_s:
             raise DataError(
-                f"events: the first event must lie before the end of the input {_moment(split.input_end_s)}, got"
-                f" {_moment(self._first_s)}; the two target windows take the last 28 days, bring a longer history"
+                f"events: the first event must lie before the end of the input {utc_text(split.input_end_s)}, got"
+                f" {utc_text(self._first_s)}; the two target windows take the last 28 days, bring a longer history"
             )
         self._info |= {
             "kinds": [kind for kind in EVENT_KINDS if kind in self._rows],
@@ -193,7 +194,7 @@ class EventWriter:
         _write_parquet(self.directory / f"{name}.parquet", frame)
 
     def _until(self) -> str:
-        return "" if self._end_s is None else f" until {_moment(self._end_s)}"
+        return "" if self._end_s is None else f" until {utc_text(self._end_s)}"
 
 
 @contextmanager
@@ -217,8 +218,4 @@ def _write_parquet(path: Path, frame: pl.DataFrame) -> None:
     try:
         stored_form(frame).write_parquet(path, compression="zstd", compression_level=1, row_group_size=BATCH_ROWS)
     except pl.exceptions.PolarsError as error:  # how Polars tells of a full disk
-        raise OSError(str(error)) from error
-
-
-def _moment(timestamp_s: int) -> str:
-    return datetime.fromtimestamp(timestamp_s, timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+        raise OSError(errno.EIO, str(error)) from error

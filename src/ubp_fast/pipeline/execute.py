@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from rich.table import Table
 
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import UserError
+from ubp_fast.events.split import utc_text
 from ubp_fast.files import OutputDirectoryError, copy_directory, load_json, write_json, write_text
 from ubp_fast.kernels import BackendUnavailable
 from ubp_fast.models.training import LOSSES_FILE
@@ -193,15 +193,15 @@ def _facts(run: RunDirectory, settings: Settings) -> dict[str, object]:
         return {}
     events = EventDirectory.open(folder)
 
-    def day(seconds: int) -> str:
-        return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
-
+    input_end, validation_start, end = (
+        utc_text(time_s) for time_s in (events.split.input_end_s, events.split.validation_start_s, events.split.end_s)
+    )
     return {
         "source": events.info["source"],
         "events": events.info["rows"],
-        "profiles see events before": day(events.split.input_end_s),
-        "the fixed network learns from": f"{day(events.split.input_end_s)} to {day(events.split.validation_start_s)}",
-        "scores are of": f"{day(events.split.validation_start_s)} to {day(events.split.end_s)} (inclusive)",
+        "profiles see events before": input_end,
+        "the fixed network learns from": f"{input_end} to {validation_start}",
+        "scores are of": f"{validation_start} to {end} (inclusive)",
         "row orders": settings.plain["evaluation"].get("orders", 1),
     }
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ubp_fast.events.labels import LabelMatrix
-from ubp_fast.events.schema import EVENT_KINDS, LabelLists
-from ubp_fast.sequences.batch import NUM_CODES, SequenceBatch, ViewBatch
+from ubp_fast.events.schema import EVENT_KINDS, NUM_CODES, LabelLists
+from ubp_fast.sequences.batch import SequenceBatch, ViewBatch
 from ubp_fast.sequences.sampling import TARGET_WINDOW_S, Views, epoch_order, rows_at, token_rows
 
 if TYPE_CHECKING:

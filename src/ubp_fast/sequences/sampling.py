@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ubp_fast.events.schema import DataError, UserError
+from ubp_fast.events.split import DAY_S, TARGET_DAYS
 
 if TYPE_CHECKING:
     from ubp_fast.store.event_store import EventStore
 
-DAY_S = 86_400
-TARGET_WINDOW_S = 14 * DAY_S
+TARGET_WINDOW_S = TARGET_DAYS * DAY_S
 _MAX_VIEWS_FOR_QUANTILES = 20_000
 
 

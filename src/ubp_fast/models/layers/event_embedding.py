@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ubp_fast.events.schema import EVENT_KINDS
+from ubp_fast.events.split import DAY_S
 from ubp_fast.models.layers.linear import Linear
 from ubp_fast.optim import RowSparseEmbedding
 from ubp_fast.sequences.batch import SequenceBatch
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 TableDtype = Literal["float32", "bfloat16"]
 
-DAY_S = 86_400
 _NUM_CODE_VALUES = 256
 _VISIT = 1 + EVENT_KINDS.index("page_visit")
 _SEARCH = 1 + EVENT_KINDS.index("search_query")
