@@ -36,7 +36,6 @@ def test_nan_never_wins_and_is_null_in_json():
     found = scores(churn=task([NAN, 0.6, 0.5]), propensity_sku=TaskScore(((nothing, nothing),)))
     assert found.tasks["churn"].score == 0.6
     assert found.tasks["propensity_sku"].score is None
-    assert found.total is None
     value = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert value["tasks"]["churn"]["orders"][0]["epochs"][0] == {"auroc": None, "score": None}
     stored = value["tasks"]["propensity_sku"]
@@ -53,7 +52,6 @@ def test_mean_and_standard_error_over_row_orders():
     assert mean == pytest.approx(np.mean([0.5, 0.6, 0.8]))
     assert error == pytest.approx(np.std([0.5, 0.6, 0.8], ddof=1) / math.sqrt(3))
     assert found.summary()["conversion"] == (pytest.approx(0.6), pytest.approx(0.1))
-    assert found.total == pytest.approx(mean + 0.6)
     assert task([0.5]).standard_error is None
 
 

@@ -94,12 +94,6 @@ class Scores:
         """Task -> (score, standard error over row orders); None where there is none."""
         return {name: (task.score, task.standard_error) for name, task in self.tasks.items()}
 
-    @property
-    def total(self) -> float | None:
-        """Sum of the tasks' scores; None when one has none."""
-        values = [task.score for task in self.tasks.values()]
-        return None if None in values else float(sum(values))  # type: ignore[arg-type]
-
     def to_json(self) -> dict[str, Any]:
         """A JSON-able value without NaN; `from_json` reads it."""
         return {
