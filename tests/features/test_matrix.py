@@ -30,20 +30,6 @@ def test_files_that_do_not_fit_together(tmp_path: Path) -> None:
         FeatureMatrix.load(tmp_path)
 
 
-def test_join() -> None:
-    joined = FeatureMatrix.join(
-        [FeatureMatrix(CLIENTS, VALUES, ("a", "b")), FeatureMatrix(CLIENTS, -VALUES, ("c", "d"))]
-    )
-    np.testing.assert_array_equal(joined.values, np.concatenate((VALUES, -VALUES), axis=1))
-    assert joined.names == ("a", "b", "c", "d")
-    with pytest.raises(ValueError, match="same clients in the same order, got others in block 1"):
-        FeatureMatrix.join(
-            [FeatureMatrix(CLIENTS, VALUES, ("a", "b")), FeatureMatrix(CLIENTS[::-1], VALUES, ("c", "d"))]
-        )
-    with pytest.raises(ValueError, match="at least one matrix"):
-        FeatureMatrix.join([])
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

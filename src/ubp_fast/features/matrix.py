@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from ubp_fast.files import load_array, load_json, write_array, write_json
 
 NAMES_FILE = "names.json"
 CHECKED_ROWS = 1 << 13
@@ -64,25 +63,6 @@ class FeatureMatrix:
                 f" {self.client_ids[first + row]} in '{self.names[column]}' ({int(bad.sum())} values)"
             )
 
-    @classmethod
-    def join(cls, blocks: Sequence[FeatureMatrix]) -> FeatureMatrix:
-        """Blocks of the same clients side by side.
-
-        Raises:
-            ValueError: no block, or other clients (or another order) in one of them.
-        """
-        if not blocks:
-            raise ValueError("FeatureMatrix: blocks must hold at least one matrix, got none")
-        first = blocks[0]
-        for index, block in enumerate(blocks):
-            if not np.array_equal(block.client_ids, first.client_ids):
-                raise ValueError(
-                    f"FeatureMatrix: blocks must have the same clients in the same order, got others in block {index}"
-                )
-        values = np.concatenate([block.values for block in blocks], axis=1)
-        names = tuple(name for block in blocks for name in block.names)
-        return cls(first.client_ids, values, names, tuple(unit for block in blocks for unit in block.units))
-
     def save(self, directory: Path) -> None:
         """Writes client_ids.npy, values.npy and, last, names.json; each one complete or not there."""
         directory.mkdir(parents=True, exist_ok=True)
@@ -98,28 +78,7 @@ class FeatureMatrix:
             FileNotFoundError: a file is missing.
             ValueError: the files do not fit together.
         """
-        columns = json.loads((directory / NAMES_FILE).read_text(encoding="utf-8"))
-        client_ids = np.load(directory / "client_ids.npy", allow_pickle=False)
+        columns = load_json(directory / NAMES_FILE)
+        client_ids = load_array(directory / "client_ids.npy")
         values = load_array(directory / "values.npy", memory_map)
         return cls(client_ids, values, tuple(columns["names"]), tuple(columns["units"]))
-
-
-def load_array(path: Path, memory_map: bool) -> np.ndarray:
-    """An npy file in memory or, if it holds anything, mapped read-only."""
-    array = np.load(path, mmap_mode="r", allow_pickle=False) if memory_map and path.stat().st_size > 512 else None
-    return np.load(path, allow_pickle=False) if array is None else array
-
-
-def write_array(path: Path, array: np.ndarray) -> None:
-    """Writes an npy file under a temporary name and renames it."""
-    temporary = path.with_name(f".{path.name}.writing")
-    with temporary.open("wb") as file:
-        np.save(file, array, allow_pickle=False)
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, content: object) -> None:
-    """Writes a JSON file under a temporary name and renames it."""
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
-    os.replace(temporary, path)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ubp_fast.features.matrix import write_array, write_json
+from ubp_fast.files import write_array, write_json
 
 KINDS = ("none", "log1p", "standard", "minmax", "log1p_standard")
 

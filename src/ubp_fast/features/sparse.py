@@ -10,7 +10,8 @@ from typing import Protocol
 
 import numpy as np
 
-from ubp_fast.features.matrix import NAMES_FILE, FeatureMatrix, load_array, write_array, write_json
+from ubp_fast.features.matrix import NAMES_FILE, FeatureMatrix
+from ubp_fast.files import load_array, write_array, write_json
 
 ARRAYS = ("client_ids", "indptr", "indices", "values")
 

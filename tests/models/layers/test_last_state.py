@@ -7,7 +7,7 @@ import torch
 from support.closeness import assert_matches_reference
 from torch import Tensor, nn
 
-from ubp_fast.models.last_state import LastStatePooling
+from ubp_fast.models.layers.last_state import LastStatePooling
 from ubp_fast.sequences import SequenceBatch
 
 WIDTH = 7

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.small_models import SMALL_EVENTS, whole_batch
 
-from ubp_fast.models.event_embedding import (
+from ubp_fast.models.layers.event_embedding import (
     ConcatenatedEventConfig,
     ConcatenatedEventEmbedding,
     EventSizes,

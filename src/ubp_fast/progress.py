@@ -1,4 +1,4 @@
-"""One progress display for a whole run: overall share and remaining time, and the stage in hand.
+"""How long work tells how far it is, and the display of a whole run: overall share, remaining time, stage in hand.
 
 On a terminal two live bars; elsewhere (a log file, CI) one line when a stage starts, ends, or has gone on for a while.
 """
@@ -9,12 +9,26 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from rich import progress as rich_progress
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 LOG_INTERVAL_S = 30.0
 
-ProgressCallback = Callable[[int, int], None]
+Progress = Callable[[int, int], None]
+"""`progress(steps done, steps in all)`"""
+
+
+class Steps:
+    """Counts steps and reports each."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress, self._total, self._count = progress, total, 0
+
+    def done(self, steps: int = 1) -> None:
+        """So many more steps are finished."""
+        self._count += steps
+        if self._progress is not None:
+            self._progress(self._count, self._total)
 
 
 class RunProgress:
@@ -31,7 +45,7 @@ class RunProgress:
         self._total = sum(self._weights.values()) or 1.0
         self._finished = 0.0
         self._started_s = time.monotonic()
-        self._live: Progress | None = None
+        self._live: rich_progress.Progress | None = None
 
     @contextmanager
     def display(self) -> Iterator[RunProgress]:
@@ -40,20 +54,20 @@ class RunProgress:
             yield self
             return
         columns = (
-            TextColumn("{task.description:<34}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
+            rich_progress.TextColumn("{task.description:<34}"),
+            rich_progress.BarColumn(),
+            rich_progress.TaskProgressColumn(),
+            rich_progress.TimeElapsedColumn(),
+            rich_progress.TextColumn("{task.fields[note]}"),
         )
-        with Progress(*columns, console=self.console) as live:
+        with rich_progress.Progress(*columns, console=self.console) as live:
             self._live = live
             self._overall = live.add_task("whole run", total=self._total, note="")
             yield self
         self._live = None
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[ProgressCallback]:
+    def stage(self, name: str) -> Iterator[Progress]:
         """Runs one stage; yields the callback `progress(done, total)` to hand to it."""
         started_s = time.monotonic()
         last_line_s = started_s

@@ -11,7 +11,13 @@ import torch
 from support.small_models import pick, whole_batch
 from torch import nn
 
-from ubp_fast.models.encoder import EncoderConfig, EncoderLayer, LastStatePooling, SequenceEncoder, sinusoidal_positions
+from ubp_fast.models.layers.encoder import (
+    EncoderConfig,
+    EncoderLayer,
+    LastStatePooling,
+    SequenceEncoder,
+    sinusoidal_positions,
+)
 from ubp_fast.sequences import SequenceBatch
 from ubp_fast.store.event_store import EventStore
 

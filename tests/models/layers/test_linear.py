@@ -8,8 +8,8 @@ from support.closeness import assert_matches_reference
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ubp_fast.models import linear as module
-from ubp_fast.models.linear import Linear, linear
+from ubp_fast.models.layers import linear as module
+from ubp_fast.models.layers.linear import Linear, linear
 
 # rows, inputs, outputs: nothing, one, odd sizes, more than one product over the rows
 CASES = [(0, 3, 5), (1, 1, 1), (7, 59, 64), (1024, 16, 3), (1025, 5, 17), (2051, 33, 100)]

@@ -6,7 +6,7 @@ import torch
 from support.small_models import untouched_parameters
 from torch import nn
 
-from ubp_fast.models.ple import PLE, ExpertBank, ExtractionLevel, PLEConfig
+from ubp_fast.models.layers.ple import PLE, ExpertBank, ExtractionLevel, PLEConfig
 
 SMALL = PLEConfig(2, 3, 8, 6, 0.0, 5, 0.0)
 

@@ -8,7 +8,7 @@ dropout of their own, 0 by default. With `time_bias_buckets` each head adds a le
 between the two events; it starts at 0. Pooling: the last event, the mean, or the last state of an LSTM. An empty
 sequence gets a vector of its own. [T, d] events and their SequenceBatch -> [B, d].
 
-Source: Vaswani et al. 2017; spec 3.4 and 4.3.
+Source: Vaswani et al. 2017; docs/winner.md 3.4 and 4.3.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ubp_fast.events.schema import UserError
 from ubp_fast.kernels import flash_attention
-from ubp_fast.models.dropout import dropout
-from ubp_fast.models.last_state import LastStatePooling
-from ubp_fast.models.linear import Linear, linear
+from ubp_fast.models.layers.dropout import dropout
+from ubp_fast.models.layers.last_state import LastStatePooling
+from ubp_fast.models.layers.linear import Linear, linear
 from ubp_fast.sequences.batch import SequenceBatch
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": functional.gelu, "relu": functional.relu}
@@ -35,13 +36,13 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": functional.gelu, 
 class EncoderConfig:
     """A packed transformer and its pooling."""
 
-    heads: int = 8  # attention heads, must divide the width; spec 3.4
-    layers: int = 2  # transformer layers, 0 pools the events as they are; spec 3.4
-    feed_forward: int = 2048  # hidden columns of the feed-forward part; spec 3.4
-    activation: Literal["gelu", "relu"] = "gelu"  # of the feed-forward part; spec 3.4
-    norm_first: bool = True  # pre-norm, else post-norm; spec 3.4
-    dropout: float = 0.2  # share of dropped activations; spec 3.4
-    pooling: Literal["last", "mean", "lstm"] = "lstm"  # sequence -> vector; spec 3.4
+    heads: int = 8  # attention heads, must divide the width; docs/winner.md 3.4
+    layers: int = 2  # transformer layers, 0 pools the events as they are; docs/winner.md 3.4
+    feed_forward: int = 2048  # hidden columns of the feed-forward part; docs/winner.md 3.4
+    activation: Literal["gelu", "relu"] = "gelu"  # of the feed-forward part; docs/winner.md 3.4
+    norm_first: bool = True  # pre-norm, else post-norm; docs/winner.md 3.4
+    dropout: float = 0.2  # share of dropped activations; docs/winner.md 3.4
+    pooling: Literal["last", "mean", "lstm"] = "lstm"  # sequence -> vector; docs/winner.md 3.4
     attention_dropout: float = 0.0  # share of dropped attention weights; ours
     time_bias_buckets: int = 0  # learned score by log time between events, two buckets per octave of seconds; 0 is off
     causal: bool = False  # an event sees itself and earlier ones only; ours
@@ -53,7 +54,7 @@ class EncoderLayer(nn.Module):
     def __init__(self, width: int, config: EncoderConfig) -> None:
         super().__init__()
         if width % config.heads:
-            raise ValueError(f"EncoderLayer: heads must divide the width {width}, got {config.heads}")
+            raise UserError(f"EncoderLayer: heads must divide the width {width}, got {config.heads}")
         self.config = config
         self.qkv = Linear(width, 3 * width)
         self.out = Linear(width, width)

@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from ubp_fast.pipeline.progress import RunProgress, duration
+from ubp_fast.progress import RunProgress, duration
 
 
 def test_log_lines_name_every_stage_and_the_share_done() -> None:

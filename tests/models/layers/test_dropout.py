@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ubp_fast.models.dropout import dropout
+from ubp_fast.models.layers.dropout import dropout
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

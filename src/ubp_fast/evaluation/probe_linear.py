@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ubp_fast.models.linear import product
+from ubp_fast.models.layers.linear import product
 
 
 class _ExactLinear(torch.autograd.Function):

@@ -3,7 +3,7 @@
 Level 1 mixes experts of the profile per task and once for all; level 2 does so again on those mixtures; each task ends
 in its tower. Profile [B, E] -> one tensor of logits [B, n] per task.
 
-Source: Tang et al. 2020 (RecSys), constants of spec 4.5.
+Source: Tang et al. 2020 (RecSys), constants of docs/winner.md 4.5.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ubp_fast.models.dropout import dropout
-from ubp_fast.models.linear import Linear
+from ubp_fast.models.layers.dropout import dropout
+from ubp_fast.models.layers.linear import Linear
 
 
 @dataclass(frozen=True)
 class PLEConfig:
     """Experts, gates and towers."""
 
-    shared_experts: int = 4  # per level; spec 4.5
-    task_experts: int = 4  # per task and level; spec 4.5
-    expert_hidden: int = 256  # columns; spec 4.5
-    expert_width: int = 128  # columns an expert returns; spec 4.5
-    expert_dropout: float = 0.01  # share dropped inside an expert; spec 4.5
-    tower_hidden: int = 128  # columns; spec 4.5
-    tower_dropout: float = 0.1  # share dropped inside a tower; spec 4.5
+    shared_experts: int = 4  # per level; docs/winner.md 4.5
+    task_experts: int = 4  # per task and level; docs/winner.md 4.5
+    expert_hidden: int = 256  # columns; docs/winner.md 4.5
+    expert_width: int = 128  # columns an expert returns; docs/winner.md 4.5
+    expert_dropout: float = 0.01  # share dropped inside an expert; docs/winner.md 4.5
+    tower_hidden: int = 128  # columns; docs/winner.md 4.5
+    tower_dropout: float = 0.1  # share dropped inside a tower; docs/winner.md 4.5
 
 
 def _uniform(*shape: int, fan_in: int) -> nn.Parameter:

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from ubp_fast.evaluation import TASKS, build_targets
+from ubp_fast.events.labels import ClientRows, label_matrices, make_label_lists
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.sources.challenge import Challenge
-from ubp_fast.events.targets import label_matrix, make_label_lists
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -34,8 +34,8 @@ def test_labels_of_both_windows_and_the_lists_that_came_with_the_data(events):
         np.testing.assert_array_equal(task.popularity, popularity)
         windows = (events.split.train_window_s, events.split.validation_window_s)
         for labels, window in zip((task.train, task.validation), windows, strict=True):
-            expected = label_matrix(clients, events.purchases(*window), column, ids)
-            np.testing.assert_array_equal(labels.dense(), expected.dense())
+            _, expected = label_matrices(ClientRows(clients), events.purchases(*window), {name: (column, ids)})
+            np.testing.assert_array_equal(labels.dense(), expected[name].dense())
     assert not targets.tasks["churn"].included[-1]
     assert targets.tasks["churn"].train.dense()[-1] == 1.0
 

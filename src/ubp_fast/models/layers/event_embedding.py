@@ -1,7 +1,8 @@
 """One vector per event: what the event is about (by kind), and how long before the cutoff it happened.
 
-`ProjectedEventEmbedding` (contrastive model, spec 3.3/3.4): concatenated tables, one Linear + ReLU per kind of content.
-`ConcatenatedEventEmbedding` (multi-task model, spec 4.3): [kind | content | day | week], ReLU(Linear) for items.
+`ProjectedEventEmbedding` (contrastive model, docs/winner.md 3.3, 3.4): concatenated tables, one Linear + ReLU per kind
+of content. `ConcatenatedEventEmbedding` (multi-task model, docs/winner.md 4.3): [kind | content | day | week],
+ReLU(Linear) for items.
 Both look up each table only for the events that have the field, and have parameters only for the kinds that exist.
 Packed events [T] -> float [T, width].
 """
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ubp_fast.events.schema import EVENT_KINDS
-from ubp_fast.models.linear import Linear
+from ubp_fast.events.split import DAY_S
+from ubp_fast.models.layers.linear import Linear
 from ubp_fast.optim import RowSparseEmbedding
 from ubp_fast.sequences.batch import SequenceBatch
 
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
 
 TableDtype = Literal["float32", "bfloat16"]
 
-DAY_S = 86_400
 _NUM_CODE_VALUES = 256
 _VISIT = 1 + EVENT_KINDS.index("page_visit")
 _SEARCH = 1 + EVENT_KINDS.index("search_query")
@@ -115,15 +116,15 @@ def _interleave(parts: list[Tensor], rows: list[Tensor]) -> Tensor:
 class ProjectedEventConfig:
     """Widths of the contrastive model's event vector."""
 
-    kind_width: int = 8  # columns; spec 3.4
-    sku_width: int = 384  # columns; spec 3.4
-    category_width: int = 96  # columns; spec 3.4
-    price_width: int = 16  # columns; spec 3.4
-    code_width: int = 384  # columns, mean of the 16 code vectors; spec 3.4
-    url_width: int = 128  # columns; spec 3.4
-    age_width: int = 256  # columns of the encoded age; spec 3.3
-    age_bins: int = 256  # quantile bins of the age; spec 3.3
-    width: int = 512  # columns of the event vector; spec 3.4
+    kind_width: int = 8  # columns; docs/winner.md 3.4
+    sku_width: int = 384  # columns; docs/winner.md 3.4
+    category_width: int = 96  # columns; docs/winner.md 3.4
+    price_width: int = 16  # columns; docs/winner.md 3.4
+    code_width: int = 384  # columns, mean of the 16 code vectors; docs/winner.md 3.4
+    url_width: int = 128  # columns; docs/winner.md 3.4
+    age_width: int = 256  # columns of the encoded age; docs/winner.md 3.3
+    age_bins: int = 256  # quantile bins of the age; docs/winner.md 3.3
+    width: int = 512  # columns of the event vector; docs/winner.md 3.4
     table_dtype: TableDtype = "float32"  # of products and pages; bfloat16 halves their memory; ours
 
     def __post_init__(self) -> None:
@@ -202,14 +203,14 @@ class ProjectedEventEmbedding(nn.Module):
 class ConcatenatedEventConfig:
     """Widths of the multi-task model's event vector."""
 
-    kind_width: int = 8  # columns; spec 4.3
-    sku_width: int = 384  # columns; spec 4.3
-    category_width: int = 96  # columns; spec 4.3
-    price_width: int = 16  # columns; spec 4.3
-    content_width: int = 384  # columns of item, page and search content alike; spec 4.3
-    day_width: int = 16  # columns; spec 4.3
-    week_width: int = 4  # columns; spec 4.3
-    max_days: int = 365  # rows of the day table, older events share the last; spec 4.1
+    kind_width: int = 8  # columns; docs/winner.md 4.3
+    sku_width: int = 384  # columns; docs/winner.md 4.3
+    category_width: int = 96  # columns; docs/winner.md 4.3
+    price_width: int = 16  # columns; docs/winner.md 4.3
+    content_width: int = 384  # columns of item, page and search content alike; docs/winner.md 4.3
+    day_width: int = 16  # columns; docs/winner.md 4.3
+    week_width: int = 4  # columns; docs/winner.md 4.3
+    max_days: int = 365  # rows of the day table, older events share the last; docs/winner.md 4.1
     table_dtype: TableDtype = "float32"  # of products and pages; bfloat16 halves their memory; ours
 
     def __post_init__(self) -> None:

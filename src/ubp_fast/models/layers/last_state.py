@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from ubp_fast.models.linear import linear, product, product_over_rows
+from ubp_fast.models.layers.linear import linear, product, product_over_rows
 from ubp_fast.sequences.batch import SequenceBatch
 
 
