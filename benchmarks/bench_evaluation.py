@@ -11,9 +11,9 @@ from contest import Contest
 from reference_pytorch.organisers_loop import evaluate_by_loop
 
 from ubp_fast.evaluation import TASKS, EvaluationConfig, Scores, build_targets, evaluate
+from ubp_fast.events.labels import ClientRows, LabelMatrix, label_matrices
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.sources.complete_journey import CompleteJourney
-from ubp_fast.events.targets import ClientRows, LabelMatrix, label_matrices
 from ubp_fast.features.organisers import CountsConfig, count_features_once
 from ubp_fast.profiles import Profiles
 

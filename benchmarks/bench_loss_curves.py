@@ -10,14 +10,13 @@ import numpy as np
 from contest import Contest
 from schedulefree import RAdamScheduleFree
 
+from ubp_fast.events.labels import make_label_lists
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.sources.complete_journey import CompleteJourney
-from ubp_fast.events.targets import make_label_lists
 from ubp_fast.features.static import static_features
-from ubp_fast.models.event_embedding import EventSizes
+from ubp_fast.models.layers.event_embedding import EventSizes
 from ubp_fast.models.multitask import MultitaskConfig, MultitaskModel
-from ubp_fast.models.training import LOSSES_FILE, TrainingConfig, fit
-from ubp_fast.models.weights import initialise
+from ubp_fast.models.training import LOSSES_FILE, TrainingConfig, fit, initialise
 from ubp_fast.sequences import TARGET_WINDOW_S, ViewLoader, training_cutoffs, views_at, window_labels
 from ubp_fast.store.build import build_store
 from ubp_fast.store.event_store import EventStore

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from ubp_fast.events.labels import make_label_lists
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.sources.synthetic import Synthetic
 from ubp_fast.events.split import DAY_S
-from ubp_fast.events.targets import make_label_lists
 from ubp_fast.features import writing
 from ubp_fast.features.aggregated import aggregated_features
 from ubp_fast.features.decayed import decayed_features

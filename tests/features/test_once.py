@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.shops import END_S, Rows, product_frame, write_rows, write_shop
 
-from ubp_fast.events import tables
 from ubp_fast.events.read import EventDirectory, stored_form
 from ubp_fast.events.schema import EVENT_KINDS, DataError
 from ubp_fast.events.split import DAY_S
@@ -72,7 +71,7 @@ def test_random_shops_give_the_bytes_of_the_store(
     rows["page_visit"] = [(3, 0, 3), *rows["page_visit"]]  # the directory needs an event before its windows
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(counts, "MOST_DENSE_COLUMNS", most_dense)
-        patch.setattr(tables, "BATCH_ROWS", batch_rows)
+        patch.setattr("ubp_fast.events.read.BATCH_ROWS", batch_rows)
         events = write_rows(Path(folder) / "events", rows, relevant)
         results = []
         for make in (count_features_once, partial(through_store, path=Path(folder) / "store")):

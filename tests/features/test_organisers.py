@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.shops import Rows, product_frame, write_rows
 
-from ubp_fast.events import tables
+from ubp_fast.events import read
 from ubp_fast.events.read import EventDirectory, stored_form
 from ubp_fast.events.schema import EVENT_KINDS, DataError
 from ubp_fast.events.sources.challenge import Challenge
@@ -103,7 +103,7 @@ def test_random_shops_equal_the_rules_in_plain_python(rows: Rows, batch_rows: in
     """Rows in any order: windows leave out the first rows of the file, ties go to what came first, buyers lead."""
     rows["page_visit"] = [(3, 94 * DAY_S, 3), *rows["page_visit"]]
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tables, "BATCH_ROWS", batch_rows)
+        patch.setattr(read, "BATCH_ROWS", batch_rows)
         events = write_rows(Path(folder) / "events", rows, [5, 2, 3, 9])
         config = CountsConfig(windows_days=(1, 3), top_values=top_values, anchor="file_order")
         found = count_features_once(events, CUTOFF_S, config)

@@ -8,10 +8,10 @@ import numpy as np
 import polars as pl
 import pytest
 
+from ubp_fast.events.labels import make_label_lists
 from ubp_fast.events.read import EventDirectory, stored_form
 from ubp_fast.events.sources.synthetic import Synthetic
 from ubp_fast.events.split import DAY_S
-from ubp_fast.events.targets import make_label_lists
 from ubp_fast.features.history import Block, Column, History
 from ubp_fast.features.rich import RichConfig, rich_features
 from ubp_fast.features.rich.item_blocks import Conversions, Diversity, MeanCodes, Prices

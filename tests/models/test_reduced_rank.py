@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ubp_fast.events.targets import LabelMatrix
+from ubp_fast.events.labels import LabelMatrix
 from ubp_fast.models import reduced_rank
 from ubp_fast.models.reduced_rank import ReducedRankConfig, ReducedRankModel
 

@@ -9,7 +9,7 @@ from support.small_models import untouched_parameters
 from torch.nn import functional
 
 from ubp_fast.models.stacking import JoinedBlocks, StackingConfig, StackingModel
-from ubp_fast.models.weights import initialise
+from ubp_fast.models.training import initialise
 from ubp_fast.sequences import ViewBatch
 
 OUTPUTS = {"churn": 1, "buy_sku": 6}

@@ -13,6 +13,7 @@ quantile bucket 0..99.
 
 from __future__ import annotations
 
+import numpy as np
 import polars as pl
 
 EVENT_KINDS: tuple[str, ...] = ("product_buy", "add_to_cart", "remove_from_cart", "page_visit", "search_query")
@@ -25,6 +26,7 @@ ITEM_COLUMN: dict[str, str] = {
 }
 SKU_KINDS: tuple[str, ...] = tuple(kind for kind in EVENT_KINDS if ITEM_COLUMN[kind] == "sku")
 LABEL_LISTS: tuple[str, ...] = ("propensity_category", "propensity_sku", "propensity_new_sku", "propensity_price")
+LabelLists = dict[str, tuple[np.ndarray, np.ndarray]]  # list name -> (ids i64 [n], popularity f64 [n])
 NUM_CODES = 16
 NUM_PRICE_BUCKETS = 100
 CODES = pl.Array(pl.UInt8, NUM_CODES)
@@ -39,7 +41,11 @@ PURCHASE_SCHEMA: dict[str, pl.DataType] = {
 }
 
 
-class DataError(ValueError):
+class UserError(ValueError):
+    """What a user gave breaks a rule; the message is all that the user needs. Other errors are mistakes of ours."""
+
+
+class DataError(UserError):
     """The data breaks a rule; the message names file, column, first bad row, count and the remedy."""
 
 

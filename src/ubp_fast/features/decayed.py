@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ubp_fast.events.schema import SKU_KINDS
+from ubp_fast.events.schema import SKU_KINDS, LabelLists
 from ubp_fast.events.split import DAY_S
 from ubp_fast.features.history import Column, History, features_of, windows_of
 from ubp_fast.features.matrix import Features
-from ubp_fast.features.popular import LabelLists, label_slots
+from ubp_fast.features.popular import label_slots
 from ubp_fast.store.event_store import EventStore
 
 # In the name of a column: a count of one label, not a summary.

@@ -10,10 +10,9 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 import polars as pl
 
-from ubp_fast.events.schema import SKU_KINDS
+from ubp_fast.events.schema import SKU_KINDS, LabelLists
 from ubp_fast.events.split import DAY_S
 from ubp_fast.features.matrix import Features, end_to_end
-from ubp_fast.features.popular import LabelLists
 from ubp_fast.features.writing import clients_at_once, in_client_blocks, in_sparse_blocks
 from ubp_fast.kernels.windowed_aggregate import WindowedAggregate, WindowedAggregator, window_aggregator
 from ubp_fast.store.event_store import TIMELINE, EventStore, KindColumns

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from ubp_fast.files import load_array, load_json
 
 NAMES_FILE = "names.json"
 ARRAYS = ("client_ids", "indptr", "indices", "values")
@@ -81,8 +81,8 @@ class FeatureMatrix:
             FileNotFoundError: a file is missing.
             ValueError: the files do not fit together.
         """
-        columns = json.loads((directory / NAMES_FILE).read_text(encoding="utf-8"))
-        client_ids = np.load(directory / "client_ids.npy", allow_pickle=False)
+        columns = load_json(directory / NAMES_FILE)
+        client_ids = load_array(directory / "client_ids.npy")
         values = load_array(directory / "values.npy", memory_map)
         return cls(client_ids, values, tuple(columns["names"]), tuple(columns["units"]))
 
@@ -144,7 +144,7 @@ class SparseFeatureMatrix:
             FileNotFoundError: a file is missing.
             ValueError: the files do not fit together.
         """
-        columns = json.loads((directory / NAMES_FILE).read_text(encoding="utf-8"))
+        columns = load_json(directory / NAMES_FILE)
         arrays = (
             load_array(directory / f"{name}.npy", memory_map and name in ("indices", "values")) for name in ARRAYS
         )
@@ -169,24 +169,3 @@ def end_to_end(start: np.ndarray, end: np.ndarray) -> tuple[slice | np.ndarray, 
     if end[-1] - start[0] == offsets[-1] and (start[1:] == end[:-1]).all():
         return slice(start[0], end[-1]), offsets
     return np.arange(offsets[-1]) + np.repeat(start - offsets[:-1], end - start), offsets
-
-
-def load_array(path: Path, memory_map: bool) -> np.ndarray:
-    """An npy file in memory or, if it holds anything, mapped read-only."""
-    array = np.load(path, mmap_mode="r", allow_pickle=False) if memory_map and path.stat().st_size > 512 else None
-    return np.load(path, allow_pickle=False) if array is None else array
-
-
-def write_array(path: Path, array: np.ndarray) -> None:
-    """Writes an npy file under a temporary name and renames it."""
-    temporary = path.with_name(f".{path.name}.writing")
-    with temporary.open("wb") as file:
-        np.save(file, array, allow_pickle=False)
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, content: object) -> None:
-    """Writes a JSON file under a temporary name and renames it."""
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
-    os.replace(temporary, path)

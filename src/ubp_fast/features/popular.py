@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ubp_fast.events.schema import LabelLists
 from ubp_fast.kernels.windowed_aggregate import code_counts
 from ubp_fast.store.event_store import EventStore
 from ubp_fast.store.ids import least_of_largest
 from ubp_fast.store.vocabulary import FIRST_ID
 
-LabelLists = Mapping[str, tuple[np.ndarray, np.ndarray]]
 # Column -> (its dense id per item, None for the item itself; original value per dense id).
 ValueTables = Mapping[str, tuple[np.ndarray | None, np.ndarray]]
 
@@ -100,28 +100,10 @@ def label_slots(store: EventStore, lists: LabelLists) -> tuple[np.ndarray, list[
     Raises:
         ValueError: the last word of a list's name is not category, sku or price.
     """
-    products = store.products
-    category_ids = np.asarray(store.category_ids)[products.category]
-    ids_of_sku = {
-        "sku": np.asarray(store.sku_ids),
-        "category": category_ids,
-        "price": products.price.astype(np.int64) - FIRST_ID,
-    }
     slots = np.full((store.num_skus, len(lists)), -1, np.int32)
     labels: list[str] = []
     for index, (name, (ids, _)) in enumerate(lists.items()):
-        column = name.rsplit("_", 1)[-1]
-        if column not in ids_of_sku:
-            raise ValueError(f"label list: name must end in _category, _sku or _price, got '{name}'")
-        slots[FIRST_ID:, index] = _positions(ids, ids_of_sku[column][FIRST_ID:], len(labels))
+        position = store.label_of_sku(name, ids)
+        slots[:, index] = np.where(position >= 0, position + len(labels), -1)
         labels += [f"{name}_{value}" for value in ids.tolist()]
     return slots, labels
-
-
-def _positions(ids: np.ndarray, values: np.ndarray, start: int) -> np.ndarray:
-    """start + index of each value in `ids` (its first one), -1 if it is not there."""
-    different, first = np.unique(ids, return_index=True)
-    if not len(different):
-        return np.full(len(values), -1, np.int32)
-    near = np.minimum(np.searchsorted(different, values), len(different) - 1)
-    return np.where(different[near] == values, first[near] + start, -1).astype(np.int32)

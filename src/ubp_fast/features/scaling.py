@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ubp_fast.features.matrix import load_array, write_array
+from ubp_fast.files import load_array, write_array
 
 
 class Rows(Protocol):

@@ -15,14 +15,8 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 import torch
 
-from ubp_fast.features.matrix import (
-    NAMES_FILE,
-    FeatureMatrix,
-    SparseFeatureMatrix,
-    load_array,
-    write_array,
-    write_json,
-)
+from ubp_fast.features.matrix import NAMES_FILE, FeatureMatrix, SparseFeatureMatrix
+from ubp_fast.files import load_array, write_array, write_json
 
 # A block of 320 columns per thread stays in the cache of a large CPU while all kinds of events are added to it.
 BLOCK_CLIENTS = 1 << 13

@@ -30,9 +30,10 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from ubp_fast.events.targets import LabelMatrix
+from ubp_fast.events.labels import LabelMatrix
+from ubp_fast.events.schema import DataError
 from ubp_fast.features.scaling import Rows, moments
-from ubp_fast.models.weights import write_atomically
+from ubp_fast.files import write_atomically
 
 SMALLEST_DEVIATION = 1e-6
 LARGEST_DETAIL = 10.0  # deviations; a rare feature must not become the strongest of a client
@@ -230,7 +231,7 @@ def _leading(coefficients: np.ndarray, gram: np.ndarray, rank: int) -> np.ndarra
     variance, vectors = np.linalg.eigh(covariance)
     leading = np.argsort(-variance, kind="stable")[:rank]
     if not variance[leading[0]] > 0:
-        raise ValueError("ReducedRankModel: labels must depend on the blocks, got none that does; use more history")
+        raise DataError("ReducedRankModel: labels must depend on the blocks, got none that does; use more history")
     leading = leading[variance[leading] > variance[leading[0]] * 1e-9]
     chosen = vectors[:, leading]
     # A singular vector has no sign of its own: its largest entry is made positive.

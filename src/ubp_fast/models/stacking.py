@@ -21,7 +21,7 @@ from torch.nn import functional
 from ubp_fast.features.matrix import Features
 from ubp_fast.features.scaling import Rows, moments
 from ubp_fast.models.downstream import HIDDEN_DIM, DownstreamBody
-from ubp_fast.models.linear import Linear
+from ubp_fast.models.layers.linear import Linear
 from ubp_fast.sequences.batch import ViewBatch
 
 STACKING_LABELS = ("churn", "buy_sku", "buy_category")

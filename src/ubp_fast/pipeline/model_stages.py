@@ -15,17 +15,16 @@ import torch
 from ubp_fast.features.decayed import OF_LABEL
 from ubp_fast.features.matrix import Features, load_features
 from ubp_fast.features.scaling import MinMaxScaler
-from ubp_fast.models.contrastive import ContrastiveModel
-from ubp_fast.models.event_embedding import EventSizes
+from ubp_fast.models.contrastive import PROBE_LABELS, ContrastiveModel
+from ubp_fast.models.layers.event_embedding import EventSizes
 from ubp_fast.models.membership import activity_columns, membership_weights
 from ubp_fast.models.multitask import MULTITASK_LABELS, MultitaskModel
 from ubp_fast.models.reduced_rank import ReducedRankConfig, ReducedRankModel
 from ubp_fast.models.stacking import JoinedBlocks, StackingModel
-from ubp_fast.models.training import embed, fit
-from ubp_fast.models.weights import initialise
-from ubp_fast.pipeline.progress import ProgressCallback
+from ubp_fast.models.training import embed, fit, initialise
 from ubp_fast.pipeline.settings import Settings
 from ubp_fast.profiles import Profiles
+from ubp_fast.progress import Progress
 from ubp_fast.sequences import ViewLoader, Views, age_quantiles_days, training_cutoffs, views_at, window_labels
 from ubp_fast.store.event_store import EventStore
 
@@ -35,14 +34,15 @@ MODELS = ("contrastive", "multitask")
 Inputs = Mapping[str, Path]
 
 
-def make_contrastive(settings: Settings, inputs: Inputs, directory: Path, progress: ProgressCallback) -> None:
+def make_contrastive(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
     """Two-tower model on past cutoffs; its vectors at the stacking cutoffs and at the profiles' cutoff."""
     store = EventStore.open(inputs["store"])
     config, training = settings.contrastive.config, settings.contrastive.training
     model_cutoffs, _ = cutoffs_of(store, settings)
     views = views_at(store, model_cutoffs, with_history=True, relevant_only=False)
     weight = membership_weights(activity_columns(store, store.cutoff_s), np.asarray(store.is_relevant))
-    model = initialise(lambda: ContrastiveModel(config, EventSizes.of(store)), settings.seed)
+    labels = _labels(store, views, inputs["features"], PROBE_LABELS) if config.probes else {}
+    model = initialise(lambda: ContrastiveModel(config, EventSizes.of(store), _widths(labels)), settings.seed)
     edges = age_quantiles_days(store, views, max_length=config.history_length, bins=config.events.age_bins)
     model.set_age_edges(edges)
     loader = ViewLoader(
@@ -51,6 +51,7 @@ def make_contrastive(settings: Settings, inputs: Inputs, directory: Path, progre
         batch_size=training.batch_size,
         history_length=config.history_length,
         future_length=config.future_length,
+        labels=labels,
         weight=weight[views.row],
         shuffle_seed=settings.seed,
     )
@@ -62,7 +63,7 @@ def make_contrastive(settings: Settings, inputs: Inputs, directory: Path, progre
     _write_vectors("contrastive", model, loader_at, store, settings, directory)
 
 
-def make_multitask(settings: Settings, inputs: Inputs, directory: Path, progress: ProgressCallback) -> None:
+def make_multitask(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
     """Multi-task model on past cutoffs; its vectors at the stacking cutoffs and at the profiles' cutoff."""
     store = EventStore.open(inputs["store"])
     config, training = settings.multitask.config, settings.multitask.training
@@ -97,7 +98,7 @@ def make_multitask(settings: Settings, inputs: Inputs, directory: Path, progress
     _write_vectors("multitask", model, loader_at, store, settings, directory)
 
 
-def make_stacking(settings: Settings, inputs: Inputs, directory: Path, progress: ProgressCallback) -> None:
+def make_stacking(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
     """Joins all blocks at later cutoffs than its parts learned from; what comes out are the final profiles."""
     store = EventStore.open(inputs["store"])
     config = settings.stacking.config
@@ -122,7 +123,7 @@ def _train_stacking(
     labels: dict[str, Any],
     views: Views,
     directory: Path,
-    progress: ProgressCallback,
+    progress: Progress,
 ) -> np.ndarray:
     """The winner's stacking network: its activations at the profiles' cutoff."""
     config, training = settings.stacking.config, settings.stacking.training

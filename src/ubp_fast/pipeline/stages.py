@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from ubp_fast.evaluation import build_targets, evaluate
+from ubp_fast.events.labels import make_label_lists
 from ubp_fast.events.read import EventDirectory
-from ubp_fast.events.targets import make_label_lists
 from ubp_fast.features.aggregated import aggregated_features
 from ubp_fast.features.decayed import decayed_features
 from ubp_fast.features.organisers import CountsConfig, count_features_once
@@ -34,9 +34,9 @@ from ubp_fast.pipeline.model_stages import (
     make_multitask,
     make_stacking,
 )
-from ubp_fast.pipeline.progress import ProgressCallback
 from ubp_fast.pipeline.settings import Settings
 from ubp_fast.profiles import Profiles, validate
+from ubp_fast.progress import Progress
 from ubp_fast.store.build import build_store
 from ubp_fast.store.event_store import EventStore
 
@@ -59,7 +59,7 @@ class Stage:
     name: str
     inputs: tuple[str, ...]
     config: Mapping[str, Any]
-    make: Callable[[Settings, Inputs, Path, ProgressCallback], None]
+    make: Callable[[Settings, Inputs, Path, Progress], None]
     cost: float
     keep: tuple[str, ...] = ()
 
@@ -129,24 +129,24 @@ def _evaluation_part(settings: Settings) -> dict[str, Any]:
 def _score(settings: Settings, component: str) -> Stage:
     folder = {"stacked": "stacking", "contrastive": "contrastive", "multitask": "multitask"}.get(component, "baselines")
 
-    def make(settings: Settings, inputs: Inputs, directory: Path, progress: ProgressCallback) -> None:
+    def make(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
         _write_scores(settings, inputs["events"], Profiles.load(inputs[folder] / component), directory, progress)
 
     return Stage(f"evaluate-{component}", ("events", folder), _evaluation_part(settings), make, 60)
 
 
-def make_events(settings: Settings, inputs: Inputs, directory: Path, progress: ProgressCallback) -> None:
+def make_events(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
     """Raw tables, checked and in canonical form."""
     settings.source.prepare(directory, progress)
 
 
-def make_store(settings: Settings, inputs: Inputs, directory: Path, progress: ProgressCallback) -> None:
+def make_store(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
     """Client-sorted columns of everything before the profiles' cutoff, and nothing after it."""
     events = EventDirectory.open(inputs["events"])
     build_store(events, directory, events.split.input_end_s, **settings.plain["store"], progress=progress)
 
 
-def make_features(settings: Settings, inputs: Inputs, directory: Path, progress: ProgressCallback) -> None:
+def make_features(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
     """Label lists of the newest known window, and feature matrices at every cutoff that a model looks at."""
     store = EventStore.open(inputs["store"])
     lists = make_label_lists(
@@ -177,8 +177,8 @@ def make_features(settings: Settings, inputs: Inputs, directory: Path, progress:
         progress(done + 1, len(wanted))
 
 
-def make_baselines(settings: Settings, inputs: Inputs, directory: Path, progress: ProgressCallback) -> None:
-    """The organisers' aggregated features, raw and as log1p, relevant clients without events with zeros."""
+def make_baselines(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
+    """The organisers' aggregated features, raw and as log1p; relevant clients without events follow with zeros."""
     events = EventDirectory.open(inputs["events"])
     with TemporaryDirectory(dir=directory) as folder:
         config = CountsConfig(anchor="file_order")
@@ -194,7 +194,7 @@ def make_baselines(settings: Settings, inputs: Inputs, directory: Path, progress
             Profiles(halves.client_ids, halves.values).save(directory / name)
 
 
-def evaluate_submission(settings: Settings, inputs: Inputs, directory: Path, progress: ProgressCallback) -> None:
+def evaluate_submission(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
     """Scores somebody's `client_ids.npy` and `embeddings.npy`, after the organisers' checks."""
     assert settings.submission is not None
     relevant = EventDirectory.open(inputs["events"]).relevant_clients
@@ -202,9 +202,7 @@ def evaluate_submission(settings: Settings, inputs: Inputs, directory: Path, pro
     _write_scores(settings, inputs["events"], profiles, directory, progress)
 
 
-def _write_scores(
-    settings: Settings, events: Path, profiles: Profiles, directory: Path, progress: ProgressCallback
-) -> None:
+def _write_scores(settings: Settings, events: Path, profiles: Profiles, directory: Path, progress: Progress) -> None:
     targets = build_targets(EventDirectory.open(events), profiles.client_ids, settings.evaluation.tasks)
     scores = evaluate(profiles, targets, settings.evaluation, settings.device, progress)
     (directory / "scores.json").write_text(json.dumps(scores.to_json(), indent=2, allow_nan=False), encoding="utf-8")

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ubp_fast.events.schema import LabelLists
 from ubp_fast.features.history import Block, Column, History, features_of
 from ubp_fast.features.matrix import Features
-from ubp_fast.features.popular import LabelLists
 from ubp_fast.features.rich.item_blocks import Conversions, Diversity, MeanCodes, Prices
 from ubp_fast.features.rich.propensity import Propensities
 from ubp_fast.features.rich.time_blocks import Activity, Calendar, Gaps
