@@ -1,8 +1,6 @@
 // Python meets the kernels here (and in row_sparse/bindings.cpp). Tensors arrive as addresses with sizes;
 // `api.py` has checked shapes and dtypes, the checks here keep a wrong caller from crashing the process. The
 // GIL is released while a kernel runs.
-#include "row_sparse/bindings.h"
-
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -14,6 +12,10 @@
 #include "common/dispatch.h"
 
 namespace py = pybind11;
+
+namespace ubp {
+void bind_row_sparse(py::module_& module);  // row_sparse/bindings.cpp
+}
 
 namespace {
 

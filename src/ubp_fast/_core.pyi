@@ -61,45 +61,52 @@ def nt_xent_backward(
     grad_left: int,
     grad_right: int,
 ) -> float: ...
-def row_sparse_gather(
-    table: Sequence[int], sizes: Sequence[int], ids: int, count: int, output: int, threads: int
-) -> None: ...
+
+class RowTable:
+    def __init__(
+        self,
+        *,
+        weight: int,
+        state: int,
+        slot: int,
+        last_step: int,
+        history: int,
+        used: int,
+        rows: int,
+        width: int,
+        slots: int,
+        steps: int,
+    ) -> None: ...
+
+class ScheduleFree:
+    def __init__(self, *, beta2: float, eps: float, toward_z: float) -> None: ...
+
+class ScheduleFreeStep:
+    def __init__(
+        self,
+        *,
+        learning_rate: float,
+        average_weight: float,
+        gradient_weight: float,
+        bias_correction: float,
+        is_adaptive: bool,
+    ) -> None: ...
+
+class Adam:
+    def __init__(self, *, beta1: float, beta2: float, eps: float) -> None: ...
+
+class AdamStep:
+    def __init__(self, *, rate: float, root: float, keep: float) -> None: ...
+
+Rule = ScheduleFree | Adam
+Step = ScheduleFreeStep | AdamStep
+
+def row_sparse_gather(table: RowTable, rule: Rule, ids: int, count: int, output: int, threads: int) -> None: ...
 def row_sparse_group(ids: int, count: int, order: int, distinct: int, start: int) -> int: ...
-def row_sparse_reduce(start: int, order: int, sizes: Sequence[int], gradient: int, sums: int, threads: int) -> None: ...
+def row_sparse_reduce(
+    start: int, order: int, groups: int, width: int, stride: int, gradient: int, sums: int, threads: int
+) -> None: ...
 def row_sparse_update(
-    table: Sequence[int],
-    sizes: Sequence[int],
-    ids: int,
-    count: int,
-    gradient: int,
-    step: Sequence[float],
-    is_adaptive: bool,
-    used: int,
-    threads: int,
+    table: RowTable, rule: Rule, step: Step, ids: int, count: int, gradient: int, threads: int
 ) -> None: ...
-def row_sparse_catch_up(
-    table: Sequence[int], sizes: Sequence[int], beta2: float, toward_z: float, threads: int
-) -> None: ...
-def row_sparse_adam_gather(
-    table: Sequence[int],
-    sizes: Sequence[int],
-    numbers: Sequence[float],
-    ids: int,
-    count: int,
-    output: int,
-    threads: int,
-) -> None: ...
-def row_sparse_adam_update(
-    table: Sequence[int],
-    sizes: Sequence[int],
-    numbers: Sequence[float],
-    ids: int,
-    count: int,
-    gradient: int,
-    step: Sequence[float],
-    used: int,
-    threads: int,
-) -> None: ...
-def row_sparse_adam_catch_up(
-    table: Sequence[int], sizes: Sequence[int], numbers: Sequence[float], threads: int
-) -> None: ...
+def row_sparse_catch_up(table: RowTable, rule: Rule, threads: int) -> None: ...
