@@ -40,6 +40,9 @@ require_triton_device()
 # The last one of the interpreter is wider than a block.
 CASES = [*CASES, *([(50_000, 384, 8192, 20), (3000, 1100, 500, 7)] if HAS_GPU else [(20, 700, 30, 7)])]
 Case = tuple[int, int, int, int]
+# The interpreter is slow: the rarer rules take small tables, one of them past the horizon.
+PAIRS = [(case, rule) for rule in RULES[:2] for case in CASES]
+PAIRS += [(case, rule) for rule in RULES[2:] for case in ((7, 59, 20, 3), (6, 5, 9, 420))]
 both_rules = pytest.mark.parametrize("rule", [SCHEDULE_FREE, ADAM], ids=str)
 
 
@@ -51,8 +54,7 @@ def home(rows: RowTable) -> RowTable:
     return RowTable(*(part.cpu() for part in rows))
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "rule"), PAIRS, ids=str)
 def test_gather(case: Case, rule: Rule) -> None:
     rows, width, count, steps = case
     start, (ids, _) = table(rule, rows, width, steps, scale=1e-6), batch(rows, width, count)
@@ -91,8 +93,7 @@ def test_reduce_sorts_large_ids() -> None:
 
 
 @pytest.mark.parametrize("is_adaptive", [True, False])
-@pytest.mark.parametrize("rule", RULES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "rule"), PAIRS, ids=str)
 def test_update(case: Case, rule: Rule, is_adaptive: bool) -> None:
     rows, width, count, steps = case
     ids, gradient = row_sparse.reduce(*batch(rows, width, count))
@@ -109,15 +110,13 @@ def test_update(case: Case, rule: Rule, is_adaptive: bool) -> None:
     others = torch.ones(rows, dtype=torch.bool)
     others[ids] = False
     assert torch.equal(found.weight.cpu()[others], start.weight[others])
-    entries = (part.to(DEVICE) for part in batch(rows, width, count))
-    ids, gradient, distinct = row_sparse.reduce_padded(*entries, backend="triton")
+    ids, gradient, distinct = (part.to(DEVICE) for part in row_sparse.reduce_padded(*batch(rows, width, count)))
     row_sparse.update(padded, rule, ids, gradient, step, count=distinct, backend="triton")
     assert_same_table(home(padded), plain, truth, case)
 
 
 @pytest.mark.parametrize("toward_z", [0.0, 1 - 1 / 0.9])
-@pytest.mark.parametrize("rule", RULES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "rule"), PAIRS, ids=str)
 def test_catch_up(case: Case, rule: Rule, toward_z: float) -> None:
     rows, width, _, steps = case
     if rule != SCHEDULE_FREE and toward_z:
@@ -262,19 +261,13 @@ def test_gather_reduce_and_catch_up_refuse(rule: Rule, monkeypatch: pytest.Monke
 
 
 class RaisesOnWaits(TorchDispatchMode):
-    """Refuses operators whose result is data on the host, inside the project's own operators as well."""
+    """Refuses operators that wait for data, inside the project's own as well; and indexing, which trusts its ids."""
 
-    WAITS = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "is_nonzero", "equal", "_to_cpu")
+    WAITS = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "is_nonzero", "equal", "coalesce", "index")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = func.__name__.split(".")[0], kwargs or {}
-        is_boolean = name.startswith("index") and any(
-            part is not None and part.dtype in (torch.bool, torch.uint8)
-            for group in args[1:2]
-            if isinstance(group, list | tuple)
-            for part in group
-        )
-        assert not any(wait in name for wait in self.WAITS) and not is_boolean, f"{func} waits for the device"
+        assert not any(wait in name for wait in self.WAITS), f"{func} waits for the device"
         if func.namespace == "ubp_fast":
             with self:
                 return OPDEFS[f"ubp_fast::{name}"]._init_fn(*args, **kwargs)

@@ -41,8 +41,10 @@ class _Lookup(torch.autograd.Function):
                 ids, grad_output = ids[is_real], grad_output[is_real]
         if not ctx.is_padded:
             ids, grad_output = row_sparse.reduce(ids, grad_output)
-        flags = {"is_coalesced": not ctx.is_padded, "check_invariants": False}
-        return torch.sparse_coo_tensor(ids[None], grad_output, ctx.shape, **flags), None, None, None
+        gradient = torch.sparse_coo_tensor(
+            ids[None], grad_output, ctx.shape, is_coalesced=not ctx.is_padded, check_invariants=False
+        )
+        return gradient, None, None, None
 
 
 class RowSparseEmbedding(nn.Embedding):

@@ -1,4 +1,4 @@
-"""What row-sparse optimizers share: tables are stepped by their touched rows, everything else by the dense optimizer."""
+"""What row-sparse optimizers share: tables step by their touched rows, everything else as in the dense optimizer."""
 
 from __future__ import annotations
 

@@ -71,7 +71,8 @@ class TouchedRows(ABC, Generic[RuleT, StepT]):
     history_columns: ClassVar[tuple[int, ...]] = ()
 
     def __init__(self, weight: Tensor, rule: RuleT) -> None:
-        self.weight, self.rule = weight, rule
+        self.weight = weight
+        self.rule: RuleT = rule
         self.is_rounded = weight.dtype == torch.bfloat16
         self.seed, self.roundings = int(torch.randint(2**32, ())) if self.is_rounded else 0, 0
         self.reset()

@@ -23,6 +23,7 @@ from ubp_fast.kernels.row_sparse.reference import Adam, AdamStep, RowTable, Rule
 MARK_BLOCK = 1024
 MOST_COLUMNS = 512  # of a block; wider rows are walked over
 BLOCK_SIZE = 2048  # elements of a block: 16 for each thread of four warps
+ADAM_BLOCK_SIZE = 1024  # it keeps more vectors: registers would spill
 GROUP_ROWS = 16
 MAX_ROWS = 2**31 - MARK_BLOCK
 NEGLIGIBLE = 1e-12  # of the first of Adam's missed steps: what the rest may add
@@ -39,13 +40,13 @@ def unsupported(table: Tensor) -> str | None:
 
 def gather(table: RowTable, rule: Rule, ids: Tensor) -> Tensor:
     """The weights of the rows `ids` at the present, [T, D]; writes nothing."""
-    faults, ids, blocks = _Faults(table), ids.contiguous(), _blocks(table.weight)
+    faults, ids, blocks = _Faults(table), ids.contiguous(), _blocks(table.weight, rule)
     output = torch.empty((len(ids), table.weight.shape[1]), dtype=torch.float32, device=ids.device)
     if output.numel():
         grid = (math.ceil(len(ids) / blocks["ROWS"]),)
         tensors = (*_tensors(table, rule), ids, output, faults.flag, *faults.codes[:3])
         sizes = (len(ids), len(table.weight), len(table.state), len(table.history) - 1)
-        _launch("gather_kernel", grid, *tensors, *sizes, *_numbers(table, rule), IS_ADAM=_is_adam(rule), **blocks)
+        _launch("gather_kernel", grid, *tensors, *sizes, *_numbers(table, rule), **blocks)
         faults.raise_now(ids)
     return output
 
@@ -89,7 +90,7 @@ def update(table: RowTable, rule: Rule, ids: Tensor, gradient: Tensor, step: Ste
     """Brings the distinct rows `ids` [T], those from `count` on being padding, to the present and takes one step."""
     if not len(ids):
         return
-    faults, ids, blocks, now = _Faults(table), ids.contiguous(), _blocks(table.weight), len(table.history) - 1
+    faults, ids, blocks, now = _Faults(table), ids.contiguous(), _blocks(table.weight, rule), len(table.history) - 1
     fresh = torch.empty(len(ids), dtype=torch.int32, device=ids.device)
     sizes, has_count = (len(ids), len(table.weight), len(table.state), now), count is not None
     _by_entry(
@@ -98,7 +99,7 @@ def update(table: RowTable, rule: Rule, ids: Tensor, gradient: Tensor, step: Ste
     order = torch.cumsum(fresh, 0)  # 1 for the first row without a slot
     tensors = (*_tensors(table, rule), ids, gradient.contiguous(), order, table.used, count, faults.flag)
     numbers = (faults.codes[4], *sizes, *_numbers(table, rule), *_step_numbers(rule, step))
-    constants = {"IS_ADAM": _is_adam(rule), "IS_ADAPTIVE": bool(getattr(step, "is_adaptive", True)), **blocks}
+    constants = {"IS_ADAPTIVE": bool(getattr(step, "is_adaptive", True)), **blocks}
     grid = (math.ceil(len(ids) / blocks["ROWS"]),)
     _launch("update_kernel", grid, *tensors, *numbers, HAS_COUNT=has_count, **constants)
     _by_entry("commit_kernel", len(ids), ids, table.last_step, order, table.used, count, faults.flag, len(ids), now)
@@ -107,7 +108,7 @@ def update(table: RowTable, rule: Rule, ids: Tensor, gradient: Tensor, step: Ste
 
 def catch_up(table: RowTable, rule: Rule, toward_z: float) -> None:
     """Brings all rows to the present (touched ones are at step 0 then); y moves towards z by the share `toward_z`."""
-    faults, blocks, now, rows = _Faults(table), _blocks(table.weight), len(table.history) - 1, len(table.weight)
+    faults, blocks, now, rows = _Faults(table), _blocks(table.weight, rule), len(table.history) - 1, len(table.weight)
     if not rows:
         return
     sizes = (rows, len(table.state), now)
@@ -116,7 +117,7 @@ def catch_up(table: RowTable, rule: Rule, toward_z: float) -> None:
     grid = (math.ceil(rows / blocks["ROWS"]),)
     tensors = (*_tensors(table, rule), faults.flag)
     numbers = (*sizes, *_numbers(table, rule), toward_z)
-    _launch("catch_up_kernel", grid, *tensors, *numbers, IS_ADAM=_is_adam(rule), **blocks)
+    _launch("catch_up_kernel", grid, *tensors, *numbers, **blocks)
     _by_entry("commit_kernel", rows, None, table.last_step, None, None, None, faults.flag, rows, now)
     faults.raise_now(None)
 
@@ -127,8 +128,9 @@ class _Faults:
     def __init__(self, table: RowTable) -> None:
         self.table, device, rows = table, table.weight.device, len(table.weight)
         self.is_deferred = deferred.is_deferred(device)
+        self.codes: tuple[int, ...] = (1, 2, 3, 4, 5)
         if not self.is_deferred:
-            self.flag, self.codes = torch.zeros(1, dtype=torch.int32, device=device), (1, 2, 3, 4, 5)
+            self.flag = torch.zeros(1, dtype=torch.int32, device=device)
             return
         deferred.poll(device)
         self.flag = deferred.flag(device)
@@ -173,13 +175,9 @@ def _code(error: type[Exception], text: str) -> int:
 
 def _tensors(table: RowTable, rule: Rule) -> tuple[Tensor, ...]:
     kept = table.history
-    if _is_adam(rule):
+    if isinstance(rule, Adam):
         kept = torch.cat([torch.ones_like(kept[:1, 2]), kept[1:, 2].cumprod(0)])
     return table.weight, table.state, table.slot, table.last_step, kept, table.history
-
-
-def _is_adam(rule: Rule) -> bool:
-    return isinstance(rule, Adam)
 
 
 def _numbers(table: RowTable, rule: Rule) -> tuple[float, ...]:
@@ -202,10 +200,12 @@ def _step_numbers(rule: Rule, step: Step) -> tuple[float, ...]:
     return (rule.beta2, 0.0, 1.0 - rule.beta2, *step[:3], 1.0 / step.bias_correction, 0.0, 0.0)
 
 
-def _blocks(table: Tensor) -> dict[str, Any]:
+def _blocks(table: Tensor, rule: Rule | None = None) -> dict[str, Any]:
     width = table.shape[1]
     block = min(MOST_COLUMNS, max(16, 1 << max(0, width - 1).bit_length()))
-    return {"WIDTH": width, "ROWS": BLOCK_SIZE // block, "BLOCK": block, "num_warps": 4}
+    rows = (ADAM_BLOCK_SIZE if isinstance(rule, Adam) else BLOCK_SIZE) // block
+    blocks = {"WIDTH": width, "ROWS": rows, "BLOCK": block, "num_warps": 4}
+    return blocks if rule is None else {"IS_ADAM": isinstance(rule, Adam), **blocks}
 
 
 def _float32(value: float) -> float:

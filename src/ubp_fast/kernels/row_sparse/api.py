@@ -272,7 +272,7 @@ def _update_op(
 ) -> None:
     table = RowTable(weight, state, slot, used, last_step, history)
     known, implementation = RULES[kind][0](*rule), _implementation(backend, weight)
-    numbers = AdamStep(*step) if kind == "adam" else ScheduleFreeStep(*step[:4], is_adaptive=step[4] != 0.0)
+    numbers = AdamStep(*step) if kind == "adam" else ScheduleFreeStep._make([*step[:4], step[4] != 0.0])
     if implementation is _triton:
         _triton.update(table, known, ids, gradient, numbers, count)
         return
