@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import json
 import re
 import subprocess
@@ -50,22 +52,23 @@ def contest(benchmark: Any, request: pytest.FixtureRequest) -> Iterator[Contest]
     is_plain = request.node.get_closest_marker("plain_glibc") is not None
     benchmark.extra_info["glibc_keeps_freed_memory"] = not is_plain and keep_freed_memory()
     yield Contest(benchmark, request.config.stash[RATIOS])
+    _write(request.config, request.node.name, benchmark.extra_info)
     give_memory_back()  # the next case may need most of the machine
 
 
 @pytest.fixture
-def gpu_contest(benchmark: Any, request: pytest.FixtureRequest) -> Contest:
+def gpu_contest(benchmark: Any, request: pytest.FixtureRequest) -> Iterator[Contest]:
     """The same on a CUDA device."""
     torch.manual_seed(0)
-    return GpuContest(benchmark, request.config.stash[RATIOS])
+    yield GpuContest(benchmark, request.config.stash[RATIOS])
+    _write(request.config, request.node.name, benchmark.extra_info)
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    ratios = session.config.stash[RATIOS]
-    if ratios and exitstatus == 0:
-        _write(session.config)
-        if bars.missed(ratios):
-            session.exitstatus = 1
+    if exitstatus == 0 and bars.missed(session.config.stash[RATIOS]):
+        session.exitstatus = 1
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -80,22 +83,24 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         )
 
 
-def _write(config: pytest.Config) -> None:
-    """Adds the cases of this run to the file of this machine and commit; other cases in it stay."""
+def _write(config: pytest.Config, case: str, info: dict[str, Any]) -> None:
+    """Adds a case to the file of this machine and commit as soon as it is known; other cases in it stay."""
+    if "figure" not in info:  # it failed before it was timed
+        return
     facts = machine()
     name = facts.get("gpu", f"{facts['cpu']}-{facts['cores']}-cores")
     name = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     path = Path(config.getoption("--results")) / name / f"{_commit()}.json"
-    cases = {}
-    if path.exists():
-        cases = json.loads(path.read_text(encoding="utf-8"))["cases"]
-    for run in config._benchmarksession.benchmarks:  # type: ignore[attr-defined]
-        cases[run.name] = dict(run.extra_info)
+    cases = json.loads(path.read_text(encoding="utf-8"))["cases"] if path.exists() else {}
+    cases[case] = dict(info)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"machine": facts, "cases": dict(sorted(cases.items()))}, indent=1)
-    path.write_text(text + "\n", encoding="utf-8")
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(text + "\n", encoding="utf-8")
+    unfinished.replace(path)
 
 
+@functools.cache
 def _commit() -> str:
     """Short hash of HEAD, "-dirty" when tracked sources differ from it, "unknown" outside a clone."""
     try:

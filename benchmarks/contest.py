@@ -12,11 +12,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 
 CONTENDER = "ubp_fast"
@@ -312,9 +312,21 @@ class GpuContest(Contest):
     An event is recorded before the call's first launch: a call that keeps the device waiting pays for it.
     """
 
-    def run(self, figure: str, *arguments: Any, **options: Any) -> None:
-        super().run(figure, *arguments, **options)
+    def run(
+        self,
+        figure: str,
+        contender: Callable[[], Any],
+        rivals: dict[str, tuple[Callable[[], Any], float | None]],
+        *arguments: Any,
+        **options: Any,
+    ) -> None:
+        """As on a CPU; a rival that does not run on this card or with this PyTorch is named, and the others race."""
+        missing = {name: reason for name, (call, _) in rivals.items() if (reason := _failure(call)) is not None}
+        present = {name: rival for name, rival in rivals.items() if name not in missing}
+        super().run(figure, contender, present, *arguments, **options)
         facts, timings = self._benchmark.extra_info["facts"], self._benchmark.extra_info["timings"]
+        if missing:
+            facts["missing_rivals"] = missing
         facts["matmul_peak_tflops"] = matmul_tflops(facts["dtype"])
         for timing in timings.values():
             timing["tflops"] = facts["flop"] / timing["median_ms"] / 1e9
@@ -337,6 +349,15 @@ class GpuContest(Contest):
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+
+
+def _failure(call: Callable[[], Any]) -> str | None:
+    """The first line of what a rival's call raises, or None."""
+    try:
+        call()
+    except (RuntimeError, ImportError, NotImplementedError, ValueError, TypeError) as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None
 
 
 @functools.cache
@@ -372,11 +393,15 @@ def quiet_collector() -> Iterator[None]:
 
 def resident_bytes() -> int:
     """Resident set of this process."""
+    import psutil  # not on every machine with a GPU, whose memory the allocator counts
+
     return int(psutil.Process().memory_info().rss)
 
 
 def own_bytes_of() -> int:
     """Resident set without the pages of files."""
+    import psutil
+
     memory = psutil.Process().memory_info()
     return int(memory.rss - memory.shared)
 
@@ -430,7 +455,10 @@ def machine() -> dict[str, str]:
     model = platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+        parts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        # Names such as "AMD EPYC" stand for chips of several generations, which family and model tell apart.
+        if "model name" in parts:
+            model = f"{parts['model name']} (family {parts.get('cpu family')} model {parts.get('model')})"
     gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
         **gpu,
@@ -438,5 +466,13 @@ def machine() -> dict[str, str]:
         "cores": str(os.cpu_count()),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": _version_of("triton"),
         "numpy": np.__version__,
     }
+
+
+def _version_of(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"

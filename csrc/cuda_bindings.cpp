@@ -1,13 +1,13 @@
-// Python meets the CUDA kernels here. Tensors arrive as addresses on the device with sizes, the stream as a
-// number; launches return at once. The Python side has checked values, the checks here are those that need no
-// device.
+// Python meets the CUDA kernels here. A problem is a struct with the kernels' own field names; tensors arrive
+// as addresses on the device, the stream as a number; launches return at once. The Python side has checked
+// values, the checks here are those that need no device.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
-#include <vector>
+#include <type_traits>
 
 #include "flash_attention/cuda.h"
 #include "nt_xent/cuda.h"
@@ -18,11 +18,6 @@ namespace {
 
 using Address = uintptr_t;
 
-template <class T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
 void require(bool condition, const std::string& message) {
   if (!condition) throw std::invalid_argument(message);
 }
@@ -31,56 +26,60 @@ void raise_failure(const std::string& op, const char* failure) {
   if (failure != nullptr) throw std::runtime_error(op + ": the CUDA launch failed: " + failure);
 }
 
-// Tensors (0: absent): query, key, value, cu_query, cu_key, order, first_tile, time_bias, times of the
-// queries, times of the keys, output, lse, grad_output, delta, grad_query, grad_key, grad_value, bias_parts.
-// Sizes: tiles at most, warps, sequences, heads, width, buckets.
-void flash_attention(int pass, const std::vector<Address>& tensors, const std::vector<int64_t>& sizes,
-                     int dtype, int64_t left, int64_t right, float scale, double dropout_p, uint64_t seed,
-                     Address stream) {
-  require(tensors.size() == 18 && sizes.size() == 6, "flash_attention: 18 tensors and 6 sizes must be given");
-  require(dtype >= 0 && dtype <= 2, "flash_attention: dtype must be 0, 1 or 2, got " + std::to_string(dtype));
-  const int vector = dtype == 0 ? 4 : 8;
-  require(sizes[4] >= 1 && sizes[4] <= 256 && sizes[4] % vector == 0,
+void require_aligned(const std::string& op, std::initializer_list<const void*> tensors) {
+  for (const void* tensor : tensors)
+    require(reinterpret_cast<Address>(tensor) % 16 == 0,
+            op + ": tensors must start at a multiple of 16 bytes");
+}
+
+// A struct whose fields Python sets by name; 0 is a null pointer.
+template <class Problem>
+class Struct {
+ public:
+  Struct(py::module_& module, const char* name) : class_(module, name) { class_.def(py::init<>()); }
+
+  template <class T>
+  Struct& field(const char* name, T Problem::* member) {
+    if constexpr (std::is_pointer_v<T>)
+      class_.def_property(
+          name, [member](const Problem& problem) { return reinterpret_cast<Address>(problem.*member); },
+          [member](Problem& problem, Address address) { problem.*member = reinterpret_cast<T>(address); });
+    else if constexpr (std::is_enum_v<T>)
+      class_.def_property(
+          name, [member](const Problem& problem) { return static_cast<int>(problem.*member); },
+          [member](Problem& problem, int number) { problem.*member = static_cast<T>(number); });
+    else
+      class_.def_readwrite(name, member);
+    return *this;
+  }
+
+ private:
+  py::class_<Problem> class_;
+};
+
+using Attention = ubp::FlashAttentionDeviceProblem;
+using Contrastive = ubp::NTXentDeviceProblem;
+
+void require_launchable(const std::string& op, int pass, ubp::DType dtype) {
+  const int number = static_cast<int>(dtype);
+  require(pass >= 0 && pass <= 2, op + ": pass must be 0, 1 or 2, got " + std::to_string(pass));
+  require(number >= 0 && number <= 2, op + ": dtype must be 0, 1 or 2, got " + std::to_string(number));
+}
+
+void flash_attention(int pass, const Attention& problem, Address stream) {
+  require_launchable("flash_attention", pass, problem.dtype);
+  const int vector = problem.dtype == ubp::DType::kFloat32 ? 4 : 8;
+  require(problem.width >= 1 && problem.width <= 256 && problem.width % vector == 0,
           "flash_attention: width must be a multiple of 16 bytes up to 256 numbers, got " +
-              std::to_string(sizes[4]));
-  for (const int at : {0, 1, 2, 10, 12, 14, 15, 16})
-    require(tensors[at] % 16 == 0, "flash_attention: tensors must start at a multiple of 16 bytes");
-  ubp::FlashAttentionDeviceProblem problem{};
-  problem.query = pointer<void>(tensors[0]);
-  problem.key = pointer<void>(tensors[1]);
-  problem.value = pointer<void>(tensors[2]);
-  problem.cu_query = pointer<int32_t>(tensors[3]);
-  problem.cu_key = pointer<int32_t>(tensors[4]);
-  problem.tiles = {pointer<int32_t>(tensors[5]), pointer<int32_t>(tensors[6]), sizes[0],
-                   static_cast<int>(sizes[1])};
-  problem.time_bias = pointer<float>(tensors[7]);
-  problem.query_time_s = pointer<int64_t>(tensors[8]);
-  problem.key_time_s = pointer<int64_t>(tensors[9]);
-  problem.output = pointer<void>(tensors[10]);
-  problem.lse = pointer<float>(tensors[11]);
-  problem.grad_output = pointer<void>(tensors[12]);
-  problem.delta = pointer<float>(tensors[13]);
-  problem.grad_query = pointer<void>(tensors[14]);
-  problem.grad_key = pointer<void>(tensors[15]);
-  problem.grad_value = pointer<void>(tensors[16]);
-  problem.bias_parts = pointer<float>(tensors[17]);
-  problem.sequences = static_cast<int>(sizes[2]);
-  problem.heads = static_cast<int>(sizes[3]);
-  problem.width = static_cast<int>(sizes[4]);
-  problem.buckets = static_cast<int>(sizes[5]);
-  problem.dtype = static_cast<ubp::DType>(dtype);
-  constexpr int64_t kFarthest = int64_t{1} << 32;  // so that no sum with a row overflows
-  problem.left = std::clamp<int64_t>(left, -1, kFarthest);
-  problem.right = std::clamp<int64_t>(right, -1, kFarthest);
-  problem.scale = scale;
-  problem.threshold = static_cast<uint32_t>(dropout_p * 4294967296.0);
-  problem.keep_factor = static_cast<float>(1.0 / (1.0 - dropout_p));
-  problem.seed = seed;
-  require(pass >= 0 && pass <= 2, "flash_attention: pass must be 0, 1 or 2, got " + std::to_string(pass));
+              std::to_string(problem.width));
+  require(problem.threshold == 0 || problem.seed != nullptr, "flash_attention: dropout needs a seed");
+  require_aligned("flash_attention",
+                  {problem.query, problem.key, problem.value, problem.output, problem.grad_output,
+                   problem.grad_query, problem.grad_key, problem.grad_value});
   const auto run = pass == 0   ? ubp::flash_attention_forward
                    : pass == 1 ? ubp::flash_attention_backward_queries
                                : ubp::flash_attention_backward_keys;
-  raise_failure("flash_attention", run(problem, pointer<void>(stream)));
+  raise_failure("flash_attention", run(problem, reinterpret_cast<void*>(stream)));
 }
 
 int flash_attention_warps(int pass, int dtype, int width, int buckets, int64_t rows) {
@@ -89,45 +88,73 @@ int flash_attention_warps(int pass, int dtype, int width, int buckets, int64_t r
                                     static_cast<int>(std::min<int64_t>(rows, 1024)));
 }
 
-// Tensors (0: absent): own rows, other rows, scales, ids, positives, largest, sums, losses, weights, grad,
-// moments. Sizes: own rows, other rows, numbers of the first of each, pairs, width, splits.
-void nt_xent(int pass, const std::vector<Address>& tensors, const std::vector<int64_t>& sizes, int dtype,
-             float inverse_temperature, Address stream) {
-  require(tensors.size() == 11 && sizes.size() == 7, "nt_xent: 11 tensors and 7 sizes must be given");
-  require(pass >= 0 && pass <= 2, "nt_xent: pass must be 0, 1 or 2, got " + std::to_string(pass));
-  require(dtype >= 0 && dtype <= 2, "nt_xent: dtype must be 0, 1 or 2, got " + std::to_string(dtype));
-  require(sizes[5] >= 64 && sizes[5] <= 2048 && sizes[5] % 64 == 0,
-          "nt_xent: width must be a multiple of 64 up to 2048, got " + std::to_string(sizes[5]));
-  require(tensors[0] % 16 == 0 && tensors[1] % 16 == 0 && tensors[9] % 16 == 0,
-          "nt_xent: tensors must start at a multiple of 16 bytes");
-  ubp::NTXentDeviceProblem problem{};
-  problem.own = pointer<void>(tensors[0]);
-  problem.other = pointer<void>(tensors[1]);
-  problem.scales = pointer<float>(tensors[2]);
-  problem.ids = pointer<int32_t>(tensors[3]);
-  problem.positives = pointer<float>(tensors[4]);
-  problem.largest = pointer<float>(tensors[5]);
-  problem.sums = pointer<float>(tensors[6]);
-  problem.losses = pointer<float>(tensors[7]);
-  problem.weights = pointer<float>(tensors[8]);
-  problem.grad = pointer<float>(tensors[9]);
-  problem.moments = pointer<float>(tensors[10]);
-  problem.own_rows = static_cast<int>(sizes[0]);
-  problem.other_rows = static_cast<int>(sizes[1]);
-  problem.own_first = static_cast<int>(sizes[2]);
-  problem.other_first = static_cast<int>(sizes[3]);
-  problem.pairs = static_cast<int>(sizes[4]);
-  problem.width = static_cast<int>(sizes[5]);
-  problem.splits = static_cast<int>(sizes[6]);
-  problem.dtype = static_cast<ubp::DType>(dtype);
-  problem.inverse_temperature = inverse_temperature;
-  raise_failure("nt_xent", ubp::nt_xent(static_cast<ubp::NTXentPass>(pass), problem, pointer<void>(stream)));
+void nt_xent(int pass, const Contrastive& problem, Address stream) {
+  require_launchable("nt_xent", pass, problem.dtype);
+  require(problem.width >= 64 && problem.width <= 2048 && problem.width % 64 == 0,
+          "nt_xent: width must be a multiple of 64 up to 2048, got " + std::to_string(problem.width));
+  require_aligned("nt_xent", {problem.own, problem.other, problem.grad});
+  raise_failure("nt_xent",
+                ubp::nt_xent(static_cast<ubp::NTXentPass>(pass), problem, reinterpret_cast<void*>(stream)));
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
   module.doc() = "Compiled CUDA kernels of ubp_fast; use them through ubp_fast.kernels.";
+  Struct<Attention>(module, "FlashAttentionProblem")
+      .field("query", &Attention::query)
+      .field("key", &Attention::key)
+      .field("value", &Attention::value)
+      .field("cu_query", &Attention::cu_query)
+      .field("cu_key", &Attention::cu_key)
+      .field("order", &Attention::order)
+      .field("first_tile", &Attention::first_tile)
+      .field("bound", &Attention::bound)
+      .field("warps", &Attention::warps)
+      .field("sequences", &Attention::sequences)
+      .field("heads", &Attention::heads)
+      .field("width", &Attention::width)
+      .field("dtype", &Attention::dtype)
+      .field("left", &Attention::left)
+      .field("right", &Attention::right)
+      .field("scale", &Attention::scale)
+      .field("time_bias", &Attention::time_bias)
+      .field("query_time_s", &Attention::query_time_s)
+      .field("key_time_s", &Attention::key_time_s)
+      .field("buckets", &Attention::buckets)
+      .field("threshold", &Attention::threshold)
+      .field("keep_factor", &Attention::keep_factor)
+      .field("seed", &Attention::seed)
+      .field("output", &Attention::output)
+      .field("lse", &Attention::lse)
+      .field("grad_output", &Attention::grad_output)
+      .field("delta", &Attention::delta)
+      .field("grad_query", &Attention::grad_query)
+      .field("grad_key", &Attention::grad_key)
+      .field("grad_value", &Attention::grad_value)
+      .field("bias_parts", &Attention::bias_parts);
+  Struct<Contrastive>(module, "NTXentProblem")
+      .field("own", &Contrastive::own)
+      .field("other", &Contrastive::other)
+      .field("dtype", &Contrastive::dtype)
+      .field("own_rows", &Contrastive::own_rows)
+      .field("other_rows", &Contrastive::other_rows)
+      .field("own_first", &Contrastive::own_first)
+      .field("other_first", &Contrastive::other_first)
+      .field("pairs", &Contrastive::pairs)
+      .field("width", &Contrastive::width)
+      .field("scales", &Contrastive::scales)
+      .field("valid", &Contrastive::valid)
+      .field("ids", &Contrastive::ids)
+      .field("inverse_temperature", &Contrastive::inverse_temperature)
+      .field("splits", &Contrastive::splits)
+      .field("positives", &Contrastive::positives)
+      .field("largest", &Contrastive::largest)
+      .field("sums", &Contrastive::sums)
+      .field("losses", &Contrastive::losses)
+      .field("weights", &Contrastive::weights)
+      .field("grad", &Contrastive::grad)
+      .field("moments", &Contrastive::moments);
   module.def("flash_attention", &flash_attention);
   module.def("nt_xent", &nt_xent);
   module.def("flash_attention_warps", &flash_attention_warps);

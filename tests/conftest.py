@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from ubp_fast.kernels import check_deferred
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
@@ -34,6 +36,14 @@ def same_thread_count() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def no_late_error() -> Iterator[None]:
+    """A value check that failed on the device belongs to the test that caused it."""
+    yield
+    if torch.cuda.is_available():
+        check_deferred()
 
 
 @pytest.fixture(autouse=True)

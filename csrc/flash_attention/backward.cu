@@ -42,7 +42,7 @@ __device__ __forceinline__ void store_bias_part(const FlashAttentionDeviceProble
   for (int bucket = static_cast<int>(threadIdx.x); bucket < problem.buckets;
        bucket += static_cast<int>(blockDim.x)) {
     float sum = 0;
-    for (int warp = 0; warp < problem.tiles.warps; ++warp) {
+    for (int warp = 0; warp < problem.warps; ++warp) {
       const float* table = tables + (warp * problem.buckets + bucket) * 32;
       for (int lane = 0; lane < 32; ++lane)
         sum += table[(lane + bucket) % 32];  // another bank for each thread
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32) queries_kernel(const FlashAtte
   Place place;
   if (!find_place<true>(problem, place)) return;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32,
-            own_rows = 16 * problem.tiles.warps;
+            own_rows = 16 * problem.warps;
   const int64_t stride = int64_t{problem.heads} * problem.width,
                 first_row = place.own_start + place.first_row;
 
@@ -70,8 +70,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32) queries_kernel(const FlashAtte
                                     stride};
   constexpr int kStaging = kStagingNumbers<T, kOtherRows<T, kWidth>>;
   T* staging = tiles.memory + 4 * tiles.kNumbers + warp * kStaging;
-  float* tables =
-      reinterpret_cast<float*>(tiles.memory + 4 * tiles.kNumbers + problem.tiles.warps * kStaging);
+  float* tables = reinterpret_cast<float*>(tiles.memory + 4 * tiles.kNumbers + problem.warps * kStaging);
   const int existing = place.own_count - place.first_row;
   load_tile<T, kWidth>(own_query, head_rows<T>(problem, problem.query, first_row, place.head), stride,
                        own_rows, existing, problem.width);
@@ -136,8 +135,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32) keys_kernel(const FlashAttenti
   Place place;
   if (!find_place<false>(problem, place)) return;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32,
-            own_rows = 16 * problem.tiles.warps,
-            first_column = static_cast<int>(blockIdx.z) * kGradColumns<kWidth>;
+            own_rows = 16 * problem.warps, first_column = static_cast<int>(blockIdx.z) * kGradColumns<kWidth>;
   const int64_t stride = int64_t{problem.heads} * problem.width,
                 first_row = place.own_start + place.first_row;
 
@@ -199,9 +197,8 @@ template <class T, int kWidth, bool kOwnIsQuery>
 const char* run_backward(const FlashAttentionDeviceProblem& problem, void* stream) {
   constexpr int kParts = kOwnIsQuery ? 1 : kWidth / kGradColumns<kWidth>;
   const int buckets = kOwnIsQuery && problem.time_bias != nullptr ? problem.buckets : 0;
-  const dim3 grid(static_cast<unsigned>(problem.tiles.bound), static_cast<unsigned>(problem.heads), kParts);
-  const int threads = problem.tiles.warps * 32,
-            bytes = shared_bytes<T, kWidth>(2, problem.tiles.warps, buckets);
+  const dim3 grid(static_cast<unsigned>(problem.bound), static_cast<unsigned>(problem.heads), kParts);
+  const int threads = problem.warps * 32, bytes = shared_bytes<T, kWidth>(2, problem.warps, buckets);
   if constexpr (kOwnIsQuery)
     return launch(&queries_kernel<T, kWidth>, grid, threads, bytes, stream, problem);
   else

@@ -9,19 +9,15 @@
 
 namespace ubp {
 
-// The tiles of the sequences follow each other, the longest sequence first: sequence order[s] has the tiles
-// first_tile[s] .. first_tile[s + 1] - 1. `bound` is at least first_tile[sequences], which only the device
-// knows.
-struct FlashAttentionTiles {
-  const int32_t *order, *first_tile;
-  int64_t bound;
-  int warps;  // a tile has 16 rows for each
-};
-
 struct FlashAttentionDeviceProblem {
   const void *query, *key, *value;
   const int32_t *cu_query, *cu_key;  // [sequences + 1]
-  FlashAttentionTiles tiles;         // of queries; of keys for flash_attention_backward_keys
+  // The tiles (of queries; of keys for flash_attention_backward_keys) of the sequences follow each other, the
+  // longest sequence first: sequence order[s] has the tiles first_tile[s] .. first_tile[s + 1] - 1. `bound`
+  // is at least first_tile[sequences], which only the device knows.
+  const int32_t *order, *first_tile;
+  int64_t bound;
+  int warps;  // a tile has 16 rows for each
   int sequences, heads, width;
   DType dtype;
   int64_t left, right;  // negative: all keys
@@ -31,7 +27,7 @@ struct FlashAttentionDeviceProblem {
   int buckets;
   uint32_t threshold;  // of dropout, 0: none
   float keep_factor;
-  uint64_t seed;
+  const uint64_t* seed;  // of dropout; null: none
   void* output;
   float* lse;               // [tokens, heads]
   const void* grad_output;  // backward only, as all below

@@ -65,18 +65,17 @@ struct Place {
 // False for blocks beyond the last tile.
 template <bool kOwnIsQuery>
 __device__ __forceinline__ bool find_place(const FlashAttentionDeviceProblem& problem, Place& place) {
-  const FlashAttentionTiles& tiles = problem.tiles;
   const int block = static_cast<int>(blockIdx.x);
-  if (block >= tiles.first_tile[problem.sequences]) return false;
+  if (block >= problem.first_tile[problem.sequences]) return false;
   int low = 0, high = problem.sequences - 1;  // the last slot that starts at or before the block
   while (low < high) {
     const int middle = (low + high + 1) / 2;
-    if (tiles.first_tile[middle] <= block)
+    if (problem.first_tile[middle] <= block)
       low = middle;
     else
       high = middle - 1;
   }
-  const int sequence = tiles.order[low];
+  const int sequence = problem.order[low];
   const int32_t *own = kOwnIsQuery ? problem.cu_query : problem.cu_key,
                 *other = kOwnIsQuery ? problem.cu_key : problem.cu_query;
   place.sequence = sequence;
@@ -85,7 +84,7 @@ __device__ __forceinline__ bool find_place(const FlashAttentionDeviceProblem& pr
   place.own_count = own[sequence + 1] - own[sequence];
   place.other_start = other[sequence];
   place.other_count = other[sequence + 1] - other[sequence];
-  place.first_row = (block - tiles.first_tile[low]) * 16 * tiles.warps;
+  place.first_row = (block - problem.first_tile[low]) * 16 * problem.warps;
   const int64_t difference = int64_t{place.other_count} - place.own_count;
   place.shift = kOwnIsQuery ? difference : -difference;
   return true;
@@ -166,7 +165,7 @@ __device__ __forceinline__ float dropout_factor(const FlashAttentionDeviceProble
   const uint32_t own = static_cast<uint32_t>(place.own_start + rows.row[half]),
                  there = static_cast<uint32_t>(place.other_start + other);
   const uint32_t word = philox_word(kOwnIsQuery ? there : own, kOwnIsQuery ? own : there,
-                                    static_cast<uint32_t>(place.head), problem.seed);
+                                    static_cast<uint32_t>(place.head), *problem.seed);
   return word >= problem.threshold ? problem.keep_factor : 0.0f;
 }
 

@@ -12,7 +12,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32) forward_kernel(const FlashAtte
   constexpr int kTiles = kOtherRows<T, kWidth> / 8, kStride = kTileStride<T, kWidth>;
   Place place;
   if (!find_place<true>(problem, place)) return;
-  const int warp = static_cast<int>(threadIdx.x) / 32, own_rows = 16 * problem.tiles.warps;
+  const int warp = static_cast<int>(threadIdx.x) / 32, own_rows = 16 * problem.warps;
   const int64_t stride = int64_t{problem.heads} * problem.width;
 
   T* own = reinterpret_cast<T*>(shared_memory());
@@ -98,9 +98,9 @@ __global__ void __launch_bounds__(kMaxWarps * 32) forward_kernel(const FlashAtte
 
 template <class T, int kWidth>
 const char* run_forward(const FlashAttentionDeviceProblem& problem, void* stream) {
-  const dim3 grid(static_cast<unsigned>(problem.tiles.bound), static_cast<unsigned>(problem.heads));
-  return launch(&forward_kernel<T, kWidth>, grid, problem.tiles.warps * 32,
-                shared_bytes<T, kWidth>(1, problem.tiles.warps, 0), stream, problem);
+  const dim3 grid(static_cast<unsigned>(problem.bound), static_cast<unsigned>(problem.heads));
+  return launch(&forward_kernel<T, kWidth>, grid, problem.warps * 32,
+                shared_bytes<T, kWidth>(1, problem.warps, 0), stream, problem);
 }
 
 }  // namespace

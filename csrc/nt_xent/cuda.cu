@@ -9,6 +9,8 @@
 //   shared memory   2 stages x (own chunk, other chunk) | weights between lanes (float)
 //
 // No two blocks write to the same place: results are the same every time.
+#include <type_traits>
+
 #include "common/tile.h"
 #include "nt_xent/cuda.h"
 
@@ -86,8 +88,8 @@ __device__ __forceinline__ Steps<T> steps_of_block(const NTXentDeviceProblem& pr
 
 // A row as query or candidate.
 struct Row {
-  bool exists;
-  int index;  // among [left; right]
+  bool exists;  // and is valid
+  int index;    // among [left; right]
   int pair, id;
   float scale;
 };
@@ -97,7 +99,8 @@ __device__ __forceinline__ Row make_row(const NTXentDeviceProblem& problem, int 
   if (!made.exists) return made;
   made.index = first + row;
   made.pair = made.index < problem.pairs ? made.index : made.index - problem.pairs;
-  made.id = problem.ids[made.pair];
+  made.exists = problem.valid == nullptr || problem.valid[made.pair];
+  made.id = problem.ids == nullptr ? made.pair : problem.ids[made.pair];
   made.scale = problem.scales[made.index];
   return made;
 }
@@ -148,6 +151,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) forward_kernel(const NTXentDeviceProblem problem) {
   const Steps<T> steps = steps_of_block<T>(problem, 0);
   const Row rows[2] = {own_row(problem, 0), own_row(problem, 1)};
+  const float inverse_temperature = *problem.inverse_temperature;
   float positive[2], largest[2] = {}, total[2] = {};
 #pragma unroll
   for (int half = 0; half < 2; ++half)
@@ -164,8 +168,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const NTXentDevicePro
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float& value = sum[tile][half * 2 + column];
-          const float gap =
-              (similarity(value, rows[half], other) - positive[half]) * problem.inverse_temperature;
+          const float gap = (similarity(value, rows[half], other) - positive[half]) * inverse_temperature;
           value = are_negatives(rows[half], other) ? gap : -INFINITY;
           tile_largest[half] = fmaxf(tile_largest[half], value);
         }
@@ -203,10 +206,16 @@ __device__ __forceinline__ Query query_of(const NTXentDeviceProblem& problem, co
   return {problem.positives[row.pair], problem.losses[row.index], problem.weights[row.index]};
 }
 
-// Turns products into the slopes of the other rows' numbers as they are stored, and adds to the moments.
+// Factor of the slopes, which are at most 4: small probabilities stay normal numbers in float16.
+template <class T>
+constexpr float kLift = std::is_same_v<T, Float16> ? 8192.0f : 1.0f;
+
+// Turns products into the slopes of the other rows' numbers as they are stored, times kLift, and adds to the
+// moments.
 template <class T>
 __device__ __forceinline__ void compute_slopes(const NTXentDeviceProblem& problem, const Row (&rows)[2],
-                                               const Query (&queries)[2], int first, float (&sum)[kTiles][4],
+                                               const Query (&queries)[2], int first,
+                                               float inverse_temperature, float (&sum)[kTiles][4],
                                                float (&moment)[2]) {
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
@@ -221,15 +230,15 @@ __device__ __forceinline__ void compute_slopes(const NTXentDeviceProblem& proble
           const float value = similarity(sum[tile][half * 2 + column], rows[half], other);
           const Query& here = queries[half];
           if (here.weight != 0.0f) {
-            const float gap = (value - here.positive) * problem.inverse_temperature;
+            const float gap = (value - here.positive) * inverse_temperature;
             slope = here.weight * exponential<T>(gap - here.loss);
             moment[half] = fmaf(slope, gap, moment[half]);
           }
           if (there.weight != 0.0f)
-            slope += there.weight *
-                     exponential<T>((value - there.positive) * problem.inverse_temperature - there.loss);
+            slope +=
+                there.weight * exponential<T>((value - there.positive) * inverse_temperature - there.loss);
         }
-        sum[tile][half * 2 + column] = slope * other.scale;
+        sum[tile][half * 2 + column] = slope * (other.scale * kLift<T>);
       }
     }
   }
@@ -243,12 +252,14 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const NTXentDevicePr
       reinterpret_cast<T*>(shared_memory()) + 4 * kChunkNumbers<T> + warp * kStagingNumbers<T, kRows>;
   const Row rows[2] = {own_row(problem, 0), own_row(problem, 1)};
   const Query queries[2] = {query_of(problem, rows[0]), query_of(problem, rows[1])};
+  const float inverse_temperature = *problem.inverse_temperature;
   float grad[kGradChunks][kTiles][4] = {}, moment[2] = {};
   if (steps.tiles > 0) steps.start(0);
   for (int number = 0; number < steps.tiles; ++number) {
     float sum[kTiles][4] = {};
     steps.similarities(number, sum);
-    compute_slopes<T>(problem, rows, queries, (steps.first_tile + number) * kRows, sum, moment);
+    compute_slopes<T>(problem, rows, queries, (steps.first_tile + number) * kRows, inverse_temperature, sum,
+                      moment);
 #pragma unroll
     for (int chunk = 0; chunk < kGradChunks; ++chunk) {
       if (chunk >= steps.grad_chunks) continue;
@@ -269,8 +280,8 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const NTXentDevicePr
       if (chunk >= steps.grad_chunks) continue;
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile)
-        store_pair(target + chunk * kChunk + tile * 8, grad[chunk][tile][half * 2],
-                   grad[chunk][tile][half * 2 + 1]);
+        store_pair(target + chunk * kChunk + tile * 8, grad[chunk][tile][half * 2] / kLift<T>,
+                   grad[chunk][tile][half * 2 + 1] / kLift<T>);
     }
   }
 }

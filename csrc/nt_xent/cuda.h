@@ -17,10 +17,11 @@ struct NTXentDeviceProblem {
   int own_rows, other_rows, own_first, other_first, pairs;
   int width;            // a multiple of 64
   const float* scales;  // [2 pairs] similarity of rows r and c = scales[r] scales[c] <row r, row c>
-  const int32_t* ids;   // [pairs]; pairs with the same id are no negatives of each other
-  float inverse_temperature;
-  int splits;        // parts of the other rows, each with results of its own
-  float* positives;  // [pairs], written by the first launch
+  const bool* valid;    // [pairs]; null: all
+  const int32_t* ids;   // [pairs]; pairs with the same id are no negatives of each other; null: all differ
+  const float* inverse_temperature;  // [1]
+  int splits;                        // parts of the other rows, each with results of its own
+  float* positives;                  // [pairs], written by the first launch
   // forward: largest gap to the positive, at least 0, and the sum of exp(gap - largest)
   float *largest, *sums;  // [splits, own_rows]
   // backward: gradients of the own rows by the negatives, and sum_c weight_r p_rc gap_rc

@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels in the configurations that are chosen at run time, for GPUs that need not be there.
+"""Compiles the Triton kernels with all tiles of the tables, for GPUs that need not be there.
 
 Run as a script, in a process of its own without TRITON_INTERPRET: prints a table of registers, spills, shared memory
 and instructions of the tensor cores; exits 1 where a kernel spills or misses them. `test_triton.py` runs it.
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ubp_fast.kernels import tiles
 from ubp_fast.kernels.flash_attention import _triton as attention
 from ubp_fast.kernels.flash_attention import _triton_kernels as attention_kernels
 from ubp_fast.kernels.flash_attention.reference import Problem as AttentionProblem
@@ -31,10 +33,10 @@ from ubp_fast.kernels.row_sparse import _triton as row_sparse
 from ubp_fast.kernels.row_sparse import _triton_kernels as row_sparse_kernels
 
 CAPABILITIES = (80, 90)
+CAPABILITY = {"sm_80": 80, "sm_86": 86, "sm_90": 90}
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-# Shared memory that a block may have: 163 KB on sm_80, 227 KB on sm_90.
-MOST_SHARED = {80: 163 * 1024, 90: 227 * 1024}
+MOST_SHARED = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}  # that a block may have
 
 
 class Build(NamedTuple):
@@ -85,23 +87,18 @@ def compiled(build: Build) -> Result:
 
 
 def attention_builds() -> Iterator[Build]:
-    """(dtype, width, mean length, extras): the usual tiles, and those whose registers are nearly used up."""
-    plain: dict[str, Any] = {}
+    """Every entry of the table, with the options that take the most registers."""
     everything = {"left": 70, "right": 0, "buckets": 64, "dropout_p": 0.1}
-    half, full = torch.bfloat16, torch.float32
-    for dtype, width, length, extras in (
-        (half, 32, 40, plain),
-        (half, 64, 40, everything),
-        (half, 64, 100, plain),
-        (half, 64, 1000, {"right": 0}),
-        (half, 128, 1000, {"right": 0}),
-        (half, 256, 1000, plain),
-        (full, 64, 40, everything),
-    ):
-        yield from attention_build(dtype, width, length, extras)
+    for entry in tiles.load(attention.TABLE):
+        dtype = torch.float32 if entry["kind"] == "float32" else torch.bfloat16
+        extras = {"right": 0} if entry["kind"] == "plain" else everything
+        width = 64 if dtype == torch.float32 else entry["width"]  # wider float32 spills in dq
+        yield attention_build(entry["device"], entry["kernel"], dtype, width, entry["length"] or 1000, extras)
 
 
-def attention_build(dtype: torch.dtype, width: int, length: int, extras: dict[str, Any]) -> Iterator[Build]:
+def attention_build(
+    device: str, kernel: str, dtype: torch.dtype, width: int, length: int, extras: dict[str, Any]
+) -> Build:
     query = torch.empty(8 * length, 4, width, dtype=dtype, device="meta")
     offsets = torch.empty(9, dtype=torch.int32, device="meta")
     bias = torch.empty(4, extras["buckets"], device="meta") if "buckets" in extras else None
@@ -115,25 +112,26 @@ def attention_build(dtype: torch.dtype, width: int, length: int, extras: dict[st
     tensors |= dict.fromkeys(("lse_ptr", "delta_ptr", "bias_ptr", "dbias_ptr"), "*fp32")
     tensors |= dict.fromkeys(("time_ptr", "key_time_ptr", "seed_ptr"), "*i64")
     tensors |= {"cu_ptr": "*i32", "cu_key_ptr": "*i32", "scale": "fp32", "keep_scale": "fp32", "threshold": "i64"}
-    for kernel, capability in itertools.product(("forward", "dq", "dkv"), CAPABILITIES):
-        function = getattr(attention_kernels, f"{'backward_' * (kernel != 'forward')}{kernel}_kernel")
-        chosen = attention.tiles(kernel, problem, length, divmod(capability, 10))
-        constants = attention.constants(kernel, problem, chosen)
-        options = {name: constants[name] for name in ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")}
-        constants = {name: value for name, value in constants.items() if name.isupper()}
-        absent = [] if bias is not None else ["bias_ptr", "time_ptr", "key_time_ptr", "dbias_ptr"]
-        absent += [] if seed is not None else ["seed_ptr"]
-        constants |= {name: None for name in absent if name in function.arg_names}
-        name = f"attention {kernel} {item} D={width} {chosen.block_m}x{chosen.block_n} {'+'.join(extras) or 'plain'}"
-        yield Build(name, capability, function, tensors, constants, options, dtype != torch.float32)
+    function = getattr(attention_kernels, f"{'backward_' * (kernel != 'forward')}{kernel}_kernel")
+    chosen = attention.tiles(kernel, problem, length, (device,))
+    constants = attention.constants(kernel, problem, chosen)
+    options = {name: constants[name] for name in ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")}
+    constants = {name: value for name, value in constants.items() if name.isupper()}
+    absent = [] if bias is not None else ["bias_ptr", "time_ptr", "key_time_ptr", "dbias_ptr"]
+    absent += [] if seed is not None else ["seed_ptr"]
+    constants |= {name: None for name in absent if name in function.arg_names}
+    name = f"attention {kernel} {item} D={width} {chosen.block_m}x{chosen.block_n} {'+'.join(extras)}"
+    return Build(name, CAPABILITY[device], function, tensors, constants, options, dtype != torch.float32)
 
 
 def contrastive_builds() -> Iterator[Build]:
-    for dtype, width in ((torch.bfloat16, 128), (torch.bfloat16, 512), (torch.float32, 128)):
-        yield from contrastive_build(dtype, width)
+    """Every entry of the table."""
+    for entry in tiles.load(contrastive.TABLE):
+        dtype = torch.float32 if entry["kind"] == "float32" else torch.bfloat16
+        yield contrastive_build(entry["device"], entry["kernel"], dtype, min(entry["width"], 512))
 
 
-def contrastive_build(dtype: torch.dtype, width: int) -> Iterator[Build]:
+def contrastive_build(device: str, kernel: str, dtype: torch.dtype, width: int) -> Build:
     item = TYPES[dtype]
     rows, row = torch.empty(64, width, dtype=dtype, device="meta"), torch.empty(64, device="meta")
     problem = ContrastiveProblem(rows, rows, row, "simclr", row, row.bool(), row.long(), True)
@@ -146,15 +144,14 @@ def contrastive_build(dtype: torch.dtype, width: int) -> Iterator[Build]:
         "weight_ptr": "*fp32",
         "slope_ptr": "*fp32",
     }
-    for kernel, capability in itertools.product(("statistics", "gradient"), CAPABILITIES):
-        chosen = contrastive.tiles(kernel, dtype, width, capability >= 90)
-        constants = contrastive.constants(f"{kernel}_kernel", problem, chosen)
-        options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "maxnreg")}
-        if kernel == "gradient":
-            constants |= {"HAS_ROW_LOSS": True, "HAS_COLUMN_LOSS": True}
-        name = f"nt_xent {kernel} {item} E={width} {chosen.block_m}x{chosen.block_n}x{chosen.block_k} all options"
-        function = getattr(contrastive_kernels, f"{kernel}_kernel")
-        yield Build(name, capability, function, tensors, constants, options, dtype != torch.float32)
+    chosen = contrastive.tiles(kernel, dtype, width, (device,))
+    constants = contrastive.constants(f"{kernel}_kernel", problem, chosen)
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "maxnreg")}
+    if kernel == "gradient":
+        constants |= {"HAS_ROW_LOSS": True, "HAS_COLUMN_LOSS": True}
+    name = f"nt_xent {kernel} {item} E={width} {chosen.block_m}x{chosen.block_n}x{chosen.block_k} all options"
+    function = getattr(contrastive_kernels, f"{kernel}_kernel")
+    return Build(name, CAPABILITY[device], function, tensors, constants, options, dtype != torch.float32)
 
 
 def pair_builds() -> Iterator[Build]:
@@ -214,17 +211,28 @@ def row_sparse_builds() -> Iterator[Build]:
 COLUMNS = ("arch", "warps", "regs", "spill", "shared", "dot")
 
 
+BUILDS = (attention_builds, contrastive_builds, pair_builds, row_sparse_builds)
+
+
+def check(place: tuple[int, int]) -> tuple[str, bool]:
+    """The table's line of a build, by its maker and number in BUILDS, and whether it is as it should be."""
+    build = list(BUILDS[place[0]]())[place[1]]
+    found = compiled(build)
+    is_wrong = found.spilled_bytes > 0 or found.shared_bytes > MOST_SHARED[build.capability]
+    is_wrong |= build.uses_tensor_cores and found.tensor_core == "-"
+    cells = (f"sm_{build.capability}", build.options["num_warps"], *found, "WRONG" if is_wrong else "")
+    return " ".join([f"{build.name:75}", *(f"{cell!s:>6}" for cell in cells)]), not is_wrong
+
+
 def main() -> int:
-    failures = 0
     print(f"triton {triton.__version__}\n{'kernel':75}", *(f"{name:>6}" for name in COLUMNS))
-    for build in (*attention_builds(), *contrastive_builds(), *pair_builds(), *row_sparse_builds()):
-        found = compiled(build)
-        is_wrong = found.spilled_bytes > 0 or found.shared_bytes > MOST_SHARED[build.capability]
-        is_wrong |= build.uses_tensor_cores and found.tensor_core == "-"
-        failures += is_wrong
-        cells = (f"sm_{build.capability}", build.options["num_warps"], *found, "WRONG" if is_wrong else "")
-        print(f"{build.name:75}", *(f"{cell!s:>6}" for cell in cells), flush=True)
-    return 1 if failures else 0
+    places = [(maker, at) for maker, builds in enumerate(BUILDS) for at in range(len(list(builds())))]
+    with ProcessPoolExecutor() as pool:
+        is_right = []
+        for line, is_ok in pool.map(check, places):
+            print(line, flush=True)
+            is_right.append(is_ok)
+    return 0 if all(is_right) else 1
 
 
 if __name__ == "__main__":

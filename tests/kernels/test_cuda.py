@@ -9,6 +9,8 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ import torch
 from support import cuda_emulation
 from support.cases import ATTENTION_CASES, PackedCase, case_options, packed_inputs
 from support.closeness import assert_matches_reference
-from support.contrastive_cases import RESULTS, options, pair, results
+from support.contrastive_cases import RESULTS, assert_small_probabilities_count, options, pair, results
+from support.waits import nothing_waits
 from torch import Tensor
 
 from ubp_fast.kernels import BackendUnavailable, cuda, flash_attention, nt_xent
@@ -48,9 +51,13 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     """Where tensors live so that backend "cuda" takes them."""
     if request.param == "cuda":
         return "cuda"
-    monkeypatch.setattr(cuda, "module", cuda_emulation.load(request.getfixturevalue("library")))
-    monkeypatch.setattr(cuda, "unsupported", lambda tensor: None)
+    emulate(request.getfixturevalue("library"), monkeypatch)
     return "cpu"
+
+
+def emulate(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "module", cuda_emulation.load(library))
+    monkeypatch.setattr(cuda, "unsupported", lambda tensor: None)
 
 
 def moved(tensors: Any, device: str) -> list[Any]:
@@ -150,6 +157,26 @@ def test_attention_compiles_as_one_graph(case: PackedCase, device: str) -> None:
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("case", REGISTERED_CASES, ids=str)
+def test_attention_waits_for_nothing(case: PackedCase, library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    emulate(library, monkeypatch)
+    *rows, cu_seqlens, _ = packed_inputs(case, torch.bfloat16)
+    leaves = [part.detach().requires_grad_() for part in rows]
+    with nothing_waits(monkeypatch):
+        output = flash_attention(*leaves, cu_seqlens, backend="cuda", **case_options(case))
+        torch.autograd.grad(output, leaves, output.detach())
+
+
+@pytest.mark.parametrize("negatives", NEGATIVES)
+def test_nt_xent_waits_for_nothing(negatives: str, library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    emulate(library, monkeypatch)
+    sides = [side.requires_grad_() for side in pair(9, 8, torch.bfloat16)]
+    tau = torch.tensor(0.1, requires_grad=True)
+    with nothing_waits(monkeypatch):
+        loss = nt_xent(*sides, temperature=tau, negatives=negatives, backend="cuda", **options(9))
+        torch.autograd.grad(loss, [*sides, tau])
+
+
 # Rows, width, temperature, whether weight, valid and ids are given, whether rows are normalised.
 CONTRASTIVE_CASES = (
     (1, 1, 0.1, False, True),
@@ -211,6 +238,10 @@ def test_nt_xent_gradient_is_accurate_when_the_loss_is_near_zero(device: str) ->
     assert rows.grad is not None
     wanted = torch.full((7,), math.exp(-50) / 0.02 / 8)
     torch.testing.assert_close(rows.grad[0, 1:].cpu(), wanted, rtol=1e-4, atol=0)
+
+
+def test_nt_xent_of_small_probabilities_in_float16(device: str) -> None:
+    assert_small_probabilities_count(torch.float16, "cuda", device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -316,3 +347,76 @@ def test_emulation_notices_mistakes(library: Path, which: int, message: str | No
     source, found = torch.ones(64), np.zeros(64, np.float32)
     said = check(library, "check_mistake", which, ctypes.c_void_p(source.data_ptr()), pointer(found))
     assert (message in said) if message else np.isnan(found).any()
+
+
+# What stands in place of the emulation on a device, as compiled: each instruction with the places that its operands are
+# loaded from and stored to, in bytes. In the PTX ISA the first source of `cvt...x2` is the upper half.
+INSTRUCTIONS = {
+    "pack_bf16": "cvt.rn.bf16x2.f32 out+0, in+4, in+0",
+    "pack_fp16": "cvt.rn.f16x2.f32 out+0, in+4, in+0",
+    "multiply_bf16": "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {out+0, out+4, out+8, out+12}, "
+    "{in+0, in+4, in+8, in+12}, {in+16, in+20}, {out+0, out+4, out+8, out+12}",
+    "multiply_fp16": "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {out+0, out+4, out+8, out+12}, "
+    "{in+0, in+4, in+8, in+12}, {in+16, in+20}, {out+0, out+4, out+8, out+12}",
+    "load": "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {out+0, out+4, out+8, out+12}",
+    "load_transposed": "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {out+0, out+4, out+8, out+12}",
+}
+WRAPPED = """
+#include "common/device.h"
+using namespace ubp;
+template <class T> __device__ void multiply(const uint32_t* in, float* out) {
+  float sum[4] = {out[0], out[1], out[2], out[3]};
+  const uint32_t a[4] = {in[0], in[1], in[2], in[3]};
+  multiply_fragments<T>(sum, a, in[4], in[5]);
+  for (int at = 0; at < 4; ++at) out[at] = sum[at];
+}
+#define ENTRY extern "C" __global__ void
+ENTRY pack_bf16(const float* in, uint32_t* out) { out[0] = pack<BFloat16>(in[0], in[1]); }
+ENTRY pack_fp16(const float* in, uint32_t* out) { out[0] = pack<Float16>(in[0], in[1]); }
+ENTRY multiply_bf16(const uint32_t* in, float* out) { multiply<BFloat16>(in, out); }
+ENTRY multiply_fp16(const uint32_t* in, float* out) { multiply<Float16>(in, out); }
+ENTRY load(const uint32_t* in, uint32_t* out) {
+  uint32_t found[4];
+  load_matrices(found, shared_memory() + in[0]);
+  for (int at = 0; at < 4; ++at) out[at] = found[at];
+}
+ENTRY load_transposed(const uint32_t* in, uint32_t* out) {
+  uint32_t found[4];
+  load_matrices_transposed(found, shared_memory() + in[0]);
+  for (int at = 0; at < 4; ++at) out[at] = found[at];
+}
+"""
+
+
+@pytest.fixture(scope="session")
+def instructions(tmp_path_factory: pytest.TempPathFactory) -> str:
+    if shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc: the emulation replaces these lines")
+    folder = tmp_path_factory.mktemp("ptx")
+    (folder / "wrapped.cu").write_text(WRAPPED, encoding="utf-8")
+    flags = ["-ptx", "-std=c++17", "-arch=sm_80", f"-I{cuda_emulation.ROOT / 'csrc'}"]
+    cuda_emulation.run(["nvcc", *flags, str(folder / "wrapped.cu"), "-o", str(folder / "wrapped.ptx")])
+    return (folder / "wrapped.ptx").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", INSTRUCTIONS)
+def test_device_instructions_take_their_operands_in_the_order_of_the_ptx_isa(name: str, instructions: str) -> None:
+    body = instructions.split(f".entry {name}(")[1].split("\n}")[0]
+    places: dict[str, str] = {}
+    for register, parameter in re.findall(r"ld\.param\.u64\s+(%\w+), \[\w+_param_(\d)\]", body):
+        places[register] = ("in", "out")[int(parameter)]
+    for register, source in re.findall(r"cvta\.to\.global\.u64\s+(%\w+), (%\w+)", body):
+        places[register] = places[source]
+
+    def place(address: str) -> str:
+        base, _, offset = address.partition("+")
+        return f"{places[base]}+{offset or 0}"
+
+    for register, address in re.findall(r"ld\.global\.\w+\s+(%\w+), \[([^\]]+)\]", body):
+        places[register] = place(address)
+    for address, register in re.findall(r"st\.global\.\w+\s+\[([^\]]+)\], (%\w+)", body):
+        places.setdefault(register, place(address))
+    wanted = INSTRUCTIONS[name]
+    (line,) = (line.strip() for line in body.splitlines() if line.strip().startswith(wanted.split()[0] + " "))
+    found = re.sub(r"%\w+", lambda match: places.get(match[0], match[0]), line.rstrip(";"))
+    assert found.startswith(wanted)

@@ -15,10 +15,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from ubp_fast.kernels import BackendUnavailable, flash_attention
-from ubp_fast.kernels.flash_attention import _triton
+from ubp_fast.kernels.flash_attention import _triton, _triton_kernels
 from ubp_fast.kernels.flash_attention.api import _backward_op, _bounds, _forward_op
 
 require_triton_device()
+
+import triton  # noqa: E402
+from triton import language as tl  # noqa: E402
 
 # Around tiles of 16 (short), 32, 64 and 128 rows (16-bit types; the mean length chooses), and inside of long ones.
 SMALL_CASES = (
@@ -220,11 +223,12 @@ def test_compiles_as_one_graph() -> None:
         torch.testing.assert_close(mine, theirs)
 
 
-def test_offsets_that_change_are_read_again() -> None:
+def test_offsets_that_change_are_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU's offsets are read once, not in every layer; until somebody writes to them."""
     query, key, value, cu_seqlens, _ = inputs(PLAIN, torch.float32)
     for _ in range(2):
         flash_attention(query, key, value, cu_seqlens, backend="triton")
+    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")  # checks are immediate
     with pytest.raises(ValueError, match="cu_seqlens must end at the number of rows 7, got 8"):
         flash_attention(*3 * [query[:7]], cu_seqlens, backend="triton")
     cu_seqlens[1] = 99
@@ -242,14 +246,56 @@ def test_search_takes_as_many_rounds_as_sequences_need() -> None:
     assert [_triton._levels(count) for count in (0, 1, 128, 129, 128**2, 128**2 + 1)] == [1, 1, 1, 2, 2, 3]
 
 
+@pytest.mark.parametrize("sequences", [5, 128, 129, 16_384, 16_385, 40_000])
+def test_every_level_of_the_search_finds_the_tile(sequences: int) -> None:
+    """Slots around the first and last tile of sequences that lie at the edges of the rounds."""
+    lengths = torch.randint(0, 40, (sequences,), generator=torch.Generator().manual_seed(sequences))
+    lengths[::3] = 0
+    offsets, block = cumulative(tuple(lengths.tolist())), 16
+    first = offsets[:-1] // block + torch.arange(sequences)
+    edges = {0, 1, sequences // 2, sequences - 1, *(edge + by for edge in (128, 16_384, 32_768) for by in (-1, 0, 1))}
+    chosen = sorted(edge for edge in edges if 0 <= edge < sequences)
+    slots = torch.cat([first[chosen], (first[chosen] + (lengths[chosen] - 1).clamp(min=0) // block)]).int()
+    found = torch.full((len(slots), 4), -1, dtype=torch.int32, device=DEVICE)
+    _tile_of_slot[(len(slots),)](
+        slots.to(DEVICE), offsets.int().to(DEVICE), found, sequences, BLOCK=block, LEVELS=_triton._levels(sequences)
+    )
+    sequence = torch.tensor(2 * chosen)
+    rows = (slots - first[sequence]) * block
+    wanted = torch.stack([sequence, offsets[sequence], lengths[sequence], rows], dim=1).int()
+    assert torch.equal(found.cpu(), wanted)
+
+
+@triton.jit
+def _tile_of_slot(slots_ptr, cu_ptr, found_ptr, sequences, BLOCK: tl.constexpr, LEVELS: tl.constexpr):
+    at = tl.program_id(0)
+    sequence, start, rows, first = _triton_kernels._tile(tl.load(slots_ptr + at), cu_ptr, sequences, BLOCK, LEVELS)
+    tl.store(found_ptr + at * 4, sequence)
+    tl.store(found_ptr + at * 4 + 1, start)
+    tl.store(found_ptr + at * 4 + 2, rows)
+    tl.store(found_ptr + at * 4 + 3, first)
+
+
 @pytest.mark.gpu
 @pytest.mark.slow
-def test_offsets_beyond_int32() -> None:
-    """4.3e9 elements a tensor: the last sequence alone gives the same rows."""
-    rows, length = 2**25 + 2**13, 2**13
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_elements_beyond_int32(backend: str) -> None:
+    """2^24 + 2^13 rows of 2 x 64: 2^31 elements and more. The last sequence alone gives the same rows and gradients."""
+    rows, length = 2**24 + 2**13, 2**13
     query = torch.randn(rows, 2, 64, dtype=torch.bfloat16, device=DEVICE)
+    assert query.numel() > 2**31
     offsets = torch.arange(0, rows + 1, length, device=DEVICE)
-    found = flash_attention(query, query, query, offsets, causal=True, backend="triton")
-    last = query[-length:]
-    alone = flash_attention(last, last, last, offsets[:2], causal=True, backend="triton")
-    assert torch.equal(found[-length:], alone)
+    grad = torch.randn(length, 2, 64, dtype=torch.bfloat16, device=DEVICE)
+
+    def last_rows(part: Tensor, offsets: Tensor) -> list[Tensor]:
+        leaf = part.detach().requires_grad_()
+        output = flash_attention(leaf, leaf, leaf, offsets, causal=True, backend=backend)
+        whole = torch.zeros_like(output)
+        whole[-length:] = grad
+        (found,) = torch.autograd.grad(output, leaf, whole)
+        assert not found[:-length].any()
+        return [output[-length:].detach(), found[-length:].clone()]
+
+    found = last_rows(query, offsets)
+    alone = last_rows(query[-length:].clone(), offsets[:2])
+    assert all(map(torch.equal, found, alone)) and found[1].any()

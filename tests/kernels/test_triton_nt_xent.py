@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from support.closeness import assert_matches_reference
-from support.contrastive_cases import RESULTS, options, pair, results
+from support.contrastive_cases import RESULTS, assert_small_probabilities_count, options, pair, results
 from support.gpu import DEVICE, DTYPES, HAS_GPU, require_triton_device
 from torch import Tensor
 
 from ubp_fast.kernels import BackendUnavailable
 from ubp_fast.kernels.nt_xent import NTXentLoss, _triton, nt_xent
 from ubp_fast.kernels.nt_xent.api import NEGATIVES
+from ubp_fast.kernels.nt_xent.reference import Problem
 
 require_triton_device()
 
@@ -91,6 +92,10 @@ def test_gradient_is_accurate_when_the_loss_is_near_zero() -> None:
     wanted = torch.full((7,), math.exp(-50) / 0.02 / 8)
     torch.testing.assert_close(a.grad[0, 1:].cpu(), wanted, rtol=1e-4, atol=0)
     assert float(tau.grad) == pytest.approx(7 * math.exp(-50) * 50 / 0.02, rel=1e-4)
+
+
+def test_small_probabilities_count_in_float16() -> None:
+    assert_small_probabilities_count(torch.float16, "triton", DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -215,11 +220,57 @@ def test_float64_is_refused() -> None:
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_a_million_rows_fit() -> None:
-    """2^20 rows of 512: below 16 GB, and offsets beyond 2^31 bytes; equal to the same rows in a smaller batch."""
+    """2^20 rows of 512 in less than 16 GB; the gradients of some rows of left equal those of the whole softmax."""
     torch.cuda.reset_peak_memory_stats()
     left = torch.randn(2**20, 512, dtype=torch.bfloat16, device=DEVICE).requires_grad_()
     right = (left.detach() + 0.5 * torch.randn_like(left)).requires_grad_()
     loss = nt_xent(left, right, temperature=0.05, backend="triton")
-    loss.backward()
-    assert torch.isfinite(loss) and torch.isfinite(left.grad[-1]).all() and left.grad[-1].any()
-    assert torch.cuda.max_memory_allocated() < 16e9
+    (loss * 2**20).backward()
+    assert torch.isfinite(loss) and torch.isfinite(right.grad).all() and torch.cuda.max_memory_allocated() < 16e9
+    chosen = torch.tensor([0, 1, 2**19, 2**20 - 65, 2**20 - 1], device=DEVICE)
+    some = left.detach()[chosen].double().requires_grad_()
+    others = torch.nn.functional.normalize(right.detach().float())
+    scores = (torch.nn.functional.normalize(some).float() @ others.T).double() / 0.05
+    torch.nn.functional.cross_entropy(scores, chosen, reduction="sum").backward()
+    mine = left.grad[chosen].double()
+    assert (mine - some.grad).norm() <= 2 * torch.finfo(torch.bfloat16).eps * some.grad.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["statistics", "gradient"])
+def test_rows_beyond_int32_elements(kernel: str) -> None:
+    """2^22 + 100 pairs of 512, 2^32 elements: blocks of the last rows and columns equal those of these rows alone."""
+    pairs, last, kind = 2**22 + 100, 200, torch.bfloat16
+    left = torch.randn(pairs, 512, dtype=kind, device=DEVICE)
+    many, few = (_problem_of(rows) for rows in (left, left[-last:].clone()))
+    assert 2 * left.numel() > 2**32
+    found = []
+    for problem in (many, few):
+        count = len(problem.left)
+        prepared, end = _triton._prepare(problem), 2 * count
+        own, others = (end - last, last), (end - last, last)  # of right, the second half of the rows
+        chosen = _triton._tiles_here(kernel, problem)
+        grid = (math.ceil(last / chosen.block_m), 1)
+        facts = (*prepared, *_triton._row_facts(problem))
+        if kernel == "statistics":
+            results = tuple(torch.zeros(1, last, dtype=torch.float64, device=DEVICE) for _ in range(2))
+            _triton._launch(
+                "statistics_kernel", grid, problem, *facts, *results, count, *own, *others, last, chosen=chosen
+            )
+            found.append(torch.cat(results))
+            continue
+        slope = torch.zeros(2 * count, 512, dtype=torch.float32, device=DEVICE)
+        moment = torch.zeros(grid[0], dtype=torch.float64, device=DEVICE)
+        losses = torch.full((2 * count,), 9.0, dtype=torch.float64, device=DEVICE)
+        weight = torch.ones(count, dtype=torch.float32, device=DEVICE)
+        sides = {"HAS_ROW_LOSS": True, "HAS_COLUMN_LOSS": True}
+        more = (losses, weight, slope, moment, count, *own, *others)
+        _triton._launch("gradient_kernel", grid, problem, *facts, *more, chosen=chosen, **sides)
+        found.append(slope[-last:].clone())
+    assert torch.equal(*found) and found[0].any()
+
+
+def _problem_of(rows: Tensor) -> Problem:
+    weight, tau = torch.ones(len(rows), device=DEVICE), torch.tensor(0.1, dtype=torch.float64, device=DEVICE)
+    return Problem(rows, rows, tau, "symmetric", weight, None, None, True)

@@ -56,3 +56,21 @@ def assert_native_is_close(left: Tensor, right: Tensor, temperature: float, case
     truth = results(left, right, temperature, torch.float64, backend="reference", **chosen)
     for name, mine, same, exact in zip(RESULTS, found, plain, truth, strict=True):
         assert_matches_reference(mine, same, exact, f"nt_xent {name}", case)
+
+
+def assert_small_probabilities_count(dtype: torch.dtype, backend: str, device: str | torch.device) -> None:
+    """Near matches: each negative weighs about 1e-7, which float16 alone rounds to a few multiples of 6e-8.
+
+    What the negatives weigh in all is what the positive loses, so that the whole gradient is of their size. The loss is
+    scaled as mixed-precision training does it, for gradients that float16 can hold.
+    """
+    left = rows(48, 64, 1, dtype)
+    right = (left + 0.02 * rows(48, 64, 2, dtype)).to(dtype)
+    gradients = []
+    for kind, where, name in ((dtype, device, backend), (torch.float64, "cpu", "reference")):
+        sides = [side.to(where, kind, copy=True).requires_grad_() for side in (left, right)]
+        loss = nt_xent(*sides, temperature=0.062, negatives="symmetric", backend=name)
+        (loss * 2.0**21).backward()
+        gradients.append([side.grad.double().cpu() for side in sides])
+    for mine, truth in zip(*gradients, strict=True):
+        assert (mine - truth).norm() <= 2 * torch.finfo(dtype).eps * truth.norm()

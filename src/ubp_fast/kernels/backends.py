@@ -7,8 +7,9 @@ An operator hands in its implementations (modules with `unsupported(problem) -> 
 from __future__ import annotations
 
 import functools
+import importlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -20,6 +21,31 @@ MIN_CAPABILITY = (8, 0)  # tensor cores for bfloat16, asynchronous copies
 
 class BackendUnavailable(RuntimeError):
     """The named backend cannot run this problem on this machine; the message says why."""
+
+
+class Lazy(Mapping[str, ModuleType]):
+    """Backends of an operator by name, each imported when it is first asked for."""
+
+    def __init__(self, package: str, **modules: str) -> None:
+        self._package, self._modules = package, modules
+
+    def __getitem__(self, name: str) -> ModuleType:
+        return importlib.import_module(f"{self._package}.{self._modules[name]}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+
+def _unsupported(implementations: Mapping[str, ModuleType], name: str, problem: Any) -> str | None:
+    try:
+        module = implementations[name]
+    except ImportError as error:
+        return f"it cannot be imported ({error})"
+    reason: str | None = module.unsupported(problem)
+    return reason
 
 
 def resolve(
@@ -45,13 +71,13 @@ def resolve(
             raise BackendUnavailable(
                 f"{op}: backend '{backend}' does not exist in this version; use one of {['auto', *implementations]}"
             )
-        reason = implementations[backend].unsupported(problem)
+        reason = _unsupported(implementations, backend, problem)
         if reason is not None:
             raise BackendUnavailable(f"{op}: backend '{backend}' is unavailable: {reason}; use backend='auto'")
         return backend
     reasons = []
     for name in order:
-        reason = implementations[name].unsupported(problem)
+        reason = _unsupported(implementations, name, problem)
         if reason is None:
             return name
         reasons.append(f"{name}: {reason}")

@@ -55,9 +55,12 @@ def launch(function: Callable[..., None], tensor: Tensor, *arguments: Any) -> No
         function(*arguments, torch.cuda.current_stream().cuda_stream)
 
 
-def address(tensor: Tensor | None) -> int:
-    """Of the first number; 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
+def problem(kind: Callable[[], Any], **fields: Tensor | float | None) -> Any:
+    """A struct of the compiled module with these fields: tensors go in as addresses, None as a null pointer."""
+    made = kind()
+    for name, value in fields.items():
+        setattr(made, name, 0 if value is None else value.data_ptr() if isinstance(value, Tensor) else value)
+    return made
 
 
 def aligned(tensor: Tensor) -> Tensor:

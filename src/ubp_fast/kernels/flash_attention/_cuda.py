@@ -17,6 +17,7 @@ from ubp_fast.kernels import cuda
 from ubp_fast.kernels.flash_attention.reference import Gradients, Problem
 
 FORWARD, BACKWARD_QUERIES, BACKWARD_KEYS = 0, 1, 2
+FARTHEST = 2**32  # as good as unbounded, and no sum with a row overflows
 MAX_HEADS = 65_535
 WARP_ROWS = 16
 
@@ -27,11 +28,11 @@ class _Inputs(NamedTuple):
     query: Tensor
     key: Tensor
     value: Tensor
-    cu_seqlens: Tensor
-    cu_seqlens_key: Tensor
+    cu_query: Tensor
+    cu_key: Tensor
     time_bias: Tensor | None
-    timestamp_s: Tensor | None
-    timestamp_key_s: Tensor | None
+    query_time_s: Tensor | None
+    key_time_s: Tensor | None
 
 
 class _Results(NamedTuple):
@@ -86,9 +87,9 @@ def _as_wide_as(query: Tensor, rows: Tensor) -> Tensor:
 
 def _run(which: int, problem: Problem, inputs: _Inputs, results: _Results) -> Tensor | None:
     """One pass. The queries' backward pass returns the gradient of time_bias."""
-    offsets, rows = inputs.cu_seqlens, inputs.query
+    offsets, rows = inputs.cu_query, inputs.query
     if which == BACKWARD_KEYS:
-        offsets, rows = inputs.cu_seqlens_key, inputs.key
+        offsets, rows = inputs.cu_key, inputs.key
     tokens, heads, width = rows.shape
     sequences, buckets = len(offsets) - 1, 0 if inputs.time_bias is None else inputs.time_bias.shape[1]
     parts = None
@@ -100,11 +101,28 @@ def _run(which: int, problem: Problem, inputs: _Inputs, results: _Results) -> Te
     bound = tokens // (warps * WARP_ROWS) + sequences
     if which == BACKWARD_QUERIES and buckets:
         parts = torch.zeros(bound, heads, buckets, dtype=torch.float32, device=rows.device)
-    tensors = (*inputs[:5], order, first_tile, *inputs[5:], *results, parts)
-    sizes = [bound, warps, sequences, heads, width, buckets]
-    seed = 0 if problem.seed is None else int(problem.seed) % 2**64
-    options = (dtype, problem.left, problem.right, problem.scale, problem.dropout_p, seed)
-    cuda.launch(kernels.flash_attention, rows, which, [cuda.address(tensor) for tensor in tensors], sizes, *options)
+    launched = cuda.problem(
+        kernels.FlashAttentionProblem,
+        **inputs._asdict(),
+        **results._asdict(),
+        bias_parts=parts,
+        order=order,
+        first_tile=first_tile,
+        bound=bound,
+        warps=warps,
+        sequences=sequences,
+        heads=heads,
+        width=width,
+        dtype=dtype,
+        left=min(problem.left, FARTHEST),
+        right=min(problem.right, FARTHEST),
+        scale=problem.scale,
+        buckets=buckets,
+        threshold=int(problem.dropout_p * 2**32),
+        keep_factor=1.0 / (1.0 - problem.dropout_p),
+        seed=problem.seed,
+    )
+    cuda.launch(kernels.flash_attention, rows, which, launched)
     return None if parts is None else parts.sum(dim=0, dtype=torch.float64).float()
 
 

@@ -8,13 +8,15 @@ buckets].
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ubp_fast.kernels.backends import capability, triton_unavailable
+from ubp_fast.kernels import tiles as tile_table
+from ubp_fast.kernels.backends import triton_unavailable
 from ubp_fast.kernels.flash_attention.reference import UNBOUNDED, Gradients, Problem
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,21 +33,7 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-HOPPER = (9, 10)  # first numbers of the compute capability of cards with products of warp groups
-SMALL_MEMORY = ((8, 6), (8, 9))  # and 12.x: cards with 100 KB of shared memory for a block
-# (kernel, width) -> tiles on sm_80 and, from sm_90, where the products of a warp group read shared memory and leave
-# more registers. Each is the largest of its kind that does not spill.
-LONG = {
-    ("forward", 64): (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3)),
-    ("forward", 128): (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3)),
-    ("forward", 256): (Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)),
-    ("dq", 64): (Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2)),
-    ("dq", 128): (Tiles(64, 64, 8, 2), Tiles(128, 64, 8, 2)),
-    ("dq", 256): (Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2)),
-    ("dkv", 64): (Tiles(32, 128, 8, 2), Tiles(64, 128, 8, 2)),
-    ("dkv", 128): (Tiles(32, 64, 8, 2), Tiles(32, 128, 8, 2)),
-    ("dkv", 256): (Tiles(32, 32, 8, 1), Tiles(16, 64, 8, 1)),
-}
+TABLE = Path(__file__).with_name("tiles.json")
 
 
 def unsupported(problem: Problem) -> str | None:
@@ -59,29 +47,25 @@ def unsupported(problem: Problem) -> str | None:
     return triton_unavailable(problem.query.device)
 
 
-def tiles(kernel: str, problem: Problem, mean_length: float, capability: tuple[int, int]) -> Tiles:
-    """The rule that chooses blocks; `mean_length` is that of the side whose rows a tile owns.
+def kind(problem: Problem) -> str:
+    """What the table of tiles tells apart beside width and length.
+
+    Buckets and masks of dropout take many registers per score; float32 multiplies without tensor cores and holds its
+    operands in registers.
+    """
+    if problem.query.dtype == torch.float32:
+        return "float32"
+    return "plain" if problem.time_bias is None and problem.seed is None else "options"
+
+
+def tiles(kernel: str, problem: Problem, mean_length: float, device: tuple[str, ...]) -> Tiles:
+    """The tiles of a kernel; `mean_length` is that of the side whose rows a tile owns.
 
     A tile should be about as long as a sequence: 16 rows to 12, 32 rows to 48 (user histories), 64 rows to 160, else
-    the tiles of LONG, at which the tensor cores wait neither for memory nor for the exponential. Buckets and masks of
-    dropout take so many registers per score that those problems stay at 32 rows; so do rows wider than 128 that are
-    not long. Cards with 100 KB of shared memory stop at 64 rows. float32 multiplies without tensor cores and holds its
-    operands in registers: one small size.
-    `tests/kernels/test_triton.py` prints registers and asserts that none spills (but float32 wider than 128, in dq).
+    large ones, at which the tensor cores wait neither for memory nor for the exponential.
     """
-    width = 64 if problem.query.shape[2] <= 64 else _power_of_two(problem.query.shape[2])
-    if problem.query.dtype == torch.float32:
-        return Tiles(16, 16, 8, 1)
-    if problem.time_bias is not None or problem.seed is not None:
-        return Tiles(32, 32, 8, 1) if width > 128 else Tiles(32, 32, 4, 2)
-    if mean_length <= 12 and width <= 64:
-        return Tiles(16, 16, 1, 2)
-    is_small = capability in SMALL_MEMORY or capability[0] == 12
-    if mean_length <= 48 or (is_small and width > 128):
-        return Tiles(32, 32, 8, 1) if width > 128 else Tiles(32, 32, width // 32, 2)
-    if (mean_length <= 160 or is_small) and width <= 128:
-        return Tiles(32, 64, width // 16, 2) if kernel == "dkv" else Tiles(64, 64, 4, 2)
-    return LONG[kernel, width][capability[0] in HOPPER]
+    found = tile_table.choose(TABLE, device, kernel, kind(problem), problem.query.shape[2], mean_length)
+    return Tiles(*found)
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -110,7 +94,8 @@ def backward(problem: Problem, output: Tensor, lse: Tensor, grad_output: Tensor)
 def _tiles_here(kernel: str, problem: Problem) -> Tiles:
     """The tiles for this device and the mean length of the side that a tile owns."""
     rows = len(problem.key if kernel == "dkv" else problem.query)
-    return tiles(kernel, problem, rows / max(1, len(problem.cu_seqlens) - 1), capability(problem.query.device))
+    device = tile_table.device_names(problem.query.device)
+    return tiles(kernel, problem, rows / max(1, len(problem.cu_seqlens) - 1), device)
 
 
 def _slots(cu_seqlens: Tensor, rows: int, block: int) -> int:
@@ -136,8 +121,7 @@ def _launch(name: str, problem: Problem, owner: Tensor, rows: int, *tensors: Ten
     optional = (problem.time_bias, problem.timestamp_s, problem.timestamp_key_s)
     times = [None if part is None else part.contiguous() for part in optional]
     device = problem.query.device
-    seed = None if problem.seed is None else problem.seed.to(device)
-    shared = (*sides, problem.cu_seqlens, problem.cu_seqlens_key, *times, seed)
+    shared = (*sides, problem.cu_seqlens, problem.cu_seqlens_key, *times, problem.seed)
     with torch.cuda.device(device if device.type == "cuda" else -1):
         function[(slots, heads)](*shared, *tensors, *strides, len(owner) - 1, slots, **constants(name, problem, chosen))
 

@@ -26,7 +26,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ubp_fast.kernels import backends
+from ubp_fast.kernels import backends, deferred
 from ubp_fast.kernels.checks import require, require_dtype, require_same
 from ubp_fast.kernels.flash_attention import _cuda, _native, _triton, reference
 from ubp_fast.kernels.flash_attention.reference import UNBOUNDED, Problem, lse_dtype
@@ -83,7 +83,8 @@ def flash_attention(
         timestamp_key_s: int64 [S], of the keys; None: timestamp_s.
         dropout_p: share of the attention weights set to 0, in [0, 1); the others grow by 1 / (1 - p).
         seed: decides which weights: an integer of 64 bits, or an int64 tensor of one element, which keeps a compiled
-            graph whole. The same seed gives the same mask on every device. None: drawn from torch's default generator.
+            graph whole. The same seed gives the same mask on every device. None: drawn from torch's generator of the
+            device.
         backend: "auto", "native" (compiled, CPU), "triton" (NVIDIA GPU), "cuda" (compiled, capability 8.0 and newer) or
             "reference". "auto" takes the first of native, triton and reference that computes these tensors.
 
@@ -91,7 +92,8 @@ def flash_attention(
         [T, H, D] in the dtype of query. The same in every run and for any number of threads, bit by bit.
 
     Raises:
-        ValueError: shapes, devices, offsets or numbers break the rules above.
+        ValueError: shapes, devices, offsets or numbers break the rules above. On a CUDA device nothing waits for the
+            values of offsets: wrong ones give rows that hold anything, and a later call raises (`check_deferred`).
         TypeError: a dtype breaks them.
         BackendUnavailable: the named backend does not exist, or not for these tensors.
     """
@@ -104,7 +106,9 @@ def flash_attention(
     _check_times(query, key, time_bias, timestamp_s, timestamp_key_s)
     options = (left, right, scale, float(dropout_p), backend)
     times = (time_bias, timestamp_s, timestamp_key_s)
-    output, _ = _forward_op(query, key, value, cu_seqlens, cu_seqlens_key, *times, _seed(dropout_p, seed), *options)
+    output, _ = _forward_op(
+        query, key, value, cu_seqlens, cu_seqlens_key, *times, _seed(dropout_p, seed, query.device), *options
+    )
     return output
 
 
@@ -140,8 +144,8 @@ def _check_times(
             require(False, OP, name, f"have one entry for each of {len(rows)} rows", list(times.shape))
 
 
-def _seed(dropout_p: float, seed: int | Tensor | None) -> Tensor | None:
-    """Int64 [1] where something is dropped, else None."""
+def _seed(dropout_p: float, seed: int | Tensor | None, device: torch.device) -> Tensor | None:
+    """Int64 [1] where something is dropped, else None; made on the device, which nothing waits for."""
     require(0.0 <= dropout_p < 1.0, OP, "dropout_p", "be in [0, 1)", dropout_p)
     if isinstance(seed, Tensor):
         require_dtype(OP, "seed", seed, (torch.int64,))
@@ -152,8 +156,8 @@ def _seed(dropout_p: float, seed: int | Tensor | None) -> Tensor | None:
     if dropout_p == 0.0:
         return None
     if seed is None:
-        return torch.randint(2**63 - 1, (1,))
-    return torch.full((1,), seed, dtype=torch.int64)
+        return torch.randint(2**63 - 1, (1,), device=device)
+    return torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, cu_seqlens_key: Tensor) -> None:
@@ -180,25 +184,42 @@ def _check(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, cu_seq
         require(False, OP, "cu_seqlens_key", rule, len(cu_seqlens_key))
 
 
-def _check_offsets(name: str, offsets: Tensor, tokens: int) -> None:
-    """Rules about values; inside the op, where reading them cannot break a graph, and before int64 becomes int32.
+OFFSETS_RULE = "start at 0, never decrease and end at the number of rows"
 
-    Reading waits for a GPU, so that offsets on one are read once, by the first layer that gets them. On the CPU they
-    may share memory with an array, whose writes no version counts.
+
+def _checked_offsets(name: str, offsets: Tensor, tokens: int) -> Tensor:
+    """The offsets as int32, after the rules about their values; inside the op, where reading cannot break a graph.
+
+    Where checks are deferred, wrong offsets become zeros: empty sequences, so that no kernel leaves the tensors. They
+    are looked at once, by the first layer that gets them. Those of a CPU may share memory with an array, whose writes
+    no version counts.
     """
-    is_counted = offsets.is_cuda and not offsets.is_inference()
-    state = (offsets._version, tokens) if is_counted else None
-    if is_counted and getattr(offsets, "_ubp_fast_checked", None) == state:
-        return
-    values = offsets.tolist()
     require(tokens < 2**31, OP, name, "count fewer than 2^31 rows", tokens)
-    require(values[0] == 0, OP, name, "start at 0", values[0])
-    require(values[-1] == tokens, OP, name, f"end at the number of rows {tokens}", values[-1])
-    for at in range(1, len(values)):
-        if values[at] < values[at - 1]:
-            raise ValueError(f"{OP}: {name} must not decrease, got {values[at - 1]} then {values[at]} at entry {at}")
-    if is_counted:
-        offsets._ubp_fast_checked = state  # type: ignore[attr-defined]
+    if not deferred.is_deferred(offsets.device):
+        _check_offsets(name, offsets, tokens)
+        return offsets.int()
+    state = None if offsets.is_inference() else (offsets._version, tokens)
+    known = getattr(offsets, "_ubp_fast_checked", None)
+    if state is not None and known is not None and known[0] == state:
+        checked: Tensor = known[1]
+        return checked
+    is_bad = (offsets[:1] != 0).any() | (offsets[-1:] != tokens).any() | (offsets.diff() < 0).any()
+    deferred.report(is_bad, ValueError, f"{OP}: {name} must {OFFSETS_RULE}")
+    checked = offsets.masked_fill(is_bad, 0).int()
+    if state is not None:
+        offsets._ubp_fast_checked = (state, checked)  # type: ignore[attr-defined]
+    return checked
+
+
+def _check_offsets(name: str, offsets: Tensor, tokens: int) -> None:
+    first, last = int(offsets[0]), int(offsets[-1])
+    require(first == 0, OP, name, "start at 0", first)
+    require(last == tokens, OP, name, f"end at the number of rows {tokens}", last)
+    falls = offsets.diff() < 0
+    if bool(falls.any()):
+        at = int(falls.int().argmax()) + 1
+        before, here = offsets[at - 1 : at + 1].tolist()
+        raise ValueError(f"{OP}: {name} must not decrease, got {before} then {here} at entry {at}")
 
 
 @torch.library.custom_op("ubp_fast::flash_attention", mutates_args=())
@@ -218,10 +239,10 @@ def _forward_op(
     dropout_p: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    _check_offsets("cu_seqlens", cu_seqlens, query.shape[0])
-    _check_offsets("cu_seqlens_key", cu_seqlens_key, key.shape[0])
-    tensors = (query, key, value, cu_seqlens.int(), cu_seqlens_key.int())
-    problem = Problem(*tensors, left, right, scale, time_bias, timestamp_s, timestamp_key_s, dropout_p, seed)
+    deferred.poll(query.device)
+    sides = (query, key, value, cu_seqlens, cu_seqlens_key)
+    times = (time_bias, timestamp_s, timestamp_key_s)
+    problem = _problem(*sides, left, right, scale, times, dropout_p, seed)
     return _implementation(backend, problem).forward(problem)
 
 
@@ -246,10 +267,32 @@ def _backward_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The last result is empty without a time_bias: an op returns tensors only."""
-    tensors = (query, key, value, cu_seqlens.int(), cu_seqlens_key.int())
-    problem = Problem(*tensors, left, right, scale, time_bias, timestamp_s, timestamp_key_s, dropout_p, seed)
+    sides = (query, key, value, cu_seqlens, cu_seqlens_key)
+    times = (time_bias, timestamp_s, timestamp_key_s)
+    problem = _problem(*sides, left, right, scale, times, dropout_p, seed)
     *gradients, grad_bias = _implementation(backend, problem).backward(problem, output, lse, grad_output)
     return *gradients, query.new_empty(0) if grad_bias is None else grad_bias
+
+
+def _problem(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_key: Tensor,
+    left: int,
+    right: int,
+    scale: float,
+    times: tuple[Tensor | None, Tensor | None, Tensor | None],
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Problem:
+    """The problem with checked offsets; backward finds those that forward has checked, or checks them again."""
+    offsets = _checked_offsets("cu_seqlens", cu_seqlens, len(query))
+    is_self = cu_seqlens_key is cu_seqlens and len(key) == len(query)
+    offsets_key = offsets if is_self else _checked_offsets("cu_seqlens_key", cu_seqlens_key, len(key))
+    seed = None if seed is None else seed.to(query.device, non_blocking=True)
+    return Problem(query, key, value, offsets, offsets_key, left, right, scale, *times, dropout_p, seed)
 
 
 def _implementation(backend: str, problem: Problem) -> ModuleType:

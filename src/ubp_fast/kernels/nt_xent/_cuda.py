@@ -1,8 +1,9 @@
 """The CUDA kernels: `csrc/nt_xent/cuda.cu`. Rows are prepared, and their gradients finished, by PyTorch.
 
-Rows that are not valid are left out. 16-bit rows keep their numbers (times a power of two each) and are divided by
-their length after the products; float32 rows are normalised first. Backward computes the similarities again, once per
-256 columns. Memory: a few [2N, E] matrices in float32. Results are the same every time.
+16-bit rows keep their numbers (times a power of two each) and are divided by their length after the products; float32
+rows are normalised first. Rows that are not valid are zeros that meet nobody. Backward computes the similarities again,
+once per 256 columns. Memory: a few [2N, E] matrices in float32. Results are the same every time, and nothing waits for
+the device.
 """
 
 from __future__ import annotations
@@ -24,21 +25,21 @@ LARGEST_EXPONENT = 126  # of a power of two whose reciprocal is a normal float
 
 
 class _Rows(NamedTuple):
-    """The rows that take part, left then right, as the kernels read them.
+    """Rows of both sides, left then right, as the kernels read them.
 
     Attributes:
-        kept: int64 [K], which rows they are; None for all.
-        stored: [2K, E filled to chunks].
-        scale: float32 [2K]; scale * stored is the row of the loss.
-        inverse_length: float32 [2K, 1], 1 / length of the input row, 0 for zero rows; None: rows are not normalised.
-        ids: int32 [K].
+        stored: [2N, E filled to chunks].
+        scale: float32 [2N]; scale * stored is the row of the loss.
+        inverse_length: float32 [2N, 1], 1 / length of the input row, 0 for zero rows; None: rows are not normalised.
+        ids: int32 [N], dense; None: all differ.
+        inverse_temperature: float32 [1].
     """
 
-    kept: Tensor | None
     stored: Tensor
     scale: Tensor
     inverse_length: Tensor | None
-    ids: Tensor
+    ids: Tensor | None
+    inverse_temperature: Tensor
 
 
 class _Side(NamedTuple):
@@ -55,19 +56,18 @@ def unsupported(problem: Problem) -> str | None:
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """Loss (0-d) and the row losses [N] ([2N] for symmetric and simclr), float64; 0 for rows that are not valid."""
-    rows, directions = _rows(problem), _directions(problem)
-    row_losses = torch.zeros(directions, len(problem.left), dtype=torch.float64, device=problem.left.device)
-    if len(rows.ids):
+    rows, directions, count = _rows(problem), _directions(problem), len(problem.left)
+    row_losses = torch.zeros(directions, count, dtype=torch.float64, device=problem.left.device)
+    if count:
         positives, losses = _positives(problem, rows), []
-        for side in _sides(problem, len(rows.ids))[:directions]:
-            splits, count = _splits(side), side.own.stop - side.own.start
-            largest, sums = (_empty(rows, splits, count) for _ in range(2))
-            _launch(FORWARD, problem, rows, side, positives, largest, sums)
+        for side in _sides(problem)[:directions]:
+            splits, own = _splits(side), side.own.stop - side.own.start
+            largest, sums = (_empty(rows, splits, own) for _ in range(2))
+            _launch(FORWARD, problem, rows, side, positives=positives, largest=largest, sums=sums)
             peak = largest.double().amax(dim=0)
             total = (sums * torch.exp(largest.double() - peak)).sum(dim=0)
             losses.append(peak + torch.log1p(torch.expm1(-peak) + total))
-        found = torch.cat(losses).view(directions, -1)
-        row_losses = found if rows.kept is None else row_losses.index_copy_(1, rows.kept, found)
+        row_losses = _of_valid(problem, torch.cat(losses).view(directions, -1))
     weight = problem.row_weight.double()
     total_weight = weight.sum() * directions
     loss = (row_losses * weight).sum() / torch.where(total_weight == 0, 1.0, total_weight)
@@ -76,35 +76,47 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
 
 def backward(problem: Problem, grad: Tensor, row_losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of left, right and temperature; the similarities are computed again."""
-    rows, directions = _rows(problem), _directions(problem)
-    total = problem.row_weight.double().sum() * directions
-    factor = grad.double() / (torch.where(total == 0, 1.0, total) * problem.temperature.to(total))
-    if not len(rows.ids):
+    rows, directions, weight = _rows(problem), _directions(problem), problem.row_weight
+    total = weight.double().sum() * directions
+    factor = grad.double() / (torch.where(total == 0, 1.0, total) * _temperature(problem))
+    if not len(problem.left):
         nothing = torch.zeros_like(problem.left), torch.zeros_like(problem.right)
         return *nothing, torch.zeros_like(problem.temperature)
-    losses, weight = row_losses.view(directions, -1), problem.row_weight
-    if rows.kept is not None:
-        losses, weight = losses[:, rows.kept], weight[rows.kept]
+    losses = row_losses.view(directions, -1)
     share = (torch.expm1(-losses).sum(dim=0) * weight).repeat(2)  # slope of each row at its positive
-    asked = functional.pad(losses.flatten().float(), (0, (2 - directions) * len(weight)))
-    weights = functional.pad(weight.float().repeat(directions), (0, (2 - directions) * len(weight)))
+    unasked = (0, (2 - directions) * len(weight))
+    asked, weights = functional.pad(losses.flatten().float(), unasked), weight.float().repeat(directions)
+    weights = functional.pad(weights, unasked)
     positives, slopes, moment = _positives(problem, rows), [], torch.zeros_like(total)
-    for side in _sides(problem, len(rows.ids)):
-        splits, count = _splits(side), side.own.stop - side.own.start
-        parts, moments = _empty(rows, splits, count, rows.stored.shape[1]), _empty(rows, splits, count)
-        _launch(BACKWARD, problem, rows, side, positives, None, None, asked, weights, parts, moments)
+    for side in _sides(problem):
+        splits, own = _splits(side), side.own.stop - side.own.start
+        parts, moments = _empty(rows, splits, own, rows.stored.shape[1]), _empty(rows, splits, own)
+        sums = {"grad": parts, "moments": moments}
+        _launch(BACKWARD, problem, rows, side, positives=positives, losses=asked, weights=weights, **sums)
         slopes.append(parts[0] if splits == 1 else parts.sum(dim=0))
-        moment = moment + moments.sum(dtype=torch.float64)
+        moment = moment + _of_valid(problem, moments).sum(dtype=torch.float64)
     left, right = _finish(problem, rows, torch.cat(slopes), share.float(), factor.float())
     return left, right, (-moment * factor).to(problem.temperature)
+
+
+def _of_valid(problem: Problem, values: Tensor) -> Tensor:
+    """Values [..., N or 2N], 0 where the row is not valid: the kernels write nothing there."""
+    if problem.valid is None:
+        return values
+    return values.masked_fill(~problem.valid.repeat(values.shape[-1] // len(problem.valid)), 0)
 
 
 def _directions(problem: Problem) -> int:
     return 1 if problem.negatives == "cross" else 2
 
 
-def _sides(problem: Problem, pairs: int) -> list[_Side]:
+def _temperature(problem: Problem) -> Tensor:
+    return problem.temperature.to(problem.left.device, torch.float64, non_blocking=True)
+
+
+def _sides(problem: Problem) -> list[_Side]:
     """The launches of a backward pass; the first ones are those of forward."""
+    pairs = len(problem.left)
     left, right, both = slice(0, pairs), slice(pairs, 2 * pairs), slice(0, 2 * pairs)
     return [_Side(both, both)] if problem.negatives == "simclr" else [_Side(left, right), _Side(right, left)]
 
@@ -115,14 +127,9 @@ def _splits(side: _Side) -> int:
 
 
 def _rows(problem: Problem) -> _Rows:
-    kept = None if problem.valid is None else problem.valid.nonzero().flatten()
-    sides = [rows if kept is None else rows[kept] for rows in (problem.left, problem.right)]
-    rows = torch.cat(sides)
-    count = len(sides[0])
-    if problem.ids is None:
-        ids = torch.arange(count, dtype=torch.int32, device=rows.device)
-    else:
-        ids = torch.unique(problem.ids if kept is None else problem.ids[kept], return_inverse=True)[1].int()
+    rows = torch.cat((problem.left, problem.right))
+    if problem.valid is not None:
+        rows = rows.masked_fill(~problem.valid.repeat(2)[:, None], 0)
     scale, inverse_length = torch.ones(len(rows), dtype=torch.float32, device=rows.device), None
     if problem.normalize:
         largest = rows.abs().amax(dim=1, keepdim=True).float()
@@ -137,7 +144,18 @@ def _rows(problem: Problem) -> _Rows:
         rows = scaled / length if rows.dtype == torch.float32 else scaled
         scale = scale if rows.dtype == torch.float32 else (1 / length).flatten()
     missing = -rows.shape[1] % CHUNK_COLUMNS
-    return _Rows(kept, cuda.aligned(functional.pad(rows, (0, missing))), scale, inverse_length, ids)
+    inverse_temperature = (1.0 / _temperature(problem)).float().reshape(1)
+    stored = cuda.aligned(functional.pad(rows, (0, missing)))
+    return _Rows(stored, scale, inverse_length, _dense(problem.ids), inverse_temperature)
+
+
+def _dense(ids: Tensor | None) -> Tensor | None:
+    """The ids numbered from 0 in their order, int32: `torch.unique` would wait to know how many there are."""
+    if ids is None:
+        return None
+    ordered, order = ids.sort()
+    rank = functional.pad((ordered[1:] != ordered[:-1]).cumsum(0), (1, 0))
+    return torch.empty_like(rank).scatter_(0, order, rank).int()
 
 
 def _empty(rows: _Rows, *shape: int) -> Tensor:
@@ -145,34 +163,45 @@ def _empty(rows: _Rows, *shape: int) -> Tensor:
 
 
 def _positives(problem: Problem, rows: _Rows) -> Tensor:
-    """Similarities of the pairs float32 [K], computed as in the tiles: equal rows then have a gap of exactly 0."""
-    pairs = len(rows.ids)
+    """Similarities of the pairs float32 [N], computed as in the tiles: equal rows then have a gap of exactly 0."""
+    pairs = len(problem.left)
     positives = _empty(rows, pairs)
-    _launch(POSITIVES, problem, rows, _Side(slice(0, pairs), slice(pairs, 2 * pairs)), positives)
+    _launch(POSITIVES, problem, rows, _Side(slice(0, pairs), slice(pairs, 2 * pairs)), positives=positives)
     return positives
 
 
-def _launch(which: int, problem: Problem, rows: _Rows, side: _Side, positives: Tensor, *more: Tensor | None) -> None:
-    tensors = (rows.stored[side.own], rows.stored[side.other], rows.scale, rows.ids, positives, *more)
-    tensors = (*tensors, *[None] * (11 - len(tensors)))
-    starts = [side.own.start, side.other.start]
-    counts = [side.own.stop - side.own.start, side.other.stop - side.other.start]
-    sizes = [*counts, *starts, len(rows.ids), rows.stored.shape[1], _splits(side)]
-    numbers = (cuda.DTYPES[rows.stored.dtype], 1.0 / float(problem.temperature))
-    cuda.launch(cuda.kernels().nt_xent, rows.stored, which, [cuda.address(part) for part in tensors], sizes, *numbers)
+def _launch(which: int, problem: Problem, rows: _Rows, side: _Side, **tensors: Tensor) -> None:
+    kernels = cuda.kernels()
+    launched = cuda.problem(
+        kernels.NTXentProblem,
+        own=rows.stored[side.own],
+        other=rows.stored[side.other],
+        dtype=cuda.DTYPES[rows.stored.dtype],
+        own_rows=side.own.stop - side.own.start,
+        other_rows=side.other.stop - side.other.start,
+        own_first=side.own.start,
+        other_first=side.other.start,
+        pairs=len(problem.left),
+        width=rows.stored.shape[1],
+        scales=rows.scale,
+        valid=None if problem.valid is None else problem.valid.contiguous(),
+        ids=rows.ids,
+        inverse_temperature=rows.inverse_temperature,
+        splits=_splits(side),
+        **tensors,
+    )
+    cuda.launch(kernels.nt_xent, rows.stored, which, launched)
 
 
 def _finish(problem: Problem, rows: _Rows, slopes: Tensor, share: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the inputs from those of the rows of the loss by their negatives; adds what the positives give."""
-    width, pairs = problem.left.shape[1], len(rows.ids)
+    width, pairs = problem.left.shape[1], len(problem.left)
     unit = rows.stored[:, :width].float() * rows.scale[:, None]
     slopes = slopes[:, :width] + share[:, None] * unit.roll(pairs, 0)
     if rows.inverse_length is not None:
         along = (slopes * unit).sum(dim=1, keepdim=True)
         slopes = (slopes - unit * along) * rows.inverse_length
+    if problem.valid is not None:
+        slopes = slopes.masked_fill(~problem.valid.repeat(2)[:, None], 0)
     left, right = (part.to(problem.left.dtype, copy=True) for part in (slopes * factor).split(pairs))
-    if rows.kept is None:
-        return left, right
-    whole = (torch.zeros(problem.left.shape, dtype=left.dtype, device=left.device) for _ in range(2))
-    left, right = (into.index_copy_(0, rows.kept, part) for into, part in zip(whole, (left, right), strict=True))
     return left, right

@@ -8,16 +8,19 @@ matrix once from each side in forward and in backward, "simclr" at all of its ow
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ubp_fast.kernels.backends import capability, triton_unavailable
+from ubp_fast.kernels import tiles as tile_table
+from ubp_fast.kernels.backends import triton_unavailable
 from ubp_fast.kernels.nt_xent.reference import Problem
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TABLE = Path(__file__).with_name("tiles.json")
 MAX_ROWS = 2**29  # row numbers of both sides are int32
 PROGRAMS = 528  # four for each multiprocessor of the largest GPU of today; small problems split their columns for it
 
@@ -50,24 +53,17 @@ def unsupported(problem: Problem) -> str | None:
     return triton_unavailable(problem.left.device)
 
 
-def tiles(kernel: str, dtype: torch.dtype, width: int, is_hopper: bool) -> Tiles:
-    """The rule that chooses blocks.
+def tiles(kernel: str, dtype: torch.dtype, width: int, device: tuple[str, ...]) -> Tiles:
+    """The tiles of a kernel.
 
     Up to 256 elements a block of rows is loaded whole, once; each block of columns once, for the similarities and, in
-    the gradient, for the sum. Wider rows are multiplied 64 elements at a time, and the gradient is summed in parts of
-    512 elements, for each of which the similarities are computed again. float32 multiplies in float64: small blocks, 16
-    elements at a time, parts of 64. `tests/kernels/test_triton.py` prints registers and asserts that none spills.
+    the gradient, for the sum. Wider rows are multiplied a part at a time, and the gradient is summed in parts, for each
+    of which the similarities are computed again. float32 multiplies in float64, in small blocks.
     """
+    kind = "float32" if dtype == torch.float32 else "half"
     whole = max(16, 1 << (width - 1).bit_length())
-    if dtype == torch.float32:
-        return Tiles(32, 32, 16, min(whole, 64), 4 if kernel == "statistics" else 8, 1)
-    if whole > 256:
-        if kernel == "statistics":
-            return Tiles(128, 128, 64, 0, 8, 3) if is_hopper else Tiles(64, 64, 64, 0, 8, 3)
-        return Tiles(64, 32, 64, 512, 8, 2)
-    if kernel == "statistics":
-        return Tiles(64 if whole > 128 else 128, 64, whole, whole, 8, 2)
-    return Tiles(64, 32 if whole > 128 else 64, whole, whole, 8, 2)
+    m, n, k, e, warps, stages = tile_table.choose(TABLE, device, kernel, kind, width)
+    return Tiles(m, n, whole if k is None else k, whole if e is None else e, warps, stages)
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -129,8 +125,8 @@ def backward(problem: Problem, grad: Tensor, row_losses: Tensor) -> tuple[Tensor
 
 
 def _tiles_here(kernel: str, problem: Problem) -> Tiles:
-    is_hopper = capability(problem.left.device)[0] in (9, 10)  # 12 has products of single warps, too
-    return tiles(kernel, problem.left.dtype, problem.left.shape[1], is_hopper)
+    device = tile_table.device_names(problem.left.device)
+    return tiles(kernel, problem.left.dtype, problem.left.shape[1], device)
 
 
 def _directions(problem: Problem) -> int:
@@ -147,7 +143,7 @@ def _meetings(problem: Problem, is_backward: bool = False) -> list[tuple[tuple[i
 
 
 def _temperature(problem: Problem) -> Tensor:
-    return problem.temperature.to(device=problem.left.device, dtype=torch.float64)
+    return problem.temperature.to(problem.left.device, torch.float64, non_blocking=True)
 
 
 def _row_facts(problem: Problem) -> tuple[Tensor | None, Tensor | None, Tensor]:

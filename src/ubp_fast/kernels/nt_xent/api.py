@@ -30,7 +30,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ubp_fast.kernels import backends
+from ubp_fast.kernels import backends, deferred
 from ubp_fast.kernels.nt_xent import _cuda, _native, _triton, reference
 from ubp_fast.kernels.nt_xent.reference import Problem
 
@@ -62,7 +62,8 @@ def nt_xent(
     Args:
         left: [N, E], float32, bfloat16, float16 or float64, N >= 0, 1 <= E <= 2048.
         right: [N, E], dtype and device of left.
-        temperature: > 0 and finite; a number, or a floating tensor with one element, which then gets its gradient.
+        temperature: > 0 and finite; a number, or a floating tensor with one element, which then gets its gradient; on
+            the device of the rows, or its gradient has to wait for the device.
         negatives: "cross" (rows of left against all of right), "symmetric" (both directions, mean of the two) or
             "simclr" (2N rows, everything against everything but itself).
         weight: [N] floating, >= 0 and finite: the loss is the weighted mean over rows. A weight acts on a row's own
@@ -82,13 +83,13 @@ def nt_xent(
         Without `normalize`, similarities beyond the range of the dtype overflow as in any matrix product.
 
     Raises:
-        ValueError: shapes, temperature or weight break the rules above, or a valid row is not finite (named). The
-            values are read for this: one pass over the [N, E] inputs and, on a GPU, one wait for the device.
+        ValueError: shapes, temperature or weight break the rules above, or a valid row is not finite (named). One pass
+            over the [N, E] inputs. On a CUDA device nothing waits for it: a later call raises (`check_deferred`).
         TypeError: a dtype breaks the rules above.
         BackendUnavailable: the named backend does not exist, or not for this problem.
     """
     _check_arguments(left, right, negatives, weight, valid, ids)
-    tau = _temperature_tensor(temperature)
+    tau = _temperature_tensor(temperature, left.device)
     loss, _ = _nt_xent(left, right, tau, negatives, weight, valid, ids, normalize, backend)
     return loss
 
@@ -126,7 +127,7 @@ def _check_arguments(
         raise TypeError(f"nt_xent: ids must be integers, got {ids.dtype}")
 
 
-def _temperature_tensor(temperature: float | Tensor) -> Tensor:
+def _temperature_tensor(temperature: float | Tensor, device: torch.device) -> Tensor:
     """0-d tensor; the value of a tensor is checked inside the op, where reading it cannot break a graph."""
     if isinstance(temperature, Tensor):
         if temperature.numel() != 1 or not temperature.is_floating_point():
@@ -136,7 +137,7 @@ def _temperature_tensor(temperature: float | Tensor) -> Tensor:
             )
         return temperature.reshape(())
     _check_temperature(float(temperature))
-    return torch.tensor(float(temperature), dtype=torch.float64)
+    return torch.full((), float(temperature), dtype=torch.float64, device=device)
 
 
 def _check_temperature(value: float) -> None:
@@ -148,7 +149,11 @@ def _check_values(
     left: Tensor, right: Tensor, temperature: Tensor, weight: Tensor | None, valid: Tensor | None
 ) -> None:
     """Value rules, for valid rows only."""
-    _check_temperature(float(temperature))
+    if deferred.is_deferred(temperature.device):
+        is_bad = ~((temperature > 0) & torch.isfinite(temperature))
+        deferred.report(is_bad, ValueError, "nt_xent: temperature must be finite and > 0")
+    else:
+        _check_temperature(float(temperature))
     for name, rows in (("left", left), ("right", right)):
         bad = ~torch.isfinite(rows).all(dim=1)
         _raise_bad_rows(name, "be finite in every valid row", bad, valid, "mark such rows in `valid` or repair them")
@@ -161,7 +166,9 @@ def _raise_bad_rows(
     name: str, rule: str, bad: Tensor, valid: Tensor | None, remedy: str, values: Tensor | None = None
 ) -> None:
     bad = bad if valid is None else bad & valid
-    if bool(bad.any()):
+    if deferred.is_deferred(bad.device):
+        deferred.report(bad.any(), ValueError, f"nt_xent: {name} must {rule}; {remedy}")
+    elif bool(bad.any()):
         first = int(bad.nonzero()[0])
         value = "NaN or infinity" if values is None else f"{float(values[first]):g}"
         raise ValueError(f"nt_xent: {name} must {rule}, got {value} in row {first} ({int(bad.sum())} rows); {remedy}")
@@ -202,6 +209,7 @@ def _problem(
     schema=f"({SCHEMA}, bool normalize, str backend) -> (Tensor, Tensor)",
 )
 def _nt_xent(left, right, temperature, negatives, weight, valid, ids, normalize, backend):
+    deferred.poll(left.device)
     _check_values(left, right, temperature, weight, valid)
     problem = _problem(left, right, temperature, negatives, weight, valid, ids, normalize)
     return _implementation(backend, problem).forward(problem)

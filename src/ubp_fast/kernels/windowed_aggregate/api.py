@@ -26,7 +26,6 @@ Source: windows and distinct counts as in the organisers' aggregated features of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,10 +33,9 @@ import torch
 from torch import Tensor
 
 from ubp_fast.kernels import backends
-from ubp_fast.kernels.windowed_aggregate import _numba, reference
 from ubp_fast.kernels.windowed_aggregate.reference import ALL_HISTORY, Problem
 
-IMPLEMENTATIONS: dict[str, ModuleType] = {"numba": _numba, "reference": reference}
+IMPLEMENTATIONS = backends.Lazy(__package__, numba="_numba", reference="reference")
 ORDER = ("numba", "reference")
 Array = np.ndarray | Tensor
 
@@ -326,6 +324,8 @@ def _check_tables(slots: np.ndarray, num_slots: int, groups: np.ndarray, values:
 def _check_events(offsets: np.ndarray, timestamp_s: np.ndarray, codes: np.ndarray, num_codes: int) -> None:
     if len(codes) != len(timestamp_s):
         raise ValueError(f"windowed_aggregate: codes must have length {len(timestamp_s)}, got {len(codes)}")
+    from ubp_fast.kernels.windowed_aggregate import _numba  # Numba compiles the check, whatever the backend
+
     bad_code, falls = _numba.first_fault(offsets, timestamp_s, codes, num_codes)
     if bad_code >= 0:
         raise ValueError(
