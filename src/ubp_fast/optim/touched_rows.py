@@ -145,7 +145,7 @@ class TouchedRows(ABC, Generic[RuleT, StepT]):
             with self.changing(ids) as (rows, _):
                 row_sparse.catch_up(rows, self.rule, toward_z=toward_z)
         if deferred.is_deferred(self.weight.device):
-            deferred.check(self.weight.device)
+            deferred.check_deferred(self.weight.device)
         self._restart()
 
     def summed(self, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

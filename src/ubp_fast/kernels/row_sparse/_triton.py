@@ -1,7 +1,7 @@
 """The Triton backend for NVIDIA GPUs from compute capability 8.0: float32 tables on the device.
 
 Numbers that become addresses (ids, slots, steps) are checked on the device. On a GPU no call but `reduce`, whose result
-has the shape that the data say, waits for the answer: a fault is raised by a later call or by `deferred.check`, and
+has the shape that the data say, waits for the answer: a fault is raised by a later call or by `check_deferred`, and
 nothing is written from it on. Sums of equal ids are added in the order of the batch in blocks of 16: the same in every
 run.
 """
@@ -112,8 +112,8 @@ def catch_up(table: RowTable, rule: Rule, toward_z: float) -> None:
     if not rows:
         return
     sizes = (rows, len(table.state), now)
-    addresses = (None, table.last_step, table.slot, None, None, faults.flag, *faults.codes[:4])
-    _by_entry("mark_kernel", rows, *addresses, rows, *sizes)
+    addresses = (table.last_step, table.slot, None, None, faults.flag, *faults.codes[:4])
+    _by_entry("mark_kernel", rows, None, *addresses, rows, *sizes)
     grid = (math.ceil(rows / blocks["ROWS"]),)
     tensors = (*_tensors(table, rule), faults.flag)
     numbers = (*sizes, *_numbers(table, rule), toward_z)
@@ -169,7 +169,7 @@ class _Faults:
 
 
 def _code(error: type[Exception], text: str) -> int:
-    text = f"row_sparse: {text} in an earlier call; from it on nothing was written"
+    text = f"row_sparse: {text} (found on the device, after the call that it is about; nothing was written since)"
     return deferred.code(lambda: error(text), text)
 
 

@@ -21,7 +21,7 @@ missed steps are added up one by one, until beta1^k leaves nothing to add. Rows 
 and steps. The state of a row gets the next slot with its first gradient.
 
 On a GPU values are checked by the kernels and no call waits for them: a fault raises in a later call or in
-`deferred.check`, and from it on nothing is written.
+`check_deferred`, and from it on nothing is written.
 Source: Defazio et al. 2024 (schedule-free), Kingma and Ba 2015, Loshchilov and Hutter 2019; the closed forms are ours
 (`csrc/row_sparse/row_sparse.h`).
 """
