@@ -1,6 +1,6 @@
-// row_sparse for Python: tensors as addresses and sizes, the checks that keep a wrong caller from crashing
-// the process, and the GIL released while a kernel runs.
-#include <pybind11/pybind11.h>
+// row_sparse for Python: structs with the kernels' own field names, the checks that keep a wrong caller from
+// crashing the process, and the GIL released while a kernel runs.
+#include "common/bindings.h"
 
 #include <stdexcept>
 #include <string>
@@ -15,10 +15,10 @@ void bind_row_sparse(py::module_& module);
 
 namespace {
 
-using Address = uintptr_t;
-
-void require(bool condition, const std::string& message) {
-  if (!condition) throw std::invalid_argument("row_sparse: " + message);
+// Messages are made where there is something to say: checks of single rows cost a few cycles.
+template <class Message>
+void require(bool condition, const Message& message) {
+  if (!condition) throw std::invalid_argument("row_sparse: " + std::string(message()));
 }
 
 template <class T>
@@ -26,59 +26,50 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-RowTable make_table(Address weight, Address state, Address slot, Address last_step, Address history,
-                    Address used, int64_t rows, int64_t width, int64_t slots, int64_t steps) {
-  require(rows >= 0 && width >= 0 && slots >= 0, "sizes must not be negative");
-  require(steps >= 0 && steps < INT32_MAX, "steps must be in 0..2^31 - 2, got " + std::to_string(steps));
-  return {pointer<float>(weight),
-          pointer<float>(state),
-          pointer<int32_t>(slot),
-          pointer<int32_t>(last_step),
-          pointer<double>(history),
-          pointer<int64_t>(used),
-          rows,
-          width,
-          steps,
-          slots};
-}
-
-// The numbers that a dense optimizer in float32 multiplies by.
-Adam make_adam(double beta1, double beta2, double eps) {
-  require(0.0 <= beta1 && beta1 < 1.0 && 0.0 < beta2 && beta2 < 1.0 && eps > 0.0,
-          "beta1 must lie in [0, 1), beta2 in (0, 1) and eps above 0, got " + std::to_string(beta1) + ", " +
-              std::to_string(beta2) + ", " + std::to_string(eps));
-  const float first_new = static_cast<float>(1.0 - beta1), second_new = static_cast<float>(1.0 - beta2);
-  return {1.0 - static_cast<double>(first_new),
-          static_cast<float>(beta2),
-          eps,
-          first_new,
-          second_new,
-          0,
-          nullptr};
-}
-
 // The rule with what the table's history says about every step.
 ScheduleFree with_history(const ScheduleFree& rule, const RowTable&, std::vector<AdamTail>&) { return rule; }
 
 Adam with_history(Adam rule, const RowTable& table, std::vector<AdamTail>& tails) {
+  require(0.0 <= rule.beta1 && rule.beta1 < 1.0 && 0.0 < rule.beta2 && rule.beta2 < 1.0 && rule.eps > 0.0,
+          [&] {
+            return "beta1 must lie in [0, 1), beta2 in (0, 1) and eps above 0, got " +
+                   std::to_string(rule.beta1) + ", " + std::to_string(rule.beta2) + ", " +
+                   std::to_string(rule.eps);
+          });
+  // The numbers that a dense optimizer in float32 multiplies by.
+  rule.first_new = static_cast<float>(1.0 - rule.beta1);
+  rule.second_new = static_cast<float>(1.0 - rule.beta2);
+  rule.beta1 = 1.0 - static_cast<double>(rule.first_new);
+  rule.beta2 = static_cast<float>(rule.beta2);
   tails.resize(table.now + 1);
   rule.horizon = adam_tails(table.history, table.now, rule.beta1, rule.beta2, rule.eps, tails.data());
   rule.tails = tails.data();
   return rule;
 }
 
+void check_table(const RowTable& table) {
+  require(table.rows >= 0 && table.width >= 0 && table.slots >= 0,
+          [&] { return "sizes must not be negative"; });
+  require(table.now >= 0 && table.now < INT32_MAX,
+          [&] { return "steps must be in 0..2^31 - 2, got " + std::to_string(table.now); });
+}
+
 // Memory is read and written at these places.
 void check_row(int64_t id, const RowTable& table) {
   const int32_t last = table.last_step[id];
   if (last < 0) return;
-  require(last <= table.now, "last_step must not lie in the future, got " + std::to_string(last) +
-                                 " at step " + std::to_string(table.now));
-  require(table.slot[id] >= 0 && table.slot[id] < table.slots, "slots of touched rows must lie in 0.." +
-                                                                   std::to_string(table.slots - 1) +
-                                                                   ", got " + std::to_string(table.slot[id]));
+  require(last <= table.now, [&] {
+    return "last_step must not lie in the future, got " + std::to_string(last) + " at step " +
+           std::to_string(table.now);
+  });
+  require(table.slot[id] >= 0 && table.slot[id] < table.slots, [&] {
+    return "slots of touched rows must lie in 0.." + std::to_string(table.slots - 1) + ", got " +
+           std::to_string(table.slot[id]);
+  });
 }
 
 void check_ids(const int64_t* ids, int64_t count, const RowTable& table) {
+  check_table(table);
   for (int64_t t = 0; t < count; ++t) {
     if (ids[t] < 0 || ids[t] >= table.rows)
       throw py::index_error("row_sparse: ids must lie in 0.." + std::to_string(table.rows - 1) + ", got " +
@@ -90,17 +81,20 @@ void check_ids(const int64_t* ids, int64_t count, const RowTable& table) {
 // Two threads must never write one row.
 void check_ascending(const int64_t* ids, int64_t count) {
   for (int64_t u = 1; u < count; ++u)
-    require(ids[u] > ids[u - 1], "ids of an update must ascend, got " + std::to_string(ids[u - 1]) +
-                                     " then " + std::to_string(ids[u]));
+    require(ids[u] > ids[u - 1], [&] {
+      return "ids of an update must ascend, got " + std::to_string(ids[u - 1]) + " then " +
+             std::to_string(ids[u]);
+    });
 }
 
 // Rows with their first gradient take the next free slots.
 void give_slots(const int64_t* ids, int64_t count, const RowTable& table) {
-  require(*table.used >= 0, "used must not be negative");
+  require(*table.used >= 0, [&] { return "used must not be negative"; });
   for (int64_t u = 0; u < count; ++u) {
     if (table.last_step[ids[u]] >= 0) continue;
-    require(*table.used < table.slots,
-            "state must have a slot for every touched row, got " + std::to_string(table.slots));
+    require(*table.used < table.slots, [&] {
+      return "state must have a slot for every touched row, got " + std::to_string(table.slots);
+    });
     table.slot[ids[u]] = static_cast<int32_t>((*table.used)++);
   }
 }
@@ -146,6 +140,7 @@ void bind_rule(py::module_& module) {
         .update({table, known, step, pointer<int64_t>(ids), count, pointer<float>(gradient), threads});
   });
   module.def("row_sparse_catch_up", [](const RowTable& table, const Rule& rule, int threads) {
+    check_table(table);
     for (int64_t row = 0; row < table.rows; ++row) check_row(row, table);
     std::vector<AdamTail> tails;
     const Rule known = with_history(rule, table, tails);
@@ -157,27 +152,35 @@ void bind_rule(py::module_& module) {
 }  // namespace
 
 void bind_row_sparse(py::module_& module) {
-  py::class_<RowTable>(module, "RowTable")
-      .def(py::init(&make_table), py::kw_only(), py::arg("weight"), py::arg("state"), py::arg("slot"),
-           py::arg("last_step"), py::arg("history"), py::arg("used"), py::arg("rows"), py::arg("width"),
-           py::arg("slots"), py::arg("steps"));
-  py::class_<ScheduleFree>(module, "ScheduleFree")
-      .def(py::init(
-               [](double beta2, float eps, float toward_z) { return ScheduleFree{beta2, eps, toward_z}; }),
-           py::kw_only(), py::arg("beta2"), py::arg("eps"), py::arg("toward_z"));
-  py::class_<ScheduleFree::Step>(module, "ScheduleFreeStep")
-      .def(py::init([](float learning_rate, float average_weight, float gradient_weight,
-                       float bias_correction, bool is_adaptive) {
-             return ScheduleFree::Step{learning_rate, average_weight, gradient_weight, bias_correction,
-                                       is_adaptive};
-           }),
-           py::kw_only(), py::arg("learning_rate"), py::arg("average_weight"), py::arg("gradient_weight"),
-           py::arg("bias_correction"), py::arg("is_adaptive"));
-  py::class_<Adam>(module, "Adam")
-      .def(py::init(&make_adam), py::kw_only(), py::arg("beta1"), py::arg("beta2"), py::arg("eps"));
-  py::class_<Adam::Step>(module, "AdamStep")
-      .def(py::init([](float rate, float root, float keep) { return Adam::Step{rate, root, keep}; }),
-           py::kw_only(), py::arg("rate"), py::arg("root"), py::arg("keep"));
+  Struct<RowTable>(module, "RowTable")
+      .field("weight", &RowTable::weight)
+      .field("state", &RowTable::state)
+      .field("slot", &RowTable::slot)
+      .field("last_step", &RowTable::last_step)
+      .field("history", &RowTable::history)
+      .field("used", &RowTable::used)
+      .field("rows", &RowTable::rows)
+      .field("width", &RowTable::width)
+      .field("now", &RowTable::now)
+      .field("slots", &RowTable::slots);
+  Struct<ScheduleFree>(module, "ScheduleFree")
+      .field("beta2", &ScheduleFree::beta2)
+      .field("eps", &ScheduleFree::eps)
+      .field("toward_z", &ScheduleFree::toward_z);
+  Struct<ScheduleFree::Step>(module, "ScheduleFreeStep")
+      .field("learning_rate", &ScheduleFree::Step::learning_rate)
+      .field("average_weight", &ScheduleFree::Step::average_weight)
+      .field("gradient_weight", &ScheduleFree::Step::gradient_weight)
+      .field("bias_correction", &ScheduleFree::Step::bias_correction)
+      .field("is_adaptive", &ScheduleFree::Step::is_adaptive);
+  Struct<Adam>(module, "Adam")
+      .field("beta1", &Adam::beta1)
+      .field("beta2", &Adam::beta2)
+      .field("eps", &Adam::eps);
+  Struct<Adam::Step>(module, "AdamStep")
+      .field("rate", &Adam::Step::rate)
+      .field("root", &Adam::Step::root)
+      .field("keep", &Adam::Step::keep);
   module.def("row_sparse_group", &group);
   module.def("row_sparse_reduce", &reduce);
   bind_rule<ScheduleFree, &RowSparseKernels::schedule_free>(module);

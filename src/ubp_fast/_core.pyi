@@ -1,102 +1,29 @@
-"""Compiled kernels; use them through `ubp_fast.kernels`."""
+"""Compiled kernels; use them through `ubp_fast.kernels`.
 
-from collections.abc import Sequence
+A problem's fields are those of the struct of its name in `csrc`; what is not named is 0.
+"""
+
+from torch import Tensor
 
 def isa() -> str: ...
 def usable_isas() -> list[str]: ...
 def set_isa(name: str) -> None: ...
-def flash_attention_forward(
-    tensors: Sequence[int],
-    sizes: Sequence[int],
-    dtype: int,
-    left: int,
-    right: int,
-    scale: float,
-    dropout_p: float,
-    seed: int,
-    threads: int,
-    results: Sequence[int],
-) -> None: ...
-def flash_attention_backward(
-    tensors: Sequence[int],
-    sizes: Sequence[int],
-    dtype: int,
-    left: int,
-    right: int,
-    scale: float,
-    dropout_p: float,
-    seed: int,
-    threads: int,
-    results: Sequence[int],
-) -> None: ...
-def nt_xent_forward(
-    left: int,
-    right: int,
-    kept: int,
-    ids: int,
-    sizes: Sequence[int],
-    dtype: int,
-    form: int,
-    has_ids: bool,
-    is_normalized: bool,
-    temperature: float,
-    threads: int,
-    losses: int,
-) -> None: ...
-def nt_xent_backward(
-    left: int,
-    right: int,
-    kept: int,
-    ids: int,
-    sizes: Sequence[int],
-    dtype: int,
-    form: int,
-    has_ids: bool,
-    is_normalized: bool,
-    temperature: float,
-    threads: int,
-    losses: int,
-    weight: int,
-    factor: float,
-    grad_left: int,
-    grad_right: int,
-) -> float: ...
 
-class RowTable:
-    def __init__(
-        self,
-        *,
-        weight: int,
-        state: int,
-        slot: int,
-        last_step: int,
-        history: int,
-        used: int,
-        rows: int,
-        width: int,
-        slots: int,
-        steps: int,
-    ) -> None: ...
+class _Struct:
+    def __init__(self, **fields: Tensor | float | None) -> None: ...
 
-class ScheduleFree:
-    def __init__(self, *, beta2: float, eps: float, toward_z: float) -> None: ...
+class FlashAttentionProblem(_Struct): ...
+class NTXentProblem(_Struct): ...
+class RowTable(_Struct): ...
+class ScheduleFree(_Struct): ...
+class ScheduleFreeStep(_Struct): ...
+class Adam(_Struct): ...
+class AdamStep(_Struct): ...
 
-class ScheduleFreeStep:
-    def __init__(
-        self,
-        *,
-        learning_rate: float,
-        average_weight: float,
-        gradient_weight: float,
-        bias_correction: float,
-        is_adaptive: bool,
-    ) -> None: ...
-
-class Adam:
-    def __init__(self, *, beta1: float, beta2: float, eps: float) -> None: ...
-
-class AdamStep:
-    def __init__(self, *, rate: float, root: float, keep: float) -> None: ...
+def flash_attention_forward(problem: FlashAttentionProblem) -> None: ...
+def flash_attention_backward(problem: FlashAttentionProblem) -> None: ...
+def nt_xent_forward(problem: NTXentProblem) -> float: ...
+def nt_xent_backward(problem: NTXentProblem) -> float: ...
 
 Rule = ScheduleFree | Adam
 Step = ScheduleFreeStep | AdamStep

@@ -33,7 +33,7 @@ def test_optimizers_need_torch_and_numpy_alone() -> None:
     assert said.split() == ["RowSparseAdamW", "2", "schedulefree"]
 
 
-def test_schedule_free_is_there_with_its_library() -> None:
+def test_every_name_is_there() -> None:
     import ubp_fast.optim
 
-    assert set(ubp_fast.optim.__all__) <= {name for name in ubp_fast.optim.__all__ if hasattr(ubp_fast.optim, name)}
+    assert all(getattr(ubp_fast.optim, name) is not None for name in ubp_fast.optim.__all__)

@@ -61,6 +61,6 @@ def _rule(rule: Rule, toward_z: float = 0.0) -> _core.Adam | _core.ScheduleFree:
 
 
 def _table(table: RowTable) -> _core.RowTable:
-    addresses = {name: tensor.data_ptr() for name, tensor in table._asdict().items()}
     rows, width = table.weight.shape
-    return _core.RowTable(**addresses, rows=rows, width=width, slots=len(table.state), steps=len(table.history) - 1)
+    sizes = {"rows": rows, "width": width, "slots": len(table.state), "now": len(table.history) - 1}
+    return _core.RowTable(**table._asdict(), **sizes)
