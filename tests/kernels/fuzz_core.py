@@ -48,6 +48,7 @@ def numbers(generator: random.Random, dtype: int, count: int) -> array[Any]:
 
 
 def addresses(tensors: dict[str, array[Any]]) -> dict[str, int]:
+    """What the compiled module takes for tensors."""
     return {name: part.buffer_info()[0] for name, part in tensors.items()}
 
 
@@ -87,13 +88,11 @@ def flash_attention(core: Any, generator: random.Random) -> None:
         "seed": generator.getrandbits(64),
         "threads": generator.randrange(5),
     }
-    tensors = dict(zip(("query", "key", "value"), inputs, strict=True))
+    names = ("query", "key", "value", "grad_query", "grad_key", "grad_value")
+    tensors = dict(zip(names, (*inputs, *gradients), strict=True))
     tensors |= {"cu_query": cu_query, "cu_key": cu_key, "output": output, "lse": lse, "grad_output": grad_output}
-    tensors |= dict(zip(("grad_query", "grad_key", "grad_value"), gradients, strict=True)) | {
-        "grad_time_bias": grad_bias
-    }
     if buckets:
-        tensors |= {"time_bias": bias, "query_time_s": times[0], "key_time_s": times[1]}
+        tensors |= {"time_bias": bias, "query_time_s": times[0], "key_time_s": times[1], "grad_time_bias": grad_bias}
     problem = core.FlashAttentionProblem(**fields, **addresses(tensors))
     core.flash_attention_forward(problem)
     core.flash_attention_backward(problem)
