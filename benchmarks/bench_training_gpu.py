@@ -14,7 +14,7 @@ from reference_pytorch.multitask_step import PaddedMultitask, pad_views, random_
 from reference_pytorch.padded import random_lengths, without_initialisation
 from torch import Tensor, nn
 
-from ubp_fast.kernels.row_sparse import ScheduleFreeRows, ScheduleFreeStep, gather, reduce, update
+from ubp_fast.kernels.row_sparse import RowTable, ScheduleFree, ScheduleFreeStep, gather, reduce_padded, update
 from ubp_fast.models.layers.event_embedding import EventSizes
 from ubp_fast.models.multitask import MULTITASK_LABELS, MultitaskConfig, MultitaskModel
 
@@ -34,16 +34,17 @@ def bench_row_sparse_gpu(gpu_contest: Contest, rows: int) -> None:
     state = torch.zeros(rows, 2, WIDTH, device=DEVICE)
     places = [torch.full((rows,), -1, dtype=torch.int32, device=DEVICE) for _ in range(2)]
     used, retained = torch.zeros(1, dtype=torch.int64, device=DEVICE), torch.ones(1, dtype=torch.float64, device=DEVICE)
-    table = ScheduleFreeRows(weight.clone(), state, places[0], used, places[1], retained)
-    numbers = ScheduleFreeStep(1e-3, 0.1, 0.05, 0.999, 0.1, 1e-8, True)
+    table, rule = RowTable(weight.clone(), state, places[0], used, places[1], retained), ScheduleFree(0.999, 1e-8)
+    numbers = ScheduleFreeStep(1e-3, 0.1, 0.05, 0.1, True)
     upcoming, theirs_upcoming = cycle(batches), cycle(batches)
 
     def ours() -> Tensor:
         nonlocal table
         ids = next(upcoming)
-        vectors = gather(table, ids, backend="triton")
-        update(table, *reduce(ids, gradient, backend="triton"), numbers, backend="triton")
-        table = table._replace(retained=torch.cat([table.retained, table.retained[-1:] * 0.9]))
+        vectors = gather(table, rule, ids, backend="triton")
+        distinct, sums, count = reduce_padded(ids, gradient, backend="triton")
+        update(table, rule, distinct, sums, numbers, count=count, backend="triton")
+        table = table._replace(history=torch.cat([table.history, table.history[-1:] * 0.9]))
         return vectors
 
     dense = nn.Embedding.from_pretrained(weight.clone(), freeze=False)

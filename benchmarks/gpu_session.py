@@ -252,8 +252,7 @@ def smoke() -> int:
     """Every kernel of every backend forward and backward against its reference; one that fails is named."""
     import torch
 
-    from ubp_fast.kernels import check_deferred, cuda, flash_attention, nt_xent
-    from ubp_fast.kernels.row_sparse import ScheduleFreeRows, ScheduleFreeStep, gather, reduce, update
+    from ubp_fast.kernels import check_deferred, cuda, flash_attention, nt_xent, row_sparse
 
     is_device = torch.cuda.is_available()
     device = torch.device("cuda" if is_device else "cpu")
@@ -279,24 +278,27 @@ def smoke() -> int:
         loss = nt_xent(*leaves, negatives=negatives, backend=backend) * 70
         return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
-    def table(backend: str) -> list[torch.Tensor]:
+    def table(backend: str, rule: row_sparse.ScheduleFree | row_sparse.Adam) -> list[torch.Tensor]:
         generator = torch.Generator().manual_seed(1)
         weight = torch.randn(40, 16, generator=generator).to(device)
-        facts = ScheduleFreeRows(
+        history = torch.ones(2, dtype=torch.float64, device=device)
+        step = row_sparse.ScheduleFreeStep(0.01, 0.1, 0.05, 0.1, True)
+        if isinstance(rule, row_sparse.Adam):
+            history, step = history[:, None].expand(2, 3).contiguous(), row_sparse.AdamStep(0.01, 1.5, 0.99)
+        facts = row_sparse.RowTable(
             weight=weight,
             state=torch.zeros(40, 2, 16, device=device),
             slot=torch.full((40,), -1, dtype=torch.int32, device=device),
             used=torch.zeros(1, dtype=torch.int64, device=device),
             last_step=torch.full((40,), -1, dtype=torch.int32, device=device),
-            retained=torch.ones(1, dtype=torch.float64, device=device),
+            history=history[:1],
         )
         ids = torch.randint(0, 40, (25,), generator=generator).to(device)
         gradient = torch.randn(25, 16, generator=generator).to(device)
-        distinct, sums = reduce(ids, gradient, backend=backend)
-        step = ScheduleFreeStep(0.01, 0.1, 0.05, 0.999, 0.1, 1e-8, True)
-        update(facts, distinct, sums, step, backend=backend)
-        facts = facts._replace(retained=torch.tensor([1.0, 0.9], dtype=torch.float64, device=device))
-        return [sums, facts.weight, gather(facts, ids, backend=backend)]
+        distinct, sums, count = row_sparse.reduce_padded(ids, gradient, backend=backend)
+        row_sparse.update(facts, rule, distinct, sums, step, count=count, backend=backend)
+        facts = facts._replace(history=0.9 * history)
+        return [sums, facts.weight, row_sparse.gather(facts, rule, ids, backend=backend)]
 
     timed = {"time_bias": bias, "timestamp_s": stamps}
     calls: dict[str, tuple[Callable[[str], list[torch.Tensor]], tuple[str, ...]]] = {
@@ -309,7 +311,8 @@ def smoke() -> int:
         "flash_attention dropout": (lambda backend: attention(backend, dropout_p=0.2, seed=5), ("triton", "cuda")),
         "nt_xent cross": (lambda backend: contrastive(backend, "cross"), ("triton", "cuda")),
         "nt_xent simclr": (lambda backend: contrastive(backend, "simclr"), ("triton", "cuda")),
-        "row_sparse": (table, ("triton",)),
+        "row_sparse schedule-free": (lambda backend: table(backend, row_sparse.ScheduleFree(0.999, 1e-8)), ("triton",)),
+        "row_sparse adam": (lambda backend: table(backend, row_sparse.Adam(0.9, 0.999, 1e-8)), ("triton",)),
     }
     failures = 0
     for name, (call, backends) in calls.items():

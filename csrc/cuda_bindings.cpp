@@ -7,8 +7,8 @@
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
-#include <type_traits>
 
+#include "common/bindings.h"
 #include "flash_attention/cuda.h"
 #include "nt_xent/cuda.h"
 
@@ -16,7 +16,7 @@ namespace py = pybind11;
 
 namespace {
 
-using Address = uintptr_t;
+using ubp::Address;
 
 void require(bool condition, const std::string& message) {
   if (!condition) throw std::invalid_argument(message);
@@ -32,33 +32,7 @@ void require_aligned(const std::string& op, std::initializer_list<const void*> t
             op + ": tensors must start at a multiple of 16 bytes");
 }
 
-// A struct whose fields Python sets by name; 0 is a null pointer.
-template <class Problem>
-class Struct {
- public:
-  Struct(py::module_& module, const char* name) : class_(module, name, py::module_local()) {
-    class_.def(py::init<>());
-  }
-
-  template <class T>
-  Struct& field(const char* name, T Problem::* member) {
-    if constexpr (std::is_pointer_v<T>)
-      class_.def_property(
-          name, [member](const Problem& problem) { return reinterpret_cast<Address>(problem.*member); },
-          [member](Problem& problem, Address address) { problem.*member = reinterpret_cast<T>(address); });
-    else if constexpr (std::is_enum_v<T>)
-      class_.def_property(
-          name, [member](const Problem& problem) { return static_cast<int>(problem.*member); },
-          [member](Problem& problem, int number) { problem.*member = static_cast<T>(number); });
-    else
-      class_.def_readwrite(name, member);
-    return *this;
-  }
-
- private:
-  py::class_<Problem> class_;
-};
-
+using ubp::Struct;
 using Attention = ubp::FlashAttentionDeviceProblem;
 using Contrastive = ubp::NTXentDeviceProblem;
 

@@ -11,21 +11,12 @@ namespace ubp {
     void flash_attention_backward(const FlashAttentionProblem&); \
     void nt_xent_forward(const NTXentProblem&);                  \
     void nt_xent_backward(const NTXentProblem&);                 \
-    void row_sparse_gather(const RowSparseGather&);              \
-    void row_sparse_reduce(const RowSparseReduce&);              \
-    void row_sparse_update(const RowSparseUpdate&);              \
-    void row_sparse_catch_up(const RowSparseCatchUp&);           \
-    void row_sparse_adam_gather(const RowSparseAdamGather&);     \
-    void row_sparse_adam_update(const RowSparseAdamUpdate&);     \
-    void row_sparse_adam_catch_up(const RowSparseAdamCatchUp&);  \
+    RowSparseKernels row_sparse();                               \
   }
-#define UBP_ENTRY(isa)                                                                                 \
-  Kernels {                                                                                            \
-    #isa, &isa_##isa::flash_attention_forward, &isa_##isa::flash_attention_backward,                   \
-        &isa_##isa::nt_xent_forward, &isa_##isa::nt_xent_backward, &isa_##isa::row_sparse_gather,      \
-        &isa_##isa::row_sparse_reduce, &isa_##isa::row_sparse_update, &isa_##isa::row_sparse_catch_up, \
-        &isa_##isa::row_sparse_adam_gather, &isa_##isa::row_sparse_adam_update,                        \
-        &isa_##isa::row_sparse_adam_catch_up                                                           \
+#define UBP_ENTRY(isa)                                                                     \
+  Kernels {                                                                                \
+    #isa, &isa_##isa::flash_attention_forward, &isa_##isa::flash_attention_backward,       \
+        &isa_##isa::nt_xent_forward, &isa_##isa::nt_xent_backward, isa_##isa::row_sparse() \
   }
 
 UBP_DECLARE(base)

@@ -7,7 +7,6 @@
 #include "flash_attention/flash_attention.h"
 #include "nt_xent/nt_xent.h"
 #include "row_sparse/row_sparse.h"
-#include "row_sparse_adam/row_sparse_adam.h"
 
 namespace ubp {
 
@@ -15,13 +14,7 @@ struct Kernels {
   const char* isa;
   FlashAttentionFunction flash_attention_forward, flash_attention_backward;
   NTXentFunction nt_xent_forward, nt_xent_backward;
-  RowSparseGatherFunction row_sparse_gather;
-  RowSparseReduceFunction row_sparse_reduce;
-  RowSparseUpdateFunction row_sparse_update;
-  RowSparseCatchUpFunction row_sparse_catch_up;
-  RowSparseAdamGatherFunction row_sparse_adam_gather;
-  RowSparseAdamUpdateFunction row_sparse_adam_update;
-  RowSparseAdamCatchUpFunction row_sparse_adam_catch_up;
+  RowSparseKernels row_sparse;
 };
 
 // The kernels in use; at first those of the best instruction set of this machine.

@@ -1,7 +1,7 @@
 // flash_attention on the CPU, compiled once per instruction set.
 //
 // One item is one sequence and as many of its heads as fit into the second-level cache. Per head, keys are
-// transposed once, then blocks of queries meet blocks of keys.
+// transposed once; each query block then walks over the key blocks.
 //
 //              keys 0 .. 255   256 .. 511
 //   queries    [ S block  ]  -> online softmax -> O += P V          forward, S stays in the first-level cache
@@ -11,9 +11,6 @@
 // count.
 #include "common/threads.h"
 #include "flash_attention/weights.h"
-
-#define UBP_JOIN_(a, b) a##b
-#define UBP_JOIN(a, b) UBP_JOIN_(a, b)
 
 namespace ubp {
 namespace {
@@ -26,24 +23,25 @@ constexpr int kMaxThreads = 256;
 // Queries of a block: the fewer keys, the more.
 int64_t block_rows(int64_t floats, int64_t stride, int64_t queries) {
   const int64_t most = smaller(floats / stride, kMaxRows);
-  const int64_t blocks = (queries + most - 1) / most;
-  return smaller(most, ((queries + blocks - 1) / blocks + kRegisterRows - 1) / kRegisterRows * kRegisterRows);
+  return smaller(most, round_up(ceil_div(queries, ceil_div(queries, most)), kRegisterRows));
 }
 
-int64_t score_stride(const Task& task) { return larger(kWidth, smaller(kKeyBlock, round_up(task.keys))); }
+int64_t score_stride(const Task& task) {
+  return larger(kWidth, smaller(kKeyBlock, round_up(task.keys, kWidth)));
+}
 
 template <bool kIsPlain>
-void forward_block(const FlashAttentionProblem& problem, const Task& task, Operand query, const float* keys,
-                   Operand value, float* output, int64_t first_row, int64_t rows, Prefetch& prefetch) {
+void forward_block(const FlashAttentionProblem& problem, const Task& task, Matrix query, const float* keys,
+                   Matrix value, float* output, int64_t first_row, int64_t rows, Prefetch& prefetch) {
   alignas(64) float scores[kForwardFloats];
   float maxima[kMaxRows], sums[kMaxRows], factors[kMaxRows];
   const int64_t stride = task.padded, score_step = score_stride(task);
   for (int64_t row = 0; row < rows; ++row) maxima[row] = -INFINITY, sums[row] = 0.f;
   const Range limits = visible_keys(problem, task, first_row, rows);
   for (int64_t key = limits.begin; key < limits.end; key += kKeyBlock) {
-    const int64_t block = smaller(kKeyBlock, limits.end - key), padded = round_up(block);
-    multiply<false>(scores, score_step, query, {keys + key, task.padded_keys}, rows, padded, task.width,
-                    false);
+    const int64_t block = smaller(kKeyBlock, limits.end - key), padded = round_up(block, kWidth);
+    multiply<FloatArithmetic, false>(scores, score_step, query, {keys + key, task.padded_keys}, rows, padded,
+                                     task.width, Accumulate::kNone);
     for (int64_t row = 0; row < rows; ++row) {
       prefetch.step();
       factors[row] =
@@ -55,8 +53,9 @@ void forward_block(const FlashAttentionProblem& problem, const Task& task, Opera
       for (int64_t row = 0; row < rows; ++row)
         for (int64_t at = 0; at < task.padded; at += kWidth)
           store(output + row * stride + at, load(output + row * stride + at) * factors[row]);
-    const Operand block_values{value.data + key * value.stride, value.stride};
-    multiply<false>(output, stride, {scores, score_step}, block_values, rows, task.padded, block, adds);
+    const Matrix block_values{value.data + key * value.stride, value.stride};
+    multiply<FloatArithmetic, false>(output, stride, {scores, score_step}, block_values, rows, task.padded,
+                                     block, adds ? Accumulate::kContinue : Accumulate::kNone);
   }
   float* lse = problem.lse + (task.first_query + first_row) * problem.heads + task.head;
   for (int64_t row = 0; row < rows; ++row) {
@@ -89,7 +88,7 @@ bool forward_item(const FlashAttentionProblem& problem, Task task, Workspace& wo
     transpose(key, task, keys);
     for (int64_t row = 0; row < task.queries; row += block)
       forward_block<kIsPlain>(problem, task, {query.of(task) + row * task.padded, task.padded}, keys,
-                              value.operand(task), output.of(task) + row * task.padded, row,
+                              value.matrix(task), output.of(task) + row * task.padded, row,
                               smaller(block, task.queries - row), prefetch);
   }
   write_rows<T>(problem.output, task.first_query, output, task.queries, problem, task);
@@ -127,16 +126,16 @@ template <bool kIsPlain>
 void backward_block(const FlashAttentionProblem& problem, const Task& task, const BackwardHead& head,
                     int64_t first_row, int64_t rows, Prefetch& prefetch) {
   const int64_t stride = task.padded, step = score_stride(task);
-  const Operand query{head.query + first_row * stride, stride};
-  const Operand grad_output{head.grad_output + first_row * stride, stride};
+  const Matrix query{head.query + first_row * stride, stride};
+  const Matrix grad_output{head.grad_output + first_row * stride, stride};
   const float* lse = problem.lse + (task.first_query + first_row) * problem.heads + task.head;
   const Range limits = visible_keys(problem, task, first_row, rows);
   for (int64_t at = limits.begin; at < limits.end; at += kKeyBlock) {
-    const int64_t block = smaller(kKeyBlock, limits.end - at), padded = round_up(block);
-    multiply<false>(head.scores, step, query, {head.keys + at, task.padded_keys}, rows, padded, task.width,
-                    false);
-    multiply<false>(head.products, step, grad_output, {head.values + at, task.padded_keys}, rows, padded,
-                    task.width, false);
+    const int64_t block = smaller(kKeyBlock, limits.end - at), padded = round_up(block, kWidth);
+    multiply<FloatArithmetic, false>(head.scores, step, query, {head.keys + at, task.padded_keys}, rows,
+                                     padded, task.width, Accumulate::kNone);
+    multiply<FloatArithmetic, false>(head.products, step, grad_output, {head.values + at, task.padded_keys},
+                                     rows, padded, task.width, Accumulate::kNone);
     for (int64_t row = 0; row < rows; ++row) {
       prefetch.step();
       Row here = make_row(problem, task, first_row + row, at, block);
@@ -145,12 +144,13 @@ void backward_block(const FlashAttentionProblem& problem, const Task& task, cons
       gradient_row<kIsPlain>(problem, task, here, head.scores + row * step, head.products + row * step,
                              row_lse, head.deltas[first_row + row], head.bucket_sums);
     }
-    multiply<false>(head.grad_query + first_row * stride, stride, {head.products, step},
-                    {head.key + at * stride, stride}, rows, task.padded, block, true);
-    multiply<true>(head.grad_key + at * stride, stride, {head.products, step}, query, block, task.padded,
-                   rows, true);
-    multiply<true>(head.grad_value + at * stride, stride, {head.scores, step}, grad_output, block,
-                   task.padded, rows, true);
+    multiply<FloatArithmetic, false>(head.grad_query + first_row * stride, stride, {head.products, step},
+                                     {head.key + at * stride, stride}, rows, task.padded, block,
+                                     Accumulate::kContinue);
+    multiply<FloatArithmetic, true>(head.grad_key + at * stride, stride, {head.products, step}, query, block,
+                                    task.padded, rows, Accumulate::kContinue);
+    multiply<FloatArithmetic, true>(head.grad_value + at * stride, stride, {head.scores, step}, grad_output,
+                                    block, task.padded, rows, Accumulate::kContinue);
   }
 }
 
@@ -291,10 +291,10 @@ void run(const FlashAttentionProblem& problem) {
 
 }  // namespace
 
-namespace UBP_JOIN(isa_, UBP_ISA) {
+namespace UBP_ISA_NAMESPACE {
 
 void flash_attention_forward(const FlashAttentionProblem& problem) { run<true>(problem); }
 void flash_attention_backward(const FlashAttentionProblem& problem) { run<false>(problem); }
 
-}  // namespace UBP_JOIN(isa_,UBP_ISA)
+}  // namespace UBP_ISA_NAMESPACE
 }  // namespace ubp

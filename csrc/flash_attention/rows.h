@@ -10,10 +10,7 @@
 namespace ubp {
 namespace {
 
-inline int64_t round_up(int64_t value) { return (value + kWidth - 1) / kWidth * kWidth; }
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+using Matrix = Operand<FloatArithmetic>;
 
 // Bump allocator over one growing block per worker, so that a task never asks the system for memory it had
 // before.
@@ -26,14 +23,14 @@ struct Workspace {
     used = 0;
     if (floats <= capacity) return true;
     std::free(block);
-    block = static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>((floats * 4 + 63) / 64 * 64)));
+    block = static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(round_up(floats * 4, 64))));
     capacity = block == nullptr ? 0 : floats;
     return block != nullptr;
   }
 
   float* take(int64_t floats) {
     float* taken = block + used;
-    used += (floats + 15) / 16 * 16;
+    used += round_up(floats, 16);
     return taken;
   }
 };
@@ -51,13 +48,13 @@ inline Task make_task(const FlashAttentionProblem& problem, const FlashAttention
   task.first_head = task.head = item.first_head;
   task.heads = item.heads;
   task.width = problem.width;
-  task.padded = round_up(problem.width);
+  task.padded = round_up(problem.width, kWidth);
   task.first_query = problem.cu_query[item.sequence];
   task.first_key = problem.cu_key[item.sequence];
   task.queries = problem.cu_query[item.sequence + 1] - task.first_query;
   task.keys = problem.cu_key[item.sequence + 1] - task.first_key;
   // A stride that is no multiple of 4 KiB: columns of the transposed keys must not share one cache set.
-  task.padded_keys = round_up(task.keys) + kWidth;
+  task.padded_keys = round_up(task.keys, kWidth) + kWidth;
   return task;
 }
 
@@ -99,15 +96,16 @@ struct HeadRows {
   int64_t rows, padded;
 
   float* of(const Task& task) const { return data + (task.head - task.first_head) * rows * padded; }
-  Operand operand(const Task& task) const { return {of(task), padded}; }
+  Matrix matrix(const Task& task) const { return {of(task), padded}; }
 };
 
 inline int64_t head_floats(int64_t rows, const Task& task) {
-  return task.heads * round_up(rows) * task.padded + 16;
+  return task.heads * round_up(rows, kWidth) * task.padded + 16;
 }
 
 inline HeadRows take_rows(int64_t rows, const Task& task, Workspace& workspace) {
-  return {workspace.take(task.heads * round_up(rows) * task.padded), round_up(rows), task.padded};
+  return {workspace.take(task.heads * round_up(rows, kWidth) * task.padded), round_up(rows, kWidth),
+          task.padded};
 }
 
 inline HeadRows take_zeros(int64_t rows, const Task& task, Workspace& workspace) {

@@ -50,8 +50,11 @@ inline Row make_row(const FlashAttentionProblem& problem, const Task& task, int6
                     int64_t block) {
   const Range seen = visible_keys(problem, task, query);
   const int64_t begin = smaller(larger(seen.begin - first_key, 0), block);
-  return {
-      query, first_key, block, round_up(block), {begin, larger(begin, smaller(seen.end - first_key, block))}};
+  return {query,
+          first_key,
+          block,
+          round_up(block, kWidth),
+          {begin, larger(begin, smaller(seen.end - first_key, block))}};
 }
 
 // Scaled scores plus bias, in place; leaves the bucket of each key.

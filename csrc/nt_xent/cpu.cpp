@@ -20,9 +20,6 @@
 
 #include "nt_xent/rows.h"
 
-#define UBP_JOIN_(a, b) a##b
-#define UBP_JOIN(a, b) UBP_JOIN_(a, b)
-
 namespace ubp {
 namespace {
 
@@ -48,7 +45,7 @@ struct Tile {
 };
 
 template <class A>
-bool meets_diagonal(const Run<A>& run, int64_t first_row, int64_t first_column) {
+bool overlaps_diagonal(const Run<A>& run, int64_t first_row, int64_t first_column) {
   const auto overlaps = [&](int64_t shift) {
     const int64_t distance = first_column - first_row - shift;
     return distance > -kBlock && distance < kBlock;
@@ -68,8 +65,8 @@ void place_tile(const Run<A>& run, int64_t row_block, int64_t column_block, Tile
   tile.columns = smaller(kBlock, side - tile.first_column);
   tile.padded = round_up(tile.columns, kPanel<A>);
   tile.is_diagonal = problem.form == NTXentForm::kSimclr && row_block == column_block;
-  tile.is_masked =
-      problem.has_ids || tile.columns < tile.padded || meets_diagonal(run, tile.first_row, tile.first_column);
+  tile.is_masked = problem.has_ids || tile.columns < tile.padded ||
+                   overlaps_diagonal(run, tile.first_row, tile.first_column);
   const bool has_loss = run.is_backward && problem.form != NTXentForm::kCross;
   for (int64_t at = 0; at < tile.padded; ++at) {
     const bool exists = at < tile.columns;
@@ -93,7 +90,7 @@ void multiply_stripe(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t ro
     for (int64_t part = 0; part < a.width; part += A::kPart)
       multiply<A, false>(tile.products + column, kBlock, {left + part, a.stride},
                          {panel + part * kPanel<A>, kPanel<A>}, rows, kPanel<A>,
-                         smaller(A::kPart, a.width - part), part > 0);
+                         smaller(A::kPart, a.width - part), part > 0 ? Accumulate::kAdd : Accumulate::kNone);
   }
 }
 
@@ -108,7 +105,7 @@ void positive_products(Run<A>& run) {
     for (int64_t part = 0; part < a.width; part += A::kPart)
       register_tile<A, false, 1, 1>(products, 0, {a.rows + pair * a.stride + part, a.stride},
                                     {panel + part * kPanel<A>, kPanel<A>}, smaller(A::kPart, a.width - part),
-                                    part > 0);
+                                    part > 0 ? Accumulate::kAdd : Accumulate::kNone);
     typename A::Real positive = products[lane % A::kLanes];
     if (kIsScaled<A>) positive = positive * run.scales[pair] * run.column_scales[run.problem->pairs + pair];
     run.positives[pair] = positive;
@@ -303,11 +300,11 @@ void add_gradients(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t rows
   }
   multiply<A, false>(a.grad + row * stride, stride, across,
                      {b.steps + tile.first_column / A::kPair * stride, stride}, rows, width,
-                     (tile.columns + A::kPair - 1) / A::kPair, true);
+                     ceil_div(tile.columns, A::kPair), Accumulate::kAdd);
   if (!tile.is_diagonal)
     multiply<A, true>(b.grad + tile.first_column * stride, stride, down,
                       {a.steps + row / A::kPair * stride, stride}, tile.columns, width,
-                      (rows + A::kPair - 1) / A::kPair, true);
+                      ceil_div(rows, A::kPair), Accumulate::kAdd);
 }
 
 template <class A>
@@ -324,12 +321,11 @@ void backward_tile(const Run<A>& run, Tile<A>& tile, int64_t row_block) {
                                : gradient_stripe<A, false, false>(run, tile, first, rows);
     add_gradients(run, tile, first, rows);
   }
-  run.moments[row_block] +=
-      tile.is_diagonal ? moment / 2 : moment;  // there each pair was met from both sides
+  run.moments[row_block] += tile.is_diagonal ? moment / 2 : moment;  // such a tile holds each pair twice
 }
 
 // The tiles of a phase. Symmetric matrix: blocks i and j with i + j = 2 phase modulo an odd number, which
-// pairs each block with one other; the one that is left meets itself.
+// pairs each block with one other; the one that is left is paired with itself.
 template <class A>
 void run_item(void* context, int64_t item, int) {
   const Run<A>& run = *static_cast<Run<A>*>(context);
@@ -363,7 +359,7 @@ Side<A> make_side(const Run<A>& run, Memory& memory, int64_t first, int64_t coun
   side.first = first;
   side.count = count;
   const int64_t padded = round_up(run.problem->width, 16);
-  side.width = (run.problem->width + A::kPair - 1) / A::kPair;
+  side.width = ceil_div(run.problem->width, A::kPair);
   // More than needed: rows a power of two apart would share few sets of the cache.
   side.step_stride = padded + 16;
   side.stride = padded / A::kPair + 16;
@@ -392,7 +388,7 @@ void start(Run<A>& run, Memory& memory, double exponent) {
   const NTXentProblem& problem = *run.problem;
   const bool is_simclr = problem.form == NTXentForm::kSimclr;
   const int64_t rows = 2 * problem.pairs, side = is_simclr ? rows : problem.pairs;
-  run.blocks = (side + kBlock - 1) / kBlock;
+  run.blocks = ceil_div(side, kBlock);
   run.inverse = 1.0 / problem.temperature;
   run.scales = memory.take<Real>(rows);
   run.column_scales = memory.take<Real>(rows);
@@ -402,7 +398,7 @@ void start(Run<A>& run, Memory& memory, double exponent) {
   run.row_side = make_side(run, memory, 0, side, is_simclr);
   run.column_side = is_simclr ? run.row_side : make_side(run, memory, side, side, true);
   for_each_side(run, &prepare_block<A>);
-  run.is_shared = exponent <= A::kLargestShared;
+  run.is_shared = exponent <= kLargestShared<A>;
   positive_products(run);
 }
 
@@ -476,16 +472,16 @@ void run(const NTXentProblem& problem) {
 #if defined(__AVX512BF16__)
   if (problem.dtype == DType::kBFloat16) return with(PairArithmetic{});
 #endif
-  if (exponent <= FloatArithmetic::kLargestShared) return with(FloatArithmetic{});
+  if (exponent <= kLargestShared<FloatArithmetic>) return with(FloatArithmetic{});
   with(DoubleArithmetic{});
 }
 
 }  // namespace
 
-namespace UBP_JOIN(isa_, UBP_ISA) {
+namespace UBP_ISA_NAMESPACE {
 
 void nt_xent_forward(const NTXentProblem& problem) { run<false>(problem); }
 void nt_xent_backward(const NTXentProblem& problem) { run<true>(problem); }
 
-}  // namespace UBP_JOIN(isa_,UBP_ISA)
+}  // namespace UBP_ISA_NAMESPACE
 }  // namespace ubp

@@ -21,7 +21,7 @@ struct NTXentProblem {
   DType dtype;
   const int64_t* kept;  // [pairs] rows that take part, rising
   const int32_t* ids;   // [pairs], >= 0
-  int64_t pairs, width;
+  int64_t rows, pairs, width;
   NTXentForm form;
   bool has_ids;  // false: ids are the row numbers, only the diagonals need a look at them
   bool is_normalized;

@@ -5,8 +5,8 @@
 #include <cstdlib>
 
 #include "common/convert.h"
+#include "common/gemm.h"
 #include "common/threads.h"
-#include "nt_xent/arithmetic.h"
 #include "nt_xent/nt_xent.h"
 
 namespace ubp {
@@ -15,8 +15,21 @@ namespace {
 constexpr int64_t kBlock = 192;  // rows and columns of a tile
 constexpr int64_t kMaxWidth = 2048;
 
-UBP_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-UBP_INLINE int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+template <class V>
+UBP_INLINE auto add_lanes(V value) {
+  constexpr int kCount = sizeof(V) / sizeof(value[0]);
+  auto sum = value[0];
+  for (int lane = 1; lane < kCount; ++lane) sum += value[lane];
+  return sum;
+}
+
+template <class V>
+UBP_INLINE auto largest_lane(V value) {
+  constexpr int kCount = sizeof(V) / sizeof(value[0]);
+  auto largest = value[0];
+  for (int lane = 1; lane < kCount; ++lane) largest = value[lane] > largest ? value[lane] : largest;
+  return largest;
+}
 
 // Everything one call allocates. No destructor: unwinding needs a symbol that all instruction sets would
 // share. Only the thread that called the kernel takes memory.
@@ -84,6 +97,10 @@ struct Run {
 
 template <class A>
 constexpr int64_t kPanel = kRegisterColumns * A::kLanes;  // columns of one packed panel
+
+// Largest |s| / tau whose exponential one Real holds for rows and columns, see cpu.cpp.
+template <class A>
+constexpr double kLargestShared = sizeof(typename A::Real) == sizeof(double) ? 300.0 : 60.0;
 
 template <class A>
 constexpr bool kIsScaled = A::kPair == 2;  // normalised rows are not stored: bfloat16 would round them
@@ -281,9 +298,9 @@ void finish_block(void* context, int64_t block, int) {
   for (int64_t at = block * kBlock; at < smaller((block + 1) * kBlock, side->count); ++at) {
     const int64_t index = side->first + at, pair = index % problem.pairs;
     const int64_t other = index < problem.pairs ? index + problem.pairs : pair;
-    const Side<A>& there = other < run->column_side.first ? run->row_side : run->column_side;
+    const Side<A>& partner_side = other < run->column_side.first ? run->row_side : run->column_side;
     unit_row(*run, *side, at, padded, unit);
-    unit_row(*run, there, other - there.first, padded, partner);
+    unit_row(*run, partner_side, other - partner_side.first, padded, partner);
     const double by_positive = slope_of_positive(problem, pair),
                  stored = kIsScaled<A> ? run->stored_lengths[index] * problem.temperature : 1.0;
     const typename A::Real* grad = side->grad + at * side->step_stride;

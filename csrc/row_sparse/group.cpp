@@ -1,10 +1,10 @@
-#include "row_sparse/group.h"
-
 #include <algorithm>
 #include <array>
 #include <numeric>
 #include <utility>
 #include <vector>
+
+#include "row_sparse/row_sparse.h"
 
 namespace ubp {
 namespace {

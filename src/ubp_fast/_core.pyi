@@ -1,105 +1,39 @@
-"""Compiled kernels; use them through `ubp_fast.kernels`."""
+"""Compiled kernels; use them through `ubp_fast.kernels`.
 
-from collections.abc import Sequence
+A problem's fields are those of the struct of its name in `csrc`; what is not named is 0.
+"""
+
+from torch import Tensor
 
 def isa() -> str: ...
 def usable_isas() -> list[str]: ...
 def set_isa(name: str) -> None: ...
-def flash_attention_forward(
-    tensors: Sequence[int],
-    sizes: Sequence[int],
-    dtype: int,
-    left: int,
-    right: int,
-    scale: float,
-    dropout_p: float,
-    seed: int,
-    threads: int,
-    results: Sequence[int],
-) -> None: ...
-def flash_attention_backward(
-    tensors: Sequence[int],
-    sizes: Sequence[int],
-    dtype: int,
-    left: int,
-    right: int,
-    scale: float,
-    dropout_p: float,
-    seed: int,
-    threads: int,
-    results: Sequence[int],
-) -> None: ...
-def nt_xent_forward(
-    left: int,
-    right: int,
-    kept: int,
-    ids: int,
-    sizes: Sequence[int],
-    dtype: int,
-    form: int,
-    has_ids: bool,
-    is_normalized: bool,
-    temperature: float,
-    threads: int,
-    losses: int,
-) -> None: ...
-def nt_xent_backward(
-    left: int,
-    right: int,
-    kept: int,
-    ids: int,
-    sizes: Sequence[int],
-    dtype: int,
-    form: int,
-    has_ids: bool,
-    is_normalized: bool,
-    temperature: float,
-    threads: int,
-    losses: int,
-    weight: int,
-    factor: float,
-    grad_left: int,
-    grad_right: int,
-) -> float: ...
-def row_sparse_gather(
-    table: Sequence[int], sizes: Sequence[int], ids: int, count: int, output: int, threads: int
-) -> None: ...
+
+class _Struct:
+    def __init__(self, **fields: Tensor | float | None) -> None: ...
+
+class FlashAttentionProblem(_Struct): ...
+class NTXentProblem(_Struct): ...
+class RowTable(_Struct): ...
+class ScheduleFree(_Struct): ...
+class ScheduleFreeStep(_Struct): ...
+class Adam(_Struct): ...
+class AdamStep(_Struct): ...
+
+def flash_attention_forward(problem: FlashAttentionProblem) -> None: ...
+def flash_attention_backward(problem: FlashAttentionProblem) -> None: ...
+def nt_xent_forward(problem: NTXentProblem) -> float: ...
+def nt_xent_backward(problem: NTXentProblem) -> float: ...
+
+Rule = ScheduleFree | Adam
+Step = ScheduleFreeStep | AdamStep
+
+def row_sparse_gather(table: RowTable, rule: Rule, ids: int, count: int, output: int, threads: int) -> None: ...
 def row_sparse_group(ids: int, count: int, order: int, distinct: int, start: int) -> int: ...
-def row_sparse_reduce(start: int, order: int, sizes: Sequence[int], gradient: int, sums: int, threads: int) -> None: ...
+def row_sparse_reduce(
+    start: int, order: int, groups: int, width: int, stride: int, gradient: int, sums: int, threads: int
+) -> None: ...
 def row_sparse_update(
-    table: Sequence[int],
-    sizes: Sequence[int],
-    ids: int,
-    count: int,
-    gradient: int,
-    step: Sequence[float],
-    is_adaptive: bool,
-    used: int,
-    threads: int,
+    table: RowTable, rule: Rule, step: Step, ids: int, count: int, gradient: int, threads: int
 ) -> None: ...
-def row_sparse_catch_up(
-    table: Sequence[int], sizes: Sequence[int], beta2: float, toward_z: float, threads: int
-) -> None: ...
-def row_sparse_adam_gather(
-    table: Sequence[int],
-    sizes: Sequence[int],
-    numbers: Sequence[float],
-    ids: int,
-    count: int,
-    output: int,
-    threads: int,
-) -> None: ...
-def row_sparse_adam_update(
-    table: Sequence[int],
-    sizes: Sequence[int],
-    numbers: Sequence[float],
-    ids: int,
-    count: int,
-    gradient: int,
-    step: Sequence[float],
-    used: int,
-    threads: int,
-) -> None: ...
-def row_sparse_adam_catch_up(
-    table: Sequence[int], sizes: Sequence[int], numbers: Sequence[float], threads: int
-) -> None: ...
+def row_sparse_catch_up(table: RowTable, rule: Rule, threads: int) -> None: ...

@@ -7,8 +7,8 @@ import polars as pl
 import pytest
 
 from ubp_fast.evaluation import EvaluationConfig, build_targets, evaluate
+from ubp_fast.events.checks import CODES
 from ubp_fast.events.read import EventDirectory
-from ubp_fast.events.schema import CODES
 from ubp_fast.events.sources.complete_journey import CompleteJourney
 from ubp_fast.events.write import event_writer
 from ubp_fast.features.organisers import CountsConfig, count_features_once

@@ -10,8 +10,9 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
+from ubp_fast.events.checks import CODES
 from ubp_fast.events.read import EventDirectory, read_id_list, read_label_lists, read_products, read_table
-from ubp_fast.events.schema import CODES, ITEM_COLUMN, DataError
+from ubp_fast.events.schema import ITEM_COLUMN, DataError
 from ubp_fast.events.sources.challenge import Challenge
 
 Shop = Callable[..., Path]

@@ -7,7 +7,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from ubp_fast.events.schema import DataError, event_schema
+from ubp_fast.events.checks import event_schema
+from ubp_fast.events.schema import DataError
 from ubp_fast.events.sources.challenge import Challenge
 from ubp_fast.events.write import end_seconds, event_writer
 from ubp_fast.files import OutputDirectoryError

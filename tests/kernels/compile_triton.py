@@ -28,6 +28,7 @@ from ubp_fast.kernels.flash_attention.reference import Problem as AttentionProbl
 from ubp_fast.kernels.nt_xent import _triton as contrastive
 from ubp_fast.kernels.nt_xent import _triton_kernels as contrastive_kernels
 from ubp_fast.kernels.nt_xent.reference import Problem as ContrastiveProblem
+from ubp_fast.kernels.row_sparse import Adam, ScheduleFree
 from ubp_fast.kernels.row_sparse import _triton as row_sparse
 from ubp_fast.kernels.row_sparse import _triton_kernels as row_sparse_kernels
 
@@ -173,18 +174,38 @@ def pair_builds() -> Iterator[Build]:
 
 def row_sparse_builds() -> Iterator[Build]:
     tensors = dict.fromkeys(("weight_ptr", "state_ptr", "gradient_ptr", "out_ptr", "sum_ptr"), "*fp32")
-    tensors |= dict.fromkeys(("slot_ptr", "last_ptr", "fault_ptr"), "*i32") | {"retained_ptr": "*fp64"}
-    tensors |= dict.fromkeys(("ids_ptr", "order_ptr", "used_ptr", "start_ptr"), "*i64")
-    floats = ("learning_rate", "average_weight", "gradient_weight", "beta2", "rest_of_beta2", "log2_beta2")
-    tensors |= dict.fromkeys((*floats, "log2_beta2_rest", "correction", "eps", "toward_z"), "fp32")
-    constants = row_sparse._blocks(torch.empty(9, 384, device="meta"))
-    options = {"num_warps": constants.pop("num_warps")}
-    kernels: dict[str, dict[str, Any]] = {"gather": {}, "reduce": {}, "update": {"IS_ADAPTIVE": True}, "catch_up": {}}
-    for kernel, capability in itertools.product(kernels, CAPABILITIES):
+    tensors |= dict.fromkeys(("slot_ptr", "last_ptr", "fault_ptr", "fresh_ptr"), "*i32")
+    tensors |= dict.fromkeys(("kept_ptr", "history_ptr"), "*fp64")
+    tensors |= dict.fromkeys(("ids_ptr", "order_ptr", "used_ptr", "start_ptr", "count_ptr"), "*i64")
+    floats = [
+        "log2_beta1",
+        "log2_beta1_rest",
+        "log2_beta2",
+        "log2_beta2_rest",
+        "eps",
+        "beta2",
+        "first_new",
+        "second_new",
+    ]
+    floats += ["rate", "average_weight", "gradient_weight", "correction", "root", "keep", "toward_z"]
+    tensors |= dict.fromkeys(floats, "fp32")
+    table = torch.empty(9, 384, device="meta")
+    rows = row_sparse._blocks(table)
+    options = {"num_warps": rows["num_warps"]}
+    entries = {"HAS_IDS": True, "HAS_COUNT": True, "BLOCK": row_sparse.MARK_BLOCK}
+    kernels: list[tuple[str, str, dict[str, Any]]] = [
+        ("reduce", "", rows),
+        ("mark", "", entries),
+        ("commit", "", entries),
+    ]
+    for name, rule in (("schedule-free", ScheduleFree(0.99, 1e-8)), ("adam", Adam(0.9, 0.999, 1e-8))):
+        steps = row_sparse._blocks(table, rule)
+        kernels += [("gather", name, steps), ("catch_up", name, steps)]
+        kernels += [("update", name, steps | {"IS_ADAPTIVE": True, "HAS_COUNT": True})]
+    for (kernel, rule_name, constants), capability in itertools.product(kernels, CAPABILITIES):
         function = getattr(row_sparse_kernels, f"{kernel}_kernel")
-        yield Build(
-            f"row_sparse {kernel} D=384", capability, function, tensors, constants | kernels[kernel], options, False
-        )
+        constants = {name: value for name, value in constants.items() if name in function.arg_names}
+        yield Build(f"row_sparse {kernel} {rule_name} D=384", capability, function, tensors, constants, options, False)
 
 
 COLUMNS = ("arch", "warps", "regs", "spill", "shared", "dot")

@@ -47,6 +47,11 @@ def numbers(generator: random.Random, dtype: int, count: int) -> array[Any]:
     return array("H", (generator.getrandbits(16) for _ in range(count)))
 
 
+def addresses(tensors: dict[str, array[Any]]) -> dict[str, int]:
+    """What the compiled module takes for tensors."""
+    return {name: part.buffer_info()[0] for name, part in tensors.items()}
+
+
 def flash_attention(core: Any, generator: random.Random) -> None:
     """One problem, forward and backward."""
     sequences, heads = generator.randrange(6), generator.randrange(1, 4)
@@ -66,15 +71,31 @@ def flash_attention(core: Any, generator: random.Random) -> None:
     times = [
         array("q", (generator.getrandbits(64) - 2**63 for _ in range(sum(part)))) for part in (lengths, key_lengths)
     ]
-    sizes = [sum(lengths), sum(key_lengths), sequences, heads, width, buckets]
-    addresses = [part.buffer_info()[0] for part in (*inputs, cu_query, cu_key)]
-    addresses += [part.buffer_info()[0] if buckets else 0 for part in (bias, *times)]
-    window = (generator.choice((-1, 0, 5, 2**31 - 1)), generator.choice((-1, 0, 0, 9, 2**63 - 1)))
-    dropout = (generator.choice((0.0, 0.0, 0.1, 0.999)), generator.getrandbits(64))
-    options = (sizes, dtype, *window, generator.uniform(-2, 2), *dropout, generator.randrange(5))
-    results = [part.buffer_info()[0] for part in (output, lse, grad_output, *gradients, grad_bias)]
-    core.flash_attention_forward(addresses, *options, results[:2])
-    core.flash_attention_backward(addresses, *options, results)
+    dropout_p = generator.choice((0.0, 0.0, 0.1, 0.999))
+    fields = {
+        "query_tokens": sum(lengths),
+        "key_tokens": sum(key_lengths),
+        "sequences": sequences,
+        "heads": heads,
+        "width": width,
+        "buckets": buckets,
+        "dtype": dtype,
+        "left": generator.choice((-1, 0, 5, 2**31 - 1)),
+        "right": generator.choice((-1, 0, 0, 9, 2**63 - 1)),
+        "scale": generator.uniform(-2, 2),
+        "threshold": int(dropout_p * 2**32),
+        "keep_factor": 1 / (1 - dropout_p),
+        "seed": generator.getrandbits(64),
+        "threads": generator.randrange(5),
+    }
+    names = ("query", "key", "value", "grad_query", "grad_key", "grad_value")
+    tensors = dict(zip(names, (*inputs, *gradients), strict=True))
+    tensors |= {"cu_query": cu_query, "cu_key": cu_key, "output": output, "lse": lse, "grad_output": grad_output}
+    if buckets:
+        tensors |= {"time_bias": bias, "query_time_s": times[0], "key_time_s": times[1], "grad_time_bias": grad_bias}
+    problem = core.FlashAttentionProblem(**fields, **addresses(tensors))
+    core.flash_attention_forward(problem)
+    core.flash_attention_backward(problem)
 
 
 def nt_xent(core: Any, generator: random.Random) -> None:
@@ -95,20 +116,23 @@ def nt_xent(core: Any, generator: random.Random) -> None:
     sides = [numbers(generator, dtype, rows * width) for _ in range(2)]
     gradients = [array(TYPECODES[dtype], bytes(ITEM_BYTES[dtype] * rows * width)) for _ in range(2)]
     losses, weight = array("d", bytes(16 * pairs)), array("f", (generator.random() for _ in kept))
-    arguments = (
-        *(part.buffer_info()[0] for part in (*sides, kept_rows, row_ids)),
-        [rows, pairs, width],
-        dtype,
-        form,
-        generator.random() < 0.5,
-        generator.random() < 0.7,
-        generator.choice((1.0, 0.1, 0.02, 0.005, 1e-30, 1e30, 0.0, float("nan"))),
-        generator.randrange(5),
-        losses.buffer_info()[0],
+    tensors = dict(zip(("left", "right", "grad_left", "grad_right"), (*sides, *gradients), strict=True))
+    tensors |= {"kept": kept_rows, "ids": row_ids, "losses": losses, "weight": weight}
+    problem = core.NTXentProblem(
+        **addresses(tensors),
+        dtype=dtype,
+        rows=rows,
+        pairs=pairs,
+        width=width,
+        form=form,
+        has_ids=generator.random() < 0.5,
+        is_normalized=generator.random() < 0.7,
+        temperature=generator.choice((1.0, 0.1, 0.02, 0.005, 1e-30, 1e30, 0.0, float("nan"))),
+        threads=generator.randrange(5),
+        factor=generator.choice((1.0, 0.0, float("inf"), 1e-300)),
     )
-    factor = generator.choice((1.0, 0.0, float("inf"), 1e-300))
-    core.nt_xent_forward(*arguments)
-    core.nt_xent_backward(*arguments, weight.buffer_info()[0], factor, *(part.buffer_info()[0] for part in gradients))
+    core.nt_xent_forward(problem)
+    core.nt_xent_backward(problem)
 
 
 OPERATORS = (flash_attention, nt_xent)

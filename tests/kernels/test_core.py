@@ -137,32 +137,28 @@ except MemoryError:
     assert (found.returncode, found.stdout.split()) == (0, ["refused", "2048.0"]), found.stderr[-2000:]
 
 
-def test_wrong_addresses_never_reach_the_kernel() -> None:
+def test_wrong_problems_never_reach_the_kernel() -> None:
     offsets = torch.tensor([0, 4], dtype=torch.int32)
-    addresses = [0, 0, 0, offsets.data_ptr(), offsets.data_ptr(), 8, 8, 8]
-    sizes, options = [4, 4, 1, 2, 8, 64], [0, -1, -1, 1.0, 0.0, 0, 1]
-
-    def call(message: str, addresses: list[int], sizes: list[int], options: list[float], results: list[int]) -> None:
-        for function in (_core.flash_attention_forward, _core.flash_attention_backward):
-            with pytest.raises(ValueError, match=f"flash_attention: {message}"):
-                function(addresses, sizes, *options, results)
-
+    sizes = {"query_tokens": 4, "key_tokens": 4, "sequences": 1, "heads": 2, "width": 8, "buckets": 64}
+    good = {"cu_query": offsets, "cu_key": offsets, "time_bias": torch.zeros(2, 64), **sizes, "threads": 1}
     for wrong, rule in (
-        ([4, 4, 1, 2, 8], "sizes must be"),
-        ([4, 4, -1, 2, 8, 64], "sizes must not be negative"),
-        ([4, 4, 1, 2, 0, 64], "width must be in 1..256, got 0"),
-        ([4, 4, 1, 2, 257, 64], "width must be in 1..256, got 257"),
-        ([4, 4, 1, 2, 8, 0], "buckets must be in 1..106, got 0"),
-        ([4, 4, 1, 2, 8, 107], "buckets must be in 1..106, got 107"),
-        ([5, 4, 1, 2, 8, 64], "cu_seqlens must end at the number of tokens 5, got 4"),
-        ([4, 3, 1, 2, 8, 64], "cu_seqlens_key must end at the number of tokens 3, got 4"),
+        ({"sequences": -1}, "sizes must not be negative"),
+        ({"width": 0}, "width must be in 1..256, got 0"),
+        ({"width": 257}, "width must be in 1..256, got 257"),
+        ({"buckets": 0}, "buckets must be in 1..106, got 0"),
+        ({"buckets": 107}, "buckets must be in 1..106, got 107"),
+        ({"query_tokens": 5}, "cu_seqlens must end at the number of tokens 5, got 4"),
+        ({"key_tokens": 3}, "cu_seqlens_key must end at the number of tokens 3, got 4"),
+        ({"cu_key": None}, "cu_seqlens_key must be given"),
+        ({"dtype": 3}, "dtype must be 0, 1 or 2, got 3"),
+        ({"threads": 0}, "threads must be >= 1, got 0"),
     ):
-        call(rule, addresses, wrong, options, [0, 0])
-    call("dtype must be 0, 1 or 2, got 3", addresses, sizes, [3, *options[1:]], [0, 0])
-    call("threads must be >= 1, got 0", addresses, sizes, [*options[:-1], 0], [0, 0])
-    call(r"dropout_p must be in \[0, 1\), got 1", addresses, sizes, [*options[:4], 1.0, 0, 1], [0, 0])
-    call("tensors must be eight addresses", addresses[1:], sizes, options, [0, 0])
-    call("results must be", addresses, sizes, options, [0, 0, 0])
+        problem = _core.FlashAttentionProblem(**{**good, **wrong})
+        for function in (_core.flash_attention_forward, _core.flash_attention_backward):
+            with pytest.raises(ValueError, match=f"flash_attention: {rule}"):
+                function(problem)
+    with pytest.raises(AttributeError, match="head"):
+        _core.FlashAttentionProblem(head=2)
 
 
 def test_module_needs_no_torch() -> None:

@@ -154,36 +154,25 @@ def test_small_problems_on_every_isa(every_isa: list[str]) -> None:
 
 
 WRONG_NUMBERS = {
-    "pairs": {"sizes": [3, 0, 8]},
-    "width": {"sizes": [3, 1, 2049]},
-    "sizes": {"sizes": [3, 1]},
+    "pairs": {"pairs": 0},
+    "width": {"width": 2049},
     "dtype": {"dtype": 3},
     "form": {"form": -1},
     "temperature": {"temperature": float("nan")},
     "threads": {"threads": 0},
-    "kept": {"kept": [2, 1]},
-    "ids": {"ids": [0, -1]},
+    "kept": {"kept": torch.tensor([2, 1])},
+    "ids": {"ids": torch.tensor([0, -1], dtype=torch.int32)},
 }
 
 
 @pytest.mark.parametrize("argument", WRONG_NUMBERS)
 def test_wrong_numbers_never_reach_the_kernel(argument: str) -> None:
-    given = {"sizes": [3, 2, 8], "dtype": 0, "form": 0, "temperature": 0.1, "threads": 1, "kept": [0, 1], "ids": [0, 1]}
+    rows, ids = torch.zeros(3, 8), torch.tensor([0, 1], dtype=torch.int32)
+    given = {"left": rows, "right": rows, "rows": 3, "pairs": 2, "width": 8, "temperature": 0.1, "threads": 1}
+    given |= {"kept": torch.tensor([0, 1]), "ids": ids, "losses": torch.zeros(4, dtype=torch.float64)}
     given |= WRONG_NUMBERS[argument]
-    kept, ids = torch.tensor(given["kept"]), torch.tensor(given["ids"], dtype=torch.int32)
-    rows, losses = torch.zeros(3, 8), torch.zeros(4, dtype=torch.float64)
     with pytest.raises(ValueError, match=f"^nt_xent: {argument} must"):
-        _core.nt_xent_forward(
-            *(tensor.data_ptr() for tensor in (rows, rows, kept, ids)),
-            given["sizes"],
-            given["dtype"],
-            given["form"],
-            False,
-            True,
-            given["temperature"],
-            given["threads"],
-            losses.data_ptr(),
-        )
+        _core.nt_xent_forward(_core.NTXentProblem(**given))
 
 
 def test_auto_takes_native_where_it_can() -> None:

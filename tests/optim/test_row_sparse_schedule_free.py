@@ -265,7 +265,7 @@ def test_many_steps_between_switches(monkeypatch: pytest.MonkeyPatch) -> None:
     for is_sparse in (True, False):
         model, optimizer = make(is_sparse, torch.float64)
         if is_sparse:
-            model.first.touched._retained = torch.ones(2, dtype=torch.float64)
+            model.first.touched._history = torch.ones(2, dtype=torch.float64)
         take_steps(model, optimizer, steps)
         results.append(everything(model, optimizer))
     for name, value in results[1].items():

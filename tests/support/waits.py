@@ -26,6 +26,7 @@ WAITING = {
     "unique_dim_consecutive",
     "equal",
     "is_nonzero",
+    "_coalesce",
 }
 
 

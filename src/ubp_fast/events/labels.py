@@ -13,12 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import polars as pl
 
-from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import DataError, LabelLists
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from ubp_fast.events.read import EventDirectory
 
 NUM_LABELS = 100
 
@@ -44,6 +48,8 @@ def label_lists(
     Returns:
         name -> (ids i64 [n], popularity f64 [n]); a list without values is left out.
     """
+    import polars as pl
+
     lists = {
         f"propensity_{column}": _ranked(purchases, column).head(num_labels) for column in ("category", "sku", "price")
     }
@@ -73,6 +79,8 @@ def make_label_lists(directory: EventDirectory, start_s: int, end_s: int, num_la
         DataError: no purchase in the window.
         ValueError: num_labels < 1.
     """
+    import polars as pl
+
     if num_labels < 1:
         raise ValueError(f"make_label_lists: num_labels must be >= 1, got {num_labels}")
     window = directory.purchases(start_s, end_s)

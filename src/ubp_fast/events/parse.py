@@ -10,7 +10,8 @@ import numpy as np
 import polars as pl
 from numba import njit
 
-from ubp_fast.events.schema import CODES, NUM_CODES, DataError, UserError, bad_rows
+from ubp_fast.events.checks import CODES, bad_rows
+from ubp_fast.events.schema import NUM_CODES, DataError, UserError
 from ubp_fast.events.split import DAY_S
 
 # Dates outside these years come from a wrong unit (milliseconds read as seconds), not from a shop.

@@ -23,24 +23,26 @@ from typing import Any, NamedTuple
 import numpy as np
 import polars as pl
 
-from ubp_fast.events.parse import parse_codes, parse_ids, parse_timestamps
-from ubp_fast.events.schema import (
+from ubp_fast.events.checks import (
     CODES,
-    EVENT_KINDS,
-    ITEM_COLUMN,
-    LABEL_LISTS,
-    NUM_CODES,
-    NUM_PRICE_BUCKETS,
     PRODUCT_SCHEMA,
-    PRODUCT_TABLE,
     PURCHASE_SCHEMA,
-    DataError,
-    LabelLists,
     bad_rows,
     empty_frame,
     event_schema,
     require_columns,
     require_unique,
+)
+from ubp_fast.events.parse import parse_codes, parse_ids, parse_timestamps
+from ubp_fast.events.schema import (
+    EVENT_KINDS,
+    ITEM_COLUMN,
+    LABEL_LISTS,
+    NUM_CODES,
+    NUM_PRICE_BUCKETS,
+    PRODUCT_TABLE,
+    DataError,
+    LabelLists,
 )
 from ubp_fast.events.split import Split
 from ubp_fast.files import load_array, load_json

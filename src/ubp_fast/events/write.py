@@ -12,22 +12,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from ubp_fast.events.checks import PRODUCT_SCHEMA, PURCHASE_SCHEMA, bad_rows, event_schema, require_canonical
 from ubp_fast.events.parse import parse_timestamps
 from ubp_fast.events.read import BATCH_ROWS, DATASET_FILE, FORMAT, TARGET_PURCHASES, check_products, stored_form
-from ubp_fast.events.schema import (
-    EVENT_KINDS,
-    LABEL_LISTS,
-    PRODUCT_SCHEMA,
-    PRODUCT_TABLE,
-    PURCHASE_SCHEMA,
-    SKU_KINDS,
-    DataError,
-    LabelLists,
-    UserError,
-    bad_rows,
-    event_schema,
-    require_canonical,
-)
+from ubp_fast.events.schema import EVENT_KINDS, LABEL_LISTS, PRODUCT_TABLE, SKU_KINDS, DataError, LabelLists, UserError
 from ubp_fast.events.split import Split, split_at, utc_text
 from ubp_fast.files import published_directory, write_json
 

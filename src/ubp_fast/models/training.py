@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from ubp_fast.events.schema import DataError, UserError
 from ubp_fast.files import load_json, load_tensors, write_atomically, write_json, write_tensors
+from ubp_fast.kernels import check_deferred
 from ubp_fast.optim import TableUpdates, adopt_tables, clip_gradient_norm, release_tables
 from ubp_fast.progress import Progress
 from ubp_fast.sequences.batch import ViewBatch
@@ -142,6 +143,7 @@ def embed(model: nn.Module, loader: ViewLoader, progress: Progress | None = None
             parts.append(model(batch.to(device)).float().cpu().numpy())
             if progress is not None:
                 progress(step, len(loader))
+    check_deferred()
     width: Any = model.embedding_width
     return np.concatenate(parts) if parts else np.empty((0, width), np.float32)
 
@@ -237,6 +239,7 @@ class _Job(lightning.LightningModule):
             self.progress(done, total)
 
     def on_train_epoch_end(self) -> None:
+        check_deferred()  # a wrong value on a GPU ends the training before it is written
         _switch(self.optimizer, is_training=False)
         metrics: dict[str, float] = getattr(self.model, "epoch_metrics", dict)()
         self.losses.append({"epoch": float(self.epochs_done), **_mean_terms(self._terms), **metrics})

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Literal
 
 import torch
-from schedulefree import RAdamScheduleFree
 from torch import nn
 from torch.optim import Adam, AdamW, Optimizer
 
 from ubp_fast.optim.row_sparse_adamw import RowSparseAdamW, unsupported_options
 from ubp_fast.optim.row_sparse_embedding import RowSparseEmbedding
-from ubp_fast.optim.row_sparse_schedule_free import RowSparseRAdamScheduleFree
 
 TableUpdates = Literal["auto", "row_sparse", "dense"]
 
@@ -46,7 +45,9 @@ def adopt_tables(optimizer: Optimizer, model: nn.Module, updates: TableUpdates) 
         return optimizer
     if updates == "auto" and any(table.weight.device.type != "cpu" for table in tables):
         return optimizer
-    if type(optimizer) is RAdamScheduleFree:
+    if _is_schedule_free(optimizer):
+        from ubp_fast.optim.row_sparse_schedule_free import RowSparseRAdamScheduleFree
+
         return RowSparseRAdamScheduleFree(optimizer.param_groups, tables)
     return RowSparseAdamW(optimizer.param_groups, tables)
 
@@ -63,10 +64,16 @@ def _tables(model: nn.Module) -> list[RowSparseEmbedding]:
 
 def _unsupported(optimizer: Optimizer) -> str | None:
     # A subclass may step in other ways than the library does.
-    if type(optimizer) is RAdamScheduleFree:
+    if _is_schedule_free(optimizer):
         has_decay = any(group["weight_decay"] for group in optimizer.param_groups)
         return "weight decay moves every row in every step" if has_decay else None
     if type(optimizer) in (Adam, AdamW):
         reasons = (unsupported_options(group) for group in optimizer.param_groups)
         return next((f"{reason} has no row-sparse form" for reason in reasons if reason is not None), None)
     return f"{type(optimizer).__name__} has no row-sparse form"
+
+
+def _is_schedule_free(optimizer: Optimizer) -> bool:
+    # Whoever holds one has imported the library, which need not be there otherwise.
+    library = sys.modules.get("schedulefree")
+    return library is not None and type(optimizer) is library.RAdamScheduleFree

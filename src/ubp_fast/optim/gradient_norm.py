@@ -7,22 +7,32 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from ubp_fast.kernels import deferred, row_sparse
+
 
 def clip_gradient_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scales all gradients so that their joint Euclidean norm is at most `max_norm`; returns the norm before.
 
-    Equals `torch.nn.utils.clip_grad_norm_`, which refuses sparse gradients.
+    Equals `torch.nn.utils.clip_grad_norm_`, which refuses sparse gradients. On a GPU nothing waits for the
+    device but tables in bfloat16.
     """
-    gradients = []
+    gradients, sums = [], []
     for parameter in parameters:
-        if parameter.grad is None:
+        gradient = parameter.grad
+        if gradient is None:
             continue
-        if parameter.grad.is_sparse:
-            parameter.grad = parameter.grad.coalesce()
-            gradients.append(parameter.grad._values())
+        if not gradient.is_sparse:
+            gradients.append(gradient)
+            sums.append(gradient)
+        elif deferred.is_deferred(gradient.device) and gradient.dtype in row_sparse.FLOATS:
+            # Entries of one row are scaled apart and measured together.
+            gradients.append(gradient._values())
+            sums.append(row_sparse.reduce_padded(gradient._indices()[0], gradient._values())[1])
         else:
-            gradients.append(parameter.grad)
-    norm = torch.nn.utils.get_total_norm(gradients)
+            parameter.grad = gradient.coalesce()
+            gradients.append(parameter.grad._values())
+            sums.append(gradients[-1])
+    norm = torch.nn.utils.get_total_norm(sums)
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
         gradient.mul_(factor.to(gradient.device))

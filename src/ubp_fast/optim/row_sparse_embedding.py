@@ -17,12 +17,15 @@ from ubp_fast.optim.touched_rows import TouchedRows, reserve
 
 
 class _Lookup(torch.autograd.Function):
-    """Rows of the present; the gradient is a coalesced sparse tensor over the distinct rows of the batch."""
+    """Rows of the present; the gradient is a sparse tensor over the distinct rows of the batch.
+
+    On a GPU it is over all entries of the batch: the number of distinct ones would be waited for.
+    """
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, touched: TouchedRows, ids: Tensor, padding_idx: int | None) -> Tensor:
         ctx.save_for_backward(ids)
-        ctx.shape, ctx.padding_idx = weight.shape, padding_idx
+        ctx.shape, ctx.padding_idx, ctx.is_padded = weight.shape, padding_idx, touched.is_padded
         return touched.gather(ids)
 
     @staticmethod
@@ -32,9 +35,15 @@ class _Lookup(torch.autograd.Function):
         grad_output = grad_output.reshape(len(ids), ctx.shape[1])
         if ctx.padding_idx is not None:
             is_real = ids != ctx.padding_idx
-            ids, grad_output = ids[is_real], grad_output[is_real]
-        distinct, sums = row_sparse.reduce(ids, grad_output)
-        gradient = torch.sparse_coo_tensor(distinct[None], sums, ctx.shape, is_coalesced=True, check_invariants=False)
+            if ctx.is_padded:
+                grad_output = grad_output.masked_fill(~is_real[:, None], 0.0)
+            else:
+                ids, grad_output = ids[is_real], grad_output[is_real]
+        if not ctx.is_padded:
+            ids, grad_output = row_sparse.reduce(ids, grad_output)
+        gradient = torch.sparse_coo_tensor(
+            ids[None], grad_output, ctx.shape, is_coalesced=not ctx.is_padded, check_invariants=False
+        )
         return gradient, None, None, None
 
 

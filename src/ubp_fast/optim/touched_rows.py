@@ -12,15 +12,17 @@ import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from itertools import chain
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from ubp_fast.kernels import row_sparse
+from ubp_fast.kernels import deferred, row_sparse
+from ubp_fast.kernels.row_sparse import Adam, AdamStep, RowTable, ScheduleFree, ScheduleFreeStep
 
 _CHUNK_ROWS = 65_536
+RuleT = TypeVar("RuleT", ScheduleFree, Adam)
+StepT = TypeVar("StepT", ScheduleFreeStep, AdamStep)
 
 
 def reserve(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -53,19 +55,24 @@ def round_at_random(values: Tensor, generator: torch.Generator) -> Tensor:
     return bits.view(torch.float32).masked_fill_(values.isnan(), torch.nan).bfloat16()
 
 
-class TouchedRows(ABC):
+class TouchedRows(ABC, Generic[RuleT, StepT]):
     """Two state vectors per row that ever had a gradient, each row as it was after its last step.
 
-    Memory grows with these rows: it is reserved for all, and comes into being when it is used.
+    Memory grows with these rows: it is reserved for all, and comes into being when it is used. On a GPU lookups and
+    steps do not wait for the device (those of tables in bfloat16 do); `catch_up` does, so that a fault of an earlier
+    call raises before the history is forgotten.
 
     Args:
         weight: the table [N, D], float32, float64 or bfloat16. One in bfloat16 takes a seed from torch's generator.
+        rule: what is the same in all steps; another one later brings all rows to the present first.
     """
 
     names: ClassVar[tuple[str, str]]  # of the state vectors in the dense optimizer
+    history_columns: ClassVar[tuple[int, ...]] = ()
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, rule: RuleT) -> None:
         self.weight = weight
+        self.rule: RuleT = rule
         self.is_rounded = weight.dtype == torch.bfloat16
         self.seed, self.roundings = int(torch.randint(2**32, ())) if self.is_rounded else 0, 0
         self.reset()
@@ -80,33 +87,86 @@ class TouchedRows(ABC):
         self.has_state = False
         self._restart()
 
-    @abstractmethod
-    def gather(self, ids: Tensor) -> Tensor:
-        """Rows as of the present, [..., D]."""
-
-    @abstractmethod
-    def catch_up(self) -> None:
-        """Brings all rows to the present."""
-
-    @abstractmethod
     def _restart(self) -> None:
         """Starts the history of steps anew; all rows are up to date."""
+        columns = (1024, *self.history_columns)
+        self._history = torch.ones(columns, dtype=torch.float64, device=self.weight.device)
+        self.steps, self._kept = 0, 1.0
 
     @abstractmethod
     def _first_at_rest(self) -> Tensor:
         """The first state vector of rows that never had a gradient, [N, D]."""
 
-    @property
     @abstractmethod
-    def rows(self) -> Any:
-        """The table for the kernels, a named tuple with `weight`, `slot` and `last_step` of all rows."""
+    def _numbers(self, group: dict[str, Any]) -> tuple[RuleT, StepT]:
+        """The rule and the step that a parameter group asks for."""
+
+    @abstractmethod
+    def _record(self, step: StepT) -> bool:
+        """Writes the step into the last entry of the history; True when the history must start anew."""
+
+    @property
+    def rows(self) -> RowTable:
+        """The table for the kernels."""
+        history = self._history[: self.steps + 1]
+        return RowTable(self._values, self.state, self.slot, self.used, self.last_step, history)
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether gradients keep the shape of the batch, so that no step waits to learn how many rows there are."""
+        return deferred.is_deferred(self.weight.device) and not self.is_rounded
+
+    def gather(self, ids: Tensor) -> Tensor:
+        """Rows as of the present, [..., D]."""
+        rows, places = self.part(ids.reshape(-1))
+        return row_sparse.gather(rows, self.rule, places).view(*ids.shape, self.weight.shape[1])
+
+    def step(self, gradient: Tensor, group: dict[str, Any]) -> None:
+        """Takes one step with a sparse gradient [N, D] and the numbers of its parameter group."""
+        rule, step = self._numbers(group)
+        if rule != self.rule:
+            self.catch_up()
+            self.rule = rule
+        ids, sums, count = self.summed(gradient)
+        with self.changing(ids) as (rows, places):
+            row_sparse.update(rows, rule, places, sums, step, count=count)
+        if self.steps + 1 == len(self._history):
+            self._history = torch.cat([self._history, torch.ones_like(self._history)])
+        self.steps += 1
+        self.has_state = True
+        if self._record(step):
+            self.catch_up()
+
+    def catch_up(self, toward_z: float = 0.0) -> None:
+        """Brings all rows to the present; those of a schedule-free table move by the share `toward_z` of z - y."""
+        if self.steps == 0 and toward_z == 0.0:
+            return
+        for ids in self.chunks():
+            with self.changing(ids) as (rows, _):
+                row_sparse.catch_up(rows, self.rule, toward_z=toward_z)
+        if deferred.is_deferred(self.weight.device):
+            deferred.check_deferred(self.weight.device)
+        self._restart()
+
+    def summed(self, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Ascending distinct ids of a sparse gradient [N, D], their sums in the dtype of the state, and how many.
+
+        None for all; where `is_padded` they have the length of the batch.
+        """
+        ids, sums = gradient._indices()[0], gradient._values().to(self.state_dtype)
+        if self.is_padded:
+            return row_sparse.reduce_padded(ids, sums)
+        # Autograd forgets that a gradient was coalesced; several lookups of one step leave several parts.
+        if not bool((ids[1:] > ids[:-1]).all()):
+            ids, sums = row_sparse.reduce(ids, sums)
+        return ids, sums, None
 
     @property
     def state_dtype(self) -> torch.dtype:
         """In which the state lies and steps are computed."""
         return torch.float32 if self.is_rounded else self.weight.dtype
 
-    def part(self, ids: Tensor) -> tuple[Any, Tensor]:
+    def part(self, ids: Tensor) -> tuple[RowTable, Tensor]:
         """`rows` in the dtype of the state, those of `ids` [n] alone where it is rounded, and the places of `ids`."""
         if not self.is_rounded:
             return self.rows, ids
@@ -115,7 +175,7 @@ class TouchedRows(ABC):
         return self.rows._replace(weight=weight, slot=slot, last_step=last_step), places
 
     @contextmanager
-    def changing(self, ids: Tensor) -> Iterator[tuple[Any, Tensor]]:
+    def changing(self, ids: Tensor) -> Iterator[tuple[RowTable, Tensor]]:
         """`part` for a kernel that writes; what it wrote is rounded and comes back into the table."""
         rows, places = self.part(ids)
         yield rows, places
@@ -178,50 +238,3 @@ def _mixed(seed: int, count: int) -> int:
     value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & 2**64 - 1
     value = (value ^ value >> 27) * 0x94D049BB133111EB & 2**64 - 1
     return (value ^ value >> 31) >> 1
-
-
-def rows_of(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Ascending distinct ids and the sums of their gradients in `dtype`, of a sparse gradient [N, D]."""
-    ids, sums = gradient._indices()[0], gradient._values().to(dtype)
-    # Autograd forgets that a gradient was coalesced; several lookups of one step leave several parts.
-    if bool((ids[1:] > ids[:-1]).all()):
-        return ids, sums
-    return row_sparse.reduce(ids, sums)
-
-
-def split_state(
-    state_dict: dict[str, Any], groups: list[dict[str, Any]], tables: Mapping[Tensor, TouchedRows]
-) -> tuple[dict[str, Any], dict[Tensor, dict[str, Tensor]]]:
-    """An optimizer's state without that of the tables, and that of the tables.
-
-    torch casts what it loads to the dtype of the weight: that of a table in bfloat16 would lose most of its digits.
-    """
-    places = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-    weights = chain.from_iterable(group["params"] for group in groups)
-    # Other numbers of parameters are for torch to refuse.
-    place_of = {weight: place for weight, place in zip(weights, places, strict=False) if weight in tables}
-    left = {place: state for place, state in state_dict["state"].items() if place not in place_of.values()}
-    taken = {weight: state_dict["state"].get(place, {}) for weight, place in place_of.items()}
-    return {**state_dict, "state": left}, taken
-
-
-@contextmanager
-def table_gradients(name: str, tables: Mapping[Tensor, TouchedRows]) -> Iterator[dict[Tensor, Tensor]]:
-    """The sparse gradients of the tables that have one; inside, the dense step does not see them.
-
-    Raises:
-        ValueError: a table has a dense gradient (its weight was used outside its module).
-    """
-    gradients = {weight: weight.grad for weight in tables if weight.grad is not None}
-    for gradient in gradients.values():
-        if not gradient.is_sparse:
-            raise ValueError(
-                f"{name}: gradients of tables must be sparse, got a dense one; read a table only by calling its module"
-            )
-    try:
-        for weight in gradients:
-            weight.grad = None
-        yield gradients
-    finally:
-        for weight, gradient in gradients.items():
-            weight.grad = gradient

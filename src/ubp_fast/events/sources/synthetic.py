@@ -10,9 +10,10 @@ import numpy as np
 import polars as pl
 from numpy.lib.format import open_memmap
 
+from ubp_fast.events.checks import CODES, PRODUCT_SCHEMA, event_schema
 from ubp_fast.events.labels import label_lists
 from ubp_fast.events.read import EventDirectory
-from ubp_fast.events.schema import CODES, ITEM_COLUMN, PRODUCT_SCHEMA, LabelLists, UserError, event_schema
+from ubp_fast.events.schema import ITEM_COLUMN, LabelLists, UserError
 from ubp_fast.events.sources.synthetic_world import (
     ADDS_PER_SESSION,
     Catalogue,

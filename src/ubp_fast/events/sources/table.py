@@ -9,18 +9,10 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from ubp_fast.events.checks import bad_rows, event_schema
 from ubp_fast.events.parse import hash_texts, number_ids, parse_codes, parse_timestamps
 from ubp_fast.events.read import read_table
-from ubp_fast.events.schema import (
-    EVENT_KINDS,
-    ITEM_COLUMN,
-    NUM_CODES,
-    SKU_KINDS,
-    DataError,
-    UserError,
-    bad_rows,
-    event_schema,
-)
+from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, NUM_CODES, SKU_KINDS, DataError, UserError
 from ubp_fast.events.sources.table_products import product_table
 from ubp_fast.events.split import split_at
 from ubp_fast.events.write import EventWriter, end_seconds, event_writer

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -24,38 +22,55 @@ def unsupported(problem: Problem) -> str | None:
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """Output [T, H, D] in the dtype of the inputs, and the log-sum-exp float32 [T, H]."""
-    tensors = _contiguous(problem)
+    inputs = _inputs(problem)
     output = torch.empty(problem.query.shape, dtype=problem.query.dtype)
     lse = torch.empty(problem.query.shape[:2], dtype=torch.float32)
-    _core.flash_attention_forward(*_arguments(problem, tensors, output, lse))
+    _core.flash_attention_forward(_compiled(problem, **inputs, output=output, lse=lse))
     return output, lse
 
 
 def backward(problem: Problem, output: Tensor, lse: Tensor, grad_output: Tensor) -> Gradients:
     """Gradients of query, key, value and time_bias from the saved output and log-sum-exp; scores are computed again."""
-    tensors = _contiguous(problem)
-    saved = [tensor.contiguous() for tensor in (output, lse, grad_output)]
+    inputs = _inputs(problem)
+    saved = {"output": output.contiguous(), "lse": lse.contiguous(), "grad_output": grad_output.contiguous()}
     query, key, value = (torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in problem[:3])
     bias = None if problem.time_bias is None else torch.empty(problem.time_bias.shape, dtype=torch.float32)
-    _core.flash_attention_backward(*_arguments(problem, tensors, *saved, query, key, value, bias))
+    found = {"grad_query": query, "grad_key": key, "grad_value": value, "grad_time_bias": bias}
+    _core.flash_attention_backward(_compiled(problem, **inputs, **saved, **found))
     return query, key, value, bias
 
 
-def _contiguous(problem: Problem) -> list[Tensor | None]:
-    """In the order of the compiled call; they must live until it returns."""
-    times = (problem.time_bias, problem.timestamp_s, problem.timestamp_key_s)
-    return [None if tensor is None else tensor.contiguous() for tensor in (*problem[:5], *times)]
+def _inputs(problem: Problem) -> dict[str, Tensor | None]:
+    """By the names of the compiled struct; they must live until the call returns."""
+    inputs = {
+        "query": problem.query,
+        "key": problem.key,
+        "value": problem.value,
+        "cu_query": problem.cu_seqlens,
+        "cu_key": problem.cu_seqlens_key,
+        "time_bias": problem.time_bias,
+        "query_time_s": problem.timestamp_s,
+        "key_time_s": problem.timestamp_key_s,
+    }
+    return {name: None if tensor is None else tensor.contiguous() for name, tensor in inputs.items()}
 
 
-def _arguments(problem: Problem, tensors: list[Tensor | None], *results: Tensor | None) -> tuple[Any, ...]:
+def _compiled(problem: Problem, **tensors: Tensor | None) -> _core.FlashAttentionProblem:
     tokens, heads, width = problem.query.shape
-    buckets = 0 if problem.time_bias is None else problem.time_bias.shape[1]
-    sizes = [tokens, problem.key.shape[0], len(problem.cu_seqlens) - 1, heads, width, buckets]
-    numbers = (DTYPES[problem.query.dtype], problem.left, problem.right, problem.scale)
-    seed = 0 if problem.seed is None else int(problem.seed) % 2**64
-    options = (*numbers, problem.dropout_p, seed, torch.get_num_threads())
-    return (_addresses(*tensors), sizes, *options, _addresses(*results))
-
-
-def _addresses(*tensors: Tensor | None) -> list[int]:
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    return _core.FlashAttentionProblem(
+        **tensors,
+        query_tokens=tokens,
+        key_tokens=problem.key.shape[0],
+        sequences=len(problem.cu_seqlens) - 1,
+        heads=heads,
+        width=width,
+        buckets=0 if problem.time_bias is None else problem.time_bias.shape[1],
+        dtype=DTYPES[problem.query.dtype],
+        left=problem.left,
+        right=problem.right,
+        scale=problem.scale,
+        threshold=int(problem.dropout_p * 2**32),
+        keep_factor=1 / (1 - problem.dropout_p),
+        seed=0 if problem.seed is None else int(problem.seed) % 2**64,
+        threads=torch.get_num_threads(),
+    )

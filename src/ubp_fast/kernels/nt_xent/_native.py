@@ -7,6 +7,7 @@ products of the rows as they are. Memory: a few [2N, E] matrices. The same for e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,16 +54,8 @@ def backward(problem: Problem, grad: Tensor, row_losses: Tensor) -> tuple[Tensor
     losses = row_losses.view(_directions(problem), -1)[:, kept].contiguous()
     weight = problem.row_weight[kept].contiguous()
     factor = float(grad) / (total * float(problem.temperature))
-    moment = _call(
-        _core.nt_xent_backward,
-        problem,
-        kept,
-        losses,
-        weight.data_ptr(),
-        factor,
-        grad_left.data_ptr(),
-        grad_right.data_ptr(),
-    )
+    found = {"weight": weight, "factor": factor, "grad_left": grad_left, "grad_right": grad_right}
+    moment = _call(_core.nt_xent_backward, problem, kept, losses, **found)
     return grad_left, grad_right, torch.full_like(problem.temperature, -moment * factor)
 
 
@@ -75,21 +68,29 @@ def _kept(problem: Problem) -> Tensor:
     return torch.arange(len(problem.left)) if problem.valid is None else problem.valid.nonzero().flatten()
 
 
-def _call(function: Any, problem: Problem, kept: Tensor, losses: Tensor, *more: Any) -> Any:
+def _call(
+    function: Callable[[_core.NTXentProblem], float], problem: Problem, kept: Tensor, losses: Tensor, **more: Any
+) -> float:
     left, right = problem.left.contiguous(), problem.right.contiguous()
     if problem.ids is None:
         ids = torch.arange(len(kept), dtype=torch.int32)
     else:
         ids = torch.unique(problem.ids[kept], return_inverse=True)[1].int()
-    return function(
-        *(tensor.data_ptr() for tensor in (left, right, kept, ids)),
-        [len(left), len(kept), left.shape[1]],
-        DTYPES[left.dtype],
-        FORMS[problem.negatives],
-        problem.ids is not None,
-        problem.normalize,
-        float(problem.temperature),
-        torch.get_num_threads(),
-        losses.data_ptr(),
-        *more,
+    compiled = _core.NTXentProblem(
+        left=left,
+        right=right,
+        dtype=DTYPES[left.dtype],
+        kept=kept,
+        ids=ids,
+        rows=len(left),
+        pairs=len(kept),
+        width=left.shape[1],
+        form=FORMS[problem.negatives],
+        has_ids=problem.ids is not None,
+        is_normalized=problem.normalize,
+        temperature=float(problem.temperature),
+        threads=torch.get_num_threads(),
+        losses=losses,
+        **more,
     )
+    return function(compiled)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ubp_fast import _core
-from ubp_fast.kernels.row_sparse.reference import ScheduleFreeRows, ScheduleFreeStep
+from ubp_fast.kernels.row_sparse.reference import Adam, AdamStep, RowTable, Rule, Step
 
 
 def unsupported(table: Tensor) -> str | None:
@@ -18,12 +18,12 @@ def unsupported(table: Tensor) -> str | None:
     return None
 
 
-def gather(rows: ScheduleFreeRows, ids: Tensor) -> Tensor:
-    """y of the rows `ids` at the present, [T, D]; writes nothing."""
+def gather(table: RowTable, rule: Rule, ids: Tensor) -> Tensor:
+    """The weights of the rows `ids` at the present, [T, D]; writes nothing."""
     ids = ids.contiguous()
-    output = torch.empty((len(ids), rows.weight.shape[1]), dtype=torch.float32)
-    addresses, sizes = _table(rows)
-    _core.row_sparse_gather(addresses, sizes, ids.data_ptr(), len(ids), output.data_ptr(), torch.get_num_threads())
+    output = torch.empty((len(ids), table.weight.shape[1]), dtype=torch.float32)
+    places = (ids.data_ptr(), len(ids), output.data_ptr())
+    _core.row_sparse_gather(_table(table), _rule(rule), *places, torch.get_num_threads())
     return output
 
 
@@ -36,36 +36,31 @@ def reduce(ids: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     groups = _core.row_sparse_group(ids.data_ptr(), count, order.data_ptr(), distinct.data_ptr(), start.data_ptr())
     sums = torch.empty((groups, width), dtype=torch.float32)
     sizes = (groups, width, gradient.stride(0))
-    threads = torch.get_num_threads()
-    _core.row_sparse_reduce(start.data_ptr(), order.data_ptr(), sizes, gradient.data_ptr(), sums.data_ptr(), threads)
+    places = (gradient.data_ptr(), sums.data_ptr())
+    _core.row_sparse_reduce(start.data_ptr(), order.data_ptr(), *sizes, *places, torch.get_num_threads())
     return distinct[:groups].clone(), sums
 
 
-def update(rows: ScheduleFreeRows, ids: Tensor, gradient: Tensor, step: ScheduleFreeStep) -> None:
+def update(table: RowTable, rule: Rule, ids: Tensor, gradient: Tensor, step: Step) -> None:
     """Brings the distinct rows `ids` to the present and takes one step with `gradient` [U, D]."""
     ids, gradient = ids.contiguous(), gradient.contiguous()
-    addresses, sizes = _table(rows)
-    threads = torch.get_num_threads()
-    _core.row_sparse_update(
-        addresses,
-        sizes,
-        ids.data_ptr(),
-        len(ids),
-        gradient.data_ptr(),
-        step[:6],
-        step.is_adaptive,
-        rows.used.data_ptr(),
-        threads,
-    )
+    make = _core.AdamStep if isinstance(step, AdamStep) else _core.ScheduleFreeStep
+    places = (ids.data_ptr(), len(ids), gradient.data_ptr())
+    _core.row_sparse_update(_table(table), _rule(rule), make(**step._asdict()), *places, torch.get_num_threads())
 
 
-def catch_up(rows: ScheduleFreeRows, beta2: float, toward_z: float) -> None:
-    """Brings all touched rows to the present (step 0 from then on) and moves y towards z by the share `toward_z`."""
-    addresses, sizes = _table(rows)
-    _core.row_sparse_catch_up(addresses, sizes, beta2, toward_z, torch.get_num_threads())
+def catch_up(table: RowTable, rule: Rule, toward_z: float) -> None:
+    """Brings all rows to the present (touched ones are at step 0 then); y moves towards z by the share `toward_z`."""
+    _core.row_sparse_catch_up(_table(table), _rule(rule, toward_z), torch.get_num_threads())
 
 
-def _table(rows: ScheduleFreeRows) -> tuple[list[int], tuple[int, int, int, int]]:
-    tensors = (rows.weight, rows.state, rows.slot, rows.last_step, rows.retained)
-    sizes = (rows.weight.shape[0], rows.weight.shape[1], len(rows.retained) - 1, rows.state.shape[0])
-    return [tensor.data_ptr() for tensor in tensors], sizes
+def _rule(rule: Rule, toward_z: float = 0.0) -> _core.Adam | _core.ScheduleFree:
+    if isinstance(rule, Adam):
+        return _core.Adam(**rule._asdict())
+    return _core.ScheduleFree(**rule._asdict(), toward_z=toward_z)
+
+
+def _table(table: RowTable) -> _core.RowTable:
+    rows, width = table.weight.shape
+    sizes = {"rows": rows, "width": width, "slots": len(table.state), "now": len(table.history) - 1}
+    return _core.RowTable(**table._asdict(), **sizes)

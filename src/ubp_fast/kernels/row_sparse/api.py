@@ -1,15 +1,29 @@
-"""RAdamScheduleFree for the touched rows of an embedding table, equal to the dense optimizer without weight decay.
+"""Optimizer steps for the touched rows of an embedding table, equal to the dense optimizer to rounding.
 
-A row without a gradient only moves from y towards z, and its second moment decays. With R_k the product of (1 - c) over
-the steps 1..k, a row that is up to date with step `last` is brought to the present `now` in one go:
+A row without a gradient moves all the same, in a way that depends on the missed steps alone. It is brought to the
+present in one go when it is next read: memory traffic and memory are those of the touched rows. Two rules.
+
+ScheduleFree, which is RAdamScheduleFree without weight decay: with R_k the product of (1 - c) over the steps 1..k,
 
     catch up   y <- z + (y - z) R_now / R_last               v <- v beta2^(now - last)
     update     v <- beta2 v + (1 - beta2) g^2                d  = g / (sqrt(v / bias_correction) + eps)
                y <- z + (y - z) (1 - c) + gradient_weight d  z <- z - learning_rate d
 
+Adam, which is Adam and AdamW: step s only fades the moments and moves the row along them,
+
+    m <- beta1 m    v <- beta2 v    w <- keep_s w - rate_s m / (sqrt(v) root_s + eps)
+
+Where eps is small beside sqrt(v), the denominators are short series in eps / sqrt(v), whose coefficients are sums over
+the missed steps, the same for every row: the CPU does no work per missed step there. Elsewhere, and on a GPU, the
+missed steps are added up one by one, until beta1^k leaves nothing to add. Rows never touched shrink by weight decay.
+
 `gather` reads rows as of the present and writes nothing, `reduce` adds the gradients of equal ids, `update` catches up
-and steps. Memory traffic and memory are those of the touched rows: z and exp_avg_sq of a row get the next slot with
-its first gradient. Source: Defazio et al. 2024 (schedule-free); the closed forms are ours.
+and steps. The state of a row gets the next slot with its first gradient.
+
+On a GPU values are checked by the kernels and no call waits for them: a fault raises in a later call or in
+`check_deferred`, and from it on nothing is written.
+Source: Defazio et al. 2024 (schedule-free), Kingma and Ba 2015, Loshchilov and Hutter 2019; the closed forms are ours
+(`csrc/row_sparse/row_sparse.h`).
 """
 
 from __future__ import annotations
@@ -23,20 +37,25 @@ from torch import Tensor
 from ubp_fast.kernels import backends
 from ubp_fast.kernels.checks import require, require_dtype, require_same
 from ubp_fast.kernels.row_sparse import _native, _triton, reference
-from ubp_fast.kernels.row_sparse.reference import ScheduleFreeRows, ScheduleFreeStep
+from ubp_fast.kernels.row_sparse.reference import Adam, AdamStep, RowTable, Rule, ScheduleFree, ScheduleFreeStep, Step
 
 OP = "row_sparse"
 FLOATS = (torch.float32, torch.float64)
+RULES: dict[str, tuple[type[Rule], type[Step]]] = {
+    "schedule_free": (ScheduleFree, ScheduleFreeStep),
+    "adam": (Adam, AdamStep),
+}
 IMPLEMENTATIONS: dict[str, ModuleType] = {"native": _native, "triton": _triton, "reference": reference}
 # float32 runs natively on the CPU and with Triton on NVIDIA GPUs; the rest takes the reference.
 ORDER = ("native", "triton", "reference")
 
 
-def gather(rows: ScheduleFreeRows, ids: Tensor, *, backend: str = "auto") -> Tensor:
+def gather(table: RowTable, rule: Rule, ids: Tensor, *, backend: str = "auto") -> Tensor:
     """The weights of some rows as the dense optimizer would hold them now; nothing is written.
 
     Args:
-        rows: the table, float32 or float64.
+        table: float32 or float64.
+        rule: `ScheduleFree` or `Adam`; 0 <= beta1 < 1, 0 < beta2 < 1, eps > 0.
         ids: int64 [...], each in 0..N-1, in any order, repeated or not.
         backend: "auto", "native" (compiled, CPU), "triton" (NVIDIA GPU) or "reference".
 
@@ -44,17 +63,17 @@ def gather(rows: ScheduleFreeRows, ids: Tensor, *, backend: str = "auto") -> Ten
         [..., D] in the dtype of the table. No gradient flows through it; `RowSparseEmbedding` adds that.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices break the rules above.
-        IndexError: an id lies outside the table.
+        ValueError, TypeError: shapes, dtypes, devices or the rule break what is said above.
+        IndexError: an id lies outside the table; on a GPU later, the row is NaN until then.
         BackendUnavailable: the named backend does not exist, or not for these tensors.
     """
-    _check_rows(rows)
-    _check_ids(ids, rows.weight)
-    return _gather_op(*rows, ids.reshape(-1), backend).view(*ids.shape, rows.weight.shape[1])
+    kind = _check(table, rule)
+    _check_ids(ids, table.weight)
+    return _gather_op(*table, kind, list(rule), ids.reshape(-1), backend).view(*ids.shape, table.weight.shape[1])
 
 
 def reduce(ids: Tensor, gradient: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """Adds the gradients of equal ids, in the order of the batch.
+    """Adds the gradients of equal ids, in the order of the batch. On a GPU it waits: the data give the shape.
 
     Args:
         ids: int64 [T], none negative.
@@ -67,82 +86,119 @@ def reduce(ids: Tensor, gradient: Tensor, *, backend: str = "auto") -> tuple[Ten
     Raises:
         ValueError, TypeError, IndexError, BackendUnavailable: as for `gather`.
     """
-    require_dtype(OP, "gradient", gradient, FLOATS)
-    _check_ids(ids, gradient)
-    require(
-        gradient.ndim == 2 and ids.ndim == 1 and len(gradient) == len(ids),
-        OP,
-        "gradient",
-        "have shape [T, D] for ids [T]",
-        f"{list(gradient.shape)} for {list(ids.shape)}",
-    )
+    _check_entries(ids, gradient)
     return _reduce_op(ids, gradient, backend)
 
 
+def reduce_padded(ids: Tensor, gradient: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
+    """`reduce` with results in the shapes of the inputs, for `update` with a count: on a GPU nothing waits.
+
+    Args:
+        ids, gradient, backend: as for `reduce`; ids that are negative are for `update` to refuse.
+
+    Returns:
+        Distinct ids, int64 [T], ascending, -1 from U on; the sums [T, D], 0 from U on; U, int64 [1].
+
+    Raises:
+        ValueError, TypeError, BackendUnavailable: as for `reduce`.
+    """
+    _check_entries(ids, gradient)
+    return _reduce_padded_op(ids, gradient, backend)
+
+
 def update(
-    rows: ScheduleFreeRows, ids: Tensor, gradient: Tensor, step: ScheduleFreeStep, *, backend: str = "auto"
+    table: RowTable,
+    rule: Rule,
+    ids: Tensor,
+    gradient: Tensor,
+    step: Step,
+    *,
+    count: Tensor | None = None,
+    backend: str = "auto",
 ) -> None:
     """Brings the rows `ids` to the present and takes step S + 1 with their gradient; other rows are not touched.
 
     Args:
-        rows: the table, changed in place (`last_step` of the rows becomes S + 1; the caller extends `retained`).
+        table: changed in place (`last_step` of the rows becomes S + 1; the caller extends `history`).
+        rule: as above.
         ids: int64 [U], strictly ascending, as `reduce` returns them.
         gradient: [U, D] in the dtype of the table.
-        step: the numbers of this step.
+        step: the numbers of this step, those of the rule.
+        count: int64 [1], entries of `ids` and `gradient` that are no padding, as `reduce_padded` returns it; None: all.
         backend: as above.
 
     Raises:
-        ValueError, TypeError, IndexError, BackendUnavailable: as for `gather`.
+        ValueError, TypeError, IndexError, BackendUnavailable: as for `gather`; with a fault nothing is written.
     """
-    _check_rows(rows)
-    _check_ids(ids, rows.weight)
-    shape = [*ids.shape, rows.weight.shape[1]]
-    require(
-        ids.ndim == 1 and list(gradient.shape) == shape, OP, "gradient", f"have shape {shape}", list(gradient.shape)
-    )
-    require_same(OP, "weight", rows.weight, gradient=gradient)
-    _update_op(*rows, ids, gradient, list(step[:6]), step.is_adaptive, backend)
+    kind = _check(table, rule)
+    _check_ids(ids, table.weight)
+    shape = [*ids.shape, table.weight.shape[1]]
+    is_gradient = ids.ndim == 1 and list(gradient.shape) == shape
+    require(is_gradient, OP, "gradient", f"have shape {shape}", list(gradient.shape))
+    require_same(OP, "weight", table.weight, gradient=gradient)
+    wanted = RULES[kind][1]
+    require(isinstance(step, wanted), OP, "step", f"be of {wanted.__name__} like the rule", type(step).__name__)
+    if count is not None:
+        require_dtype(OP, "count", count, (torch.int64,))
+        is_count = count.shape == (1,) and count.device == ids.device
+        require(is_count, OP, "count", f"have shape [1] on {ids.device}", f"{list(count.shape)} on {count.device}")
+    _update_op(*table, kind, list(rule), ids, gradient, [float(number) for number in step], count, backend)
 
 
-def catch_up(rows: ScheduleFreeRows, beta2: float, *, toward_z: float = 0.0, backend: str = "auto") -> None:
-    """Brings every touched row to the present and sets its step to 0; the caller starts `retained` anew with [1].
+def catch_up(table: RowTable, rule: Rule, *, toward_z: float = 0.0, backend: str = "auto") -> None:
+    """Brings every row to the present and sets the step of touched ones to 0; the caller starts `history` anew.
 
     Args:
-        rows: the table, changed in place.
-        beta2: decay of exp_avg_sq per step.
-        toward_z: y moves by this share of z - y afterwards: 1 - 1 / beta1 turns y into x, the weights for evaluation,
-            1 - beta1 turns x into y again.
+        table: changed in place.
+        rule: as above.
+        toward_z: of ScheduleFree: y moves by this share of z - y afterwards. 1 - 1 / beta1 turns y into x, the weights
+            for evaluation, 1 - beta1 turns x into y again.
         backend: as above.
 
     Raises:
         ValueError, TypeError, BackendUnavailable: as for `gather`.
     """
-    _check_rows(rows)
-    _catch_up_op(*rows, beta2, toward_z, backend)
+    kind = _check(table, rule)
+    require(toward_z == 0.0 or kind == "schedule_free", OP, "toward_z", "be 0 for Adam", toward_z)
+    _catch_up_op(*table, kind, list(rule), toward_z, backend)
 
 
-def _check_rows(rows: ScheduleFreeRows) -> None:
-    weight, state, retained = rows.weight, rows.state, rows.retained
+def _check(table: RowTable, rule: Rule) -> str:
+    """Returns the rule's name."""
+    weight, state, history = table.weight, table.state, table.history
     require(weight.ndim == 2, OP, "weight", "have shape [N, D]", list(weight.shape))
     require_dtype(OP, "weight", weight, FLOATS)
     is_state = state.ndim == 3 and state.shape[1:] == (2, weight.shape[1])
     require(is_state, OP, "state", f"have shape [C, 2, {weight.shape[1]}]", list(state.shape))
     require_same(OP, "weight", weight, state=state)
-    require_dtype(OP, "retained", retained, (torch.float64,))
-    require(retained.ndim == 1 and len(retained) >= 1, OP, "retained", "have shape [S + 1]", list(retained.shape))
-    for name, tensor in (("slot", rows.slot), ("last_step", rows.last_step)):
+    require_dtype(OP, "history", history, (torch.float64,))
+    columns = (3,) if isinstance(rule, Adam) else ()
+    is_history = history.ndim == 1 + len(columns) and len(history) >= 1 and history.shape[1:] == columns
+    require(is_history, OP, "history", f"have shape [S + 1{', 3' if columns else ''}]", list(history.shape))
+    for name, tensor in (("slot", table.slot), ("last_step", table.last_step)):
         require_dtype(OP, name, tensor, (torch.int32,))
         require(tensor.shape == weight.shape[:1], OP, name, "have shape [N]", list(tensor.shape))
-    require_dtype(OP, "used", rows.used, (torch.int64,))
-    require(rows.used.shape == (1,), OP, "used", "have shape [1]", list(rows.used.shape))
-    for name, tensor in rows._asdict().items():
+    require_dtype(OP, "used", table.used, (torch.int64,))
+    require(table.used.shape == (1,), OP, "used", "have shape [1]", list(table.used.shape))
+    for name, tensor in zip(table._fields, table, strict=True):
         require(tensor.device == weight.device, OP, name, f"be on {weight.device} like weight", tensor.device)
         require(tensor.is_contiguous(), OP, name, "be contiguous", list(tensor.stride()))
+    is_rule = 0 < rule.beta2 < 1 and rule.eps > 0 and (not isinstance(rule, Adam) or 0 <= rule.beta1 < 1)
+    require(is_rule, OP, "rule", "have 0 <= beta1 < 1, 0 < beta2 < 1 and eps > 0", tuple(rule))
+    return "adam" if isinstance(rule, Adam) else "schedule_free"
 
 
 def _check_ids(ids: Tensor, like: Tensor) -> None:
     require_dtype(OP, "ids", ids, (torch.int64,))
     require(ids.device == like.device, OP, "ids", f"be on {like.device}", ids.device)
+
+
+def _check_entries(ids: Tensor, gradient: Tensor) -> None:
+    require_dtype(OP, "gradient", gradient, FLOATS)
+    _check_ids(ids, gradient)
+    is_entries = gradient.ndim == 2 and ids.ndim == 1 and len(gradient) == len(ids)
+    shapes = f"{list(gradient.shape)} for {list(ids.shape)}"
+    require(is_entries, OP, "gradient", "have shape [T, D] for ids [T]", shapes)
 
 
 def _implementation(backend: str, tensor: Tensor) -> ModuleType:
@@ -156,16 +212,18 @@ def _gather_op(
     slot: Tensor,
     used: Tensor,
     last_step: Tensor,
-    retained: Tensor,
+    history: Tensor,
+    kind: str,
+    rule: Sequence[float],
     ids: Tensor,
     backend: str,
 ) -> Tensor:
-    rows = ScheduleFreeRows(weight, state, slot, used, last_step, retained)
-    return _implementation(backend, weight).gather(rows, ids)
+    table = RowTable(weight, state, slot, used, last_step, history)
+    return _implementation(backend, weight).gather(table, RULES[kind][0](*rule), ids)
 
 
 @_gather_op.register_fake
-def _(weight, state, slot, used, last_step, retained, ids, backend):
+def _(weight, state, slot, used, last_step, history, kind, rule, ids, backend):
     return weight.new_empty((ids.shape[0], weight.shape[1]))
 
 
@@ -180,6 +238,22 @@ def _(ids, gradient, backend):
     return ids.new_empty((groups,)), gradient.new_empty((groups, gradient.shape[1]))
 
 
+@torch.library.custom_op("ubp_fast::row_sparse_reduce_padded", mutates_args=())
+def _reduce_padded_op(ids: Tensor, gradient: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    implementation = _implementation(backend, gradient)
+    if implementation is _triton:
+        return _triton.reduce_padded(ids, gradient)
+    distinct, sums = implementation.reduce(ids, gradient)
+    padded, padded_sums = torch.full_like(ids, -1), torch.zeros(gradient.shape, dtype=gradient.dtype, device=ids.device)
+    padded[: len(distinct)], padded_sums[: len(distinct)] = distinct, sums
+    return padded, padded_sums, torch.full((1,), len(distinct), dtype=torch.int64, device=ids.device)
+
+
+@_reduce_padded_op.register_fake
+def _(ids, gradient, backend):
+    return ids.new_empty(ids.shape), gradient.new_empty(gradient.shape), ids.new_empty((1,))
+
+
 @torch.library.custom_op("ubp_fast::row_sparse_update", mutates_args=("weight", "state", "slot", "used", "last_step"))
 def _update_op(
     weight: Tensor,
@@ -187,15 +261,24 @@ def _update_op(
     slot: Tensor,
     used: Tensor,
     last_step: Tensor,
-    retained: Tensor,
+    history: Tensor,
+    kind: str,
+    rule: Sequence[float],
     ids: Tensor,
     gradient: Tensor,
     step: Sequence[float],
-    is_adaptive: bool,
+    count: Tensor | None,
     backend: str,
 ) -> None:
-    rows = ScheduleFreeRows(weight, state, slot, used, last_step, retained)
-    _implementation(backend, weight).update(rows, ids, gradient, ScheduleFreeStep._make([*step, is_adaptive]))
+    table = RowTable(weight, state, slot, used, last_step, history)
+    known, implementation = RULES[kind][0](*rule), _implementation(backend, weight)
+    numbers = AdamStep(*step) if kind == "adam" else ScheduleFreeStep._make([*step[:4], step[4] != 0.0])
+    if implementation is _triton:
+        _triton.update(table, known, ids, gradient, numbers, count)
+        return
+    if count is not None:
+        ids, gradient = ids[: int(count)], gradient[: int(count)]
+    implementation.update(table, known, ids, gradient, numbers)
 
 
 @torch.library.custom_op("ubp_fast::row_sparse_catch_up", mutates_args=("weight", "state", "last_step"))
@@ -205,10 +288,11 @@ def _catch_up_op(
     slot: Tensor,
     used: Tensor,
     last_step: Tensor,
-    retained: Tensor,
-    beta2: float,
+    history: Tensor,
+    kind: str,
+    rule: Sequence[float],
     toward_z: float,
     backend: str,
 ) -> None:
-    rows = ScheduleFreeRows(weight, state, slot, used, last_step, retained)
-    _implementation(backend, weight).catch_up(rows, beta2, toward_z)
+    table = RowTable(weight, state, slot, used, last_step, history)
+    _implementation(backend, weight).catch_up(table, RULES[kind][0](*rule), toward_z)

@@ -2,7 +2,7 @@
 #include <cmath>
 #include <limits>
 
-#include "row_sparse_adam/row_sparse_adam.h"
+#include "row_sparse/row_sparse.h"
 
 namespace ubp {
 namespace {

@@ -1,0 +1,114 @@
+"""What row-sparse optimizers share: tables step by their touched rows, everything else as in the dense optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import chain
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ubp_fast.optim.row_sparse_embedding import RowSparseEmbedding
+from ubp_fast.optim.touched_rows import TouchedRows
+
+
+class TableOptimizer(Optimizer):
+    """Comes before the dense optimizer among the bases of a class, which says how one steps and which tables fit.
+
+    Args:
+        params: parameters or groups, as for the dense optimizer; the tables' weights are among them.
+        tables: the tables to adopt; they stay with this optimizer.
+        options: as for the dense optimizer.
+
+    Raises:
+        ValueError: a table's weight is not among the parameters, or its group has an option without row-sparse form.
+    """
+
+    # The dense step without the wrapper that torch adds to a class's `step`: hooks must run once, around ours.
+    _dense_step: ClassVar[Callable[[Any], Any]]
+
+    def __init__(self, params: Any, tables: Iterable[RowSparseEmbedding], **options: Any) -> None:
+        super().__init__(params, **options)
+        self._tables: dict[Tensor, TouchedRows] = {}
+        group_of = {weight: group for group in self.param_groups for weight in group["params"]}
+        for table in tables:
+            if table.weight not in group_of:
+                raise ValueError(f"{type(self).__name__}: tables must have their weights in params, got another")
+            self._tables[table.weight] = table.touched = self._touched_rows(table.weight, group_of[table.weight])
+        self._check_groups()
+
+    def _touched_rows(self, weight: Tensor, group: dict[str, Any]) -> TouchedRows:
+        raise NotImplementedError
+
+    def _check_groups(self) -> None:
+        """Raises ValueError when a group of tables has an option without row-sparse form."""
+        raise NotImplementedError
+
+    def _tables_of(self, group: dict[str, Any]) -> list[TouchedRows]:
+        return [self._tables[weight] for weight in group["params"] if weight in self._tables]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step: dense parameters by the dense optimizer, tables by their touched rows.
+
+        Raises:
+            ValueError: a table has a dense gradient (its weight was used outside its module).
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check_groups()
+        gradients = {weight: weight.grad for weight in self._tables if weight.grad is not None}
+        if not all(gradient.is_sparse for gradient in gradients.values()):
+            raise ValueError(
+                f"{type(self).__name__}: gradients of tables must be sparse, got a dense one;"
+                " read a table only by calling its module"
+            )
+        try:
+            for weight in gradients:
+                weight.grad = None
+            type(self)._dense_step(self)
+        finally:
+            for weight, gradient in gradients.items():
+                weight.grad = gradient
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight in gradients:
+                    self._tables[weight].step(gradients[weight], group)
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state in the layout of the dense optimizer; that of all rows comes into being."""
+        for weight, touched in self._tables.items():
+            if touched.has_state:
+                self.state[weight] = touched.dense_state()
+        try:
+            return super().state_dict()
+        finally:
+            for weight in self._tables:
+                self.state.pop(weight, None)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the state of this class or of the dense one; the tables' weights are loaded before.
+
+        Raises:
+            ValueError: the state is that of other parameters.
+        """
+        # torch casts what it loads to the dtype of the weight: that of a table in bfloat16 would lose digits.
+        places = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        weights = chain.from_iterable(group["params"] for group in self.param_groups)
+        # Other numbers of parameters are for torch to refuse.
+        place_of = {weight: place for weight, place in zip(weights, places, strict=False) if weight in self._tables}
+        state = state_dict["state"]
+        others = {place: values for place, values in state.items() if place not in place_of.values()}
+        super().load_state_dict({**state_dict, "state": others})
+        for weight, touched in self._tables.items():
+            taken = state.get(place_of[weight], {})
+            if touched.names[0] in taken:
+                touched.load(taken)
+            else:
+                touched.reset()
