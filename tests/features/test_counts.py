@@ -16,7 +16,7 @@ from ubp_fast.events.read import EventDirectory, stored_form
 from ubp_fast.events.sources.challenge import Challenge
 from ubp_fast.events.sources.synthetic import Synthetic
 from ubp_fast.events.split import DAY_S
-from ubp_fast.features import popular
+from ubp_fast.features import popular, writing
 from ubp_fast.features.matrix import FeatureMatrix, SparseFeatureMatrix
 from ubp_fast.features.organisers import CountsConfig, count_features
 from ubp_fast.features.organisers.counts import MOST_DENSE_COLUMNS
@@ -179,7 +179,9 @@ def test_file_and_memory_hold_the_same(store: EventStore, tmp_path: Path, dtype:
 
 
 @pytest.mark.parametrize("in_file", [False, True])
-def test_blocks_and_float16_without_infinity(tmp_path: Path, in_file: bool) -> None:
+def test_blocks_and_float16_without_infinity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_file: bool) -> None:
+    monkeypatch.setattr(writing, "BLOCK_CLIENTS", 3)
+    monkeypatch.setattr(writing, "SMALLEST_BLOCK", 3)
     ids = np.arange(10)
 
     def fill(block: np.ndarray, first: int, last: int) -> None:
@@ -187,7 +189,7 @@ def test_blocks_and_float16_without_infinity(tmp_path: Path, in_file: bool) -> N
         block[:, 0] = ids[first:last]
         block[:, 1] = (-1.0) ** ids[first:last] * 70_000
 
-    matrix = in_client_blocks(ids, ("a", "b"), ("", ""), fill, tmp_path if in_file else None, "float16", 3)
+    matrix = in_client_blocks(ids, ("a", "b"), ("", ""), fill, tmp_path if in_file else None, "float16")
     np.testing.assert_array_equal(matrix.values[:, 0], ids)
     np.testing.assert_array_equal(matrix.values[:, 1], np.tile([65_504, -65_504], 5))
 

@@ -64,6 +64,9 @@ def test_sparse_rows_of_any_choice(tmp_path: Path, in_file: bool) -> None:
     for chosen in (slice(None), slice(5, 9), slice(7, 8), np.array([3, 7, 3, 49]), np.zeros(0, np.int64)):
         np.testing.assert_array_equal(matrix.rows(chosen), dense[chosen])
     assert len(matrix.values) == np.count_nonzero(dense)
+    dense[30, 2] = np.inf
+    with pytest.raises(ValueError, match=r"got inf for client 30 in 'c' \(1 values\)"):
+        in_sparse_blocks(np.arange(50), names, units, fill)
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from ubp_fast.kernels.backends import BackendUnavailable
 from ubp_fast.kernels.windowed_aggregate import (
+    SparseCounter,
     WindowedAggregate,
     window_aggregator,
     windowed_aggregate,
-    windowed_counts_csr,
 )
 
 INTEGERS = ("totals", "counts", "distinct", "distinct_times", "first_age_s", "last_age_s", "num_events", "sums")
@@ -86,14 +86,17 @@ def test_numba_equals_the_reference_on_random_shops(arguments: dict[str, Any], i
     assert_same(found, wanted)
     names = ("offsets", "timestamp_s", "codes", "anchor_s", "windows_s", "slots", "num_slots")
     offsets, timestamp_s, codes, *others = (arguments[name] for name in names)
-    sparse = windowed_counts_csr(
+    sparse = SparseCounter(
         offsets, timestamp_s, codes, **dict(zip(names[3:], others, strict=True)), include_anchor=include_anchor
     )
+    ends = np.cumsum(sparse.lengths)
+    indices, counts = np.empty(int(sparse.lengths.sum()), np.int32), np.empty(int(sparse.lengths.sum()), np.float32)
+    sparse.fill(ends - sparse.lengths, 0, indices, counts)
     dense = wanted.counts.reshape(len(offsets) - 1, 5 * 6)
     rows, columns = np.nonzero(dense)
-    np.testing.assert_array_equal(np.repeat(np.arange(len(dense)), np.diff(sparse.indptr)), rows)
-    np.testing.assert_array_equal(sparse.indices, columns)
-    np.testing.assert_array_equal(sparse.counts, dense[rows, columns])
+    np.testing.assert_array_equal(np.repeat(np.arange(len(dense)), sparse.lengths), rows)
+    np.testing.assert_array_equal(indices, columns)
+    np.testing.assert_array_equal(counts, dense[rows, columns])
 
 
 def entropy_of(groups: list[int]) -> float:

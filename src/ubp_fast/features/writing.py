@@ -36,7 +36,6 @@ def in_client_blocks(
     fill: Fill,
     directory: Path | None = None,
     dtype: str = "float32",
-    block_clients: int | None = None,
     fill_missing: bool = False,
 ) -> FeatureMatrix:
     """The matrix whose rows first..last are what `fill(block, first, last)` writes over float32 zeros.
@@ -50,13 +49,11 @@ def in_client_blocks(
         fill: called from several threads.
         directory: values are written there and never held in memory as a whole; the result is mapped from there.
         dtype: "float32" or "float16"; what float16 cannot hold becomes +-65,504, never infinite.
-        block_clients: clients at a time; by default at most 8,192, fewer when the columns are many.
         fill_missing: what is NaN, because a client lacks what its column measures, becomes the mean of the column's
             other values, 0 without any.
     """
-    check_dtype(dtype)
     shape = (len(client_ids), len(names))
-    step = block_clients or clients_at_once(shape[1])
+    step = clients_at_once(shape[1])
     values: Any = _zeros(shape, dtype) if directory is None else None
     file = None if directory is None else _ArrayFile(directory, "values", np.dtype(dtype), shape[1:])
     free: list[Any] = []
@@ -96,13 +93,14 @@ def in_client_blocks(
 def in_sparse_blocks(
     client_ids: np.ndarray, names: tuple[str, ...], units: tuple[str, ...], fill: Fill, directory: Path | None = None
 ) -> SparseFeatureMatrix:
-    """`in_client_blocks` without the zeros, for float32 columns that are mostly zero; no value may be NaN."""
+    """`in_client_blocks` without the zeros, for float32 columns that are mostly zero."""
     writer, step = SparseWriter(directory), clients_at_once(len(names))
 
     def make(first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         last = min(first + step, len(client_ids))
         block = np.zeros((last - first, len(names)), np.float32)
         fill(block, first, last)
+        FeatureMatrix(client_ids[first:last], block, names, units)  # raises what it must not hold
         rows, columns = np.nonzero(block)
         return np.bincount(rows, minlength=last - first), columns.astype(np.int32), block[rows, columns]
 
@@ -182,14 +180,8 @@ def _write_names(directory: Path, client_ids: np.ndarray, names: tuple[str, ...]
 
 
 def clients_at_once(num_columns: int) -> int:
-    """Clients of a block: what it takes does not grow with the number of columns either."""
+    """Clients of a block, fewer when the columns are many."""
     return max(SMALLEST_BLOCK, min(BLOCK_CLIENTS, BLOCK_VALUES // max(num_columns, 1)))
-
-
-def check_dtype(dtype: str) -> None:
-    """Raises ValueError unless it is one that features can be stored in."""
-    if dtype not in DTYPES:
-        raise ValueError(f"features: dtype must be one of {list(DTYPES)}, got '{dtype}'")
 
 
 def _in_order(make: Callable[[int], T], starts: Sequence[int]) -> Iterator[T]:

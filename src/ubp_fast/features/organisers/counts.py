@@ -23,7 +23,7 @@ from ubp_fast.events.split import DAY_S
 from ubp_fast.features.history import History, check_windows
 from ubp_fast.features.matrix import Features
 from ubp_fast.features.popular import PopularValues, popular_values
-from ubp_fast.features.writing import SparseWriter, check_dtype, in_client_blocks
+from ubp_fast.features.writing import DTYPES, SparseWriter, in_client_blocks
 from ubp_fast.kernels.windowed_aggregate import SparseCounter, row_sums, window_aggregator
 from ubp_fast.store.event_store import EventStore, KindColumns
 
@@ -56,7 +56,8 @@ class CountsConfig:
             raise ValueError(f"CountsConfig: top_values must be >= 0, got {self.top_values}")
         if self.anchor not in ANCHORS:
             raise ValueError(f"CountsConfig: anchor must be one of {list(ANCHORS)}, got '{self.anchor}'")
-        check_dtype(self.dtype)
+        if self.dtype not in DTYPES:
+            raise ValueError(f"CountsConfig: dtype must be one of {list(DTYPES)}, got '{self.dtype}'")
 
 
 class CountedKind(NamedTuple):

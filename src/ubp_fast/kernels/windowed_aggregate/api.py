@@ -19,7 +19,7 @@ what distinct counts tell apart, `values[code]` what sums add up.
 
 Cost of the compiled backend: one pass over the events of the longest window, one more over all of them for half-lives.
 Memory: the dense results; pass a part of `offsets` to work in blocks of clients, let `out` be a part of a larger matrix
-such as a memory map, or count sparsely with `windowed_counts_csr`.
+such as a memory map, or count sparsely with `SparseCounter`.
 Source: windows and distinct counts as in the organisers' aggregated features of the RecSys Challenge 2025.
 """
 
