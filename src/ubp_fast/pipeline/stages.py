@@ -76,18 +76,13 @@ def plan(settings: Settings) -> list[Stage]:
         score = Stage("evaluate-submission", ("events",), config, evaluate_submission, 60)
         return [events, baselines, score, *(_score(settings, name) for name in BASELINES)]
     common = settings.part("seed", "windows")
+    features = settings.part("windows", "features") | {"sets": _feature_sets(settings)}
     joined = tuple(name for name in MODELS if name in settings.stacking_blocks)
     parts = MODELS if settings.components == "all" else ()
     stages = [
         events,
         Stage("store", ("events",), settings.part("store"), make_store, 2),
-        Stage(
-            "features",
-            ("events", "store"),
-            common | settings.part("features") | {"sets": _feature_sets(settings)},
-            make_features,
-            8,
-        ),
+        Stage("features", ("events", "store"), features, make_features, 8),
         *(
             Stage(name, ("store", "features"), common | settings.part(name), make, 60, (TRAINING,))
             for name, make in (("contrastive", make_contrastive), ("multitask", make_multitask))
@@ -159,10 +154,9 @@ def make_features(settings: Settings, inputs: Inputs, directory: Path, progress:
         np.save(directory / f"{name}.npy", ids)
         np.save(directory / f"popularity_{name}.npy", popularity)
     model, stacking = cutoffs_of(store, settings)
-    aggregated = partial(aggregated_features, config=settings.aggregated, lists_cutoff_s=store.cutoff_s)
     make: dict[str, Callable[..., object]] = {
         "static": static_features,
-        "aggregated": aggregated,
+        "aggregated": partial(aggregated_features, config=settings.aggregated, lists_cutoff_s=store.cutoff_s),
         "decayed": partial(decayed_features, lists=lists, config=settings.decayed),
         "rich": partial(rich_features, lists=lists, config=settings.rich),
     }
