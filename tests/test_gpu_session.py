@@ -47,7 +47,7 @@ def test_a_failure_and_a_time_out_lose_nothing_else(
 
     steps = (
         driver.Step("tests", "first", 60, planted),
-        driver.Step("hangs", "first", 1, say("before it hung", 60)),
+        driver.Step("hangs", "first", 1, say("before it hung", 600)),
         driver.Step("raises", "first", 20, lambda session: [session.python, "-c", "raise SystemExit('planted end')"]),
         driver.Step("good", "first", 20, say("all is well")),
     )
