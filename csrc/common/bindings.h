@@ -44,6 +44,14 @@ class Struct {
     return *this;
   }
 
+  // Names and members in turns.
+  template <class T, class... Rest>
+  Struct& fields(const char* name, T Problem::* member, Rest... rest) {
+    field(name, member);
+    if constexpr (sizeof...(rest) > 0) fields(rest...);
+    return *this;
+  }
+
  private:
   pybind11::class_<Problem> class_;
 };
