@@ -4,7 +4,7 @@ CASE ?= bench
 INSTALLED := .venv/installed
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test lint format bench wheel sanitize sanitize-cuda cuda
+.PHONY: demo test lint format bench wheel sanitize sanitize-cuda cuda triton
 
 demo: $(INSTALLED)  ## real retail purchases -> profiles, scores, report
 	$(BIN)/python -m ubp_fast.run
@@ -38,6 +38,14 @@ cuda: $(INSTALLED)  ## compiles the CUDA kernels; registers and spills of each, 
 	$(BIN)/python cmake/kernel_registers.py build/cuda/build.log
 	cp build/cuda/_cuda*.so $$($(BIN)/python -c "import os, ubp_fast._core as core; print(os.path.dirname(core.__file__))")
 	$(BIN)/python -c "import ubp_fast._cuda"
+
+# GPU machines lag behind: the tiles must compile with the oldest Triton that is supported, too. `make test` compiles them
+# with the installed one.
+OLDEST_TRITON := 3.6.0
+triton: $(INSTALLED)  ## all tiles of the Triton kernels compiled by the oldest Triton: no spill allowed
+	test -d build/triton-$(OLDEST_TRITON) || \
+	  $(BIN)/pip install --quiet --no-deps --target build/triton-$(OLDEST_TRITON) triton==$(OLDEST_TRITON)
+	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python tests/kernels/compile_triton.py
 
 sanitize: $(INSTALLED)  ## fuzz of the compiled module under the address and undefined-behaviour sanitizers
 	cmake -S . -B build/sanitize -DCMAKE_BUILD_TYPE=Release -DUBP_CUDA=OFF -DUBP_SANITIZE=address,undefined \

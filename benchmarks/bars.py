@@ -1,6 +1,6 @@
-"""Figures against bars: the table at the end of a run, whether all bars were reached, and the tables of the README.
+"""Figures against bars: the table at the end of a run, whether all bars were reached, and the tables of the documents.
 
-`python benchmarks/bars.py` makes the README's tables again from the committed results that it names.
+`python benchmarks/bars.py` makes the tables of README.md and docs/ again from the committed results that they name.
 """
 
 from __future__ import annotations
@@ -36,18 +36,59 @@ def missed(ratios: Sequence[Ratio]) -> list[Ratio]:
 
 
 def markdown(cases: dict[str, Any]) -> str:
-    """The stored cases as a README table: figure, our time, each rival's time, ratio and bar."""
+    """The stored cases as a table: figure, our time, each rival's time, ratio and bar."""
     lines = ["| figure | ours | rival | rival's time | ratio | bar |", "|---|---|---|---|---|---|"]
     for case in sorted(cases.values(), key=lambda case: case["figure"]):
         for item in case["ratios"]:
-            name = next((one for one in case["timings"] if one != item["rival"] and one in item["figure"]), "ubp_fast")
-            ours, theirs = case["timings"].get(name), case["timings"].get(item["rival"])
             bar = "" if item["bar"] is None else f"{item['bar']:g}x" + ("" if item["is_ok"] else " **missed**")
-            times = [_time(timing) for timing in (ours, theirs)]
-            lines.append(
-                f"| {item['figure']} | {times[0]} | {item['rival']} | {times[1]} | {item['ratio']:.2f}x | {bar} |"
-            )
+            lines.append(f"| {' | '.join(_ratio_cells(case, item))} | {bar} |")
     return "\n".join(lines)
+
+
+def _ratio_cells(case: dict[str, Any], item: dict[str, Any]) -> tuple[str, str, str, str, str]:
+    name = next((one for one in case["timings"] if one != item["rival"] and one in item["figure"]), "ubp_fast")
+    ours, theirs = (_time(case["timings"].get(one)) for one in (name, item["rival"]))
+    return item["figure"], ours, item["rival"], theirs, f"{item['ratio']:.2f}x"
+
+
+def headline(named: str, root: Path) -> str:
+    """A table of single figures from several results.
+
+    Each line of `named` is `FILE: FIGURE` or, for what `components.py` wrote, `FILE: TASK of ROW over ROW`. Of several
+    rivals of a figure the strongest is shown.
+
+    Raises:
+        ValueError: a file does not hold what its line names.
+    """
+    lines = ["| figure | ours | compared with | theirs | lead |", "|---|---|---|---|---|"]
+    for line in named.strip().splitlines():
+        path, _, wanted = line.strip().partition(": ")
+        stored = json.loads((root / path).read_text(encoding="utf-8"))
+        if "rows" in stored:
+            cells = _lead_cells(stored["rows"], wanted)
+        else:
+            items = [(case, item) for case in stored["cases"].values() for item in case.get("ratios", ())]
+            found = [(case, item) for case, item in items if item["figure"] == wanted]
+            cells = _ratio_cells(*min(found, key=lambda pair: pair[1]["ratio"])) if found else None
+        if cells is None:
+            raise ValueError(f"headline: {path} must hold '{wanted}', got none")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _lead_cells(rows: dict[str, Any], wanted: str) -> tuple[str, str, str, str, str] | None:
+    task, _, names = wanted.partition(" of ")
+    entries = [rows[name]["tasks"].get(task) if name in rows else None for name in names.split(" over ")]
+    if len(entries) != 2 or None in entries:
+        return None
+    lead = entries[0]["mean"] - entries[1]["mean"]
+    name, other = names.split(" over ")
+    return f"AUROC, {task}: {name}", _score(entries[0]), other, _score(entries[1]), f"{lead:+.3f}"
+
+
+def _score(entry: dict[str, Any]) -> str:
+    error = entry["standard_error"]
+    return f"{entry['mean']:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 def breakdown(cases: dict[str, Any]) -> str:
@@ -78,7 +119,7 @@ def _time(timing: dict[str, float] | None) -> str:
 
 
 def components_markdown(report: dict[str, Any]) -> str:
-    """What `components.py` wrote as a README table: AUROC and its standard error.
+    """What `components.py` wrote as a table: AUROC and its standard error.
 
     Bold in a task: the best row, and those that its lead does not separate, paired by row order, by more than two
     standard errors.
@@ -102,10 +143,8 @@ def components_markdown(report: dict[str, Any]) -> str:
             if task not in row["tasks"]:
                 cells.append("")
                 continue
-            entry = row["tasks"][task]
-            mean = f"{entry['mean']:.4f}"
-            error = "" if entry["standard_error"] is None else f" ± {entry['standard_error']:.4f}"
-            cells.append(f"{f'**{mean}**' if _is_level(row, best[task], task) else mean}{error}")
+            mean, *error = _score(row["tasks"][task]).split(" ", 1)
+            cells.append(" ".join([f"**{mean}**" if _is_level(row, best[task], task) else mean, *error]))
         draws = sorted({len(seeds[0]) for seeds in row["auroc"].values()})
         orders = str(draws[0]) if len(draws) == 1 else f"{draws[0]} to {draws[-1]}"
         cells += [orders, str(len(next(iter(row["auroc"].values()))))]
@@ -124,22 +163,32 @@ def _is_level(row: dict[str, Any], best: dict[str, Any], task: str) -> bool:
     return bool(lead.mean() <= 2 * error)
 
 
-def rewrite_readme(readme: Path) -> str:
-    """The README with every table between `<!-- benchmarks: FILE -->` and `<!-- end -->` made again from FILE.
+def rewrite(text: str, root: Path) -> str:
+    """A document with the tables between its markers and `<!-- end -->` made again; files are named from `root`.
 
-    `<!-- breakdown: FILE -->` is the time of training steps by part.
+    `<!-- benchmarks: FILE -->` is the table of a result, `<!-- breakdown: FILE -->` the time of training steps by part,
+    `<!-- headline: LINES -->` one table of single figures, see `headline`.
     """
 
     def table_of(found: re.Match[str]) -> str:
-        stored = json.loads((readme.parent / found[2]).read_text(encoding="utf-8"))
-        make = {"benchmarks": markdown, "breakdown": breakdown}[found[1]]
-        table = components_markdown(stored) if "rows" in stored else make(stored["cases"])
-        return f"<!-- {found[1]}: {found[2]} -->\n\n{table}\n\n<!-- end -->"
+        opening, kind, named = found[0], found[1], found[2]
+        if kind == "headline":
+            table = headline(named, root)
+        else:
+            stored = json.loads((root / named.strip()).read_text(encoding="utf-8"))
+            make = {"benchmarks": markdown, "breakdown": breakdown}[kind]
+            table = components_markdown(stored) if "rows" in stored else make(stored["cases"])
+        return f"{opening[: opening.index('-->') + 3]}\n\n{table}\n\n<!-- end -->"
 
-    text = readme.read_text(encoding="utf-8")
-    return re.sub(r"<!-- (benchmarks|breakdown): (\S+) -->.*?<!-- end -->", table_of, text, flags=re.S)
+    return re.sub(r"<!-- (benchmarks|breakdown|headline):\s+(.*?) ?-->.*?<!-- end -->", table_of, text, flags=re.S)
+
+
+def documents(root: Path) -> list[Path]:
+    """README.md and everything in docs/."""
+    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
 
 
 if __name__ == "__main__":
-    path = Path(__file__).resolve().parent.parent / "README.md"
-    path.write_text(rewrite_readme(path), encoding="utf-8")
+    home = Path(__file__).resolve().parent.parent
+    for document in documents(home):
+        document.write_text(rewrite(document.read_text(encoding="utf-8"), home), encoding="utf-8")

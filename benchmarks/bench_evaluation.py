@@ -11,10 +11,10 @@ from contest import Contest
 from reference_pytorch.organisers_loop import evaluate_by_loop
 
 from ubp_fast.evaluation import TASKS, EvaluationConfig, Scores, build_targets, evaluate
+from ubp_fast.events.labels import ClientRows, LabelMatrix, label_matrices
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.sources.complete_journey import CompleteJourney
-from ubp_fast.events.targets import ClientRows, LabelMatrix, label_matrices
-from ubp_fast.features.windows import organisers_features
+from ubp_fast.features.organisers import CountsConfig, count_features_once
 from ubp_fast.profiles import Profiles
 
 CLIENTS, PURCHASES, LABELS = 1_000_000, 2_000_000, 100
@@ -31,8 +31,8 @@ def events(tmp_path_factory: pytest.TempPathFactory) -> EventDirectory:
 
 @pytest.mark.plain_glibc
 def bench_six_tasks(contest: Contest, events: EventDirectory) -> None:
-    raw = organisers_features(events)
-    profiles = Profiles(raw.client_ids, raw.values).to_float16()
+    raw = count_features_once(events, events.split.input_end_s, CountsConfig(anchor="file_order"))
+    profiles = Profiles(raw.client_ids, raw.rows(slice(None))).to_float16()
     names = tuple(TASKS)
 
     def ours(precision: str) -> Scores:

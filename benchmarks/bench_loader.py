@@ -14,7 +14,7 @@ from training_steps import FEATURES, Step, our_step
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.sources.synthetic import Synthetic
 from ubp_fast.models.contrastive import ContrastiveConfig, ContrastiveModel
-from ubp_fast.models.event_embedding import EventSizes
+from ubp_fast.models.layers.event_embedding import EventSizes
 from ubp_fast.models.multitask import MultitaskConfig, MultitaskModel
 from ubp_fast.sequences import ViewLoader, training_cutoffs, views_at, window_labels
 from ubp_fast.store.build import build_store

@@ -10,14 +10,13 @@ import numpy as np
 from contest import Contest
 from schedulefree import RAdamScheduleFree
 
+from ubp_fast.events.labels import make_label_lists
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.sources.complete_journey import CompleteJourney
-from ubp_fast.events.targets import make_label_lists
 from ubp_fast.features.static import static_features
-from ubp_fast.models.event_embedding import EventSizes
+from ubp_fast.models.layers.event_embedding import EventSizes
 from ubp_fast.models.multitask import MultitaskConfig, MultitaskModel
-from ubp_fast.models.training import LOSSES_FILE, TrainingConfig, fit
-from ubp_fast.models.weights import initialise
+from ubp_fast.models.training import LOSSES_FILE, TrainingConfig, fit, initialise
 from ubp_fast.sequences import TARGET_WINDOW_S, ViewLoader, training_cutoffs, views_at, window_labels
 from ubp_fast.store.build import build_store
 from ubp_fast.store.event_store import EventStore
@@ -43,7 +42,7 @@ def curve(store: EventStore, events: EventDirectory, directory: Path, updates: s
     (cutoff_s,) = training_cutoffs(store, 1)
     views = views_at(store, [cutoff_s], with_history=True)
     labels = window_labels(store, views, make_label_lists(events, cutoff_s - TARGET_WINDOW_S, cutoff_s))
-    features = static_features(store, cutoff_s).values[views.row].astype(np.float32)
+    features = static_features(store, cutoff_s).rows(views.row)
     features = features / np.maximum(features.max(axis=0), 1)
     loader = ViewLoader(
         store, views, batch_size=128, history_length=64, features=features, labels=labels, shuffle_seed=0

@@ -26,17 +26,13 @@ from shop_logs import CUTOFF_S, DAYS, EVENTS, START_S, write_logs
 from ubp_fast.events.parse import parse_codes
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.split import DAY_S
-from ubp_fast.features.counts import CountsConfig, count_features
-from ubp_fast.features.matrix import FeatureMatrix
-from ubp_fast.features.once import count_features_once
-from ubp_fast.features.sparse import SparseFeatureMatrix
+from ubp_fast.features.matrix import Features
+from ubp_fast.features.organisers import CountsConfig, count_features, count_features_once
 from ubp_fast.store.build import build_store
 from ubp_fast.store.event_store import EventStore
 
 
-def to_features(
-    events: EventDirectory, path: Path, config: CountsConfig, directory: Path | None = None
-) -> FeatureMatrix | SparseFeatureMatrix:
+def to_features(events: EventDirectory, path: Path, config: CountsConfig, directory: Path | None = None) -> Features:
     """A new store at `path`, and features from it."""
     for old in (path, directory):
         if old is not None:

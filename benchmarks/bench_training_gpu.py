@@ -15,7 +15,7 @@ from reference_pytorch.padded import random_lengths, without_initialisation
 from torch import Tensor, nn
 
 from ubp_fast.kernels.row_sparse import RowTable, ScheduleFree, ScheduleFreeStep, gather, reduce_padded, update
-from ubp_fast.models.event_embedding import EventSizes
+from ubp_fast.models.layers.event_embedding import EventSizes
 from ubp_fast.models.multitask import MULTITASK_LABELS, MultitaskConfig, MultitaskModel
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]

@@ -19,9 +19,8 @@ from contest import Contest
 from reference_dataframes import Cells, load_into_duckdb, tables_of, with_duckdb, with_polars
 from shop_logs import CUTOFF_S, write_logs
 
-from ubp_fast.features.counts import CountsConfig, count_features
-from ubp_fast.features.matrix import FeatureMatrix
-from ubp_fast.features.sparse import SparseFeatureMatrix
+from ubp_fast.features.matrix import FeatureMatrix, Features, SparseFeatureMatrix
+from ubp_fast.features.organisers import CountsConfig, count_features
 from ubp_fast.store.build import build_store
 from ubp_fast.store.event_store import EventStore
 
@@ -35,9 +34,7 @@ def make_store(path: Path, scale: float) -> EventStore:
     return EventStore.open(path / "store")
 
 
-def agree(
-    store: EventStore | None, config: CountsConfig, mine: FeatureMatrix | SparseFeatureMatrix, cells: Cells
-) -> None:
+def agree(store: EventStore | None, config: CountsConfig, mine: Features, cells: Cells) -> None:
     """Every cell of the rival is in our matrix, and ours holds no more than these; ids are the store's, if any."""
     original = {} if store is None else {"sku": store.sku_ids, "category": store.category_ids, "url": store.url_ids}
     columns = {name: index for index, name in enumerate(mine.names)}

@@ -18,7 +18,6 @@ where they are worth their time.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,7 +34,7 @@ from ubp_fast.evaluation.evaluator import row_orders
 from ubp_fast.evaluation.metrics import auroc
 from ubp_fast.evaluation.tasks import TASKS
 from ubp_fast.events.read import EventDirectory
-from ubp_fast.models.weights import write_atomically
+from ubp_fast.files import load_json, write_json
 from ubp_fast.pipeline.execute import run_stages
 from ubp_fast.pipeline.settings import read_settings
 from ubp_fast.profiles import Profiles
@@ -108,8 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _score(name, row, number, missing, report, options)
             summarise(report)
             report["rows"] = dict(sorted(report["rows"].items(), key=_place))
-            text = json.dumps(report, indent=1, allow_nan=False)
-            write_atomically(options.output, lambda file, text=text: file.write_text(text, encoding="utf-8"))
+            write_json(options.output, report)
             print(f"order {number + 1}, {line(name, report)}", flush=True)
 
 
@@ -202,7 +200,7 @@ def _read(path: Path, options: argparse.Namespace) -> dict[str, Any]:
     made_from = {"overrides": options.overrides, "seeds": options.seeds}
     if not path.exists():
         return {**made_from, "oracle": None, "rows": {}}
-    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    report: dict[str, Any] = load_json(path)
     if {name: report[name] for name in made_from} != made_from:
         sys.exit(f"{path}: must hold rows of {made_from}; name another file")
     return report

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from ubp_fast.events.checks import CODES, PRODUCT_SCHEMA, event_schema
 from ubp_fast.events.read import EventDirectory
-from ubp_fast.events.schema import CODES, PRODUCT_SCHEMA, event_schema
 from ubp_fast.events.split import DAY_S, Split
 from ubp_fast.events.write import event_writer
 

@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from ubp_fast.kernels import nt_xent
 from ubp_fast.models.contrastive import ContrastiveModel
-from ubp_fast.models.dropout import dropout
-from ubp_fast.models.encoder import SequenceEncoder, pool_mean, sinusoidal_positions
+from ubp_fast.models.layers.dropout import dropout
+from ubp_fast.models.layers.encoder import SequenceEncoder, pool_mean, sinusoidal_positions
 from ubp_fast.models.multitask import MultitaskModel
 from ubp_fast.sequences.batch import SequenceBatch, ViewBatch
 

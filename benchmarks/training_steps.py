@@ -16,7 +16,7 @@ from schedulefree import RAdamScheduleFree
 from torch import Tensor, nn
 
 from ubp_fast.models.contrastive import ContrastiveConfig, ContrastiveModel
-from ubp_fast.models.event_embedding import EventSizes
+from ubp_fast.models.layers.event_embedding import EventSizes
 from ubp_fast.models.multitask import MULTITASK_LABELS, MultitaskConfig, MultitaskModel
 from ubp_fast.optim import adopt_tables
 from ubp_fast.sequences.batch import ViewBatch

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ast
+from collections import defaultdict
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "ubp_fast"
 ORDER = (
+    "files",
+    "progress",
     "events",
     "store",
     "features",
@@ -22,8 +26,13 @@ ORDER = (
     "run",
 )
 MODULES = sorted(SOURCE.rglob("*.py"))
-MAX_LINES, MAX_KERNEL_LINES = 300, 500
+FOLDERS = sorted({path.parent for path in MODULES})
+MOST_FILES = 10
 FORBIDDEN_NAMES = {"utils.py", "common.py", "helpers.py", "base.py", "misc.py"}
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(SOURCE))
 
 
 def stage_of(path: Path) -> str:
@@ -47,7 +56,15 @@ def imported_stages(path: Path) -> set[str]:
     return {parts[1] for parts in inside if len(parts) > 1}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
+def folder_of(module: str) -> Path | None:
+    """The folder of a module of ours, written with dots."""
+    path = SOURCE.parent.joinpath(*module.split("."))
+    if path.with_suffix(".py").is_file():
+        return path.parent
+    return path if path in FOLDERS else None
+
+
+@pytest.mark.parametrize("path", MODULES, ids=named)
 def test_imports_point_left(path: Path) -> None:
     stage = stage_of(path)
     if stage == "__init__":
@@ -59,6 +76,20 @@ def test_imports_point_left(path: Path) -> None:
     assert stage in ORDER, f"{path}: '{stage}' is not in the order of stages"
     allowed = {*ORDER[: ORDER.index(stage) + 1], "kernels"}
     assert known <= allowed, f"{path} may import {sorted(allowed)}, imports {sorted(known - allowed)}"
+
+
+def test_no_folders_import_each_other() -> None:
+    """Subfolders included; a package's `__init__` gathers what lies below it and is left out."""
+    imports: dict[str, set[str]] = defaultdict(set)
+    for path in MODULES:
+        if path.name == "__init__.py":
+            continue
+        found = {folder_of(name) for name in imported_modules(path) if name.startswith("ubp_fast.")}
+        imports[named(path.parent)] |= {named(folder) for folder in found if folder not in (None, SOURCE, path.parent)}
+    try:
+        list(TopologicalSorter(imports).static_order())
+    except CycleError as error:
+        pytest.fail(f"these folders import each other: {' <- '.join(error.args[1])}")
 
 
 def test_hydra_stays_at_the_edge() -> None:
@@ -75,6 +106,10 @@ def test_lightning_appears_once() -> None:
     assert users == ["training.py"]
 
 
+def test_files_reach_the_disk_in_one_place() -> None:
+    assert [named(path) for path in MODULES if "fsync" in path.read_text(encoding="utf-8")] == ["files.py"]
+
+
 def test_every_kernel_has_one_interface_and_one_reference() -> None:
     operations = [path for path in (SOURCE / "kernels").iterdir() if path.is_dir() and path.name != "__pycache__"]
     assert len(operations) >= 3
@@ -83,9 +118,8 @@ def test_every_kernel_has_one_interface_and_one_reference() -> None:
         assert {"__init__.py", "api.py", "reference.py"} <= present, operation.name
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
-def test_files_stay_readable(path: Path) -> None:
-    limit = MAX_KERNEL_LINES if stage_of(path) == "kernels" else MAX_LINES
-    lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert lines <= limit, f"{path.name} has {lines} lines, at most {limit}"
-    assert path.name not in FORBIDDEN_NAMES
+@pytest.mark.parametrize("folder", FOLDERS, ids=named)
+def test_folders_stay_readable(folder: Path) -> None:
+    files = {path.name for path in folder.glob("*.py")}
+    assert len(files) <= MOST_FILES, f"{folder} has {len(files)} files, at most {MOST_FILES}: {sorted(files)}"
+    assert not files & FORBIDDEN_NAMES

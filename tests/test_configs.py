@@ -17,6 +17,7 @@ from support.runs import CONF, composed
 from ubp_fast.evaluation import EvaluationConfig
 from ubp_fast.evaluation.evaluator import row_orders
 from ubp_fast.evaluation.tasks import TASKS
+from ubp_fast.events.schema import UserError
 from ubp_fast.pipeline.settings import read_settings
 from ubp_fast.pipeline.stages import plan
 from ubp_fast.profiles import Profiles
@@ -185,9 +186,27 @@ def test_unknown_key_is_named() -> None:
         composed("data=synthetic", "data.clinets=5")
 
 
-def test_added_key_that_no_field_takes_is_named() -> None:
-    with pytest.raises(ValueError, match="clinets"):
-        read_settings(composed("data=synthetic", "+data.clinets=5"))
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+data.end_s=5", "configuration of .*CompleteJourney must fit its fields, got: .*'end_s'"),
+        ("+contrastive.config.events.widht=5", "configuration of .*ContrastiveConfig must fit its fields.*'widht'"),
+        ("+contrastive.optimizer.rate=5", None),  # the optimizer is made later, from parameters
+        ("contrastive.config.next_event_weight=1", "^ContrastiveConfig: history.causal must be true .* sees the one"),
+        ("evaluation.precision=fp64", "^EvaluationConfig: precision must be 'fp32' or 'bf16', got 'fp64'$"),
+        ("evaluation.epochs=many", "EvaluationConfig"),
+        ("evaluation.tasks=churn", "evaluation: tasks must be among"),
+        ("windows.model_cutoffs=0", "^run: windows.model_cutoffs must be >= 1, got 0$"),
+        ("evaluation.components=most", "^run: evaluation.components must be 'default' or 'all', got 'most'$"),
+    ],
+)
+def test_wrong_value_is_named(override: str, message: str | None) -> None:
+    if message is None:
+        read_settings(composed(override))
+        return
+    with pytest.raises(UserError, match=message) as caught:
+        read_settings(composed(override))
+    assert "\n" not in str(caught.value)
 
 
 def test_name_of_a_run_follows_what_matters() -> None:

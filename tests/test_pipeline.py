@@ -103,9 +103,17 @@ def test_rich_features_reach_the_profile(synthetic_run: Path, tmp_path: Path) ->
 
 def test_submission_of_somebody_is_scored(synthetic_run: Path, tmp_path: Path) -> None:
     code, run, printed = run_tiny(
-        tmp_path, *SYNTHETIC, "stages=[evaluate]", f"evaluation.profiles={synthetic_run / 'profiles'}"
+        tmp_path,
+        *SYNTHETIC,
+        "stages=[evaluate]",
+        f"evaluation.profiles={synthetic_run / 'profiles'}",
+        "evaluation.tasks=[churn,propensity_new_sku]",
     )
     assert code == 0
+    # 60 products: all of them are asked for by propensity_sku.
+    note = "propensity_new_sku: the data has no labels for it, it is left out"
+    assert printed.count(f"note      {note}\n") == 1
+    assert note in (run / "report.html").read_text()
     scores = json.loads((run / "scores.json").read_text())
     assert set(scores) == {"submission", "baseline_log1p", "baseline_raw"}
     ours = json.loads((synthetic_run / "scores.json").read_text())["stacked"]
@@ -204,6 +212,44 @@ def test_other_configuration_does_not_overwrite_a_run(synthetic_run: Path, capsy
     assert code == 2
     assert "seed" in capsys.readouterr().err
     assert contents(synthetic_run / "profiles") == before
+
+
+def test_probes_are_recorded_and_change_no_vector(synthetic_run: Path, tmp_path: Path) -> None:
+    code, run, _ = run_tiny(tmp_path, *SYNTHETIC, "contrastive.config.probes=true", "stages=[contrastive]")
+    assert code == 0
+    watched, plain = run / "stages" / "contrastive", synthetic_run / "stages" / "contrastive"
+    (epoch,) = json.loads((watched / "training" / "losses.json").read_text())["epochs"]
+    assert {"auroc_churn", "auroc_buy_category", "auroc_buy_sku"} < set(epoch)
+    vectors = {path.name: path.read_bytes() for path in watched.glob("vectors-*.npy")}
+    assert len(vectors) == 2
+    assert vectors == {path.name: path.read_bytes() for path in plain.glob("vectors-*.npy")}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.days=20", "Synthetic: days must be at least 29, got 20"),
+        ("data.days=40", "training_cutoffs: the store must reach back more than newest_days = 28 days"),
+        ("store.shard=[3,2]", "build_store: shard must be (index, count)"),
+        ("multitask.config.encoder.heads=7", "EncoderLayer: heads must divide the width"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(
+    override: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_tiny(tmp_path, *SYNTHETIC, override, "stages=[profiles]")[0] == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error
+    assert error.count("\n") == 1
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mistake(*_: object, **__: object) -> None:
+        raise ValueError("operands could not be broadcast together")
+
+    monkeypatch.setattr("ubp_fast.pipeline.stages.build_store", mistake)
+    with pytest.raises(ValueError, match="broadcast"):
+        run_tiny(tmp_path, *SYNTHETIC, "stages=[store]")
 
 
 def test_unknown_stage_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

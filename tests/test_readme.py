@@ -1,18 +1,30 @@
-"""What the README says is what the project holds."""
+"""What README.md and docs/ say is what the project holds, and what the source cites is there."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import polars as pl
 import pytest
 import torch
+from support.runs import composed
+
+from ubp_fast.pipeline.settings import read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+CITING = ("src", "csrc", "tests", "benchmarks", "cmake")
+SUFFIXES = {".py", ".pyi", ".yaml", ".cpp", ".h", ".cu", ".cmake", ".sh", ".md"}
+# A document in docs/, and the sections that follow: "4.1", "3.3/3.4", "3, 4 and 6".
+CITATION = re.compile(r"\bdocs/([\w-]+\.md)((?:(?: |, | and |/)\d+(?:\.\d+)*\b)*)")
+
+per_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 
 
 @pytest.fixture
@@ -22,26 +34,59 @@ def bars(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("bars")
 
 
-def test_tables_are_made_from_committed_results(bars: Any) -> None:
-    text = README.read_text(encoding="utf-8")
-    assert "<!-- benchmarks: benchmarks/results/" in text
-    assert "<!-- breakdown: benchmarks/results/" in text
-    assert bars.rewrite_readme(README) == text, "run `python benchmarks/bars.py`"
+def text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def examples(path: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text_of(path), re.S)
+
+
+@per_document
+def test_tables_are_made_from_committed_results(bars: Any, path: Path) -> None:
+    assert bars.rewrite(text_of(path), ROOT) == text_of(path), "run `python benchmarks/bars.py`"
+
+
+def test_every_kind_of_table_is_in_use(bars: Any) -> None:
+    assert bars.documents(ROOT) == DOCUMENTS
+    text = "".join(map(text_of, DOCUMENTS))
+    assert all(f"<!-- {kind}:" in text for kind in ("headline", "benchmarks", "breakdown"))
 
 
 def test_the_breakdown_of_a_step(bars: Any, tmp_path: Path) -> None:
     parts = {"ubp_fast": {"linear layers": 30.0, "ours only": 10.0}, "rival": {"linear layers": 100.0}}
     cases = {"one": {"figure": "a step", "facts": {"cpu_ms_by_part": parts}}, "other": {"figure": "without parts"}}
-    readme = tmp_path / "README.md"
+    document = "before <!-- breakdown: results.json -->\n\nold\n\n<!-- end --> after"
     for stored, expected in (
         (cases, ["| linear layers | 30.0 ms | 75% | 100.0 ms | 100% |", "| ours only | 10.0 ms | 25% |  |  |"]),
         ({"other": cases["other"]}, ["(not measured yet)"]),
     ):
         (tmp_path / "results.json").write_text(json.dumps({"cases": stored}), encoding="utf-8")
-        readme.write_text("before <!-- breakdown: results.json -->\n\nold\n\n<!-- end --> after", encoding="utf-8")
-        text = bars.rewrite_readme(readme)
+        text = bars.rewrite(document, tmp_path)
         assert all(line in text for line in expected)
         assert text.startswith("before <!-- breakdown") and text.endswith("<!-- end --> after") and "old" not in text
+
+
+def test_a_headline_shows_the_strongest_rival(bars: Any, tmp_path: Path) -> None:
+    timings = {
+        name: {"rounds": 9, "median_ms": value} for name, value in (("ubp_fast", 2.0), ("slow", 8.0), ("fast", 3.0))
+    }
+    ratios = [{"figure": "a kernel", "rival": rival, "ratio": ratio} for rival, ratio in (("slow", 4.0), ("fast", 1.5))]
+    scores = (("ours", 0.8, 0.001), ("log1p", 0.75, None))
+    rows = {name: {"tasks": {"churn": {"mean": mean, "standard_error": error}}} for name, mean, error in scores}
+    speed = {"cases": {"one": {"timings": timings, "ratios": ratios}}}
+    (tmp_path / "speed.json").write_text(json.dumps(speed), encoding="utf-8")
+    (tmp_path / "worth.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
+    lines = "speed.json: a kernel\nworth.json: churn of ours over log1p"
+    text = bars.rewrite(f"<!-- headline:\n{lines}\n-->\n<!-- end -->", tmp_path)
+    assert f"<!-- headline:\n{lines}\n-->" in text
+    assert text.splitlines()[-4:-2] == [
+        "| a kernel | 2.0 ms | fast | 3.0 ms | 1.50x |",
+        "| AUROC, churn: ours | 0.8000 ± 0.0010 | log1p | 0.7500 | +0.050 |",
+    ]
+    for wrong in ("speed.json: another kernel", "worth.json: churn of ours over nobody", "worth.json: churn of ours"):
+        with pytest.raises(ValueError, match="must hold"):
+            bars.headline(wrong, tmp_path)
 
 
 def test_bold_is_what_the_row_orders_do_not_separate_from_the_best(bars: Any) -> None:
@@ -64,34 +109,132 @@ def test_bold_is_what_the_row_orders_do_not_separate_from_the_best(bars: Any) ->
     assert bold == {"best", "level, two seeds", "one order"}
 
 
-def test_every_path_of_the_file_map_exists() -> None:
-    table = README.read_text(encoding="utf-8").split("## Where things are")[1].split("##")[0]
-    first_columns = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+def test_every_path_of_the_map_exists() -> None:
+    section = text_of(ROOT / "docs" / "design.md").split("## 1. ")[1].split("\n## ")[0]
+    first_columns = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
     named = [path for column in first_columns for path in re.findall(r"`([^`]+)`", column)]
-    assert len(named) > 12
-    package = ROOT / "src" / "ubp_fast"
+    packages = {f"src/ubp_fast/{path.parent.name}/" for path in (ROOT / "src" / "ubp_fast").glob("*/__init__.py")}
+    assert packages <= set(named)
     for path in named:
-        assert (ROOT / path).exists() or (package / path).exists(), path
+        assert (ROOT / path).exists(), path
 
 
-def python_examples() -> list[dict[str, Any]]:
-    """What is defined after each of the README's examples."""
-    results = []
-    for example in re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S):
-        names: dict[str, Any] = {}
-        exec(compile(example, "README.md", "exec"), names)
-        results.append(names)
-    return results
+def headings(path: Path) -> list[str]:
+    without_code = re.sub(r"```.*?```", "", text_of(path), flags=re.S)
+    return re.findall(r"^#+ (.+)$", without_code, re.M)
 
 
-def test_the_python_examples_run() -> None:
-    kernels, attention = python_examples()
-    assert kernels["context"].shape == (270, 4, 64)
+def anchor(heading: str) -> str:
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize(
+    "path", [*DOCUMENTS, ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "README.md"], ids=lambda path: str(path.name)
+)
+def test_links_resolve(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", text_of(path)):
+        if "://" in target:
+            continue
+        file, _, fragment = target.partition("#")
+        found = (path.parent / file).resolve() if file else path
+        assert found.is_relative_to(ROOT) and found.exists(), target
+        assert not fragment or fragment in map(anchor, headings(found)), target
+
+
+def test_the_readme_leads_to_every_document() -> None:
+    named = set(re.findall(r"\]\((docs/[\w-]+\.md)\)", text_of(ROOT / "README.md")))
+    assert named == {f"docs/{path.name}" for path in DOCUMENTS[1:]}
+
+
+@pytest.fixture
+def run_of_a_shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the examples find in runs/shop: two clients whose ids are text."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("profiles", "stages/events/maps"):
+        (tmp_path / "runs/shop" / folder).mkdir(parents=True)
+    np.save("runs/shop/profiles/client_ids.npy", np.array([2, 1]))
+    np.save("runs/shop/profiles/embeddings.npy", np.zeros((2, 4), np.float16))
+    names = pl.DataFrame({"value": ["ada", "bob"], "id": [1, 2]})
+    names.write_parquet("runs/shop/stages/events/maps/client_id.parquet")
+
+
+@pytest.mark.usefixtures("run_of_a_shop")
+@per_document
+def test_the_python_examples_run(path: Path) -> None:
+    """In order, each knowing what the ones before it in the document defined."""
+    names: dict[str, Any] = {}
+    for example in examples(path, "python"):
+        exec(compile(example, path.name, "exec"), names)
+    if path.name == "README.md":
+        assert names["context"].shape == (270, 4, 64) and names["history"].requires_grad
+    if path.name == "data.md":
+        assert names["clients"].to_list() == ["bob", "ada"]
+    if path.name == "kernels.md":
+        require_same_as_torch(names["PackedAttention"])
+
+
+def require_same_as_torch(packed_attention: Any) -> None:
     theirs = torch.nn.MultiheadAttention(24, 3, batch_first=True)
-    ours = attention["PackedAttention"](24, 3)
+    ours = packed_attention(24, 3)
     ours.load_state_dict(theirs.state_dict())
     rows = torch.randn(12, 24)
     found = ours(rows, torch.tensor([0, 5, 12]))
     for part in (slice(0, 5), slice(5, 12)):
         sequence = rows[None, part]
         torch.testing.assert_close(found[part], theirs(sequence, sequence, sequence, need_weights=False)[0][0])
+
+
+def commands(path: Path) -> list[list[str]]:
+    lines = "".join(examples(path, "sh")).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+@per_document
+def test_the_commands_exist(path: Path, tmp_path: Path) -> None:
+    """Settings are known and fit together; what would read files is not run."""
+    submission = tmp_path / "submission"
+    submission.mkdir()
+    for words in commands(path):
+        if words[:3] == ["python", "-m", "ubp_fast.run"]:
+            overrides = [word.replace("evaluation.profiles=DIR", f"evaluation.profiles={submission}") for word in words]
+            assert read_settings(composed(*overrides[3:], f"root={tmp_path}")).name
+        else:
+            assert words[0] == "make" and re.search(rf"^{words[1]}:", text_of(ROOT / "Makefile"), re.M), words
+
+
+def test_settings_in_the_text_are_known() -> None:
+    """`group.key=value ...` in backticks, wherever it stands."""
+    groups = {*map(str, composed()), "experiment", "model"}
+    text = re.sub(r"```.*?```", "", "".join(map(text_of, DOCUMENTS)), flags=re.S)
+    spans = {span for span in re.findall(r"`([^`\n]+)`", text) if re.split(r"[.@=]", span)[0] in groups and "=" in span}
+    assert len(spans) > 10
+    for span in sorted(spans):
+        composed(*span.replace("[i, n]", "[0,2]").split())
+
+
+def citations(text: str) -> list[tuple[str, list[str]]]:
+    return [(file, re.findall(r"\d+(?:\.\d+)*", sections)) for file, sections in CITATION.findall(text)]
+
+
+def test_citations_are_found() -> None:
+    docs = "docs/"
+    text = f"{docs}winner.md 3.3/3.4). See {docs}a-b.md 4.7 and 6: x; {docs}winner.md 3, 4, 60.\n{docs}plain.md"
+    expected = [("winner.md", ["3.3", "3.4"]), ("a-b.md", ["4.7", "6"]), ("winner.md", ["3", "4", "60"])]
+    assert citations(text) == [*expected, ("plain.md", [])]
+
+
+def test_citations_resolve() -> None:
+    sections = {
+        path.name: {found[1] for heading in headings(path) if (found := re.match(r"(\d+(?:\.\d+)*)", heading))}
+        for path in DOCUMENTS[1:]
+    }
+    files = [path for folder in CITING for path in sorted((ROOT / folder).rglob("*")) if path.suffix in SUFFIXES]
+    assert len(files) > 100
+    missing = [
+        f"{path.relative_to(ROOT)}: docs/{file} {section}"
+        for path in files
+        for file, numbers in citations(text_of(path))
+        for section in numbers or [""]
+        if file not in sections or (section and section not in sections[file])
+    ]
+    assert not missing

@@ -15,8 +15,8 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from ubp_fast.models.contrastive import ContrastiveConfig, ContrastiveModel
-from ubp_fast.models.encoder import EncoderConfig
-from ubp_fast.models.event_embedding import EventSizes
+from ubp_fast.models.layers.encoder import EncoderConfig
+from ubp_fast.models.layers.event_embedding import EventSizes
 from ubp_fast.sequences.batch import ViewBatch
 
 

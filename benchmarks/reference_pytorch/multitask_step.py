@@ -13,9 +13,9 @@ from reference_pytorch.padded import DAY_S, PaddedEvents, copy_layer, copy_linea
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ubp_fast.models.event_embedding import EventSizes
+from ubp_fast.models.layers.event_embedding import EventSizes
+from ubp_fast.models.layers.ple import ExpertBank
 from ubp_fast.models.multitask import MultitaskConfig, MultitaskModel
-from ubp_fast.models.ple import ExpertBank
 from ubp_fast.sequences.batch import ViewBatch
 
 

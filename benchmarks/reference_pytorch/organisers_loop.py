@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics.classification import BinaryAUROC, MultilabelAUROC
 
+from ubp_fast.events.labels import make_label_lists
 from ubp_fast.events.read import EventDirectory
-from ubp_fast.events.targets import make_label_lists
 from ubp_fast.models.downstream import DOWNSTREAM_SEED, DownstreamNetwork
 from ubp_fast.profiles import Profiles
 

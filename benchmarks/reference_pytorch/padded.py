@@ -9,8 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ubp_fast.models.encoder import EncoderLayer
-from ubp_fast.models.event_embedding import EventSizes
+from ubp_fast.models.layers.encoder import EncoderLayer
+from ubp_fast.models.layers.event_embedding import EventSizes
 from ubp_fast.sequences.batch import SequenceBatch
 
 Model = TypeVar("Model", bound=nn.Module)

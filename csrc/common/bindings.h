@@ -14,7 +14,7 @@ using Address = uintptr_t;
 template <class Problem>
 class Struct {
  public:
-  Struct(pybind11::module_& module, const char* name) : class_(module, name) {
+  Struct(pybind11::module_& module, const char* name) : class_(module, name, pybind11::module_local()) {
     class_.def(pybind11::init([](const pybind11::kwargs& fields) {
       Problem problem{};
       const pybind11::object made = pybind11::cast(&problem, pybind11::return_value_policy::reference);

@@ -7,11 +7,11 @@ import polars as pl
 import pytest
 
 from ubp_fast.evaluation import EvaluationConfig, build_targets, evaluate
+from ubp_fast.events.checks import CODES
 from ubp_fast.events.read import EventDirectory
-from ubp_fast.events.schema import CODES
 from ubp_fast.events.sources.complete_journey import CompleteJourney
 from ubp_fast.events.write import event_writer
-from ubp_fast.features.windows import organisers_features
+from ubp_fast.features.organisers import CountsConfig, count_features_once
 from ubp_fast.profiles import Profiles
 
 # Their run: one thread, torch 2.13, rows in the order of their baseline, best of three epochs.
@@ -47,9 +47,9 @@ def events(tmp_path_factory: pytest.TempPathFactory) -> EventDirectory:
 
 
 def check(events: EventDirectory, tasks: tuple[str, ...]) -> None:
-    raw = organisers_features(events)
-    assert raw.values.shape == (2464, 173)
-    profiles = Profiles(raw.client_ids, raw.values).to_float16()
+    raw = count_features_once(events, events.split.input_end_s, CountsConfig(anchor="file_order"))
+    assert raw.shape == (2464, 173)
+    profiles = Profiles(raw.client_ids, raw.rows(slice(None))).to_float16()
     scores = evaluate(profiles, build_targets(events, profiles.client_ids, tasks), EvaluationConfig(tasks=tasks))
     for name, (score, _) in scores.summary().items():
         assert score == pytest.approx(THEIRS[name], abs=5e-3), name

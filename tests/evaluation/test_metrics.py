@@ -18,7 +18,7 @@ from ubp_fast.evaluation.metrics import (
     epoch_metrics,
     novelty,
 )
-from ubp_fast.events.targets import LabelMatrix
+from ubp_fast.events.labels import LabelMatrix
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 VALUES = json.loads((GOLDEN / "a_metrics.json").read_text())

@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn import functional
 
 from ubp_fast.evaluation import probe
-from ubp_fast.evaluation.linear import ProbeLinear
 from ubp_fast.evaluation.probe import EvaluationConfig, ProbeData, dense_labels, probe_cost, train_probe
-from ubp_fast.events.targets import LabelMatrix
+from ubp_fast.evaluation.probe_linear import ProbeLinear
+from ubp_fast.events.labels import LabelMatrix
 from ubp_fast.models.downstream import DOWNSTREAM_SEED, DownstreamNetwork
 
 CONFIG = EvaluationConfig(batch_size=16)

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from ubp_fast.evaluation import EvaluationConfig, Metrics, Scores, TaskScore, compare, leaderboard
+from ubp_fast.evaluation import EvaluationConfig, Metrics, Scores, TaskScore
 
 NAN = math.nan
 
@@ -36,7 +36,6 @@ def test_nan_never_wins_and_is_null_in_json():
     found = scores(churn=task([NAN, 0.6, 0.5]), propensity_sku=TaskScore(((nothing, nothing),)))
     assert found.tasks["churn"].score == 0.6
     assert found.tasks["propensity_sku"].score is None
-    assert found.total is None
     value = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert value["tasks"]["churn"]["orders"][0]["epochs"][0] == {"auroc": None, "score": None}
     stored = value["tasks"]["propensity_sku"]
@@ -53,21 +52,7 @@ def test_mean_and_standard_error_over_row_orders():
     assert mean == pytest.approx(np.mean([0.5, 0.6, 0.8]))
     assert error == pytest.approx(np.std([0.5, 0.6, 0.8], ddof=1) / math.sqrt(3))
     assert found.summary()["conversion"] == (pytest.approx(0.6), pytest.approx(0.1))
-    assert found.total == pytest.approx(mean + 0.6)
     assert task([0.5]).standard_error is None
-
-
-def test_rows_of_a_table():
-    epochs = (Metrics(0.5, 0.5, 0.5), Metrics(0.7, 0.9, 0.1))
-    (row,) = scores(propensity_sku=TaskScore((epochs,))).to_rows()
-    assert row == {
-        "task": "propensity_sku",
-        "score": 0.66,
-        "standard_error": None,
-        "auroc": 0.7,
-        "diversity": 0.9,
-        "novelty": 0.1,
-    }
 
 
 def test_no_client_is_no_score():
@@ -79,44 +64,3 @@ def test_no_client_is_no_score():
 def test_other_formats_are_refused():
     with pytest.raises(ValueError, match="format must be 1, got 0"):
         Scores.from_json({"format": 0})
-
-
-def test_differences_are_paired_by_order():
-    first = scores(("a", "b"), churn=task([0.7], [0.5]))
-    second = scores(("a", "b"), churn=task([0.6], [0.42]), conversion=task([0.5], [0.5]))
-    (difference,) = compare(first, second).values()
-    assert difference.per_order == pytest.approx((0.1, 0.08))
-    assert difference.mean == pytest.approx(0.09)
-    assert difference.standard_error == pytest.approx(0.01)
-    missing = compare(scores(("a", "b"), churn=task([0.7], [NAN])), second)["churn"]
-    assert (missing.mean, missing.standard_error) == (None, None)
-
-
-def test_scores_that_are_not_paired_are_refused():
-    first = scores(("a", "b"), churn=task([0.7], [0.5]))
-    with pytest.raises(ValueError, match="same row orders, got 2 orders of 10 clients and 2 of 10"):
-        compare(first, scores(("a", "c"), churn=task([0.7], [0.5])))
-    with pytest.raises(ValueError, match="same precision, got fp32 and bf16"):
-        compare(first, scores(("a", "b"), "bf16", churn=task([0.7], [0.5])))
-    with pytest.raises(ValueError, match="must share a task"):
-        compare(first, scores(("a", "b"), conversion=task([0.7], [0.5])))
-
-
-def test_borda_count():
-    board = leaderboard(
-        {
-            "first": scores(churn=task([0.7]), conversion=task([0.6])),
-            "second": scores(churn=task([0.7]), conversion=task([0.8])),
-            "third": scores(churn=task([0.9]), conversion=task([NAN])),
-        }
-    )
-    assert [(place.name, place.borda) for place in board] == [("second", 3), ("first", 2), ("third", 2)]
-    assert board[0].ranks == {"churn": 2, "conversion": 1}
-    assert board[2].ranks == {"churn": 1, "conversion": 3}
-
-
-def test_leaderboard_needs_equal_tasks():
-    with pytest.raises(ValueError, match="must not be empty"):
-        leaderboard({})
-    with pytest.raises(ValueError, match="must have the same tasks"):
-        leaderboard({"a": scores(churn=task([0.7])), "b": scores(conversion=task([0.7]))})

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ubp_fast.events.checks import CODES
 from ubp_fast.events.parse import parse_codes, parse_ids, parse_timestamps
-from ubp_fast.events.schema import CODES, DataError
+from ubp_fast.events.schema import DataError
 
 GOOD = "[" + " ".join(str(code) for code in range(16)) + "]"
 DAY = datetime(2022, 11, 9, 23, 59, 58)

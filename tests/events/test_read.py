@@ -10,10 +10,10 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
-from ubp_fast.events.read import EventDirectory
-from ubp_fast.events.schema import CODES, ITEM_COLUMN, DataError
+from ubp_fast.events.checks import CODES
+from ubp_fast.events.read import EventDirectory, read_id_list, read_label_lists, read_products, read_table
+from ubp_fast.events.schema import ITEM_COLUMN, DataError
 from ubp_fast.events.sources.challenge import Challenge
-from ubp_fast.events.tables import read_id_list, read_label_lists, read_products, read_table
 
 Shop = Callable[..., Path]
 
@@ -185,20 +185,20 @@ def test_client_lists(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="one-dimensional integers"):
             read_id_list(path, unique=True)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(DataError, match="complete npy array"):
+    with pytest.raises(DataError, match="complete array of numbers"):
         read_id_list(path, unique=True)
 
 
 def test_arrays_of_objects_are_never_unpickled(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(DataError, match="complete npy array"):
+    with pytest.raises(DataError, match="complete array of numbers"):
         read_id_list(tmp_path / "a.npy", unique=False)
 
 
 def test_label_lists(tmp_path: Path) -> None:
     assert read_label_lists(tmp_path) == {}
     np.save(tmp_path / "propensity_sku.npy", np.array([4, 4, 2]))
-    with pytest.raises(DataError, match=r"popularity_propensity_sku.npy: array must exist"):
+    with pytest.raises(DataError, match=r"popularity_propensity_sku.npy: file must exist"):
         read_label_lists(tmp_path)
     for bad in (
         np.array([0.5, 0.5]),
@@ -240,7 +240,7 @@ def test_a_directory_of_parts_is_a_table(shop: Shop, tmp_path: Path) -> None:
 def test_batches_give_the_same_events(shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = shop(page_visit=lambda table: pl.concat([table] * 5).with_columns(url=pl.int_range(pl.len())))
     Challenge(str(source)).prepare(tmp_path / "whole")
-    monkeypatch.setattr("ubp_fast.events.tables.BATCH_ROWS", 4)
+    monkeypatch.setattr("ubp_fast.events.read.BATCH_ROWS", 4)
     Challenge(str(source)).prepare(tmp_path / "parts")
     whole, parts = (EventDirectory.open(tmp_path / name) for name in ("whole", "parts"))
     assert len(list((tmp_path / "parts" / "page_visit.parquet").iterdir())) == 4
@@ -255,7 +255,7 @@ def test_batches_give_the_same_events(shop: Shop, tmp_path: Path, monkeypatch: p
 
 
 def test_a_bad_row_of_a_later_batch(shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ubp_fast.events.tables.BATCH_ROWS", 4)
+    monkeypatch.setattr("ubp_fast.events.read.BATCH_ROWS", 4)
     ids = pl.when(pl.int_range(pl.len()) == 10).then(None).otherwise("client_id").alias("client_id")
     source = shop(page_visit=lambda table: pl.concat([table] * 5).with_columns(ids))
     message = r"page_visit.parquet: column 'client_id' .* in row 2 \(1 bad row of 4\).*rows are counted from row 8"

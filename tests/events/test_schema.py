@@ -3,16 +3,8 @@ from __future__ import annotations
 import polars as pl
 import pytest
 
-from ubp_fast.events.schema import (
-    EVENT_KINDS,
-    ITEM_COLUMN,
-    DataError,
-    bad_rows,
-    event_schema,
-    require_canonical,
-    require_columns,
-    require_unique,
-)
+from ubp_fast.events.checks import bad_rows, event_schema, require_canonical, require_columns, require_unique
+from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, DataError
 
 
 def test_every_kind_has_an_item_column() -> None:

@@ -7,9 +7,11 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from ubp_fast.events.schema import DataError, event_schema
+from ubp_fast.events.checks import event_schema
+from ubp_fast.events.schema import DataError
 from ubp_fast.events.sources.challenge import Challenge
 from ubp_fast.events.write import end_seconds, event_writer
+from ubp_fast.files import OutputDirectoryError
 
 
 def test_end_option() -> None:
@@ -25,7 +27,7 @@ def test_a_full_disk_leaves_nothing(shop: Callable[..., Path], tmp_path: Path) -
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
-        with pytest.raises(DataError, match="events: output must be a writable directory on a disk with space left"):
+        with pytest.raises(OutputDirectoryError, match="events: output must be a writable directory with free space"):
             Challenge(str(source)).prepare(tmp_path / "out" / "events")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,10 @@ from ubp_fast.events.read import EventDirectory, stored_form
 from ubp_fast.events.sources.challenge import Challenge
 from ubp_fast.events.sources.synthetic import Synthetic
 from ubp_fast.events.split import DAY_S
-from ubp_fast.features import popular
-from ubp_fast.features.counts import MOST_DENSE_COLUMNS, CountsConfig, count_features
-from ubp_fast.features.matrix import FeatureMatrix
-from ubp_fast.features.organisers import organisers_features
-from ubp_fast.features.sparse import SparseFeatureMatrix
+from ubp_fast.features import popular, writing
+from ubp_fast.features.matrix import FeatureMatrix, SparseFeatureMatrix
+from ubp_fast.features.organisers import CountsConfig, count_features
+from ubp_fast.features.organisers.counts import MOST_DENSE_COLUMNS
 from ubp_fast.features.writing import in_client_blocks
 from ubp_fast.store.build import build_store
 from ubp_fast.store.event_store import EventStore
@@ -48,19 +48,24 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> EventStore:
 
 
 def test_the_golden_columns_from_the_store(golden: EventDirectory, tmp_path: Path) -> None:
-    """Anchored at the last events these are the organisers' numbers; their lists break ties otherwise."""
-    theirs = organisers_features(golden, time_sorted=True)
+    """Anchored at the last events these are the organisers' numbers of sorted files, but for ties in their lists."""
+    theirs = np.load(GOLDEN / "c_baseline_time_sorted.npz")
+    tops = json.loads((GOLDEN / "c_baseline_time_sorted.json").read_text())["top_values_in_column_order"]
+    names: list[str] = []
+    for kind in ("product_buy", "add_to_cart", "remove_from_cart", "page_visit"):
+        lists = [f"{column}_{value}" for column, values in tops[kind].items() for value in values]
+        names += [f"{kind}_count", *(f"{kind}_{name}_{days}d" for days in (1, 7, 30) for name in lists)]
     store = store_of(golden, tmp_path / "store")
     ours = count_features(store, store.cutoff_s, CountsConfig(anchor="last_event"))
     assert isinstance(ours, FeatureMatrix)
-    assert ours.values.shape[1] == theirs.values.shape[1] == 320
-    rows = np.searchsorted(ours.client_ids, theirs.client_ids)
-    np.testing.assert_array_equal(ours.client_ids[rows], theirs.client_ids)
-    shared = [name for name in theirs.names if name in ours.names]
+    assert ours.shape[1] == theirs["embeddings"].shape[1] == 320
+    rows = np.searchsorted(ours.client_ids, theirs["client_ids"])
+    np.testing.assert_array_equal(ours.client_ids[rows], theirs["client_ids"])
+    shared = [name for name in names if name in ours.names]
     assert len(shared) > 280
     for name in shared:
-        one, other = (matrix.values[:, matrix.names.index(name)] for matrix in (ours, theirs))
-        np.testing.assert_array_equal(one[rows], other, err_msg=name)
+        one, other = ours.values[rows, ours.names.index(name)], theirs["embeddings"][:, names.index(name)]
+        np.testing.assert_array_equal(one.astype(np.float16), other, err_msg=name)
     assert not np.delete(ours.values, rows, axis=0).any(), "clients without events are zeros"
 
 
@@ -133,9 +138,9 @@ def test_sparse_above_a_thousand_columns(store: EventStore, tmp_path: Path) -> N
     narrow = count_features(store, store.cutoff_s, CountsConfig(windows_days=(7,), top_values=100))
     assert isinstance(narrow, FeatureMatrix)
     columns = [sparse.names.index(name) for name in narrow.names]
-    np.testing.assert_array_equal(sparse.dense().values[:, columns], narrow.values)
+    np.testing.assert_array_equal(sparse.rows(slice(None))[:, columns], narrow.values)
     loaded = SparseFeatureMatrix.load(tmp_path / "sparse", memory_map=True)
-    np.testing.assert_array_equal(loaded.dense(20, 90).values, sparse.dense().values[20:90])
+    np.testing.assert_array_equal(loaded.rows(slice(20, 90)), sparse.rows(slice(None))[20:90])
     assert (loaded.names, loaded.units) == (sparse.names, sparse.units)
     assert isinstance(loaded.values, np.memmap)
     for row in range(sparse.shape[0]):
@@ -174,7 +179,9 @@ def test_file_and_memory_hold_the_same(store: EventStore, tmp_path: Path, dtype:
 
 
 @pytest.mark.parametrize("in_file", [False, True])
-def test_blocks_and_float16_without_infinity(tmp_path: Path, in_file: bool) -> None:
+def test_blocks_and_float16_without_infinity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_file: bool) -> None:
+    monkeypatch.setattr(writing, "BLOCK_CLIENTS", 3)
+    monkeypatch.setattr(writing, "SMALLEST_BLOCK", 3)
     ids = np.arange(10)
 
     def fill(block: np.ndarray, first: int, last: int) -> None:
@@ -182,7 +189,7 @@ def test_blocks_and_float16_without_infinity(tmp_path: Path, in_file: bool) -> N
         block[:, 0] = ids[first:last]
         block[:, 1] = (-1.0) ** ids[first:last] * 70_000
 
-    matrix = in_client_blocks(ids, ("a", "b"), ("", ""), fill, tmp_path if in_file else None, "float16", 3)
+    matrix = in_client_blocks(ids, ("a", "b"), ("", ""), fill, tmp_path if in_file else None, "float16")
     np.testing.assert_array_equal(matrix.values[:, 0], ids)
     np.testing.assert_array_equal(matrix.values[:, 1], np.tile([65_504, -65_504], 5))
 
@@ -210,6 +217,11 @@ def test_nothing_from_the_cutoff_on(store: EventStore, golden: EventDirectory, t
 def test_bad_configurations(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CountsConfig(**change)
+
+
+def test_a_store_has_no_file_order(store: EventStore) -> None:
+    with pytest.raises(ValueError, match="anchor must be 'cutoff' or 'last_event', got 'file_order'"):
+        count_features(store, store.cutoff_s, CountsConfig(anchor="file_order"))
 
 
 @pytest.mark.parametrize("number", [0, 1, 3, 10, 6_000])

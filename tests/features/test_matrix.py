@@ -7,41 +7,66 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ubp_fast.features.matrix import FeatureMatrix
+from ubp_fast.features.matrix import FeatureMatrix, end_to_end
+from ubp_fast.features.writing import in_client_blocks, in_sparse_blocks
 
 CLIENTS = np.array([7, 3], np.int64)
 VALUES = np.array([[1.5, 2], [3, 4]], np.float32)
 
 
+def write(directory: Path) -> None:
+    def fill(block: np.ndarray, first: int, last: int) -> None:
+        block[:] = VALUES[first:last]
+
+    in_client_blocks(CLIENTS, ("a", "b"), ("events", ""), fill, directory)
+
+
 def test_round_trip(tmp_path: Path) -> None:
-    matrix = FeatureMatrix(CLIENTS, VALUES, ("a", "b"))
-    matrix.save(tmp_path / "features")
+    write(tmp_path / "features")
     loaded = FeatureMatrix.load(tmp_path / "features")
     np.testing.assert_array_equal(loaded.client_ids, CLIENTS)
     np.testing.assert_array_equal(loaded.values, VALUES)
-    assert loaded.names == ("a", "b")
+    assert (loaded.names, loaded.units) == (("a", "b"), ("events", ""))
     assert {file.name for file in (tmp_path / "features").iterdir()} == {"client_ids.npy", "values.npy", "names.json"}
 
 
 def test_files_that_do_not_fit_together(tmp_path: Path) -> None:
-    FeatureMatrix(CLIENTS, VALUES, ("a", "b")).save(tmp_path)
+    write(tmp_path)
     np.save(tmp_path / "values.npy", VALUES[:, :1])
     with pytest.raises(ValueError, match=r"values must be float32 \[2, 2\], got float32 \[2, 1\]"):
         FeatureMatrix.load(tmp_path)
 
 
-def test_join() -> None:
-    joined = FeatureMatrix.join(
-        [FeatureMatrix(CLIENTS, VALUES, ("a", "b")), FeatureMatrix(CLIENTS, -VALUES, ("c", "d"))]
-    )
-    np.testing.assert_array_equal(joined.values, np.concatenate((VALUES, -VALUES), axis=1))
-    assert joined.names == ("a", "b", "c", "d")
-    with pytest.raises(ValueError, match="same clients in the same order, got others in block 1"):
-        FeatureMatrix.join(
-            [FeatureMatrix(CLIENTS, VALUES, ("a", "b")), FeatureMatrix(CLIENTS[::-1], VALUES, ("c", "d"))]
-        )
-    with pytest.raises(ValueError, match="at least one matrix"):
-        FeatureMatrix.join([])
+def test_neighbours_are_a_slice_and_others_are_not() -> None:
+    for start, end, rows in (
+        ([2, 5, 5], [5, 5, 9], slice(2, 9)),
+        ([2, 7], [5, 9], [2, 3, 4, 7, 8]),
+        ([7, 2], [9, 5], [7, 8, 2, 3, 4]),
+        ([2, 10, 5], [3, 12, 6], [2, 10, 11, 5]),
+        ([4, 4], [4, 4], slice(0, 0)),
+    ):
+        found, offsets = end_to_end(np.array(start), np.array(end))
+        assert offsets.tolist() == [0, *np.cumsum(np.subtract(end, start)).tolist()]
+        assert found == rows if isinstance(rows, slice) else found.tolist() == rows  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+def test_sparse_rows_of_any_choice(tmp_path: Path, in_file: bool) -> None:
+    random = np.random.default_rng(0)
+    dense = (random.normal(size=(50, 9)) * (random.random((50, 9)) < 0.2)).astype(np.float32)
+    dense[7] = 0
+
+    def fill(block: np.ndarray, first: int, last: int) -> None:
+        block[:] = dense[first:last]
+
+    names, units = tuple("abcdefghi"), ("",) * 9
+    matrix = in_sparse_blocks(np.arange(50), names, units, fill, tmp_path if in_file else None)
+    for chosen in (slice(None), slice(5, 9), slice(7, 8), np.array([3, 7, 3, 49]), np.zeros(0, np.int64)):
+        np.testing.assert_array_equal(matrix.rows(chosen), dense[chosen])
+    assert len(matrix.values) == np.count_nonzero(dense)
+    dense[30, 2] = np.inf
+    with pytest.raises(ValueError, match=r"got inf for client 30 in 'c' \(1 values\)"):
+        in_sparse_blocks(np.arange(50), names, units, fill)
 
 
 @pytest.mark.parametrize(

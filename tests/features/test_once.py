@@ -11,15 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.shops import END_S, Rows, product_frame, write_rows, write_shop
 
-from ubp_fast.events import tables
 from ubp_fast.events.read import EventDirectory, stored_form
 from ubp_fast.events.schema import EVENT_KINDS, DataError
 from ubp_fast.events.split import DAY_S
-from ubp_fast.features import counts
-from ubp_fast.features.counts import CountsConfig, count_features
-from ubp_fast.features.matrix import FeatureMatrix
-from ubp_fast.features.once import count_features_once
-from ubp_fast.features.sparse import SparseFeatureMatrix
+from ubp_fast.features.matrix import Features, SparseFeatureMatrix
+from ubp_fast.features.organisers import CountsConfig, count_features, count_features_once, counts
 from ubp_fast.store.build import build_store
 from ubp_fast.store.event_store import EventStore
 from ubp_fast.store.ids import DIRECT_IDS
@@ -42,16 +38,12 @@ CONFIGS = st.builds(
 )
 
 
-def through_store(
-    events: EventDirectory, cutoff_s: int, config: CountsConfig, path: Path
-) -> FeatureMatrix | SparseFeatureMatrix:
+def through_store(events: EventDirectory, cutoff_s: int, config: CountsConfig, path: Path) -> Features:
     build_store(events, path, cutoff_s)
     return count_features(EventStore.open(path), cutoff_s, config)
 
 
-def assert_same(
-    one: FeatureMatrix | SparseFeatureMatrix | str, other: FeatureMatrix | SparseFeatureMatrix | str
-) -> None:
+def assert_same(one: Features | str, other: Features | str) -> None:
     """Same bytes, or the same words of an error."""
     assert type(one) is type(other)
     if isinstance(one, str):
@@ -79,7 +71,7 @@ def test_random_shops_give_the_bytes_of_the_store(
     rows["page_visit"] = [(3, 0, 3), *rows["page_visit"]]  # the directory needs an event before its windows
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(counts, "MOST_DENSE_COLUMNS", most_dense)
-        patch.setattr(tables, "BATCH_ROWS", batch_rows)
+        patch.setattr("ubp_fast.events.read.BATCH_ROWS", batch_rows)
         events = write_rows(Path(folder) / "events", rows, relevant)
         results = []
         for make in (count_features_once, partial(through_store, path=Path(folder) / "store")):

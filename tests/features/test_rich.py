@@ -8,15 +8,15 @@ import numpy as np
 import polars as pl
 import pytest
 
+from ubp_fast.events.labels import make_label_lists
 from ubp_fast.events.read import EventDirectory, stored_form
 from ubp_fast.events.sources.synthetic import Synthetic
 from ubp_fast.events.split import DAY_S
-from ubp_fast.events.targets import make_label_lists
 from ubp_fast.features.history import Block, Column, History
-from ubp_fast.features.item_blocks import Conversions, Diversity, MeanCodes, Prices
-from ubp_fast.features.propensity import BOUGHT_EDGES, LARGEST, Propensities
 from ubp_fast.features.rich import RichConfig, rich_features
-from ubp_fast.features.time_blocks import Activity, Calendar, Gaps
+from ubp_fast.features.rich.item_blocks import Conversions, Diversity, MeanCodes, Prices
+from ubp_fast.features.rich.propensity import BOUGHT_EDGES, LARGEST, Propensities
+from ubp_fast.features.rich.time_blocks import Activity, Calendar, Gaps
 from ubp_fast.store.build import build_store
 from ubp_fast.store.event_store import TIMELINE, EventStore
 
@@ -44,7 +44,10 @@ def lists(events: EventDirectory, store: EventStore) -> Lists:
 
 
 def columns_of(block: Block, store: EventStore, cutoff_s: int, lists: Lists | None = None) -> dict[str, np.ndarray]:
-    return {column.name: column.values for column in block.columns(History(store, cutoff_s, lists or {}))}
+    found: dict[str, np.ndarray] = {}
+    for name, _, values in block.columns(History.of(store, cutoff_s, lists)):
+        found |= {name: values} if isinstance(name, str) else dict(zip(name, values.T, strict=True))
+    return found
 
 
 def rows_of(events: EventDirectory, store: EventStore, kind: str, cutoff_s: int) -> list[pl.DataFrame]:
@@ -90,7 +93,10 @@ def test_gaps(events: EventDirectory, store: EventStore, kind: str) -> None:
     assert has.any() and not has.all()
     means = np.array([np.log1p(gap.mean()) for gap in gaps if len(gap)])
     np.testing.assert_allclose(found[f"{kind}_gap_mean"][has], means)
-    np.testing.assert_allclose(found[f"{kind}_gap_mean"][~has], means.mean())
+    assert np.isnan(found[f"{kind}_gap_mean"][~has]).all()
+    matrix = rich_features(store, cutoff_s, {}, RichConfig((Gaps((kind,)),)))
+    filled = matrix.rows(slice(None))[:, matrix.names.index(f"{kind}_gap_mean")]
+    np.testing.assert_allclose(filled[~has], means.mean(), rtol=1e-6, err_msg="the mean of those that have gaps")
     for index, (rows, gap) in enumerate(zip(clients, gaps, strict=True)):
         times = rows["timestamp_s"].to_numpy()
         sessions = int((np.diff(times) > 1_800).sum()) + (len(times) > 0)
@@ -131,10 +137,9 @@ def test_prices_conversions_and_codes(events: EventDirectory, store: EventStore)
     carts, buys, searches = (
         rows_of(events, store, kind, cutoff_s) for kind in ("add_to_cart", "product_buy", "search_query")
     )
-    means = [rows["price"].mean() for rows in carts if len(rows)]
     for index, rows in enumerate(carts):
         price = rows["price"].to_numpy() / 100
-        expected = price.mean() if len(price) else np.mean(means) / 100
+        expected = price.mean() if len(price) else np.nan
         np.testing.assert_allclose(found["add_to_cart_price_mean_all"][index], expected)
         ratio = np.log1p(len(buys[index])) - np.log1p(len(rows))
         np.testing.assert_allclose(found["product_buy_per_add_to_cart_all"][index], ratio)
@@ -264,7 +269,7 @@ def test_bad_blocks(store: EventStore) -> None:
 
     class Twice:
         def columns(self, history: History) -> list[Column]:
-            return [Column("same", "events", np.zeros(history.store.num_clients))] * 2
+            return [Column("same", "events", np.zeros(len(history.rows)))] * 2
 
     with pytest.raises(ValueError, match="'same' more than once"):
         rich_features(store, store.cutoff_s, {}, RichConfig((Twice(),)))

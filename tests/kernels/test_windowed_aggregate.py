@@ -13,7 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ubp_fast.kernels.backends import BackendUnavailable
-from ubp_fast.kernels.windowed_aggregate import WindowedAggregate, windowed_aggregate, windowed_counts_csr
+from ubp_fast.kernels.windowed_aggregate import (
+    SparseCounter,
+    WindowedAggregate,
+    window_aggregator,
+    windowed_aggregate,
+)
 
 INTEGERS = ("totals", "counts", "distinct", "distinct_times", "first_age_s", "last_age_s", "num_events", "sums")
 ANCHOR_S = 1_000
@@ -81,14 +86,17 @@ def test_numba_equals_the_reference_on_random_shops(arguments: dict[str, Any], i
     assert_same(found, wanted)
     names = ("offsets", "timestamp_s", "codes", "anchor_s", "windows_s", "slots", "num_slots")
     offsets, timestamp_s, codes, *others = (arguments[name] for name in names)
-    sparse = windowed_counts_csr(
+    sparse = SparseCounter(
         offsets, timestamp_s, codes, **dict(zip(names[3:], others, strict=True)), include_anchor=include_anchor
     )
+    ends = np.cumsum(sparse.lengths)
+    indices, counts = np.empty(int(sparse.lengths.sum()), np.int32), np.empty(int(sparse.lengths.sum()), np.float32)
+    sparse.fill(ends - sparse.lengths, 0, indices, counts)
     dense = wanted.counts.reshape(len(offsets) - 1, 5 * 6)
     rows, columns = np.nonzero(dense)
-    np.testing.assert_array_equal(np.repeat(np.arange(len(dense)), np.diff(sparse.indptr)), rows)
-    np.testing.assert_array_equal(sparse.indices, columns)
-    np.testing.assert_array_equal(sparse.counts, dense[rows, columns])
+    np.testing.assert_array_equal(np.repeat(np.arange(len(dense)), sparse.lengths), rows)
+    np.testing.assert_array_equal(indices, columns)
+    np.testing.assert_array_equal(counts, dense[rows, columns])
 
 
 def entropy_of(groups: list[int]) -> float:
@@ -339,3 +347,19 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: 
     good = {**SMALL, "anchor_s": 10, "windows_s": (5,), "slots": np.array([0, 1]), "num_slots": 2}
     with pytest.raises(error, match=message):
         call(good, **change)
+
+
+@pytest.mark.parametrize("backend", ["numba", "reference"])
+def test_the_same_aggregation_of_other_events(backend: str) -> None:
+    """Tables are checked once; events are checked each time."""
+    one = shop([2, 3], [5, 9, 1, 2, 990], [0, 4, 1, 1, 2])
+    other = shop([1, 0, 2], [3, 8, 900], [4, 3, 0])
+    events = [one.pop(name) for name in ("offsets", "timestamp_s", "codes")]
+    aggregator = window_aggregator(*events, **one, backend=backend)
+    theirs = [other[name] for name in ("offsets", "timestamp_s", "codes")]
+    assert_same(aggregator.on(*theirs)(), call(other | one, backend=backend))
+    assert_same(aggregator(), windowed_aggregate(*events, **one, backend=backend))
+    with pytest.raises(ValueError, match=r"codes must lie in 0..4, got 5 in row 1"):
+        aggregator.on(theirs[0], theirs[1], np.array([0, 5, 1], np.int32))
+    with pytest.raises(ValueError, match="must ascend inside every client"):
+        aggregator.on(np.array([0, 3]), theirs[1][::-1].copy(), theirs[2])

@@ -14,7 +14,7 @@ from support.small_models import CUTOFF_S, pick_views, small_contrastive, untouc
 from torch.nn import functional
 
 from ubp_fast.models.contrastive import ContrastiveConfig, rows_with_successor
-from ubp_fast.models.encoder import EncoderConfig
+from ubp_fast.models.layers.encoder import EncoderConfig
 from ubp_fast.sequences import ViewBatch
 from ubp_fast.store.event_store import EventStore
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ubp_fast.events.targets import LabelMatrix
+from ubp_fast.events.labels import LabelMatrix
 from ubp_fast.models import reduced_rank
 from ubp_fast.models.reduced_rank import ReducedRankConfig, ReducedRankModel
 
@@ -88,12 +88,12 @@ def test_summary_columns_feel_less_of_the_penalty() -> None:
     one, other = random.normal(size=(2, 500))
     blocks = np.stack([one, other], axis=1)
     labels = {"churn": (one + other + random.normal(size=500) > 0).astype(np.float32)}
-    config = ReducedRankConfig(rank=1, ridge=3.0, summary_weight=3.0)
+    config = ReducedRankConfig(rank=1, ridge=3.0, summary_weight=5.0)
     plain = ReducedRankModel(config).fit([blocks], labels).directions[:, 0]
     chosen = ReducedRankModel(config).fit([blocks], labels, np.array([True, False])).directions[:, 0]
     assert plain[0] / plain[1] == pytest.approx(1.0, abs=0.2)
-    # 9 / (9 + 3) against 1 / (1 + 3) of the two slopes survives.
-    assert chosen[0] / chosen[1] == pytest.approx(3.0 * plain[0] / plain[1], rel=0.1)
+    # 25 / (25 + 3) against 1 / (1 + 3) of the two slopes survives.
+    assert chosen[0] / chosen[1] == pytest.approx(25 / 7 * plain[0] / plain[1], rel=0.1)
 
 
 def test_detail_is_the_standardised_blocks() -> None:
@@ -124,6 +124,25 @@ def test_rows_at_once_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reduced_rank, "ROWS_AT_ONCE", 77)
     parts = ReducedRankModel(ReducedRankConfig()).fit([blocks], labels).transform(blocks)
     np.testing.assert_allclose(parts, whole, atol=1e-4)
+
+
+def test_rows_may_be_made_when_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole blocks were joined in memory once, several times over."""
+    monkeypatch.setattr(reduced_rank, "ROWS_AT_ONCE", 128)
+    blocks, labels, _ = example()
+
+    class Lazy:
+        shape = blocks.shape
+
+        def __len__(self) -> int:
+            return len(blocks)
+
+        def __getitem__(self, chosen: slice) -> np.ndarray:
+            assert len(blocks[chosen]) <= 128
+            return blocks[chosen]
+
+    one, other = (ReducedRankModel(ReducedRankConfig()).fit([each], labels) for each in (Lazy(), blocks))
+    np.testing.assert_array_equal(one.transform(Lazy()), other.transform(blocks))
 
 
 def test_scale_and_order_of_columns_do_not_matter() -> None:

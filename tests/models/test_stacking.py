@@ -8,8 +8,8 @@ import torch
 from support.small_models import untouched_parameters
 from torch.nn import functional
 
-from ubp_fast.models.stacking import StackingConfig, StackingModel, join_blocks
-from ubp_fast.models.weights import initialise
+from ubp_fast.models.stacking import JoinedBlocks, StackingConfig, StackingModel
+from ubp_fast.models.training import initialise
 from ubp_fast.sequences import ViewBatch
 
 OUTPUTS = {"churn": 1, "buy_sku": 6}
@@ -26,15 +26,25 @@ def batch() -> ViewBatch:
     return ViewBatch(features=torch.randn(10, 5, generator=random) * 3 + 1, labels=labels)
 
 
-def test_join_blocks_side_by_side_and_normalised() -> None:
-    left, right = np.array([[3.0, 4.0], [0.0, 0.0]]), np.array([[7], [9]], np.float16)
-    joined = join_blocks([left, right], [True, False])
-    assert joined.dtype == np.float32
-    np.testing.assert_allclose(joined, [[0.6, 0.8, 7.0], [0.0, 0.0, 9.0]], rtol=1e-6)
+def test_blocks_side_by_side_and_counts_normalised() -> None:
+    left, right = np.expm1(np.array([[3.0, 4.0], [0.0, 0.0]], np.float32)), np.array([[7], [9]], np.float16)
+    joined = JoinedBlocks([[left, right]], [True, False])
+    assert (len(joined), joined.shape) == (2, (2, 3))
+    assert joined[:].dtype == np.float32
+    np.testing.assert_allclose(joined[:], [[0.6, 0.8, 7.0], [0.0, 0.0, 9.0]], rtol=1e-6)
     with pytest.raises(ValueError, match=r"equal rows, got \[2, 1\]"):
-        join_blocks([left, right[:1]], [True, False])
-    with pytest.raises(ValueError, match="one flag each, got 2 and 1"):
-        join_blocks([left, right], [True])
+        JoinedBlocks([[left, right[:1]]], [True, False])
+    with pytest.raises(ValueError, match=r"one flag each, got \[2\] and 1"):
+        JoinedBlocks([[left, right]], [True])
+
+
+def test_blocks_of_several_cutoffs_follow_each_other() -> None:
+    random = np.random.default_rng(0)
+    cutoffs = [[random.random((5, 2)), random.random((5, 3))] for _ in range(3)]
+    whole = np.concatenate([np.concatenate(blocks, axis=1) for blocks in cutoffs]).astype(np.float32)
+    joined = JoinedBlocks(cutoffs, [False, False])
+    for chosen in (slice(None), slice(3, 12), np.array([14, 0, 7, 7]), np.zeros(0, np.int64)):
+        np.testing.assert_array_equal(joined[chosen], whole[chosen])
 
 
 def test_profile_is_the_activation_of_one_linear_layer(model: StackingModel) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +15,11 @@ import torch
 from schedulefree import RAdamScheduleFree
 from support.small_models import CUTOFF_S, outputs_of, small_contrastive, small_multitask, training_loader, whole_batch
 
+from ubp_fast.events.schema import DataError
+from ubp_fast.files import load_tensors, write_tensors
 from ubp_fast.models.contrastive import ContrastiveModel
-from ubp_fast.models.event_embedding import TableDtype
-from ubp_fast.models.training import TrainingConfig, embed, fit
-from ubp_fast.models.weights import initialise, load_model
+from ubp_fast.models.layers.event_embedding import TableDtype
+from ubp_fast.models.training import TrainingConfig, embed, fit, initialise
 from ubp_fast.sequences import ViewLoader, views_at
 from ubp_fast.store.event_store import EventStore
 
@@ -181,20 +184,66 @@ def test_schedule_free_trains_and_rests_in_the_right_mode(store: EventStore, tmp
 
     model, loader = small_contrastive(store), training_loader(store, batch_size=30)
     config = TrainingConfig(epochs=2, checkpoint_every_s=0)
-    fit(model, loader, partial(Watched, lr=1e-2), config, tmp_path, validation=training_loader(store))
+    fit(model, loader, partial(Watched, lr=1e-2), config, tmp_path)
     steps = ["step"] * len(loader)
     assert modes == ["train", *steps, "eval", "save", "train", *steps, "eval"]
 
 
-def test_validation_losses_do_not_disturb(store: EventStore, tmp_path: Path) -> None:
-    plain, _ = train(store, tmp_path / "a", epochs=2)
-    model = small_contrastive(store)
-    config = TrainingConfig(epochs=2, checkpoint_every_s=0)
-    optimizer = OPTIMIZERS["schedule_free"]
-    loader, validation = training_loader(store), training_loader(store, shuffle_seed=None)
-    losses = fit(model, loader, optimizer, config, tmp_path / "b", validation=validation)
-    assert weights(plain) == weights(model)
-    assert losses[1]["validation_nt_xent"] > 0
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_probes_tell_how_well_they_rank_and_change_no_vector(
+    store: EventStore, tmp_path: Path, clip: float | None
+) -> None:
+    config = TrainingConfig(epochs=3, gradient_clip_norm=clip)
+    results = []
+    for probes in (None, {"churn": 1, "buy_category": 5}):
+        model = small_contrastive(store, probes=probes)
+        losses = fit(model, training_loader(store), OPTIMIZERS["adamw"], config, tmp_path / str(bool(probes)))
+        results.append((losses, embed(model, training_loader(store, shuffle_seed=None)), weights(model)))
+    (plain, vectors, alone), (watched, same, more) = results
+    np.testing.assert_array_equal(vectors, same)
+    assert alone.items() <= more.items()
+    assert {name for name in more if name not in alone} == {
+        f"probes.{name}.linear.{part}" for name in ("churn", "buy_category") for part in ("weight", "bias")
+    }
+    assert all("auroc_churn" not in entry for entry in plain)
+    assert watched[-1]["auroc_buy_category"] > 0.6
+    assert [entry["nt_xent"] for entry in watched] == [entry["nt_xent"] for entry in plain]
+
+
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "checkpoint"])
+def test_another_model_or_optimizer_is_no_continuation(store: EventStore, tmp_path: Path, finished: bool) -> None:
+    """Another learning rate in the same directory once returned the model of the first."""
+    loader, config = training_loader(store), TrainingConfig(epochs=2, checkpoint_every_s=0)
+
+    def start(lr: float, **changes: Any) -> list[int]:
+        seen: list[int] = []
+        stop = None if finished else kill_at(len(loader) + 1)
+
+        def progress(done: int, total: int) -> None:
+            seen.append(done)
+            if stop is not None:
+                stop(done, total)
+
+        model = small_contrastive(store, **changes)
+        with contextlib.nullcontext() if finished else pytest.raises(Killed):
+            fit(model, loader, partial(torch.optim.AdamW, lr=lr), config, tmp_path, progress)
+        return seen
+
+    assert start(1e-3)[0] == 1
+    assert start(1e-3)[0] > 1
+    assert start(2e-3)[0] == 1
+    assert start(2e-3, next_event_weight=0.5)[0] == 1
+
+
+def test_weights_that_do_not_fit_leave_the_model_alone(store: EventStore, tmp_path: Path) -> None:
+    """Tensors in front of the first misfit were once taken over before the rest was refused."""
+    train(store, tmp_path, epochs=1)
+    stored = load_tensors(tmp_path / "model.safetensors")
+    stored["history.empty"] = torch.zeros(3)
+    write_tensors(tmp_path / "model.safetensors", {name: part + 1 for name, part in stored.items()})
+    trained, _ = train(store, tmp_path, epochs=1)
+    undisturbed, _ = train(store, tmp_path / "again", epochs=1)
+    assert weights(trained) == weights(undisturbed)
 
 
 def test_embed_keeps_order_and_does_not_depend_on_batches(store: EventStore, tmp_path: Path) -> None:
@@ -215,7 +264,7 @@ def test_embed_keeps_order_and_does_not_depend_on_batches(store: EventStore, tmp
 def test_weights_come_back(store: EventStore, tmp_path: Path) -> None:
     model, _ = train(store, tmp_path, epochs=1)
     other = small_contrastive(store, seed=5)
-    load_model(other, tmp_path / "model.safetensors")
+    other.load_state_dict(load_tensors(tmp_path / "model.safetensors"))
     assert weights(model) == weights(other)
 
 
@@ -231,7 +280,7 @@ def test_no_views_are_refused(store: EventStore, tmp_path: Path) -> None:
     loader = ViewLoader(
         None, type(views_at(store, [CUTOFF_S]))(np.empty(0, np.int64), np.empty(0, np.int64)), batch_size=2
     )
-    with pytest.raises(ValueError, match="at least one view"):
+    with pytest.raises(DataError, match="at least one view"):
         fit(small_contrastive(store), loader, OPTIMIZERS["adamw"], TrainingConfig(), tmp_path)
 
 

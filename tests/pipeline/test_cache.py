@@ -5,13 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from ubp_fast.files import OutputDirectoryError
 from ubp_fast.pipeline.cache import (
-    OutputDirectoryError,
     StageCache,
-    copy_directory,
     digest,
     stage_key,
-    writable_directory,
 )
 
 
@@ -67,31 +65,6 @@ def test_full_disk_is_named(tmp_path: Path) -> None:
     def make(directory: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(OutputDirectoryError, match="stage 'store' must be able to write its output, got No space left"):
+    with pytest.raises(OutputDirectoryError, match=r"output of stage 'store' must be .* got No space left"):
         StageCache(tmp_path).build("store", "key", make)
     assert not StageCache(tmp_path).has("store", "key")
-
-
-def test_unwritable_directory_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OutputDirectoryError, match="must be a writable directory"):
-        writable_directory(tmp_path / "file" / "below", "the run directory")
-
-
-def test_read_only_directory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError(errno.EROFS, "Read-only file system")
-
-    monkeypatch.setattr(Path, "open", refuse)  # permissions do not stop root, so the refusal is played
-    with pytest.raises(OutputDirectoryError, match="must be a writable directory with free space, got Read-only"):
-        writable_directory(tmp_path, "the run directory")
-
-
-def test_copy_directory_replaces_files(tmp_path: Path) -> None:
-    source, target = tmp_path / "source", tmp_path / "target"
-    source.mkdir()
-    (source / "a").write_text("new")
-    target.mkdir()
-    (target / "a").write_text("old")
-    copy_directory(source, target)
-    assert [(path.name, path.read_text()) for path in target.iterdir()] == [("a", "new")]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ubp_fast.pipeline.cache import OutputDirectoryError
+from ubp_fast.files import OutputDirectoryError
 from ubp_fast.pipeline.run_directory import RunDirectory, environment
 
 CONFIG = {"seed": 0, "data": {"clients": 10}, "stages": "all", "compute": {"threads": 1}}

@@ -63,18 +63,6 @@ def test_align_names_the_client_without_a_profile():
         make([5, 1, 5]).align(np.array([1]))
 
 
-def test_concat_follows_the_first_part():
-    joined = Profiles.concat([make([5, 1], 2), make([1, 5], 3, np.float16)])
-    np.testing.assert_array_equal(joined.client_ids, [5, 1])
-    np.testing.assert_array_equal(
-        joined.embeddings, np.hstack([make([5, 1], 2).embeddings, make([5, 1], 3).embeddings])
-    )
-    with pytest.raises(ValueError, match=r"got \[2, 1\] rows"):
-        Profiles.concat([make([5, 1]), make([5])])
-    with pytest.raises(ValueError, match="must not be empty"):
-        Profiles.concat([])
-
-
 @pytest.mark.parametrize(
     ("ids", "vectors", "message"),
     [

@@ -51,7 +51,7 @@ NAMED = {
     "emb_complex": "got complex64",
     "emb_str": "got <U4",
     "no_ids": "client_ids.npy: file must exist",
-    "none": "client_ids.npy: file must exist, got none\n.*embeddings.npy: file must exist",
+    "none": "client_ids.npy: file must exist, got none.*\n.*embeddings.npy: file must exist",
     "ids_empty_file": "got 0 bytes",
     "ids_text_file": "starts with b'",
     "emb_text_file": "starts with b'",

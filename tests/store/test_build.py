@@ -201,7 +201,7 @@ def test_progress(write_events: Write, tmp_path: Path) -> None:
 @pytest.fixture
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of three rows, spilled two by two, blocks of one or two clients."""
-    monkeypatch.setattr("ubp_fast.events.tables.BATCH_ROWS", 3)
+    monkeypatch.setattr("ubp_fast.events.read.BATCH_ROWS", 3)
     monkeypatch.setattr("ubp_fast.store.spill.RUN_EVENTS", 6)
     monkeypatch.setattr("ubp_fast.store.build.BLOCK_EVENTS", 20)
 
@@ -353,10 +353,10 @@ def test_a_base_that_does_not_fit(write_events: Write, tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-import ubp_fast.events.tables, ubp_fast.store.build, ubp_fast.store.spill
+import ubp_fast.events.read, ubp_fast.store.build, ubp_fast.store.spill
 from ubp_fast.events.read import EventDirectory
 
-ubp_fast.events.tables.BATCH_ROWS, ubp_fast.store.spill.RUN_EVENTS, ubp_fast.store.build.BLOCK_EVENTS = 3, 6, 20
+ubp_fast.events.read.BATCH_ROWS, ubp_fast.store.spill.RUN_EVENTS, ubp_fast.store.build.BLOCK_EVENTS = 3, 6, 20
 
 def kill(done, total):
     if done == int(sys.argv[3]) * total // 4:

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from ubp_fast.events.checks import CODES, PRODUCT_SCHEMA, event_schema
 from ubp_fast.events.read import EventDirectory
-from ubp_fast.events.schema import CODES, EVENT_KINDS, ITEM_COLUMN, PRODUCT_SCHEMA, event_schema
+from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN
 from ubp_fast.events.split import Split
 from ubp_fast.events.write import event_writer
 from ubp_fast.store.build import build_store

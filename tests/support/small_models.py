@@ -12,11 +12,11 @@ from support.shops import DAY_S, END_S
 from torch import nn
 
 from ubp_fast.models.contrastive import ContrastiveConfig, ContrastiveModel
-from ubp_fast.models.encoder import EncoderConfig
-from ubp_fast.models.event_embedding import ConcatenatedEventConfig, EventSizes, ProjectedEventConfig, TableDtype
+from ubp_fast.models.layers.encoder import EncoderConfig
+from ubp_fast.models.layers.event_embedding import ConcatenatedEventConfig, EventSizes, ProjectedEventConfig, TableDtype
+from ubp_fast.models.layers.ple import PLEConfig
 from ubp_fast.models.multitask import MultitaskConfig, MultitaskModel
-from ubp_fast.models.ple import PLEConfig
-from ubp_fast.models.weights import initialise
+from ubp_fast.models.training import initialise
 from ubp_fast.sequences import SequenceBatch, ViewBatch, ViewLoader, views_at, window_labels
 from ubp_fast.store.event_store import EventStore
 

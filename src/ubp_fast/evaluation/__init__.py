@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 from ubp_fast.evaluation.evaluator import evaluate
-from ubp_fast.evaluation.leaderboard import Difference, Standing, compare, leaderboard
 from ubp_fast.evaluation.metrics import Metrics
 from ubp_fast.evaluation.probe import EvaluationConfig
 from ubp_fast.evaluation.scores import Scores, TaskScore
-from ubp_fast.evaluation.targets import Targets, TaskTargets, build_targets
-from ubp_fast.evaluation.tasks import TASKS, Task
+from ubp_fast.evaluation.tasks import TASKS, Targets, Task, TaskTargets, build_targets
 
 __all__ = [
     "TASKS",
-    "Difference",
     "EvaluationConfig",
     "Metrics",
     "Scores",
-    "Standing",
     "Targets",
     "Task",
     "TaskScore",
     "TaskTargets",
     "build_targets",
-    "compare",
     "evaluate",
-    "leaderboard",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -11,9 +10,10 @@ import torch
 from ubp_fast.evaluation.metrics import Metrics
 from ubp_fast.evaluation.probe import EvaluationConfig, ProbeData, probe_cost, train_probe
 from ubp_fast.evaluation.scores import Scores, TaskScore
-from ubp_fast.evaluation.targets import Targets, TaskTargets
-from ubp_fast.events.progress import Progress
+from ubp_fast.evaluation.tasks import Targets, TaskTargets
+from ubp_fast.events.schema import DataError
 from ubp_fast.profiles import Profiles
+from ubp_fast.progress import Progress, Steps
 
 
 def evaluate(
@@ -36,16 +36,15 @@ def evaluate(
         progress: called as progress(steps done, steps in all).
 
     Raises:
-        DataError: a client has no profile, or a value does not fit float16.
-        ValueError: vectors of width 0.
+        DataError: a client has no profile, a value does not fit float16, or vectors of width 0.
     """
     if profiles.dim == 0:
-        raise ValueError("evaluate: profiles must have at least one number per client, got width 0")
+        raise DataError("evaluate: profiles must have at least one number per client, got width 0")
     chosen = [targets.tasks[name] for name in config.tasks if name in targets.tasks]
     vectors = _to_device(profiles.align(targets.client_ids).to_float16().embeddings, torch.device(device))
     orders = row_orders(targets.client_ids, config)
     twins = _twins(chosen)
-    report = _reporter(progress, len(orders) * sum(_cost(chosen[position], config) for position in set(twins)))
+    steps = Steps(progress, len(orders) * sum(_cost(chosen[position], config) for position in set(twins)))
     results: list[list[tuple[Metrics, ...]]] = [[] for _ in chosen]
     for order in orders:
         for position, task in enumerate(chosen):
@@ -53,7 +52,7 @@ def evaluate(
                 results[position].append(results[twins[position]][-1])
                 continue
             data = _probe_data(task, vectors, order)
-            results[position].append(tuple(train_probe(data, config, report)) if len(data.rows) else ())
+            results[position].append(tuple(train_probe(data, config, steps.done)) if len(data.rows) else ())
     scores = {task.task.name: TaskScore(tuple(result)) for task, result in zip(chosen, results, strict=True)}
     digests = tuple(_digest(targets.client_ids[order]) for order in orders)
     missing = tuple(name for name in config.tasks if name not in targets.tasks)
@@ -88,18 +87,6 @@ def _twins(tasks: list[TaskTargets]) -> list[int]:
 
 def _cost(task: TaskTargets, config: EvaluationConfig) -> int:
     return probe_cost(int(task.included.sum()), config)
-
-
-def _reporter(progress: Progress | None, total: int) -> Callable[[int], None]:
-    done = 0
-
-    def report(steps: int) -> None:
-        nonlocal done
-        done += steps
-        if progress is not None:
-            progress(done, total)
-
-    return report
 
 
 def _to_device(vectors: np.ndarray, device: torch.device) -> torch.Tensor:

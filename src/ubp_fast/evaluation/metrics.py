@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from ubp_fast.events.targets import LabelMatrix
+from ubp_fast.events.labels import LabelMatrix
 
 TOP_LABELS = 10
 NOVELTY_POWER = 100

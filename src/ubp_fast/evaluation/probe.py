@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from ubp_fast.evaluation.linear import ProbeLinear
 from ubp_fast.evaluation.metrics import Metrics, epoch_metrics
+from ubp_fast.evaluation.probe_linear import ProbeLinear
 from ubp_fast.evaluation.tasks import TASKS, named_tasks
-from ubp_fast.events.targets import LabelMatrix
+from ubp_fast.events.labels import LabelMatrix
 from ubp_fast.models.downstream import DOWNSTREAM_SEED, DownstreamNetwork
 
 VALIDATION_ROWS = 1024

@@ -15,6 +15,7 @@ import numpy as np
 
 from ubp_fast.evaluation.metrics import Metrics
 from ubp_fast.evaluation.probe import EvaluationConfig
+from ubp_fast.events.schema import DataError
 
 DIGITS = 4
 FORMAT = 1
@@ -69,12 +70,6 @@ class TaskScore:
                     )
         return tuple(found)
 
-    def mean_of_best(self, name: str) -> float | None:
-        """Mean over row orders of "auroc", "diversity" or "novelty" in the epochs that count."""
-        pairs = zip(self.orders, self.best_epochs, strict=True)
-        values = [getattr(epochs[epoch], name) for epochs, epoch in pairs if epoch is not None]
-        return float(np.mean(values)) if values and None not in values else None
-
 
 @dataclass(frozen=True)
 class Scores:
@@ -99,24 +94,6 @@ class Scores:
         """Task -> (score, standard error over row orders); None where there is none."""
         return {name: (task.score, task.standard_error) for name, task in self.tasks.items()}
 
-    @property
-    def total(self) -> float | None:
-        """Sum of the tasks' scores; None when one has none."""
-        values = [task.score for task in self.tasks.values()]
-        return None if None in values else float(sum(values))  # type: ignore[arg-type]
-
-    def to_rows(self) -> list[dict[str, str | float | None]]:
-        """One row per task for a table: task, score, standard_error and the parts in the epochs that count."""
-        return [
-            {
-                "task": name,
-                "score": task.score,
-                "standard_error": task.standard_error,
-                **{part: task.mean_of_best(part) for part in ("auroc", "diversity", "novelty")},
-            }
-            for name, task in self.tasks.items()
-        ]
-
     def to_json(self) -> dict[str, Any]:
         """A JSON-able value without NaN; `from_json` reads it."""
         return {
@@ -133,10 +110,10 @@ class Scores:
         """The scores that `to_json` has written.
 
         Raises:
-            ValueError: another format.
+            DataError: another format.
         """
         if value.get("format") != FORMAT:
-            raise ValueError(f"Scores: format must be {FORMAT}, got {value.get('format')}; evaluate the profiles again")
+            raise DataError(f"Scores: format must be {FORMAT}, got {value.get('format')}; evaluate the profiles again")
         tasks = {
             name: TaskScore(tuple(tuple(map(_metrics_from_json, order["epochs"])) for order in task["orders"]))
             for name, task in value["tasks"].items()

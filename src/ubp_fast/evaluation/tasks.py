@@ -1,10 +1,12 @@
-"""The six tasks of the challenge.
+"""The six tasks of the challenge, and their labels for both target windows and one list of clients.
 
 | task | clients | label of a client in a target window |
 |---|---|---|
 | churn | those with a purchase before the cutoff | 1: no purchase |
 | conversion | all | the same |
 | propensity_category, _sku, _new_sku, _price | all | one 0/1 per listed category, sku, sku, price: bought |
+
+The network learns from the train window and is scored on the validation window: same clients, same vectors.
 
 Source: Synerise/recsys2025; conversion, new_sku and price are the challenge's three hidden tasks.
 """
@@ -13,6 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+
+from ubp_fast.events.labels import ClientRows, LabelMatrix, label_matrices, make_label_lists
+from ubp_fast.events.read import EventDirectory
+from ubp_fast.events.schema import LabelLists
 
 
 @dataclass(frozen=True)
@@ -55,3 +64,113 @@ def named_tasks(names: Sequence[str]) -> list[Task]:
         if name in names[:position]:
             raise ValueError(f"evaluation: tasks must be named once, got '{name}' twice")
     return [TASKS[name] for name in names]
+
+
+@dataclass(frozen=True)
+class TaskTargets:
+    """Labels of one task.
+
+    Attributes:
+        task: which.
+        included: bool [U], clients that take part.
+        train: labels of all clients in the train window, U rows.
+        validation: the same for the validation window.
+        popularity: f64 [labels], share of the purchases of the train window; None for churn and conversion.
+    """
+
+    task: Task
+    included: np.ndarray
+    train: LabelMatrix
+    validation: LabelMatrix
+    popularity: np.ndarray | None
+
+    def same_as(self, other: TaskTargets) -> bool:
+        """True when both ask the same of the same clients, so that one training serves both."""
+        return (
+            self.popularity is None
+            and other.popularity is None
+            and np.array_equal(self.included, other.included)
+            and all(
+                np.array_equal(getattr(mine, part), getattr(theirs, part))
+                for mine, theirs in ((self.train, other.train), (self.validation, other.validation))
+                for part in ("indptr", "indices")
+            )
+        )
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Labels of several tasks.
+
+    Attributes:
+        client_ids: i64 [U], rows of all matrices.
+        tasks: by name; a task whose label list is empty is left out.
+        missing: names of the tasks that were left out.
+    """
+
+    client_ids: np.ndarray
+    tasks: dict[str, TaskTargets]
+    missing: tuple[str, ...] = ()
+
+
+def build_targets(events: EventDirectory, client_ids: np.ndarray, tasks: Sequence[str] = tuple(TASKS)) -> Targets:
+    """Labels of both windows in one pass over the purchases of each.
+
+    Label lists and active clients are those of the event directory. What it lacks is made: lists by `make_label_lists`
+    from the train window, active clients = those with a purchase before the input's end.
+
+    Args:
+        events: where purchases, lists and windows come from.
+        client_ids: i64 [U], clients of the profiles, in their order.
+        tasks: names.
+
+    Raises:
+        DataError: lists have to be made and the train window has no purchase.
+        ValueError: an unknown task.
+    """
+    wanted = named_tasks(tasks)
+    lists = _label_lists(events, [task.name for task in wanted if task.column])
+    missing = tuple(task.name for task in wanted if task.column and task.name not in lists)
+    columns = {task.name: (task.column, lists[task.name][0]) for task in wanted if task.column and task.name in lists}
+    clients = ClientRows(client_ids)
+    windows = []
+    for start_s, end_s in (events.split.train_window_s, events.split.validation_window_s):
+        bought, matrices = label_matrices(clients, events.purchases(start_s, end_s), columns)
+        windows.append((_no_purchase(bought), matrices))
+    (train_none, train), (validation_none, validation) = windows
+    everyone = np.ones(len(client_ids), bool)
+    built = {}
+    for task in wanted:
+        if task.name in missing:
+            continue
+        included = np.isin(client_ids, _active_clients(events)) if task.active_only else everyone
+        built[task.name] = TaskTargets(
+            task,
+            included,
+            train.get(task.name, train_none),
+            validation.get(task.name, validation_none),
+            lists[task.name][1] if task.column else None,
+        )
+    return Targets(np.asarray(client_ids, np.int64), built, missing)
+
+
+def _label_lists(events: EventDirectory, names: Sequence[str]) -> LabelLists:
+    lists = dict(events.label_lists or {})
+    if any(name not in lists for name in names):
+        lists = {**make_label_lists(events, *events.split.train_window_s), **lists}
+    return {name: entry for name, entry in lists.items() if len(entry[0])}
+
+
+def _active_clients(events: EventDirectory) -> np.ndarray:
+    active = events.active_clients
+    if active is None:
+        past = events.scan("product_buy").filter(pl.col("timestamp_s") < events.split.input_end_s)
+        active = past.select(pl.col("client_id").unique()).collect()["client_id"].to_numpy()
+    return active
+
+
+def _no_purchase(bought: np.ndarray) -> LabelMatrix:
+    """One column: 1 = no purchase in the window."""
+    ones = ~bought
+    indptr = np.concatenate([[0], np.cumsum(ones)])
+    return LabelMatrix(indptr.astype(np.int64), np.zeros(int(indptr[-1]), np.int32), 1)

@@ -1,12 +1,18 @@
-"""Foreign columns -> canonical ones: timestamps, ids, code vectors. Every value is checked, in linear time."""
+"""Foreign columns -> canonical ones: timestamps, ids, code vectors, text. Every value is checked, in linear time."""
 
 from __future__ import annotations
+
+import hashlib
+import re
+from functools import lru_cache
 
 import numpy as np
 import polars as pl
 from numba import njit
 
-from ubp_fast.events.schema import CODES, NUM_CODES, DataError, bad_rows
+from ubp_fast.events.checks import CODES, bad_rows
+from ubp_fast.events.schema import NUM_CODES, DataError, UserError
+from ubp_fast.events.split import DAY_S
 
 # Dates outside these years come from a wrong unit (milliseconds read as seconds), not from a shop.
 EARLIEST_S, LATEST_S = -2_208_988_800, 7_258_118_400  # 1900-01-01, 2200-01-01
@@ -18,6 +24,7 @@ TEXT_FORMATS = (
     "%Y-%m-%d %H:%M:%S%.f%#z",
 )
 TEXTS_AT_A_TIME = 1 << 15
+_WORD = re.compile(r"\w+")
 CODE_PROBLEMS = (
     "",
     "it is not one vector in brackets",
@@ -43,14 +50,14 @@ def parse_timestamps(file: str, column: pl.Series, unit: str = "s") -> pl.Series
         DataError: wrong dtype, null, unparsable, or outside the years 1900..2199.
     """
     if unit not in UNIT_PER_SECOND:
-        raise ValueError(f"{file}: timestamp unit must be one of {list(UNIT_PER_SECOND)}, got '{unit}'")
+        raise UserError(f"{file}: timestamp unit must be one of {list(UNIT_PER_SECOND)}, got '{unit}'")
     dtype = column.dtype
     if dtype == pl.String:
         seconds = _seconds_of_text(column)
     elif isinstance(dtype, pl.Datetime):
         seconds = column.to_physical() // UNIT_PER_SECOND[dtype.time_unit]
     elif dtype == pl.Date:
-        seconds = column.to_physical().cast(pl.Int64) * 86_400
+        seconds = column.to_physical().cast(pl.Int64) * DAY_S
     elif dtype.is_integer():
         seconds = column.cast(pl.Int64, strict=False) // UNIT_PER_SECOND[unit]
     else:
@@ -103,6 +110,32 @@ def parse_ids(file: str, column: pl.Series) -> pl.Series:
     if ids.null_count():
         raise bad_rows(file, column.name, "fit into int64", ids.is_null(), column, "map the ids to smaller numbers")
     return ids
+
+
+def number_ids(file: str, column: str, values: pl.Series, order: pl.Series) -> tuple[pl.Series, pl.DataFrame | None]:
+    """Ids as i64; integers stay as they are, text is numbered in order of first appearance.
+
+    Args:
+        file: for messages.
+        column: its name in that file.
+        values: ids of any integer dtype, or text; nulls stay null.
+        order: row numbers in the order in which to go through the rows. By time, so that later rows cannot change
+            the numbers of earlier ones.
+
+    Returns:
+        i64 series of the same name, and for text the table value -> id.
+
+    Raises:
+        DataError: neither integers nor text.
+    """
+    if values.dtype not in (pl.String, pl.Categorical) and not isinstance(values.dtype, pl.Enum):
+        parse_ids(file, values.drop_nulls().alias(column))
+        return values.cast(pl.Int64), None
+    text = values.cast(pl.String).alias("value")
+    seen = text.gather(order).drop_nulls().unique(maintain_order=True)
+    table = pl.DataFrame([seen]).with_row_index("id").select("value", pl.col("id").cast(pl.Int64))
+    ids = pl.DataFrame([text]).join(table, on="value", how="left", maintain_order="left")["id"]
+    return ids.alias(values.name), table
 
 
 def parse_codes(file: str, column: pl.Series) -> pl.Series:
@@ -160,6 +193,35 @@ def _codes_of_lists(column: pl.Series) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros((len(column), NUM_CODES), np.uint8), problem
     flat = column.explode().cast(pl.UInt8).to_numpy()
     return flat.reshape(-1, NUM_CODES), problem
+
+
+def hash_texts(texts: pl.Series) -> pl.Series:
+    """Codes u8[16] per text: code j belongs to word j modulo the number of words.
+
+    Texts that share their words share codes; case and punctuation do not count. A null is an empty text.
+
+    Args:
+        texts: text series.
+
+    Returns:
+        series of the same name and length.
+    """
+    filled = texts.fill_null("")
+    unique = filled.unique(maintain_order=True)
+    codes = np.frombuffer(b"".join(map(_codes_of_words, unique)), np.uint8).reshape(-1, NUM_CODES)
+    table = pl.DataFrame([unique.alias("text"), pl.Series("codes", codes, dtype=CODES)])
+    joined = pl.DataFrame([filled.alias("text")]).join(table, on="text", how="left", maintain_order="left")
+    return joined["codes"].alias(texts.name)
+
+
+def _codes_of_words(text: str) -> bytes:
+    words = _WORD.findall(text.lower())[:NUM_CODES] or [""]
+    return bytes(_digest(words[j % len(words)])[j // len(words)] for j in range(NUM_CODES))
+
+
+@lru_cache(maxsize=100_000)
+def _digest(word: str) -> bytes:
+    return hashlib.blake2b(word.encode(), digest_size=NUM_CODES).digest()
 
 
 @njit(cache=True, nogil=True)

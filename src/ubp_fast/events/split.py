@@ -12,6 +12,7 @@ all boundaries (an end of 23:59:59.250 puts them at 00:00:00.250); here time is 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime, timezone
 
 DAY_S = 86_400
 TARGET_DAYS = 14
@@ -52,6 +53,11 @@ class Split:
 def floor_day(timestamp_s: int) -> int:
     """Midnight (UTC) at or before a time in seconds."""
     return timestamp_s - timestamp_s % DAY_S
+
+
+def utc_text(timestamp_s: int) -> str:
+    """A time in seconds as 'YYYY-MM-DD HH:MM:SS' (UTC)."""
+    return datetime.fromtimestamp(timestamp_s, timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def split_at(last_purchase_s: int, target_days: int = TARGET_DAYS) -> Split:

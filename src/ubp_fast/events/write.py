@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -12,23 +12,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from ubp_fast.events.checks import PRODUCT_SCHEMA, PURCHASE_SCHEMA, bad_rows, event_schema, require_canonical
 from ubp_fast.events.parse import parse_timestamps
-from ubp_fast.events.publish import published_directory
-from ubp_fast.events.read import DATASET_FILE, FORMAT, TARGET_PURCHASES, stored_form
-from ubp_fast.events.schema import (
-    EVENT_KINDS,
-    LABEL_LISTS,
-    PRODUCT_SCHEMA,
-    PRODUCT_TABLE,
-    PURCHASE_SCHEMA,
-    SKU_KINDS,
-    DataError,
-    bad_rows,
-    event_schema,
-    require_canonical,
-)
-from ubp_fast.events.split import Split, split_at
-from ubp_fast.events.tables import BATCH_ROWS, LabelLists, check_products
+from ubp_fast.events.read import BATCH_ROWS, DATASET_FILE, FORMAT, TARGET_PURCHASES, check_products, stored_form
+from ubp_fast.events.schema import EVENT_KINDS, LABEL_LISTS, PRODUCT_TABLE, SKU_KINDS, DataError, LabelLists, UserError
+from ubp_fast.events.split import Split, split_at, utc_text
+from ubp_fast.files import published_directory, write_json
 
 
 def end_seconds(end: str | None) -> int | None:
@@ -42,7 +31,7 @@ def end_seconds(end: str | None) -> int | None:
     try:
         moment = datetime.fromisoformat(end)
     except ValueError as error:
-        raise ValueError(f"source: end must be a date-time like '2022-11-09 23:59:59', got '{end}'") from error
+        raise UserError(f"source: end must be a date-time like '2022-11-09 23:59:59', got '{end}'") from error
     text = pl.Series("end", [moment if moment.tzinfo is None else moment.astimezone(timezone.utc)])
     return int(parse_timestamps("end", text)[0])
 
@@ -156,8 +145,8 @@ class EventWriter:
         self.notes += [f"{kind}: no rows, the kind is left out" for kind in self._given if kind not in self._rows]
         if self._first_s >= split.input_end_s:
             raise DataError(
-                f"events: the first event must lie before the end of the input {_moment(split.input_end_s)}, got"
-                f" {_moment(self._first_s)}; the two target windows take the last 28 days, bring a longer history"
+                f"events: the first event must lie before the end of the input {utc_text(split.input_end_s)}, got"
+                f" {utc_text(self._first_s)}; the two target windows take the last 28 days, bring a longer history"
             )
         self._info |= {
             "kinds": [kind for kind in EVENT_KINDS if kind in self._rows],
@@ -170,8 +159,7 @@ class EventWriter:
             "notes": self.notes,
             **info,
         }
-        text = json.dumps(self._info, indent=1) + "\n"
-        (self.directory / DATASET_FILE).write_text(text, encoding="utf-8")
+        write_json(self.directory / DATASET_FILE, self._info)
 
     def _require_properties(self, file: str, skus: pl.Series) -> None:
         assert self._products is not None, "products come first"
@@ -194,7 +182,7 @@ class EventWriter:
         _write_parquet(self.directory / f"{name}.parquet", frame)
 
     def _until(self) -> str:
-        return "" if self._end_s is None else f" until {_moment(self._end_s)}"
+        return "" if self._end_s is None else f" until {utc_text(self._end_s)}"
 
 
 @contextmanager
@@ -207,7 +195,7 @@ def event_writer(directory: Path, source: str, end: str | None = None) -> Iterat
         end: ISO date-time; later events are removed.
 
     Raises:
-        DataError: the directory is in use or cannot be written.
+        OutputDirectoryError: the directory is in use or cannot be written.
     """
     end_s = end_seconds(end)
     with published_directory(Path(directory)) as partial:
@@ -218,8 +206,4 @@ def _write_parquet(path: Path, frame: pl.DataFrame) -> None:
     try:
         stored_form(frame).write_parquet(path, compression="zstd", compression_level=1, row_group_size=BATCH_ROWS)
     except pl.exceptions.PolarsError as error:  # how Polars tells of a full disk
-        raise OSError(str(error)) from error
-
-
-def _moment(timestamp_s: int) -> str:
-    return datetime.fromtimestamp(timestamp_s, timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+        raise OSError(errno.EIO, str(error)) from error

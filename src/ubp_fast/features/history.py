@@ -1,40 +1,82 @@
-"""What a block of features may look at, and what it gives: `History` in, `Column` out."""
+"""What features may look at, and what they give: `History` in, `Column` out, block by block of clients."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
+import polars as pl
 
+from ubp_fast.events.schema import SKU_KINDS, LabelLists
 from ubp_fast.events.split import DAY_S
-from ubp_fast.features.popular import LabelLists
-from ubp_fast.kernels.windowed_aggregate import WindowedAggregate, windowed_aggregate
-from ubp_fast.store.event_store import TIMELINE, EventStore
+from ubp_fast.features.matrix import Features, end_to_end
+from ubp_fast.features.writing import clients_at_once, in_client_blocks, in_sparse_blocks
+from ubp_fast.kernels.windowed_aggregate import WindowedAggregate, WindowedAggregator, window_aggregator
+from ubp_fast.store.event_store import TIMELINE, EventStore, KindColumns
+from ubp_fast.store.vocabulary import FIRST_ID
+
+T = TypeVar("T")
 
 
 class Column(NamedTuple):
-    """One feature of all clients: float [U]."""
+    """One feature of the clients at hand, or several of one unit side by side.
 
-    name: str
+    Attributes:
+        name: its name, or the names of all of them.
+        unit: such as "events", "log1p days", "share".
+        values: float [U] or [U, names]; NaN for a client that lacks what is measured, see `rich_features`.
+    """
+
+    name: str | tuple[str, ...]
     unit: str
     values: np.ndarray
 
 
 @dataclass(frozen=True)
 class History:
-    """What a block may look at.
+    """What happened before a cutoff to the clients at hand.
 
     Attributes:
         store: event store.
         cutoff_s: only events before it.
         lists: name -> (original ids, popularity) of the label lists.
+        clients: int64, rows in the store of all clients that have features.
+        rows: int64 [U], those at hand.
+        shared: what `once` has made, for all blocks of clients.
+        seen: events that were looked at already, of this block.
     """
 
     store: EventStore
     cutoff_s: int
     lists: LabelLists
+    clients: np.ndarray
+    rows: np.ndarray
+    shared: dict[Hashable, Any] = field(default_factory=dict)
+    seen: dict[str, KindColumns] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, store: EventStore, cutoff_s: int, lists: LabelLists | None = None) -> History:
+        """All clients of a store that need a profile."""
+        relevant = np.flatnonzero(store.is_relevant)
+        return cls(store, cutoff_s, lists or {}, relevant, relevant)
+
+    def part(self, first: int, last: int) -> History:
+        """The clients with these places among all of them."""
+        return replace(self, rows=self.clients[first:last], seen={})
+
+    def parts(self, num_columns: int) -> Iterator[History]:
+        """All clients in blocks of the size that fits so many columns."""
+        step = clients_at_once(num_columns)
+        return (self.part(first, first + step) for first in range(0, len(self.clients), step))
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make()` gave when the key was asked for first; for what does not depend on the clients at hand."""
+        if key not in self.shared:
+            self.shared[key] = make()
+        return self.shared[key]
 
     @property
     def length_days(self) -> float:
@@ -45,15 +87,118 @@ class History:
         """Those of the kinds that the store has."""
         return [kind for kind in kinds if kind == TIMELINE or kind in self.store.kinds]
 
-    def times(self, kind: str) -> tuple[np.ndarray, np.ndarray]:
-        """Offsets and timestamps of a kind or of the timeline."""
-        columns = self.store.timeline if kind == TIMELINE else self.store.kind(kind)
-        return columns.offsets, columns.timestamp_s
+    def events(self, kind: str) -> KindColumns:
+        """Events of a kind or, without items, of the timeline, client by client; later ones than the cutoff, too."""
+        if kind not in self.seen:
+            columns = self.store.timeline if kind == TIMELINE else self.store.kind(kind)
+            rows, offsets = end_to_end(columns.offsets[self.rows], columns.offsets[self.rows + 1])
+            item, codes = (None, None) if kind == TIMELINE else columns[2:]
+            arrays = (None if array is None else array[rows] for array in (columns.timestamp_s, item, codes))
+            self.seen[kind] = KindColumns(offsets, *arrays)  # type: ignore[arg-type]
+        return self.seen[kind]
 
-    def aggregate(self, kind: str, codes: np.ndarray | None = None, **arguments: object) -> WindowedAggregate:
-        """`windowed_aggregate` of a kind up to the cutoff."""
-        offsets, timestamp_s = self.times(kind)
-        return windowed_aggregate(offsets, timestamp_s, codes, anchor_s=self.cutoff_s, **arguments)  # type: ignore[arg-type]
+    def aggregate(
+        self,
+        key: Hashable,
+        kind: str,
+        distinct: tuple[str, ...] = (),
+        codes: np.ndarray | None = None,
+        anchor_s: int | None = None,
+        **arguments: Any,
+    ) -> WindowedAggregate:
+        """`windowed_aggregate` of a kind up to the cutoff or another moment before it.
+
+        Args:
+            key: who asks; what depends on the arguments is made once for each key, kind and anchor.
+            kind: of events, or "timeline".
+            distinct: what is told apart: "items" (skus, urls or queries), of skus also "categories", "prices", "names".
+            codes: int32 [N] of the events at hand, their items when None.
+            anchor_s: the cutoff when None.
+            arguments: as there; a table may be a function that makes it.
+        """
+        anchor_s, events = self.cutoff_s if anchor_s is None else anchor_s, self.events(kind)
+        # Queries are numbered among those of the clients at hand: their table is another one each time.
+        of_queries = events.codes is not None and bool(distinct)
+        if codes is None and (distinct or {"slots", "values"} & {*arguments}):
+            codes = numbered(events.codes) if events.codes is not None else events.item
+
+        def make() -> WindowedAggregator:
+            made = {name: value() if callable(value) else value for name, value in arguments.items()}
+            made |= {"groups": self._groups(kind, distinct, codes)} if distinct else {}
+            none = np.zeros(0, np.int32)
+            return window_aggregator(
+                np.zeros(1, np.int64), none, None if codes is None else none, anchor_s=anchor_s, **made
+            )
+
+        aggregator = make() if of_queries else self.once((key, kind, anchor_s), make)
+        return aggregator.on(events.offsets, events.timestamp_s, codes)(threads=1)
+
+    def _groups(self, kind: str, distinct: tuple[str, ...], codes: np.ndarray | None) -> np.ndarray:
+        """int32 [codes, D] dense number of what each code is."""
+        if kind not in SKU_KINDS:
+            size = self.store.num_urls if codes is None or kind == "page_visit" else int(codes.max(initial=-1)) + 1
+            return np.arange(size)[:, None]
+        products = self.store.products
+        tables = {
+            "items": lambda: np.arange(self.store.num_skus),
+            "categories": lambda: products.category,
+            "prices": lambda: products.price,
+            "names": lambda: self.once("names", lambda: numbered(products.name)),
+        }
+        return np.stack([tables[name]() for name in distinct], axis=1)
+
+    def recency(self, found: WindowedAggregate, name: str) -> list[Column]:
+        """Days since the last and the first event, as fractions; the whole history's length for none."""
+        never = found.last_age_s < 0
+        ages = (("last", found.last_age_s), ("first", found.first_age_s))
+        return [
+            Column(f"{name}_{end}_days", "days", np.where(never, self.length_days, age / DAY_S)) for end, age in ages
+        ]
+
+
+class Block(Protocol):
+    """A part of a feature set."""
+
+    def columns(self, history: History) -> Iterator[Column]:
+        """Its columns of the clients at hand, names each once and the same for all clients."""
+        ...
+
+
+def features_of(
+    history: History,
+    columns: Callable[[History], Iterable[Column]],
+    directory: Path | None,
+    sparse: bool = False,
+    fill_missing: bool = False,
+) -> Features:
+    """The columns of all clients of a history; memory beyond the result holds a block of clients per thread.
+
+    Args:
+        history: all clients.
+        columns: gives the columns of the clients at hand.
+        directory: the result is written there and mapped from there, in memory when None.
+        sparse: leave the zeros out.
+        fill_missing: see `in_client_blocks`.
+    """
+    # Nobody's columns: their names, and whatever is made once.
+    named = [
+        (name, column.unit)
+        for column in columns(history.part(0, 0))
+        for name in ([column.name] if isinstance(column.name, str) else column.name)
+    ]
+    names, units = tuple(name for name, _ in named), tuple(unit for _, unit in named)
+
+    def fill(block: np.ndarray, first: int, last: int) -> None:
+        place = 0
+        for column in columns(history.part(first, last)):
+            width = 1 if column.values.ndim == 1 else column.values.shape[1]
+            block[:, place : place + width] = column.values.reshape(len(block), width)
+            place += width
+
+    client_ids = np.asarray(history.store.client_ids)[history.clients]
+    if sparse:
+        return in_sparse_blocks(client_ids, names, units, fill, directory)
+    return in_client_blocks(client_ids, names, units, fill, directory, fill_missing=fill_missing)
 
 
 def windows_of(days: tuple[int, ...]) -> tuple[tuple[int | None, ...], list[str]]:
@@ -61,18 +206,30 @@ def windows_of(days: tuple[int, ...]) -> tuple[tuple[int | None, ...], list[str]
     return (*(length * DAY_S for length in days), None), [*(f"{length}d" for length in days), "all"]
 
 
+def check_windows(name: str, days: tuple[int, ...]) -> None:
+    """Raises ValueError unless the lengths of some windows are > 0 and ascending."""
+    if not days or min(days) < 1 or sorted(set(days)) != [*days]:
+        raise ValueError(f"{name}: windows_days must be > 0 and ascending, got {days}")
+
+
 def share_of(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     return part / np.maximum(whole, 1)
 
 
-def or_mean(values: np.ndarray, has: np.ndarray) -> np.ndarray:
-    """The values where there is one, elsewhere their mean."""
-    return np.where(has, values, values[has].mean() if has.any() else 0.0)
+def known_where(has: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The values where there is one, elsewhere NaN."""
+    return np.where(has, values, np.nan)
 
 
-class Block(Protocol):
-    """A part of a feature set."""
+def numbered(codes: np.ndarray) -> np.ndarray:
+    """int32 [N]: equal rows of uint8 [N, 16] get equal numbers, 0 up to their number - 1."""
+    halves = np.ascontiguousarray(codes).view(np.int64).reshape(-1, 2)
+    frame = pl.DataFrame(halves, schema=["a", "b"], orient="row")
+    different = frame.unique(maintain_order=True).with_row_index("number")
+    return frame.join(different, on=["a", "b"], how="left", maintain_order="left")["number"].to_numpy().astype(np.int32)
 
-    def columns(self, history: History) -> Iterator[Column]:
-        """Its columns, names each once."""
-        ...
+
+def price_table(store: EventStore) -> np.ndarray:
+    """float64 [S, 2] per sku: price bucket (0 if unknown) and whether it is known."""
+    known = store.products.price >= FIRST_ID
+    return np.stack((np.where(known, store.products.price - FIRST_ID, 0), known), axis=1).astype(np.float64)

@@ -1,10 +1,7 @@
-"""`FeatureMatrix`: one row of named features per client."""
+"""One row of named features per client: `FeatureMatrix` with every number, `SparseFeatureMatrix` without the zeros."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ubp_fast.files import load_array, load_json
+
 NAMES_FILE = "names.json"
+ARRAYS = ("client_ids", "indptr", "indices", "values")
 CHECKED_ROWS = 1 << 13
 
 
@@ -64,62 +64,108 @@ class FeatureMatrix:
                 f" {self.client_ids[first + row]} in '{self.names[column]}' ({int(bad.sum())} values)"
             )
 
-    @classmethod
-    def join(cls, blocks: Sequence[FeatureMatrix]) -> FeatureMatrix:
-        """Blocks of the same clients side by side.
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(clients, columns)."""
+        return len(self.client_ids), len(self.names)
 
-        Raises:
-            ValueError: no block, or other clients (or another order) in one of them.
-        """
-        if not blocks:
-            raise ValueError("FeatureMatrix: blocks must hold at least one matrix, got none")
-        first = blocks[0]
-        for index, block in enumerate(blocks):
-            if not np.array_equal(block.client_ids, first.client_ids):
-                raise ValueError(
-                    f"FeatureMatrix: blocks must have the same clients in the same order, got others in block {index}"
-                )
-        values = np.concatenate([block.values for block in blocks], axis=1)
-        names = tuple(name for block in blocks for name in block.names)
-        return cls(first.client_ids, values, names, tuple(unit for block in blocks for unit in block.units))
-
-    def save(self, directory: Path) -> None:
-        """Writes client_ids.npy, values.npy and, last, names.json; each one complete or not there."""
-        directory.mkdir(parents=True, exist_ok=True)
-        write_array(directory / "client_ids.npy", np.asarray(self.client_ids))
-        write_array(directory / "values.npy", self.values)
-        write_json(directory / NAMES_FILE, {"names": self.names, "units": self.units})
+    def rows(self, chosen: slice | np.ndarray) -> np.ndarray:
+        """Some rows (a slice or i64 positions [N]) as float32 [N, F]."""
+        return np.asarray(self.values[chosen], np.float32)
 
     @classmethod
     def load(cls, directory: Path, memory_map: bool = False) -> FeatureMatrix:
-        """Reads what `save` wrote; with `memory_map` the values stay in their file.
+        """Reads what `in_client_blocks` wrote; with `memory_map` the values stay in their file.
 
         Raises:
             FileNotFoundError: a file is missing.
             ValueError: the files do not fit together.
         """
-        columns = json.loads((directory / NAMES_FILE).read_text(encoding="utf-8"))
-        client_ids = np.load(directory / "client_ids.npy", allow_pickle=False)
+        columns = load_json(directory / NAMES_FILE)
+        client_ids = load_array(directory / "client_ids.npy")
         values = load_array(directory / "values.npy", memory_map)
         return cls(client_ids, values, tuple(columns["names"]), tuple(columns["units"]))
 
 
-def load_array(path: Path, memory_map: bool) -> np.ndarray:
-    """An npy file in memory or, if it holds anything, mapped read-only."""
-    array = np.load(path, mmap_mode="r", allow_pickle=False) if memory_map and path.stat().st_size > 512 else None
-    return np.load(path, allow_pickle=False) if array is None else array
+@dataclass(frozen=True)
+class SparseFeatureMatrix:
+    """Features of clients as compressed sparse rows; what is not stored is 0. `SparseWriter` makes it.
+
+    Attributes:
+        client_ids: int64 [U], each once.
+        indptr: int64 [U + 1]; entries of client u are indptr[u]:indptr[u + 1].
+        indices: int32 [entries], columns, ascending in every row.
+        values: float32 [entries].
+        names: F different names.
+        units: F units.
+    """
+
+    client_ids: np.ndarray
+    indptr: np.ndarray
+    indices: np.ndarray
+    values: np.ndarray
+    names: tuple[str, ...]
+    units: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.indptr) != len(self.client_ids) + 1 or self.indptr[-1] != len(self.indices):
+            raise ValueError(
+                f"SparseFeatureMatrix: indptr must end {len(self.client_ids)} rows at {len(self.indices)} entries,"
+                f" got {len(self.indptr) - 1} rows and {self.indptr[-1] if len(self.indptr) else 'no'} entries"
+            )
+        if len(self.values) != len(self.indices) or len(self.units) != len(self.names):
+            raise ValueError(
+                f"SparseFeatureMatrix: values must be as many as indices and units as names, got {len(self.values)},"
+                f" {len(self.indices)}, {len(self.units)}, {len(self.names)}"
+            )
+        if len(self.indices) and not 0 <= self.indices.min() <= self.indices.max() < len(self.names):
+            raise ValueError(
+                f"SparseFeatureMatrix: indices must lie in 0..{len(self.names) - 1}, got"
+                f" {self.indices.min()}..{self.indices.max()}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(clients, columns)."""
+        return len(self.client_ids), len(self.names)
+
+    def rows(self, chosen: slice | np.ndarray) -> np.ndarray:
+        """Some rows (a slice or i64 positions [N]) as float32 [N, F], every 0 written out."""
+        entries, offsets = end_to_end(self.indptr[:-1][chosen], self.indptr[1:][chosen])
+        values = np.zeros((len(offsets) - 1, len(self.names)), np.float32)
+        values[np.repeat(np.arange(len(values)), np.diff(offsets)), self.indices[entries]] = self.values[entries]
+        return values
+
+    @classmethod
+    def load(cls, directory: Path, memory_map: bool = False) -> SparseFeatureMatrix:
+        """Reads what `SparseWriter` wrote; with `memory_map` indices and values stay in their files.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: the files do not fit together.
+        """
+        columns = load_json(directory / NAMES_FILE)
+        arrays = (
+            load_array(directory / f"{name}.npy", memory_map and name in ("indices", "values")) for name in ARRAYS
+        )
+        client_ids, indptr, indices, values = arrays
+        return cls(client_ids, indptr, indices, values, tuple(columns["names"]), tuple(columns["units"]))
 
 
-def write_array(path: Path, array: np.ndarray) -> None:
-    """Writes an npy file under a temporary name and renames it."""
-    temporary = path.with_name(f".{path.name}.writing")
-    with temporary.open("wb") as file:
-        np.save(file, array, allow_pickle=False)
-    os.replace(temporary, path)
+Features = FeatureMatrix | SparseFeatureMatrix
 
 
-def write_json(path: Path, content: object) -> None:
-    """Writes a JSON file under a temporary name and renames it."""
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
-    os.replace(temporary, path)
+def load_features(directory: Path) -> Features:
+    """A matrix of either kind from its directory; what is large stays in its file."""
+    is_sparse = (directory / "indptr.npy").exists()
+    return (SparseFeatureMatrix if is_sparse else FeatureMatrix).load(directory, memory_map=True)
+
+
+def end_to_end(start: np.ndarray, end: np.ndarray) -> tuple[slice | np.ndarray, np.ndarray]:
+    """Rows start[i]..end[i] of all i, a slice where these are neighbours, and where each i begins, i64 [N + 1]."""
+    offsets = np.concatenate((np.zeros(1, np.int64), np.cumsum(end - start)))
+    if not offsets[-1]:
+        return slice(0, 0), offsets
+    if end[-1] - start[0] == offsets[-1] and (start[1:] == end[:-1]).all():
+        return slice(start[0], end[-1]), offsets
+    return np.arange(offsets[-1]) + np.repeat(start - offsets[:-1], end - start), offsets

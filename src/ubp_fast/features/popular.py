@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ubp_fast.features.static import FIRST_REAL_ID
+from ubp_fast.events.schema import LabelLists
 from ubp_fast.kernels.windowed_aggregate import code_counts
 from ubp_fast.store.event_store import EventStore
 from ubp_fast.store.ids import least_of_largest
+from ubp_fast.store.vocabulary import FIRST_ID
 
-LabelLists = Mapping[str, tuple[np.ndarray, np.ndarray]]
 # Column -> (its dense id per item, None for the item itself; original value per dense id).
 ValueTables = Mapping[str, tuple[np.ndarray | None, np.ndarray]]
 
@@ -51,15 +51,23 @@ def popular_values(store: EventStore, kind: str, before_s: int, top_values: int)
     return most_frequent(_tables(store, kind), item_counts, top_values)
 
 
-def most_frequent(tables: ValueTables, item_counts: np.ndarray, top_values: int) -> PopularValues:
-    """The lists of all columns of a kind from how often each dense item id occurred, i64 [codes]."""
+def most_frequent(
+    tables: ValueTables, item_counts: np.ndarray, top_values: int, first_seen: np.ndarray | None = None
+) -> PopularValues:
+    """The lists of all columns of a kind from how often each dense item id occurred, i64 [codes].
+
+    Ties go to the smaller original value, or to the one that was seen first when `first_seen` tells when, i64 [codes].
+    """
     slots: list[np.ndarray] = []
     labels: list[str] = []
     for name, (dense_of_item, originals) in tables.items():
-        counts = item_counts
+        counts, order = item_counts, originals if first_seen is None else first_seen
         if dense_of_item is not None:
             counts = np.bincount(dense_of_item, weights=item_counts, minlength=len(originals)).astype(np.int64)
-        top = _largest(counts, originals, top_values)
+            if first_seen is not None:
+                order = np.full(len(originals), np.iinfo(np.int64).max)
+                np.minimum.at(order, dense_of_item, first_seen)
+        top = _largest(counts, order, top_values)
         slot_of_dense = np.full(len(originals), -1, np.int32)
         slot_of_dense[top] = len(labels) + np.arange(len(top))
         slots.append(slot_of_dense if dense_of_item is None else slot_of_dense[dense_of_item])
@@ -75,15 +83,15 @@ def _tables(store: EventStore, kind: str) -> ValueTables:
     return {
         "sku": (None, np.asarray(store.sku_ids)),
         "category": (np.asarray(products.category), np.asarray(store.category_ids)),
-        "price": (np.asarray(products.price), np.arange(store.num_prices) - FIRST_REAL_ID),
+        "price": (np.asarray(products.price), np.arange(store.num_prices) - FIRST_ID),
     }
 
 
-def _largest(counts: np.ndarray, originals: np.ndarray, number: int) -> np.ndarray:
-    """Dense ids of the real values with the largest counts above 0, ties by original value."""
-    real = counts[FIRST_REAL_ID:]
-    candidates = np.flatnonzero(real >= least_of_largest(real, number)) + FIRST_REAL_ID
-    return candidates[np.lexsort((originals[candidates], -counts[candidates]))][:number]
+def _largest(counts: np.ndarray, order: np.ndarray, number: int) -> np.ndarray:
+    """Dense ids of the real values with the largest counts above 0, ties by `order`."""
+    real = counts[FIRST_ID:]
+    candidates = np.flatnonzero(real >= least_of_largest(real, number)) + FIRST_ID
+    return candidates[np.lexsort((order[candidates], -counts[candidates]))][:number]
 
 
 def label_slots(store: EventStore, lists: LabelLists) -> tuple[np.ndarray, list[str]]:
@@ -92,28 +100,10 @@ def label_slots(store: EventStore, lists: LabelLists) -> tuple[np.ndarray, list[
     Raises:
         ValueError: the last word of a list's name is not category, sku or price.
     """
-    products = store.products
-    category_ids = np.asarray(store.category_ids)[products.category]
-    ids_of_sku = {
-        "sku": np.asarray(store.sku_ids),
-        "category": category_ids,
-        "price": products.price.astype(np.int64) - FIRST_REAL_ID,
-    }
     slots = np.full((store.num_skus, len(lists)), -1, np.int32)
     labels: list[str] = []
     for index, (name, (ids, _)) in enumerate(lists.items()):
-        column = name.rsplit("_", 1)[-1]
-        if column not in ids_of_sku:
-            raise ValueError(f"label list: name must end in _category, _sku or _price, got '{name}'")
-        slots[FIRST_REAL_ID:, index] = _positions(ids, ids_of_sku[column][FIRST_REAL_ID:], len(labels))
+        position = store.label_of_sku(name, ids)
+        slots[:, index] = np.where(position >= 0, position + len(labels), -1)
         labels += [f"{name}_{value}" for value in ids.tolist()]
     return slots, labels
-
-
-def _positions(ids: np.ndarray, values: np.ndarray, start: int) -> np.ndarray:
-    """start + index of each value in `ids` (its first one), -1 if it is not there."""
-    different, first = np.unique(ids, return_index=True)
-    if not len(different):
-        return np.full(len(values), -1, np.int32)
-    near = np.minimum(np.searchsorted(different, values), len(different) - 1)
-    return np.where(different[near] == values, first[near] + start, -1).astype(np.int32)

@@ -1,111 +1,91 @@
-"""`Scaler`: column-wise scaling that is fitted once and then applied to every cutoff.
-
-    none             x
-    log1p            log(1 + x)
-    standard         (x - mean) / standard deviation
-    minmax           (x - min) / (max - min); values beyond the fitted range leave [0, 1]
-    log1p_standard   standard of log1p
-
-A column that was constant while fitting is only shifted: it becomes 0 there.
-"""
+"""Statistics of columns: `moments`, a few rows at a time, and `MinMaxScaler`, fitted once for every cutoff."""
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
-from ubp_fast.features.matrix import write_array, write_json
-
-KINDS = ("none", "log1p", "standard", "minmax", "log1p_standard")
+from ubp_fast.files import load_array, write_array
 
 
-class Scaler:
-    """Column-wise scaling.
+class Rows(Protocol):
+    """A float matrix that gives some of its rows at a time: an array, or what makes them when they are asked for."""
 
-    Args:
-        kind: one of `KINDS`.
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, chosen: Any, /) -> np.ndarray: ...
+
+
+def moments(values: Rows, rows_at_once: int = 4_096) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of every column, float64 [F] each; not finite where a value is not."""
+    parts = [slice(start, start + rows_at_once) for start in range(0, len(values), rows_at_once)]
+    total, squares = np.zeros((2, values.shape[1]))
+    for part in parts:
+        total += values[part].sum(axis=0, dtype=np.float64)
+    mean = total / len(values)
+    for part in parts:
+        difference = values[part] - mean
+        difference *= difference
+        squares += difference.sum(axis=0)
+    return mean, np.sqrt(squares / len(values))
+
+
+@dataclass(frozen=True)
+class MinMaxScaler:
+    """(x - min) / (max - min) of every column; values beyond the fitted range leave [0, 1], constants become 0.
 
     Attributes:
-        shift, scale: float64 [F] after `fit`; the result is (f(x) - shift) * scale.
-
-    Raises:
-        ValueError: no such kind.
+        shift, scale: float64 [F]; the result is (x - shift) * scale.
     """
 
-    def __init__(self, kind: str = "log1p_standard") -> None:
-        if kind not in KINDS:
-            raise ValueError(f"Scaler: kind must be one of {list(KINDS)}, got '{kind}'")
-        self.kind = kind
-        self.shift: np.ndarray | None = None
-        self.scale: np.ndarray | None = None
+    shift: np.ndarray
+    scale: np.ndarray
 
-    def fit(self, values: np.ndarray) -> Scaler:
-        """Learns shift and scale from the columns of `values` [N, F] and returns itself.
+    @classmethod
+    def fit(cls, values: np.ndarray) -> MinMaxScaler:
+        """Learns from the columns of `values` float [N, F].
 
         Raises:
-            ValueError: no rows, or values that are not finite, or not above -1 for log1p.
+            ValueError: no rows, or values that are not finite.
         """
         if values.ndim != 2 or not len(values):
-            raise ValueError(f"Scaler: values must have shape [N >= 1, F], got {list(values.shape)}")
-        prepared = self._prepare(values)
-        if self.kind == "minmax":
-            shift = prepared.min(axis=0)
-            spread = prepared.max(axis=0) - shift
-        elif self.kind in ("standard", "log1p_standard"):
-            shift, spread = prepared.mean(axis=0), prepared.std(axis=0)
-            # The mean of equal values is rounded: their spread is that rounding, not information.
-            spread[prepared.max(axis=0) == prepared.min(axis=0)] = 0
-        else:
-            shift, spread = np.zeros(prepared.shape[1]), np.ones(prepared.shape[1])
-        self.shift, self.scale = shift, 1 / np.where(spread > 0, spread, 1)
-        return self
+            raise ValueError(f"MinMaxScaler: values must have shape [N >= 1, F], got {list(values.shape)}")
+        shift = values.min(axis=0).astype(np.float64)
+        spread = values.max(axis=0) - shift
+        if not np.isfinite(spread).all():
+            row, column = np.argwhere(~np.isfinite(values))[0]
+            raise ValueError(
+                f"MinMaxScaler: values must be finite, got {values[row, column]} in row {row}, column {column}"
+            )
+        return cls(shift, 1 / np.where(spread > 0, spread, 1))
 
     def transform(self, values: np.ndarray) -> np.ndarray:
         """Scaled values, float32 [N, F].
 
         Raises:
-            ValueError: not fitted, another number of columns, or values as in `fit`.
+            ValueError: another number of columns.
         """
-        if self.shift is None or self.scale is None:
-            raise ValueError("Scaler: fit must come before transform, got a scaler without statistics")
         if values.ndim != 2 or values.shape[1] != len(self.shift):
-            raise ValueError(f"Scaler: values must have shape [N, {len(self.shift)}], got {list(values.shape)}")
-        return ((self._prepare(values) - self.shift) * self.scale).astype(np.float32)
-
-    def _prepare(self, values: np.ndarray) -> np.ndarray:
-        bad = ~np.isfinite(values)
-        if self.kind.startswith("log1p"):
-            bad |= ~(values > -1)
-        if bad.any():
-            row, column = (int(index[0]) for index in np.nonzero(bad))
-            rule = "finite and above -1" if self.kind.startswith("log1p") else "finite"
-            raise ValueError(f"Scaler: values must be {rule}, got {values[row, column]} in row {row}, column {column}")
-        values = values.astype(np.float64)
-        return np.log1p(values) if self.kind.startswith("log1p") else values
+            raise ValueError(f"MinMaxScaler: values must have shape [N, {len(self.shift)}], got {list(values.shape)}")
+        return ((values - self.shift) * self.scale).astype(np.float32)
 
     def save(self, directory: Path) -> None:
-        """Writes shift.npy, scale.npy and, last, scaler.json.
-
-        Raises:
-            ValueError: not fitted.
-        """
-        if self.shift is None or self.scale is None:
-            raise ValueError("Scaler: fit must come before save, got a scaler without statistics")
+        """Writes shift.npy and scale.npy."""
         directory.mkdir(parents=True, exist_ok=True)
         write_array(directory / "shift.npy", self.shift)
         write_array(directory / "scale.npy", self.scale)
-        write_json(directory / "scaler.json", {"kind": self.kind})
 
     @classmethod
-    def load(cls, directory: Path) -> Scaler:
+    def load(cls, directory: Path) -> MinMaxScaler:
         """Reads what `save` wrote.
 
         Raises:
             FileNotFoundError: a file is missing.
         """
-        scaler = cls(json.loads((directory / "scaler.json").read_text(encoding="utf-8"))["kind"])
-        scaler.shift = np.load(directory / "shift.npy", allow_pickle=False)
-        scaler.scale = np.load(directory / "scale.npy", allow_pickle=False)
-        return scaler
+        return cls(*(load_array(directory / f"{name}.npy", False) for name in ("shift", "scale")))

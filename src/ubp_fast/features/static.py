@@ -11,13 +11,17 @@ Source: the list of 46 names in public descendants of the winning solution of th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import numpy as np
-import polars as pl
 
 from ubp_fast.events.split import DAY_S
-from ubp_fast.features.matrix import FeatureMatrix
-from ubp_fast.kernels.windowed_aggregate import WindowedAggregate, windowed_aggregate
-from ubp_fast.store.event_store import EventStore, KindColumns
+from ubp_fast.features.history import Column, History, features_of, price_table
+from ubp_fast.features.matrix import Features
+from ubp_fast.kernels.windowed_aggregate import WindowedAggregate
+from ubp_fast.store.event_store import TIMELINE, EventStore
 
 SHORT_NAMES = {
     "add_to_cart": "add",
@@ -27,104 +31,52 @@ SHORT_NAMES = {
     "search_query": "search",
 }
 ITEM_TABLES = ("add_to_cart", "product_buy", "remove_from_cart")
-FIRST_REAL_ID = 2
 
 
-def static_features(store: EventStore, cutoff_s: int) -> FeatureMatrix:
-    """The 46 static features of every client of the store.
+def static_features(store: EventStore, cutoff_s: int, directory: Path | None = None) -> Features:
+    """The 46 static features of every client that needs a profile.
 
     Args:
         store: event store.
         cutoff_s: events with `timestamp_s < cutoff_s` are seen, seconds since 1970 UTC.
+        directory: the result is written there and mapped from there.
 
     Returns:
         [U, 46] float32; clients in the order of the store. Urls that the store's vocabulary does not hold count as one.
     """
-    history_days = whole_history_days(store, cutoff_s)
-    found = {kind: _of_kind(store, kind, cutoff_s) for kind in SHORT_NAMES}
-    timeline = store.timeline
-    everything = windowed_aggregate(
-        timeline.offsets, timeline.timestamp_s, anchor_s=cutoff_s, windows_s=(None,), periods_s=(1,)
-    )
-    columns: dict[str, np.ndarray] = {}
+    return features_of(History.of(store, cutoff_s), _columns, directory)
+
+
+def _columns(history: History) -> Iterator[Column]:
+    found = {kind: _of_kind(history, kind) for kind in SHORT_NAMES}
+    everything = history.aggregate("static", TIMELINE, windows_s=(None,), periods_s=(1,))
     for kind in ITEM_TABLES:
         short, result = SHORT_NAMES[kind], found[kind]
-        columns[f"{short}_flag"] = result.totals[:, 0] > 0
+        yield Column(f"{short}_flag", "flag", result.totals[:, 0] > 0)
         for index, name in enumerate(("sku", "category", "price", "name")):
-            columns[f"unique_{short}_{name}"] = result.distinct[:, 0, index]
-        priced = result.sums[:, 0, 1]
-        columns[f"{short}_price_mean"] = result.sums[:, 0, 0] / np.maximum(priced, 1)
+            yield Column(f"unique_{short}_{name}", "items", result.distinct[:, 0, index])
+        mean = result.sums[:, 0, 0] / np.maximum(result.sums[:, 0, 1], 1)
+        yield Column(f"{short}_price_mean", "price bucket", mean)
     for kind, item in (("page_visit", "url"), ("search_query", "search_query")):
-        columns[f"{kind}_flag"] = found[kind].totals[:, 0] > 0
-        columns[f"unique_{item}"] = found[kind].distinct[:, 0, 0]
+        yield Column(f"{kind}_flag", "flag", found[kind].totals[:, 0] > 0)
+        yield Column(f"unique_{item}", "items", found[kind].distinct[:, 0, 0])
     for short, result in (("all", everything), *((SHORT_NAMES[kind], found[kind]) for kind in SHORT_NAMES)):
-        columns |= _times(short, result, history_days)
-    values = np.stack([column.astype(np.float32) for column in columns.values()], axis=1)
-    return FeatureMatrix(np.array(store.client_ids), values, tuple(columns), tuple(_unit(name) for name in columns))
+        yield from _times(short, result, int(history.length_days))
 
 
-def whole_history_days(store: EventStore, cutoff_s: int) -> int:
-    """Whole days from the first event of the store to the cutoff: the recency of what never happened."""
-    return max(0, cutoff_s - store.first_timestamp_s) // DAY_S
-
-
-def item_codes(columns: KindColumns) -> np.ndarray:
-    """int32 [N] code per event: the dense sku or url id, or a number per different query."""
-    if columns.item is not None:
-        return columns.item
-    assert columns.codes is not None
-    halves = np.ascontiguousarray(columns.codes).view(np.int64).reshape(-1, 2)
-    return numbered(halves)
-
-
-def numbered(rows: np.ndarray) -> np.ndarray:
-    """int32 [N]: equal rows of an int64 [N, 2] array get equal numbers, 0 up to their number - 1."""
-    frame = pl.DataFrame(rows, schema=["a", "b"], orient="row")
-    different = frame.unique(maintain_order=True).with_row_index("number")
-    return frame.join(different, on=["a", "b"], how="left", maintain_order="left")["number"].to_numpy().astype(np.int32)
-
-
-def price_table(store: EventStore) -> np.ndarray:
-    """float64 [S, 2] per sku: price bucket (0 if unknown) and whether it is known."""
-    known = store.products.price >= FIRST_REAL_ID
-    return np.stack((np.where(known, store.products.price - FIRST_REAL_ID, 0), known), axis=1).astype(np.float64)
-
-
-def _of_kind(store: EventStore, kind: str, cutoff_s: int) -> WindowedAggregate:
+def _of_kind(history: History, kind: str) -> WindowedAggregate:
     """All-history aggregate with distinct items; for skus also categories, prices, names, and the sum of prices."""
-    columns = store.kind(kind)
-    codes, values = item_codes(columns), None
-    if kind in ITEM_TABLES:
-        products = store.products
-        names = numbered(np.ascontiguousarray(products.name).view(np.int64).reshape(-1, 2))
-        groups = np.stack((np.arange(store.num_skus), products.category, products.price, names), axis=1)
-        values = price_table(store)
-    else:
-        groups = np.arange(int(codes.max(initial=-1)) + 1)[:, None]
-    return windowed_aggregate(
-        columns.offsets,
-        columns.timestamp_s,
-        codes,
-        anchor_s=cutoff_s,
-        windows_s=(None,),
-        groups=groups,
-        values=values,
-        periods_s=(1,),
-    )
+    is_item = kind in ITEM_TABLES
+    distinct = ("items", "categories", "prices", "names") if is_item else ("items",)
+    tables: dict[str, Any] = {"values": lambda: price_table(history.store)} if is_item else {}
+    return history.aggregate("static", kind, distinct, windows_s=(None,), periods_s=(1,), **tables)
 
 
-def _unit(name: str) -> str:
-    if name.endswith("_days"):
-        return "days"
-    return "flag" if name.endswith("_flag") else "price bucket" if name.endswith("_price_mean") else "items"
-
-
-def _times(short: str, result: WindowedAggregate, history_days: int) -> dict[str, np.ndarray]:
+def _times(short: str, result: WindowedAggregate, history_days: int) -> Iterator[Column]:
     """The four features of time of one table, in whole days."""
     never = result.last_age_s < 0
-    return {
-        f"{short}_from_last_to_end_days": np.where(never, history_days, result.last_age_s // DAY_S),
-        f"min_{short}_from_first_to_end_days": np.where(never, history_days, result.first_age_s // DAY_S),
-        f"{short}_duration_days": result.span_s // DAY_S,
-        f"unique_{short}_timestamp": result.distinct_times[:, 0, 0],
-    }
+    ages = ((f"{short}_from_last_to_end", result.last_age_s), (f"min_{short}_from_first_to_end", result.first_age_s))
+    for name, age_s in ages:
+        yield Column(f"{name}_days", "days", np.where(never, history_days, age_s // DAY_S))
+    yield Column(f"{short}_duration_days", "days", result.span_s // DAY_S)
+    yield Column(f"unique_{short}_timestamp", "items", result.distinct_times[:, 0, 0])

@@ -1,4 +1,4 @@
-"""Feature matrices of any size: made block by block of clients, straight into their file when there is one."""
+"""Feature matrices of any size: made block by block of clients, straight into their files when there is a directory."""
 
 from __future__ import annotations
 
@@ -6,30 +6,37 @@ import contextlib
 import math
 import mmap
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
 
-from ubp_fast.features.matrix import NAMES_FILE, FeatureMatrix, load_array, write_array, write_json
+from ubp_fast.features.matrix import NAMES_FILE, FeatureMatrix, SparseFeatureMatrix
+from ubp_fast.files import load_array, write_array, write_json
 
 # A block of 320 columns per thread stays in the cache of a large CPU while all kinds of events are added to it.
 BLOCK_CLIENTS = 1 << 13
+BLOCK_VALUES = 1 << 22
+SMALLEST_BLOCK = 1 << 8
 DTYPES = ("float32", "float16")
 LARGEST_FLOAT16 = 65_504.0
 SMALLEST_MAPPING = 1 << 22
+Fill = Callable[[np.ndarray, int, int], None]
+T = TypeVar("T")
 
 
 def in_client_blocks(
     client_ids: np.ndarray,
     names: tuple[str, ...],
     units: tuple[str, ...],
-    fill: Callable[[np.ndarray, int, int], None],
+    fill: Fill,
     directory: Path | None = None,
     dtype: str = "float32",
-    block_clients: int = BLOCK_CLIENTS,
+    fill_missing: bool = False,
 ) -> FeatureMatrix:
     """The matrix whose rows first..last are what `fill(block, first, last)` writes over float32 zeros.
 
@@ -42,44 +49,166 @@ def in_client_blocks(
         fill: called from several threads.
         directory: values are written there and never held in memory as a whole; the result is mapped from there.
         dtype: "float32" or "float16"; what float16 cannot hold becomes +-65,504, never infinite.
-        block_clients: clients at a time.
+        fill_missing: what is NaN, because a client lacks what its column measures, becomes the mean of the column's
+            other values, 0 without any.
     """
-    check_dtype(dtype)
     shape = (len(client_ids), len(names))
-    values = _zeros(shape, dtype) if directory is None else None
-    file = None if directory is None else _new_file(directory, shape, dtype)
-    free: list[np.ndarray] = []
+    step = clients_at_once(shape[1])
+    values: Any = _zeros(shape, dtype) if directory is None else None
+    file = None if directory is None else _ArrayFile(directory, "values", np.dtype(dtype), shape[1:])
+    free: list[Any] = []
 
-    def make(first: int) -> None:
-        last = min(first + block_clients, shape[0])
+    def make(first: int) -> np.ndarray:
+        last = min(first + step, shape[0])
         if values is not None and dtype == "float32":
             fill(values[first:last], first, last)
-            return
-        buffer = free.pop() if free else np.empty((block_clients, shape[1]), np.float32)
-        block = buffer[: last - first]
+            return values[first:last]
+        try:
+            block = free.pop()[: last - first]
+        except IndexError:
+            block = np.empty((step, shape[1]), np.float32)[: last - first]
         block[:] = 0
         fill(block, first, last)
-        stored = block if dtype == "float32" else block.clip(-LARGEST_FLOAT16, LARGEST_FLOAT16).astype(np.float16)
-        if values is not None:
-            values[first:last] = stored
-        else:
-            assert file is not None
-            _write_at(file[0], stored, file[1] + first * shape[1] * stored.itemsize)
-        free.append(buffer)
+        return block
 
-    starts = range(0, shape[0], block_clients)
-    try:
-        threads = min(torch.get_num_threads(), max(len(starts), 1))
-        with ThreadPoolExecutor(threads) as pool:
-            for done in [pool.submit(make, first) for first in starts]:
-                done.result()
-    finally:
-        if file is not None:
-            os.close(file[0])
-    if directory is None:
-        assert values is not None
-        return FeatureMatrix(client_ids, values, names, units)
-    return _finished(directory, client_ids, names, units)
+    for first, block in zip(range(0, shape[0], step), _in_order(make, range(0, shape[0], step)), strict=True):
+        if values is None or dtype != "float32":
+            stored = block if dtype == "float32" else block.clip(-LARGEST_FLOAT16, LARGEST_FLOAT16).astype(np.float16)
+            if file is not None:
+                file.append(stored)
+            elif values is not None:
+                values[first : first + len(block)] = stored
+            free.append(block.base)
+    path = None if file is None else file.complete()
+    if fill_missing and names:
+        _fill_missing(values if path is None else np.load(path, mmap_mode="r+", allow_pickle=False), step)
+    made = values if path is None else load_array(path, memory_map=True)
+    matrix = FeatureMatrix(client_ids, made, names, units)
+    if file is not None and directory is not None:
+        file.publish()
+        _write_names(directory, client_ids, names, units)
+    return matrix
+
+
+def in_sparse_blocks(
+    client_ids: np.ndarray, names: tuple[str, ...], units: tuple[str, ...], fill: Fill, directory: Path | None = None
+) -> SparseFeatureMatrix:
+    """`in_client_blocks` without the zeros, for float32 columns that are mostly zero."""
+    writer, step = SparseWriter(directory), clients_at_once(len(names))
+
+    def make(first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        last = min(first + step, len(client_ids))
+        block = np.zeros((last - first, len(names)), np.float32)
+        fill(block, first, last)
+        FeatureMatrix(client_ids[first:last], block, names, units)  # raises what it must not hold
+        rows, columns = np.nonzero(block)
+        return np.bincount(rows, minlength=last - first), columns.astype(np.int32), block[rows, columns]
+
+    for part in _in_order(make, range(0, len(client_ids), step)):
+        writer.append(*part)
+    return writer.finish(client_ids, names, units)
+
+
+class SparseWriter:
+    """Writes a `SparseFeatureMatrix` block of rows by block of rows, into files when there is a directory."""
+
+    def __init__(self, directory: Path | None) -> None:
+        self._directory = directory
+        self._lengths = [np.zeros(1, np.int64)]
+        nothing = (np.zeros(0, np.int32), np.zeros(0, np.float32))
+        self._parts: Any = tuple([array] for array in nothing)
+        named = zip(("indices", "values"), nothing, strict=True)
+        self._files = [] if directory is None else [_ArrayFile(directory, name, array.dtype) for name, array in named]
+
+    def append(self, lengths: np.ndarray, indices: np.ndarray, values: np.ndarray) -> None:
+        """Adds rows: number of entries of each one, int32 columns and float32 values of all entries."""
+        self._lengths.append(lengths)
+        for target, array in zip(self._files or self._parts, (indices, values), strict=True):
+            target.append(array)
+
+    def finish(self, client_ids: np.ndarray, names: tuple[str, ...], units: tuple[str, ...]) -> SparseFeatureMatrix:
+        """The matrix; its files get their names, names.json last."""
+        indptr = np.cumsum(np.concatenate(self._lengths))
+        if self._directory is None:
+            indices, values = (np.concatenate(parts) for parts in self._parts)
+            return SparseFeatureMatrix(client_ids, indptr, indices, values, names, units)
+        for file in self._files:
+            file.complete()
+            file.publish()
+        write_array(self._directory / "indptr.npy", indptr)
+        _write_names(self._directory, client_ids, names, units)
+        return SparseFeatureMatrix.load(self._directory, memory_map=True)
+
+
+class _ArrayFile:
+    """An npy file that grows by its first dimension, under a temporary name until it is published.
+
+    Writing costs a third of filling a new memory map, whose every page is a fault of its own.
+    """
+
+    def __init__(self, directory: Path, name: str, dtype: np.dtype, row: tuple[int, ...] = ()) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._path, self._final = directory / f".{name}.npy.writing", directory / f"{name}.npy"
+        self._dtype, self._row, self._length = dtype, row, 0
+        with self._path.open("wb") as file:
+            self._start = self._write_header(file)
+
+    def _write_header(self, file: BinaryIO) -> int:
+        shape, descr = (self._length, *self._row), np.lib.format.dtype_to_descr(self._dtype)
+        np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
+        return file.tell()
+
+    def append(self, array: np.ndarray) -> None:
+        with self._path.open("ab") as file:
+            file.write(np.ascontiguousarray(array).data)
+        self._length += len(array)
+
+    def complete(self) -> Path:
+        """Ends the file; its path so far."""
+        with self._path.open("r+b") as file:
+            # A header keeps room for the digits of a longer first dimension.
+            assert self._write_header(file) == self._start
+        return self._path
+
+    def publish(self) -> None:
+        os.replace(self._path, self._final)
+
+
+def _write_names(directory: Path, client_ids: np.ndarray, names: tuple[str, ...], units: tuple[str, ...]) -> None:
+    write_array(directory / "client_ids.npy", client_ids)
+    write_json(directory / NAMES_FILE, {"names": names, "units": units})
+
+
+def clients_at_once(num_columns: int) -> int:
+    """Clients of a block, fewer when the columns are many."""
+    return max(SMALLEST_BLOCK, min(BLOCK_CLIENTS, BLOCK_VALUES // max(num_columns, 1)))
+
+
+def _in_order(make: Callable[[int], T], starts: Sequence[int]) -> Iterator[T]:
+    """make(start) of every start by as many threads as torch uses; few results wait for their turn."""
+    threads = max(1, min(torch.get_num_threads(), len(starts)))
+    waiting: deque[Future[T]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for start in starts:
+            waiting.append(pool.submit(make, start))
+            if len(waiting) >= 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _fill_missing(values: np.ndarray, step: int) -> None:
+    """Puts the mean of a column's other values in the place of NaN."""
+    blocks = [values[first : first + step] for first in range(0, len(values), step)]
+    total, number = np.zeros((2, values.shape[1]))
+    for block in blocks:
+        known = ~np.isnan(block)
+        total += np.where(known, block, 0).sum(axis=0, dtype=np.float64)
+        number += known.sum(axis=0)
+    mean = (total / np.maximum(number, 1)).astype(values.dtype)
+    for block in blocks:
+        rows, columns = np.nonzero(np.isnan(block))
+        block[rows, columns] = mean[columns]
 
 
 def _zeros(shape: tuple[int, int], dtype: str) -> np.ndarray:
@@ -92,40 +221,3 @@ def _zeros(shape: tuple[int, int], dtype: str) -> np.ndarray:
     with contextlib.suppress(OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, dtype).reshape(shape)
-
-
-def check_dtype(dtype: str) -> None:
-    """Raises ValueError unless it is one that features can be stored in."""
-    if dtype not in DTYPES:
-        raise ValueError(f"features: dtype must be one of {list(DTYPES)}, got '{dtype}'")
-
-
-def _new_file(directory: Path, shape: tuple[int, int], dtype: str) -> tuple[int, int]:
-    """Descriptor of an npy file under a temporary name with its header, and where its values begin."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with _temporary(directory).open("wb") as file:
-        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        start = file.tell()
-    return os.open(_temporary(directory), os.O_WRONLY), start
-
-
-def _write_at(descriptor: int, block: np.ndarray, position: int) -> None:
-    # Writing costs a third of filling a new memory map, whose every page is a fault of its own.
-    left = memoryview(block.view(np.uint8).reshape(-1))  # type: ignore[arg-type]
-    while len(left):
-        written = os.pwrite(descriptor, left, position)
-        left, position = left[written:], position + written
-
-
-def _finished(directory: Path, client_ids: np.ndarray, names: tuple[str, ...], units: tuple[str, ...]) -> FeatureMatrix:
-    """Gives the values their final name and writes the rest, names.json last."""
-    matrix = FeatureMatrix(client_ids, load_array(_temporary(directory), memory_map=True), names, units)
-    os.replace(_temporary(directory), directory / "values.npy")
-    write_array(directory / "client_ids.npy", client_ids)
-    write_json(directory / NAMES_FILE, {"names": names, "units": units})
-    return matrix
-
-
-def _temporary(directory: Path) -> Path:
-    return directory / ".values.npy.writing"

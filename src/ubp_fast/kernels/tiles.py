@@ -1,8 +1,9 @@
 """Block sizes of the Triton kernels: a table per operator, `tiles.json` beside its kernels, that a sweep rewrites.
 
-An entry holds for a device ("sm_90", or a card by its name, which wins), a kernel, a kind of problem, widths up to
-`width` and mean lengths up to `length` (null: any). Of the entries that hold the narrowest, then the shortest, is
-taken. `benchmarks/tune_tiles.py` measures candidates on the card at hand and writes entries under its name.
+An entry holds for a device ("sm_90", or a card by its name), a kernel, a kind of problem, widths up to `width` and mean
+lengths up to `length` (null: any). A card's entries take the place of its architecture's for the same width and length;
+of those that hold the narrowest, then the shortest, is taken. `benchmarks/tune_tiles.py` measures candidates on a card
+and writes entries under its name.
 """
 
 from __future__ import annotations
@@ -42,24 +43,20 @@ def architecture(capability: tuple[int, int]) -> str:
 
 @functools.cache
 def load(path: Path) -> tuple[dict[str, Any], ...]:
-    """The entries of a table, narrow before wide and short before long."""
-    entries = json.loads(path.read_text(encoding="utf-8"))
-
-    def rank(entry: dict[str, Any]) -> tuple[float, float]:
-        return (entry["width"], math.inf if entry["length"] is None else entry["length"])
-
-    return tuple(sorted(entries, key=rank))
+    """The entries of a table."""
+    return tuple(json.loads(path.read_text(encoding="utf-8")))
 
 
-@functools.lru_cache(maxsize=1024)
-def _entries(path: Path, names: tuple[str, ...], kernel: str, kind: str, width: int) -> tuple[dict[str, Any], ...]:
-    for name in names:
-        wanted = (name, kernel, kind)
-        found = [entry for entry in load(path) if (entry["device"], entry["kernel"], entry["kind"]) == wanted]
-        widths = [entry["width"] for entry in found if entry["width"] >= width]
-        if widths:
-            return tuple(entry for entry in found if entry["width"] == widths[0])
-    raise KeyError(f"{path}: no tiles of {kernel}, {kind}, width {width} for any of {list(names)}")
+@functools.cache
+def _entries(path: Path, names: tuple[str, ...], kernel: str, kind: str) -> list[tuple[float, float, list[Any]]]:
+    """(width, length, tiles) of what holds for a device, narrow before wide and short before long."""
+    found = {}
+    for name in reversed(names):  # the closest name last
+        for entry in load(path):
+            if (entry["device"], entry["kernel"], entry["kind"]) == (name, kernel, kind):
+                length = math.inf if entry["length"] is None else entry["length"]
+                found[entry["width"], length] = entry["tiles"]
+    return [(*place, found[place]) for place in sorted(found)]
 
 
 def choose(path: Path, names: tuple[str, ...], kernel: str, kind: str, width: int, length: float = 0.0) -> list[Any]:
@@ -76,10 +73,9 @@ def choose(path: Path, names: tuple[str, ...], kernel: str, kind: str, width: in
     Raises:
         KeyError: the table has no entry.
     """
-    for entry in _entries(path, names, kernel, kind, width):
-        if entry["length"] is None or length <= entry["length"]:
-            found: list[Any] = entry["tiles"]
-            return found
+    for most_width, most_length, chosen in _entries(path, names, kernel, kind):
+        if width <= most_width and length <= most_length:
+            return chosen
     raise KeyError(f"{path}: no tiles of {kernel}, {kind}, width {width}, length {length} for any of {list(names)}")
 
 

@@ -8,14 +8,14 @@ Clients without a future event neither pull nor push (`valid`), clients who are 
 The next event of a history is an objective of ours, off by default: it teaches from every event, not from every client.
 History [T events] -> profile float32 [B, width].
 
-Source: spec 3 (first place of the RecSys Challenge 2025, as far as it is public).
+Source: docs/winner.md 3 (first place of the RecSys Challenge 2025, as far as it is public).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -23,10 +23,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ubp_fast.kernels import nt_xent
-from ubp_fast.models.encoder import EncoderConfig, SequenceEncoder
-from ubp_fast.models.event_embedding import EventSizes, ProjectedEventConfig, ProjectedEventEmbedding
-from ubp_fast.models.linear import Linear
+from ubp_fast.models.layers.encoder import EncoderConfig, SequenceEncoder
+from ubp_fast.models.layers.event_embedding import EventSizes, ProjectedEventConfig, ProjectedEventEmbedding
+from ubp_fast.models.layers.linear import Linear
 from ubp_fast.sequences.batch import SequenceBatch, ViewBatch
+
+# What the winner's probes tell, see `window_labels`.
+PROBE_LABELS = ("churn", "buy_category", "buy_sku")
+LOGIT_BINS, LARGEST_LOGIT = 1024, 16.0
 
 
 def _future_tower() -> EncoderConfig:
@@ -37,16 +41,17 @@ def _future_tower() -> EncoderConfig:
 class ContrastiveConfig:
     """The contrastive model with the winner's constants."""
 
-    history_length: int = 64  # last events before the cutoff; spec 3.3
-    future_length: int = 64  # first events of the target window; spec 3.3
-    events: ProjectedEventConfig = field(default_factory=ProjectedEventConfig)  # event vectors; spec 3.4
-    history: EncoderConfig = field(default_factory=EncoderConfig)  # history tower; spec 3.4
-    future: EncoderConfig = field(default_factory=_future_tower)  # future tower; spec 3.4
-    temperature: float = 0.02  # divides the cosine similarities; spec 3.2
-    negatives: Literal["cross", "symmetric"] = "cross"  # one direction as the winner, or both; spec 3.2
-    future_activity_weight: float = 1.0  # factor of the "no future event" loss; spec 3.2
+    history_length: int = 64  # last events before the cutoff; docs/winner.md 3.3
+    future_length: int = 64  # first events of the target window; docs/winner.md 3.3
+    events: ProjectedEventConfig = field(default_factory=ProjectedEventConfig)  # event vectors; docs/winner.md 3.4
+    history: EncoderConfig = field(default_factory=EncoderConfig)  # history tower; docs/winner.md 3.4
+    future: EncoderConfig = field(default_factory=_future_tower)  # future tower; docs/winner.md 3.4
+    temperature: float = 0.02  # divides the cosine similarities; docs/winner.md 3.2
+    negatives: Literal["cross", "symmetric"] = "cross"  # one direction as the winner, or both; docs/winner.md 3.2
+    future_activity_weight: float = 1.0  # factor of the "no future event" loss; docs/winner.md 3.2
     next_event_weight: float = 0.0  # factor of the next event's loss, which needs `history.causal`; 0 is off; ours
     next_events: int = 2048  # events of a batch whose successor is asked for, spread evenly; ours
+    probes: bool = False  # linear probes on the detached profile, AUROC after every epoch; docs/winner.md 3.2
 
     def __post_init__(self) -> None:
         if not self.next_event_weight >= 0 or self.next_events < 2:
@@ -61,14 +66,45 @@ class ContrastiveConfig:
             )
 
 
+class Probe(nn.Module):
+    """A linear layer on vectors that it must not change, and how well it ranks: `width` inputs, `outputs` labels."""
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        self.counts: Tensor
+        self.linear = Linear(width, outputs)
+        # Of both labels, by output and bin of the logit: an AUROC of any number of clients in constant memory.
+        self.register_buffer("counts", torch.zeros(2, outputs, LOGIT_BINS, dtype=torch.int64), persistent=False)
+
+    def forward(self, vectors: Tensor, label: Tensor) -> Tensor:
+        """Mean binary cross entropy of labels float32 [B] or [B, outputs]; in training mode also counts them."""
+        logits = self.linear(vectors.detach()).float()
+        label = label.reshape(logits.shape)
+        if self.training:
+            bins = ((logits.detach() / LARGEST_LOGIT + 1) * (LOGIT_BINS / 2)).long().clamp(0, LOGIT_BINS - 1)
+            output = torch.arange(logits.shape[1], device=logits.device)
+            cells = ((label > 0.5).long() * logits.shape[1] + output) * LOGIT_BINS + bins
+            self.counts.view(-1).index_add_(0, cells.reshape(-1), torch.ones_like(cells).reshape(-1))
+        return functional.binary_cross_entropy_with_logits(logits, label)
+
+    def take_auroc(self) -> float | None:
+        """Mean AUROC of the outputs that met both labels (None: no output did), and starts anew."""
+        negatives, positives = self.counts.double()
+        self.counts.zero_()
+        below = negatives.cumsum(1) - negatives / 2
+        pairs = positives.sum(1) * negatives.sum(1)
+        areas = (positives * below).sum(1)[pairs > 0] / pairs[pairs > 0]
+        return float(areas.mean()) if len(areas) else None
+
+
 class ContrastiveModel(nn.Module):
     """Two towers over packed events.
 
     Args:
         config: sizes and loss.
         sizes: vocabulary sizes of the store.
-        probes: label name -> number of outputs of linear probes on the detached profile. They show what the profile
-            knows while it trains and never change it.
+        probes: label name -> number of outputs of linear probes. They show what the profile knows while it trains and
+            never change it: it is detached, and they are drawn last.
     """
 
     def __init__(self, config: ContrastiveConfig, sizes: EventSizes, probes: Mapping[str, int] | None = None) -> None:
@@ -82,7 +118,7 @@ class ContrastiveModel(nn.Module):
         self.future_activity = Linear(config.events.width, 1)
         self.next_event = Linear(config.events.width, config.events.width) if config.next_event_weight else None
         self.probes = nn.ModuleDict(
-            {name: Linear(config.events.width, outputs) for name, outputs in (probes or {}).items()}
+            {name: Probe(config.events.width, outputs) for name, outputs in (probes or {}).items()}
         )
 
     @property
@@ -147,10 +183,13 @@ class ContrastiveModel(nn.Module):
         )
         terms = {"nt_xent": contrast, "future_activity": self.config.future_activity_weight * activity, **extra}
         for name, probe in self.probes.items():
-            logits = probe(profile.detach()).float()
-            label = batch.labels[name].reshape(logits.shape)
-            terms[f"probe_{name}"] = functional.binary_cross_entropy_with_logits(logits, label)
+            terms[f"probe_{name}"] = probe(profile, batch.labels[name])
         return terms
+
+    def epoch_metrics(self) -> dict[str, float]:
+        """`auroc_<label>` of every probe over the batches trained on since the last call, mean of its outputs."""
+        found = {f"auroc_{name}": cast(Probe, probe).take_auroc() for name, probe in self.probes.items()}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 def rows_with_successor(batch: SequenceBatch, limit: int) -> Tensor:

@@ -3,7 +3,7 @@
 Logistic regression on event counts and recency, predicted out of fold, scaled to mean 1. A store that holds relevant
 clients only, or data without such a list, gives weight 1 to all.
 
-Source: spec 3.2; the winner's classifier is not public, this one is ours.
+Source: docs/winner.md 3.2; the winner's classifier is not public, this one is ours.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 
 History [T events] and features [B, F] -> profile float32 [B, 256].
 
-Source: spec 4 (first place of the RecSys Challenge 2025, as far as it is public).
+Source: docs/winner.md 4 (first place of the RecSys Challenge 2025, as far as it is public).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ubp_fast.models.dropout import dropout
-from ubp_fast.models.encoder import EncoderConfig, SequenceEncoder, sinusoidal_positions
-from ubp_fast.models.event_embedding import ConcatenatedEventConfig, ConcatenatedEventEmbedding, EventSizes
-from ubp_fast.models.linear import Linear
-from ubp_fast.models.ple import PLE, PLEConfig
+from ubp_fast.models.layers.dropout import dropout
+from ubp_fast.models.layers.encoder import EncoderConfig, SequenceEncoder, sinusoidal_positions
+from ubp_fast.models.layers.event_embedding import ConcatenatedEventConfig, ConcatenatedEventEmbedding, EventSizes
+from ubp_fast.models.layers.linear import Linear
+from ubp_fast.models.layers.ple import PLE, PLEConfig
 from ubp_fast.sequences.batch import ViewBatch
 
 MULTITASK_LABELS = ("churn", "add", "buy_sku", "buy_category", "buy_price", "add_sku", "add_category", "add_price")
@@ -37,14 +37,14 @@ def _post_norm_encoder() -> EncoderConfig:
 class MultitaskConfig:
     """The multi-task model with the winner's constants."""
 
-    history_length: int = 64  # last events before the cutoff; spec 4.1
-    events: ConcatenatedEventConfig = field(default_factory=ConcatenatedEventConfig)  # event vectors; spec 4.3
-    encoder: EncoderConfig = field(default_factory=_post_norm_encoder)  # post-norm transformer; spec 4.3
-    embedding_dropout: float = 0.2  # share dropped after adding positions; spec 4.3
-    profile_width: int = 256  # columns of the profile and of the layer before it; spec 4.4
-    fusion_dropout: float = 0.01  # share dropped between the two fusion layers; spec 4.4
-    experts: PLEConfig = field(default_factory=PLEConfig)  # task experts; spec 4.5
-    activity_weight: float = 0.025  # factor of the churn and add losses; spec 4.6
+    history_length: int = 64  # last events before the cutoff; docs/winner.md 4.1
+    events: ConcatenatedEventConfig = field(default_factory=ConcatenatedEventConfig)  # docs/winner.md 4.3
+    encoder: EncoderConfig = field(default_factory=_post_norm_encoder)  # post-norm transformer; docs/winner.md 4.3
+    embedding_dropout: float = 0.2  # share dropped after adding positions; docs/winner.md 4.3
+    profile_width: int = 256  # columns of the profile and of the layer before it; docs/winner.md 4.4
+    fusion_dropout: float = 0.01  # share dropped between the two fusion layers; docs/winner.md 4.4
+    experts: PLEConfig = field(default_factory=PLEConfig)  # task experts; docs/winner.md 4.5
+    activity_weight: float = 0.025  # factor of the churn and add losses; docs/winner.md 4.6
 
 
 class MultitaskModel(nn.Module):

@@ -30,12 +30,14 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from ubp_fast.events.targets import LabelMatrix
-from ubp_fast.models.weights import write_atomically
+from ubp_fast.events.labels import LabelMatrix
+from ubp_fast.events.schema import DataError
+from ubp_fast.features.scaling import Rows, moments
+from ubp_fast.files import write_atomically
 
 SMALLEST_DEVIATION = 1e-6
 LARGEST_DETAIL = 10.0  # deviations; a rare feature must not become the strongest of a client
-ROWS_AT_ONCE = 65_536
+ROWS_AT_ONCE = 4_096
 
 
 @dataclass(frozen=True)
@@ -87,14 +89,14 @@ class ReducedRankModel:
 
     def fit(
         self,
-        blocks: Sequence[np.ndarray],
+        blocks: Sequence[Rows],
         labels: Mapping[str, LabelMatrix | np.ndarray],
         is_summary: np.ndarray | None = None,
     ) -> ReducedRankModel:
         """Learns the directions and returns itself.
 
         Args:
-            blocks: per past cutoff float [N_i, F], all clients of that day.
+            blocks: per past cutoff float [N_i, F], all clients of that day; read three times, 4,096 rows at once.
             labels: name -> 0/1 labels of the window after each row's cutoff, a LabelMatrix or one column [N], in the
                 order of `blocks`: N = sum of N_i.
             is_summary: bool [F], columns that `summary_weight` is for; none by default.
@@ -102,15 +104,15 @@ class ReducedRankModel:
         Raises:
             ValueError: no rows, other numbers of rows, values that are not finite, or no label that is predictable.
         """
-        _check(blocks, labels)
+        of_cutoffs = _checked(blocks, labels)
         num_rows, width = sum(map(len, blocks)), blocks[0].shape[1]
         weight = np.ones(width) if is_summary is None else np.where(is_summary, self.config.summary_weight, 1.0)
         gram = np.zeros((width, width))
         products = {name: np.zeros((width, _width(labels[name]))) for name in sorted(labels)}
         first = 0
-        for values in blocks:
-            for part, inputs in _standardised(values):
-                inputs = inputs * weight
+        for values, statistics in zip(blocks, of_cutoffs, strict=True):
+            for part, inputs in _standardised(values, *statistics):
+                inputs *= weight
                 gram += inputs.T @ inputs / num_rows
                 rows = slice(first + part.start, first + part.start + len(inputs))
                 for name, product in products.items():
@@ -121,7 +123,7 @@ class ReducedRankModel:
         self.directions = weight[:, None] * _leading(np.concatenate(coefficients, axis=1), gram, self.config.rank)
         return self
 
-    def transform(self, blocks: np.ndarray) -> np.ndarray:
+    def transform(self, blocks: Rows) -> np.ndarray:
         """Profiles float32 of all clients of one cutoff, blocks float [N, F].
 
         Returns:
@@ -135,7 +137,7 @@ class ReducedRankModel:
             )
         profiles = np.empty((len(blocks), self.width), np.float32)
         rank = self.directions.shape[1]
-        for part, inputs in _standardised(blocks):
+        for part, inputs in _standardised(blocks, *moments(blocks, ROWS_AT_ONCE)):
             profiles[part, :rank] = inputs @ self.directions
             profiles[part, rank] = 1.0
             detail = inputs[:, self._detailed].clip(-LARGEST_DETAIL, LARGEST_DETAIL)
@@ -167,32 +169,41 @@ class ReducedRankModel:
         return model
 
 
-def _check(blocks: Sequence[np.ndarray], labels: Mapping[str, LabelMatrix | np.ndarray]) -> None:
-    if not blocks or any(values.ndim != 2 or not len(values) for values in blocks):
+def _checked(
+    blocks: Sequence[Rows], labels: Mapping[str, LabelMatrix | np.ndarray]
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Mean and deviation of every cutoff's columns."""
+    if not blocks or any(len(values.shape) != 2 or not len(values) for values in blocks):
         shapes = [list(values.shape) for values in blocks]
         raise ValueError(f"ReducedRankModel: blocks must have shape [N >= 1, F] for every cutoff, got {shapes}")
-    for cutoff, values in enumerate(blocks):
-        if not np.isfinite(values).all():
-            row, column = np.argwhere(~np.isfinite(values))[0]
-            raise ValueError(
-                f"ReducedRankModel: blocks must be finite, got {values[row, column]} at [{row}, {column}]"
-                f" of cutoff {cutoff}"
-            )
     num_rows = sum(map(len, blocks))
     for name, label in labels.items():
         rows = label.num_rows if isinstance(label, LabelMatrix) else len(label)
         if rows != num_rows:
             raise ValueError(f"ReducedRankModel: {name} must have {num_rows} rows, got {rows}")
+    of_cutoffs = [moments(values, ROWS_AT_ONCE) for values in blocks]
+    for cutoff, (values, (mean, _)) in enumerate(zip(blocks, of_cutoffs, strict=True)):
+        if not np.isfinite(mean).all():
+            row, column = next(
+                (int(row) + start, int(column))
+                for start in range(0, len(values), ROWS_AT_ONCE)
+                for row, column in np.argwhere(~np.isfinite(values[start : start + ROWS_AT_ONCE]))
+            )
+            raise ValueError(
+                f"ReducedRankModel: blocks must be finite, got {values[row : row + 1][0, column]} at [{row}, {column}]"
+                f" of cutoff {cutoff}"
+            )
+    return of_cutoffs
 
 
-def _standardised(values: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+def _standardised(values: Rows, mean: np.ndarray, deviation: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
     """Rows of `values` and, float64, their columns with mean 0 and deviation 1 among all rows; constants become 0."""
-    shift = values.mean(axis=0, dtype=np.float64)
-    deviation = values.std(axis=0, dtype=np.float64)
     scale = np.where(deviation > SMALLEST_DEVIATION, 1.0 / np.maximum(deviation, SMALLEST_DEVIATION), 0.0)
     for start in range(0, len(values), ROWS_AT_ONCE):
         part = slice(start, start + ROWS_AT_ONCE)
-        yield part, (values[part] - shift) * scale
+        inputs = values[part] - mean
+        inputs *= scale
+        yield part, inputs
 
 
 def _width(label: LabelMatrix | np.ndarray) -> int:
@@ -220,7 +231,7 @@ def _leading(coefficients: np.ndarray, gram: np.ndarray, rank: int) -> np.ndarra
     variance, vectors = np.linalg.eigh(covariance)
     leading = np.argsort(-variance, kind="stable")[:rank]
     if not variance[leading[0]] > 0:
-        raise ValueError("ReducedRankModel: labels must depend on the blocks, got none that does; use more history")
+        raise DataError("ReducedRankModel: labels must depend on the blocks, got none that does; use more history")
     leading = leading[variance[leading] > variance[leading[0]] * 1e-9]
     chosen = vectors[:, leading]
     # A singular vector has no sign of its own: its largest entry is made positive.

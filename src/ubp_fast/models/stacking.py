@@ -5,7 +5,7 @@
 The body is the organisers' downstream network without its output layer, so a good profile here is a good profile there.
 Joined blocks [B, F] -> profile float32 [B, 512].
 
-Source: spec 6.
+Source: docs/winner.md 6.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ubp_fast.features.matrix import Features
+from ubp_fast.features.scaling import Rows, moments
 from ubp_fast.models.downstream import HIDDEN_DIM, DownstreamBody
-from ubp_fast.models.linear import Linear
+from ubp_fast.models.layers.linear import Linear
 from ubp_fast.sequences.batch import ViewBatch
 
 STACKING_LABELS = ("churn", "buy_sku", "buy_category")
@@ -29,8 +31,8 @@ STACKING_LABELS = ("churn", "buy_sku", "buy_category")
 class StackingConfig:
     """The stacking model with the winner's constants."""
 
-    profile_width: int = 512  # columns of the stacked profile; spec 6
-    labels: tuple[str, ...] = STACKING_LABELS  # tasks, names of `window_labels`; spec 6
+    profile_width: int = 512  # columns of the stacked profile; docs/winner.md 6
+    labels: tuple[str, ...] = STACKING_LABELS  # tasks, names of `window_labels`; docs/winner.md 6
     standardise: bool = False  # bring every input column to mean 0, deviation 1 first; ours
 
 
@@ -60,12 +62,12 @@ class StackingModel(nn.Module):
         """Columns of the profile."""
         return self.config.profile_width
 
-    def fit_scaling(self, values: np.ndarray) -> None:
+    def fit_scaling(self, values: Rows) -> None:
         """Takes mean and deviation of the training inputs, float [N, F], when the config asks for standardised ones."""
         if not self.config.standardise:
             return
-        deviation = values.std(axis=0, dtype=np.float64)
-        self.input_mean.copy_(torch.as_tensor(values.mean(axis=0, dtype=np.float64)))
+        mean, deviation = moments(values)
+        self.input_mean.copy_(torch.as_tensor(mean))
         self.input_scale.copy_(torch.as_tensor(1.0 / np.where(deviation > 1e-6, deviation, 1.0)))
 
     def forward(self, batch: ViewBatch) -> Tensor:
@@ -86,27 +88,53 @@ class StackingModel(nn.Module):
         return terms
 
 
-def join_blocks(blocks: Sequence[np.ndarray], is_row_normalised: Sequence[bool]) -> np.ndarray:
-    """Puts blocks float [U, F_i] of the same clients side by side, float32 [U, sum F_i].
+class JoinedBlocks:
+    """Blocks of the same clients side by side at one or several cutoffs, joined for the rows that are asked for alone.
 
     Args:
-        blocks: component profiles and features, rows in the same client order.
-        is_row_normalised: per block, divide each row by its Euclidean length (rows of zeros stay zeros); spec 5.
+        cutoffs: per cutoff, its blocks [U, F_i]: component profiles and features, the same columns at every cutoff and
+            rows in the same client order. Row i of the result is client i % U at cutoff i // U.
+        is_count: per block, take log1p and divide each row by its Euclidean length (rows of zeros stay zeros);
+            docs/winner.md 5.
 
     Raises:
         ValueError: no block, or different numbers of rows.
     """
-    if not blocks or len(blocks) != len(is_row_normalised):
-        raise ValueError(
-            f"join_blocks: blocks must be given with one flag each, got {len(blocks)} and {len(is_row_normalised)}"
-        )
-    if len({len(block) for block in blocks}) != 1:
-        raise ValueError(f"join_blocks: blocks must have equal rows, got {[len(block) for block in blocks]}")
-    joined = []
-    for block, is_normalised in zip(blocks, is_row_normalised, strict=True):
-        values: np.ndarray = np.asarray(block, np.float32)
-        if is_normalised:
-            length = np.linalg.norm(values, axis=1, keepdims=True)
-            values = values / np.where(length > 0, length, 1.0)
-        joined.append(values)
-    return np.concatenate(joined, axis=1)
+
+    def __init__(self, cutoffs: Sequence[Sequence[np.ndarray | Features]], is_count: Sequence[bool]) -> None:
+        if not cutoffs or not cutoffs[0] or any(len(blocks) != len(is_count) for blocks in cutoffs):
+            raise ValueError(
+                f"JoinedBlocks: blocks must be given with one flag each, got {[len(blocks) for blocks in cutoffs]} and"
+                f" {len(is_count)}"
+            )
+        rows = [block.shape[0] for blocks in cutoffs for block in blocks]
+        if len(set(rows)) != 1:
+            raise ValueError(f"JoinedBlocks: blocks must have equal rows, got {rows}")
+        self._cutoffs, self._is_count = cutoffs, is_count
+        self._num_clients = rows[0]
+        self.shape = (len(cutoffs) * rows[0], sum(block.shape[1] for block in cutoffs[0]))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, chosen: slice | np.ndarray) -> np.ndarray:
+        """Rows float32 [N, sum of F_i]: a slice or i64 positions [N]."""
+        if isinstance(chosen, slice) and len(self._cutoffs) == 1:
+            return self._joined(0, chosen)
+        chosen = np.arange(len(self))[chosen]
+        values = np.empty((len(chosen), self.shape[1]), np.float32)
+        cutoff, client = np.divmod(chosen, max(self._num_clients, 1))
+        for each in np.unique(cutoff):
+            values[cutoff == each] = self._joined(each, client[cutoff == each])
+        return values
+
+    def _joined(self, cutoff: int, rows: slice | np.ndarray) -> np.ndarray:
+        joined = []
+        for block, is_count in zip(self._cutoffs[cutoff], self._is_count, strict=True):
+            values = np.asarray(block[rows], np.float32) if isinstance(block, np.ndarray) else block.rows(rows)
+            if is_count:
+                values = np.log1p(values)
+                length = np.linalg.norm(values, axis=1, keepdims=True)
+                values = values / np.where(length > 0, length, 1.0)
+            joined.append(values)
+        return np.concatenate(joined, axis=1)

@@ -1,23 +1,23 @@
 """Training and inference of every model: the one place with Lightning.
 
 Each epoch starts from (seed, epoch) alone and ends with the optimizer in evaluation mode, so a run that was killed and
-continued from its last checkpoint ends with the same bytes as an undisturbed one. Checkpoints appear under a temporary
-name and are renamed; the one before is kept until the next is complete.
+continued from its last checkpoint ends with the same bytes as an undisturbed one. The checkpoint before is kept until
+the next is complete.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
 import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import lightning
 import numpy as np
@@ -25,32 +25,43 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ubp_fast.models.weights import load_model, save_model, write_atomically
+from ubp_fast.events.schema import DataError, UserError
+from ubp_fast.files import load_json, load_tensors, write_atomically, write_json, write_tensors
+from ubp_fast.kernels import check_deferred
 from ubp_fast.optim import TableUpdates, adopt_tables, clip_gradient_norm, release_tables
+from ubp_fast.progress import Progress
 from ubp_fast.sequences.batch import ViewBatch
 from ubp_fast.sequences.loader import ViewLoader
 
-Progress = Callable[[int, int], None]
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 MODEL_FILE, LOSSES_FILE = "model.safetensors", "losses.json"
 CURVE_POINTS = 60
 _CHECKPOINT, _PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
-_UNREADABLE = (OSError, EOFError, RuntimeError, KeyError, ValueError, TypeError, UnpicklingError, SafetensorError)
+# What a damaged checkpoint, model or record makes its reader raise.
+_UNREADABLE = (OSError, EOFError, RuntimeError, KeyError, ValueError, UnpicklingError, SafetensorError)
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """How long and in which way a model is trained."""
 
-    epochs: int = 1  # passes over all views; spec 6 (stacking)
-    batch_size: int = 128  # client views per step; spec 4.7
+    epochs: int = 1  # passes over all views; docs/winner.md 6 (stacking)
+    batch_size: int = 128  # client views per step; docs/winner.md 4.7
     seed: int = 0  # of initial weights, order and dropout
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16 computes products in bfloat16, weights stay float32
     device: Literal["cpu", "cuda", "auto"] = "cpu"  # auto takes a GPU when there is one
-    gradient_clip_norm: float | None = None  # largest gradient norm; none in spec 4.7 and 6
+    gradient_clip_norm: float | None = None  # largest gradient norm; none in docs/winner.md 4.7 and 6
     checkpoint_every_s: float = 30.0  # seconds between checkpoints, written at the end of an epoch
     table_updates: TableUpdates = "auto"  # of large tables: only rows in use where that is exact, see `adopt_tables`
+
+
+def initialise(factory: Callable[[], ModuleT], seed: int) -> ModuleT:
+    """Builds a module whose initial weights depend on `seed` only; the caller's random state is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return factory()
 
 
 def fit(
@@ -60,42 +71,41 @@ def fit(
     config: TrainingConfig,
     directory: Path,
     progress: Progress | None = None,
-    validation: ViewLoader | None = None,
 ) -> list[dict[str, float]]:
     """Trains `model` in place; leaves `model.safetensors` and `losses.json` in `directory`.
 
     `losses.json`: `epochs`, what is returned, and `curve`, means over about `CURVE_POINTS` parts of the training.
     Called again with a directory that holds checkpoints of the same training, it continues; with a finished one, it
-    only loads. Unreadable checkpoints, and those of another training, are passed over.
+    only loads. Unreadable checkpoints, and those of another model, optimizer or training, are passed over.
 
     Args:
-        model: has `loss(batch) -> dict of terms`; their sum is minimised.
+        model: has `loss(batch) -> dict of terms`; their sum is minimised. What its `epoch_metrics()` gives, if it has
+            any, is recorded after every epoch.
         loader: training batches; its `set_epoch` is called before each pass.
         optimizer_factory: parameters -> optimizer. Schedule-free ones are switched between training and evaluation.
         config: epochs, seed, precision, device.
         directory: for checkpoints and results, created when missing.
         progress: called as progress(steps done, steps in all) after every step.
-        validation: batches whose mean losses are recorded after every epoch as `validation_<term>`.
 
     Returns:
-        Per epoch: `epoch` (from 0), `loss` (sum of the terms) and each term, means over the views.
+        Per epoch: `epoch` (from 0), `loss` (sum of the terms) and each term, means over the views; metrics.
 
     Raises:
-        ValueError: a loader without views.
+        DataError: a loader without views.
+        UserError: `table_updates` that this optimizer cannot have.
         FloatingPointError: a loss that is not finite.
     """
     if not len(loader):
-        raise ValueError("fit: loader must have at least one view, got none; use an earlier cutoff or more data")
+        raise DataError("fit: loader must have at least one view, got none; use an earlier cutoff or more data")
     directory.mkdir(parents=True, exist_ok=True)
-    identity: dict[str, Any] = {"training": asdict(config), "views": loader.num_views, "steps_per_epoch": len(loader)}
-    identity["training"].pop("checkpoint_every_s")
+    identity = _identity(model, loader, optimizer_factory, config)
     finished = _load_finished(model, directory, identity)
     if finished is not None:
         if progress is not None:
             progress(config.epochs * len(loader), config.epochs * len(loader))
         return finished
     with _quiet_lightning(), torch.random.fork_rng(devices=_cuda_devices(config)):
-        job = _Job(model, loader, optimizer_factory, config, directory, identity, progress, validation)
+        job = _Job(model, loader, optimizer_factory, config, directory, identity, progress)
         trainer = lightning.Trainer(
             accelerator=config.device,
             devices=1,
@@ -110,9 +120,8 @@ def fit(
         )
         trainer.fit(job, train_dataloaders=loader)
     release_tables(model)
-    write_atomically(directory / MODEL_FILE, lambda path: save_model(model, path))
-    text = json.dumps({**identity, "epochs": job.losses, "curve": job.curve}, indent=1)
-    write_atomically(directory / LOSSES_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    write_tensors(directory / MODEL_FILE, model.state_dict())
+    write_json(directory / LOSSES_FILE, {**identity, "epochs": job.losses, "curve": job.curve})
     for name in (_CHECKPOINT, _PREVIOUS):
         (directory / name).unlink(missing_ok=True)
     return job.losses
@@ -134,6 +143,7 @@ def embed(model: nn.Module, loader: ViewLoader, progress: Progress | None = None
             parts.append(model(batch.to(device)).float().cpu().numpy())
             if progress is not None:
                 progress(step, len(loader))
+    check_deferred()
     width: Any = model.embedding_width
     return np.concatenate(parts) if parts else np.empty((0, width), np.float32)
 
@@ -150,12 +160,10 @@ class _Job(lightning.LightningModule):
         directory: Path,
         identity: dict[str, Any],
         progress: Progress | None,
-        validation: ViewLoader | None,
     ) -> None:
         super().__init__()
         self.model: Any = model
-        self.loader, self.validation = loader, validation
-        self.optimizer_factory, self.config = optimizer_factory, config
+        self.loader, self.optimizer_factory, self.config = loader, optimizer_factory, config
         self.directory, self.identity, self.progress = directory, identity, progress
         self.losses: list[dict[str, float]] = []
         self.curve: list[dict[str, float]] = []
@@ -175,17 +183,20 @@ class _Job(lightning.LightningModule):
         for name in (_CHECKPOINT, _PREVIOUS):
             try:
                 state = torch.load(self.directory / name, map_location="cpu", weights_only=True)
-                if state["identity"] != self.identity:
-                    continue
-                self.model.load_state_dict(state["model"])
-                self.losses, self.curve, self._resumed = state["losses"], state["curve"], state["optimizer"]
-                return
+                identity, weights = state["identity"], state["model"]
+                losses, curve, optimizer = state["losses"], state["curve"], state["optimizer"]
             except _UNREADABLE:
                 continue
+            if identity == self.identity and _load(self.model, weights):
+                self.losses, self.curve, self._resumed = losses, curve, optimizer
+                return
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer = self.optimizer_factory(self.model.parameters())
-        self.optimizer = adopt_tables(optimizer, self.model, self.config.table_updates)
+        try:
+            self.optimizer = adopt_tables(optimizer, self.model, self.config.table_updates)
+        except ValueError as error:  # `table_updates` that the optimizer or the tables cannot have
+            raise UserError(str(error)) from error
         if self._resumed is not None:
             self.optimizer.load_state_dict(self._resumed)
             self._resumed = None
@@ -201,7 +212,9 @@ class _Job(lightning.LightningModule):
 
     def configure_gradient_clipping(self, *_: object, **__: object) -> None:
         if self.config.gradient_clip_norm is not None:
-            clip_gradient_norm(self.model.parameters(), self.config.gradient_clip_norm)
+            # Probes watch: their gradients must not shorten those of the model.
+            own = (part for name, part in self.model.named_parameters() if not name.startswith("probes."))
+            clip_gradient_norm(own, self.config.gradient_clip_norm)
 
     def training_step(self, batch: ViewBatch, batch_index: int) -> Tensor:
         terms = self.model.loss(batch)
@@ -226,22 +239,15 @@ class _Job(lightning.LightningModule):
             self.progress(done, total)
 
     def on_train_epoch_end(self) -> None:
+        check_deferred()  # a wrong value on a GPU ends the training before it is written
         _switch(self.optimizer, is_training=False)
-        losses = {"epoch": float(self.epochs_done), **_mean_terms(self._terms)}
+        metrics: dict[str, float] = getattr(self.model, "epoch_metrics", dict)()
+        self.losses.append({"epoch": float(self.epochs_done), **_mean_terms(self._terms), **metrics})
         self._terms, self._curve_start = [], 0
-        if self.validation is not None:
-            losses |= {f"validation_{name}": value for name, value in self._validate(self.validation).items()}
-        self.losses.append(losses)
         self.loader.set_epoch(self.epochs_done)
         is_last = self.epochs_done == self.config.epochs
         if not is_last and time.monotonic() - self._saved_at >= self.config.checkpoint_every_s:
             self._checkpoint()
-
-    def _validate(self, loader: ViewLoader) -> dict[str, float]:
-        self.model.eval()
-        with torch.inference_mode():
-            batches = (batch.to(self.device) for batch in loader)
-            return _mean_terms([(batch.num_views, self.model.loss(batch)) for batch in batches])
 
     def _checkpoint(self) -> None:
         state = {"identity": self.identity, "losses": self.losses, "curve": self.curve}
@@ -267,17 +273,43 @@ def _mean_terms(terms: list[tuple[int, dict[str, Tensor]]]) -> dict[str, float]:
     return {"loss": sum(means.values()), **means}
 
 
+def _identity(
+    model: nn.Module, loader: ViewLoader, optimizer_factory: OptimizerFactory, config: TrainingConfig
+) -> dict[str, Any]:
+    """What has to be the same for a training to be continued, as JSON holds it."""
+    training = asdict(config)
+    training.pop("checkpoint_every_s")
+    optimizer = optimizer_factory([nn.Parameter(torch.zeros(1))])
+    shapes = str([(name, tuple(part.shape), part.dtype) for name, part in model.state_dict().items()])
+    return {
+        "model": f"{type(model).__name__}({getattr(model, 'config', '')})",
+        "weights": hashlib.blake2b(shapes.encode(), digest_size=8).hexdigest(),
+        "optimizer": f"{type(optimizer).__name__}({optimizer.defaults})",
+        "training": training,
+        "views": loader.num_views,
+        "steps_per_epoch": len(loader),
+    }
+
+
 def _load_finished(model: nn.Module, directory: Path, identity: dict[str, Any]) -> list[dict[str, float]] | None:
     try:
-        record = json.loads((directory / LOSSES_FILE).read_text(encoding="utf-8"))
-        epochs = record.pop("epochs")
-        record.pop("curve")
-        if record != identity:
-            return None
-        load_model(model, directory / MODEL_FILE)
+        record = load_json(directory / LOSSES_FILE)
+        epochs, _ = record.pop("epochs"), record.pop("curve")
+        weights = load_tensors(directory / MODEL_FILE)
     except _UNREADABLE:
         return None
-    return epochs
+    return epochs if record == identity and _load(model, weights) else None
+
+
+def _load(model: nn.Module, weights: Mapping[str, Tensor]) -> bool:
+    """Takes over all weights, or none: False when a name, shape or dtype differs."""
+    own = model.state_dict()
+    fits = {name: (part.shape, part.dtype) for name, part in weights.items()} == {
+        name: (part.shape, part.dtype) for name, part in own.items()
+    }
+    if fits:
+        model.load_state_dict(weights)
+    return fits
 
 
 def _cuda_devices(config: TrainingConfig) -> list[int]:

@@ -11,42 +11,15 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 from ubp_fast import __version__
+from ubp_fast.files import clear_directory, complete_directory, writable_directory, writing_to
 
 KEY_LENGTH = 16
-
-
-class OutputDirectoryError(RuntimeError):
-    """The output directory cannot be written, or belongs to something else."""
-
-
-def writable_directory(path: Path, purpose: str) -> Path:
-    """Creates `path` when needed and proves that files can be written there.
-
-    Raises:
-        OutputDirectoryError: read-only, full, or a file stands in the way; names the directory and the remedy.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".write-test-{os.getpid()}"
-        with probe.open("wb") as handle:
-            handle.write(b"\0" * 4096)
-            handle.flush()
-            os.fsync(handle.fileno())
-        probe.unlink()
-    except OSError as error:
-        raise OutputDirectoryError(
-            f"{path}: {purpose} must be a writable directory with free space, got {error.strerror or error};"
-            " free some space, change its permissions, or choose another place"
-        ) from error
-    return path
 
 
 def digest(value: object) -> str:
@@ -101,19 +74,10 @@ class StageCache:
             if target.is_dir():
                 return target
             partial = target.with_name(target.name + ".partial")
-            _clear(partial, keep=frozenset(keep))
-            try:
+            with writing_to(target, f"output of stage '{name}'", partial):
+                clear_directory(partial, keep=frozenset(keep))
                 make(partial)
-            except OSError as error:
-                if error.errno in (28, 30, 122):  # no space, read-only, quota
-                    raise OutputDirectoryError(
-                        f"{partial}: stage '{name}' must be able to write its output, got {error.strerror};"
-                        " free some space and run the same command again, finished stages are kept"
-                    ) from error
-                raise
-            _flush(partial)
-            os.replace(partial, target)
-            _flush_directory(target.parent)
+                complete_directory(partial, target)
         return target
 
     @contextmanager
@@ -135,52 +99,3 @@ def stage_key(name: str, config: Mapping[str, object], inputs: Mapping[str, str]
         inputs: key of every input, by name.
     """
     return digest({"stage": name, "config": dict(config), "inputs": dict(inputs), "source": source_digest()})
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file under a temporary name and renames it when complete."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
-
-
-def copy_directory(source: Path, target: Path) -> None:
-    """Copies the files of `source` to `target`, each renamed into place when complete."""
-    target.mkdir(parents=True, exist_ok=True)
-    for file in sorted(source.iterdir()):
-        temporary = target / f".{file.name}.{os.getpid()}.tmp"
-        shutil.copyfile(file, temporary)
-        os.replace(temporary, target / file.name)
-
-
-def _clear(directory: Path, keep: frozenset[str]) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    for child in directory.iterdir():
-        if child.name not in keep:
-            _remove(child)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _flush(directory: Path) -> None:
-    for path in directory.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as handle:
-                os.fsync(handle.fileno())
-    _flush_directory(directory)
-
-
-def _flush_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import time
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -17,17 +14,21 @@ from rich.console import Console
 from rich.table import Table
 
 from ubp_fast.events.read import EventDirectory
-from ubp_fast.events.schema import DataError
+from ubp_fast.events.schema import UserError
+from ubp_fast.events.split import utc_text
+from ubp_fast.files import OutputDirectoryError, copy_directory, load_json, write_json, write_text
 from ubp_fast.kernels import BackendUnavailable
 from ubp_fast.models.training import LOSSES_FILE
-from ubp_fast.pipeline.cache import OutputDirectoryError, StageCache, copy_directory, stage_key, write_text
+from ubp_fast.pipeline.cache import StageCache, stage_key
 from ubp_fast.pipeline.model_stages import TRAINING
-from ubp_fast.pipeline.progress import RunProgress, duration
 from ubp_fast.pipeline.run_directory import RunDirectory, environment
 from ubp_fast.pipeline.settings import Settings, read_settings
 from ubp_fast.pipeline.stages import Stage, plan
+from ubp_fast.progress import RunProgress, duration
 from ubp_fast.report import RunSummary, render_report
 
+# What a message alone explains. Anything else is a mistake of ours and keeps its traceback.
+USER_ERRORS = (UserError, OutputDirectoryError, BackendUnavailable, FloatingPointError)
 USER_ERROR = 2
 INTERRUPTED = 130
 ScoreTable = dict[str, dict[str, tuple[float | None, float | None]]]
@@ -43,9 +44,7 @@ def execute(config: DictConfig, console: Console | None = None) -> int:
     console = console or Console()
     try:
         run_stages(read_settings(config), console)
-    except (DataError, OutputDirectoryError, BackendUnavailable, FloatingPointError, ValueError) as error:
-        if isinstance(error, ValueError) and os.environ.get("UBP_TRACEBACK"):
-            raise
+    except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
@@ -59,7 +58,7 @@ def run_stages(settings: Settings, console: Console) -> Path:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     run = RunDirectory(settings.directory, settings.plain)
-    run.write_json("environment.json", environment(torch.get_num_threads()))
+    write_json(run.path / "environment.json", environment(torch.get_num_threads()))
     cache = StageCache(settings.cache)
     stages = plan(settings)
     wanted = _wanted(stages, settings.stages)
@@ -101,7 +100,7 @@ def _wanted(stages: Sequence[Stage], asked: Sequence[str] | None) -> list[Stage]
     for name in asked:
         chosen = groups.get(name, {name} & names)
         if not chosen:
-            raise ValueError(f"run: stages must be among {sorted({*names, *groups})}, got '{name}'")
+            raise UserError(f"run: stages must be among {sorted({*names, *groups})}, got '{name}'")
         needed |= chosen
     for stage in reversed(stages):
         if stage.name in needed:
@@ -127,9 +126,14 @@ def _publish(
     names = {stage.name for stage in stages}
     if "stacking" in names:
         copy_directory(run.path / "stages" / "stacking" / "stacked", run.path / "profiles")
-    scores = _scores(run, names)
-    if scores:
-        run.write_json("scores.json", _score_files(run, names))
+    found = _score_files(run, names)
+    if found:
+        write_json(run.path / "scores.json", found)
+    scores = {
+        component: {task: (entry["score"], entry["standard_error"]) for task, entry in value["tasks"].items()}
+        for component, value in found.items()
+    }
+    warnings = _warnings(run, found)
     summary = RunSummary(
         title=settings.name,
         scores=scores,
@@ -138,11 +142,13 @@ def _publish(
         facts=_facts(run, settings),
         environment=environment(torch.get_num_threads()),
         config_text=yaml.safe_dump(dict(settings.plain), sort_keys=False, allow_unicode=True),
-        warnings=[],
+        warnings=warnings,
     )
     write_text(run.path / "report.html", render_report(summary))
     if scores:
         console.print(_table(scores))
+    for text in warnings:
+        console.print(f"note      {text}", soft_wrap=True, highlight=False, markup=False)
     if "stacking" in names:
         console.print(f"profiles  {run.path / 'profiles'}", soft_wrap=True, highlight=False)
     console.print(f"report    {run.path / 'report.html'}", soft_wrap=True, highlight=False)
@@ -155,16 +161,20 @@ def _score_files(run: RunDirectory, names: set[str]) -> dict[str, dict]:
     for name in sorted(names):
         if name.startswith("evaluate-"):
             path = run.path / "stages" / name / "scores.json"
-            found[name.removeprefix("evaluate-")] = json.loads(path.read_text(encoding="utf-8"))
+            found[name.removeprefix("evaluate-")] = load_json(path)
     order = sorted(found, key=lambda name: (name.startswith("baseline"), name != "stacked", name))
     return {name: found[name] for name in order}
 
 
-def _scores(run: RunDirectory, names: set[str]) -> ScoreTable:
-    return {
-        component: {task: (entry["score"], entry["standard_error"]) for task, entry in scores["tasks"].items()}
-        for component, scores in _score_files(run, names).items()
-    }
+def _warnings(run: RunDirectory, scores: dict[str, dict]) -> list[str]:
+    """What the reader must know before trusting the numbers: notes of the data set, remarks of the scores."""
+    folder = run.path / "stages" / "events"
+    notes = list(EventDirectory.open(folder).info["notes"]) if folder.exists() else []
+    for component, value in scores.items():
+        notes += [f"{task}: the data has no labels for it, it is left out" for task in value["missing_tasks"]]
+        for task, entry in value["tasks"].items():
+            notes += [f"{component}, {task}: {warning}" for warning in entry["warnings"]]
+    return list(dict.fromkeys(notes))
 
 
 def _losses(run: RunDirectory, names: set[str]) -> dict[str, list[dict[str, float]]]:
@@ -173,7 +183,7 @@ def _losses(run: RunDirectory, names: set[str]) -> dict[str, list[dict[str, floa
         if name in names:
             path = run.path / "stages" / name / TRAINING / LOSSES_FILE
             if path.exists():  # a model in closed form has no losses
-                losses[name] = json.loads(path.read_text(encoding="utf-8"))["curve"]
+                losses[name] = load_json(path)["curve"]
     return losses
 
 
@@ -183,15 +193,15 @@ def _facts(run: RunDirectory, settings: Settings) -> dict[str, object]:
         return {}
     events = EventDirectory.open(folder)
 
-    def day(seconds: int) -> str:
-        return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
-
+    input_end, validation_start, end = (
+        utc_text(time_s) for time_s in (events.split.input_end_s, events.split.validation_start_s, events.split.end_s)
+    )
     return {
         "source": events.info["source"],
         "events": events.info["rows"],
-        "profiles see events before": day(events.split.input_end_s),
-        "the fixed network learns from": f"{day(events.split.input_end_s)} to {day(events.split.validation_start_s)}",
-        "scores are of": f"{day(events.split.validation_start_s)} to {day(events.split.end_s)} (inclusive)",
+        "profiles see events before": input_end,
+        "the fixed network learns from": f"{input_end} to {validation_start}",
+        "scores are of": f"{validation_start} to {end} (inclusive)",
         "row orders": settings.plain["evaluation"].get("orders", 1),
     }
 

@@ -12,38 +12,37 @@ from typing import Any
 import numpy as np
 import torch
 
-from ubp_fast.features.matrix import FeatureMatrix
-from ubp_fast.features.scaling import Scaler
-from ubp_fast.models.contrastive import ContrastiveModel
-from ubp_fast.models.event_embedding import EventSizes
+from ubp_fast.features.decayed import OF_LABEL
+from ubp_fast.features.matrix import Features, load_features
+from ubp_fast.features.scaling import MinMaxScaler
+from ubp_fast.models.contrastive import PROBE_LABELS, ContrastiveModel
+from ubp_fast.models.layers.event_embedding import EventSizes
 from ubp_fast.models.membership import activity_columns, membership_weights
 from ubp_fast.models.multitask import MULTITASK_LABELS, MultitaskModel
 from ubp_fast.models.reduced_rank import ReducedRankConfig, ReducedRankModel
-from ubp_fast.models.stacking import StackingModel, join_blocks
-from ubp_fast.models.training import embed, fit
-from ubp_fast.models.weights import initialise
-from ubp_fast.pipeline.progress import ProgressCallback
+from ubp_fast.models.stacking import JoinedBlocks, StackingModel
+from ubp_fast.models.training import embed, fit, initialise
 from ubp_fast.pipeline.settings import Settings
 from ubp_fast.profiles import Profiles
+from ubp_fast.progress import Progress
 from ubp_fast.sequences import ViewLoader, Views, age_quantiles_days, training_cutoffs, views_at, window_labels
 from ubp_fast.store.event_store import EventStore
 
 TRAINING = "training"
 INFERENCE_BATCH = 512
 MODELS = ("contrastive", "multitask")
-# In the names of `decayed_features`: a count of one label, not a summary.
-DECAYED_LABEL = "_decayed_"
 Inputs = Mapping[str, Path]
 
 
-def make_contrastive(settings: Settings, inputs: Inputs, directory: Path, progress: ProgressCallback) -> None:
+def make_contrastive(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
     """Two-tower model on past cutoffs; its vectors at the stacking cutoffs and at the profiles' cutoff."""
     store = EventStore.open(inputs["store"])
     config, training = settings.contrastive.config, settings.contrastive.training
     model_cutoffs, _ = cutoffs_of(store, settings)
     views = views_at(store, model_cutoffs, with_history=True, relevant_only=False)
     weight = membership_weights(activity_columns(store, store.cutoff_s), np.asarray(store.is_relevant))
-    model = initialise(lambda: ContrastiveModel(config, EventSizes.of(store)), settings.seed)
+    labels = _labels(store, views, inputs["features"], PROBE_LABELS) if config.probes else {}
+    model = initialise(lambda: ContrastiveModel(config, EventSizes.of(store), _widths(labels)), settings.seed)
     edges = age_quantiles_days(store, views, max_length=config.history_length, bins=config.events.age_bins)
     model.set_age_edges(edges)
     loader = ViewLoader(
@@ -52,6 +51,7 @@ def make_contrastive(settings: Settings, inputs: Inputs, directory: Path, progre
         batch_size=training.batch_size,
         history_length=config.history_length,
         future_length=config.future_length,
+        labels=labels,
         weight=weight[views.row],
         shuffle_seed=settings.seed,
     )
@@ -63,17 +63,14 @@ def make_contrastive(settings: Settings, inputs: Inputs, directory: Path, progre
     _write_vectors("contrastive", model, loader_at, store, settings, directory)
 
 
-def make_multitask(settings: Settings, inputs: Inputs, directory: Path, progress: ProgressCallback) -> None:
+def make_multitask(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
     """Multi-task model on past cutoffs; its vectors at the stacking cutoffs and at the profiles' cutoff."""
     store = EventStore.open(inputs["store"])
     config, training = settings.multitask.config, settings.multitask.training
     model_cutoffs, _ = cutoffs_of(store, settings)
     views = views_at(store, model_cutoffs, with_history=True)
-    static = {
-        cutoff_s: FeatureMatrix.load(inputs["features"] / f"static-{cutoff_s}").values for cutoff_s in model_cutoffs
-    }
-    features = _rows_of(views, static)
-    scaler = Scaler("minmax").fit(features)
+    features = _static(store, views, inputs["features"])
+    scaler = MinMaxScaler.fit(features)
     scaler.save(directory / "scaler")
     labels = _labels(store, views, inputs["features"], MULTITASK_LABELS)
     sizes, widths = EventSizes.of(store), _widths(labels)
@@ -90,34 +87,32 @@ def make_multitask(settings: Settings, inputs: Inputs, directory: Path, progress
     fit(model, loader, settings.multitask.optimizer, training, directory / TRAINING, progress)
 
     def loader_at(views: Views, cutoff_s: int) -> ViewLoader:
-        values = FeatureMatrix.load(inputs["features"] / f"static-{cutoff_s}").values
         return ViewLoader(
             store,
             views,
             batch_size=INFERENCE_BATCH,
             history_length=config.history_length,
-            features=scaler.transform(values[views.row]),
+            features=scaler.transform(_static(store, views, inputs["features"])),
         )
 
     _write_vectors("multitask", model, loader_at, store, settings, directory)
 
 
-def make_stacking(settings: Settings, inputs: Inputs, directory: Path, progress: ProgressCallback) -> None:
+def make_stacking(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
     """Joins all blocks at later cutoffs than its parts learned from; what comes out are the final profiles."""
     store = EventStore.open(inputs["store"])
     config = settings.stacking.config
     _, cutoffs = cutoffs_of(store, settings)
     views = views_at(store, cutoffs)
-    # Rows in the order of the views.
-    past = [_blocks_at(store, inputs, cutoff_s, settings)[0] for cutoff_s in cutoffs]
     labels = _labels(store, views, inputs["features"], config.labels)
     if isinstance(config, ReducedRankConfig):
-        newest, is_summary = _blocks_at(store, inputs, store.cutoff_s, settings)
-        model = ReducedRankModel(config).fit(past, labels, is_summary)
+        is_summary = _is_summary(inputs, store.cutoff_s, settings)
+        model = ReducedRankModel(config)
+        model.fit([_joined(inputs, [cutoff_s], settings) for cutoff_s in cutoffs], labels, is_summary)
         model.save(directory / "reduced_rank.safetensors")
-        vectors = model.transform(newest)
+        vectors = model.transform(_joined(inputs, [store.cutoff_s], settings))
     else:
-        vectors = _train_stacking(settings, store, inputs, np.concatenate(past), labels, views, directory, progress)
+        vectors = _train_stacking(settings, store, inputs, labels, views, directory, progress)
     _profiles(store, vectors).save(directory / "stacked")
 
 
@@ -125,14 +120,15 @@ def _train_stacking(
     settings: Settings,
     store: EventStore,
     inputs: Inputs,
-    joined: np.ndarray,
     labels: dict[str, Any],
     views: Views,
     directory: Path,
-    progress: ProgressCallback,
+    progress: Progress,
 ) -> np.ndarray:
     """The winner's stacking network: its activations at the profiles' cutoff."""
     config, training = settings.stacking.config, settings.stacking.training
+    # Rows in the order of the views.
+    joined = _joined(inputs, cutoffs_of(store, settings)[1], settings)
     model = initialise(lambda: StackingModel(config, joined.shape[1], _widths(labels)), settings.seed)
     model.fit_scaling(joined)
     loader = ViewLoader(
@@ -143,7 +139,7 @@ def _train_stacking(
         None,
         views_at(store, [store.cutoff_s]),
         batch_size=INFERENCE_BATCH,
-        features=_blocks_at(store, inputs, store.cutoff_s, settings)[0],
+        features=_joined(inputs, [store.cutoff_s], settings),
     )
     return embed(model, final)
 
@@ -173,13 +169,15 @@ def _widths(labels: Mapping[str, Any]) -> dict[str, int]:
     return {name: getattr(label, "num_labels", 1) for name, label in labels.items()}
 
 
-def _rows_of(views: Views, by_cutoff: Mapping[int, np.ndarray]) -> np.ndarray:
-    """The row of each view from the matrix of its cutoff, float32 [N, F]."""
-    width = next(iter(by_cutoff.values())).shape[1]
-    rows = np.empty((len(views.row), width), np.float32)
-    for cutoff_s, values in by_cutoff.items():
+def _static(store: EventStore, views: Views, features: Path) -> np.ndarray:
+    """Static features of each view at its cutoff, float32 [N, 46]."""
+    place = np.cumsum(store.is_relevant) - 1
+    cutoffs = np.unique(views.cutoff_s)
+    found = {cutoff_s: load_features(features / f"static-{cutoff_s}") for cutoff_s in cutoffs.tolist()}
+    rows = np.empty((len(views.row), found[int(cutoffs[0])].shape[1]), np.float32)
+    for cutoff_s, matrix in found.items():
         chosen = views.cutoff_s == cutoff_s
-        rows[chosen] = values[views.row[chosen]]
+        rows[chosen] = matrix.rows(place[views.row[chosen]])
     return rows
 
 
@@ -202,22 +200,23 @@ def _profiles(store: EventStore, vectors: np.ndarray) -> Profiles:
     return Profiles(store.client_ids[store.is_relevant], vectors).to_float16()
 
 
-def _blocks_at(store: EventStore, inputs: Inputs, cutoff_s: int, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
-    """What `stacking.blocks` names about the relevant clients at a cutoff, side by side, and which columns sum up.
+def _joined(inputs: Inputs, cutoffs: Sequence[int], settings: Settings) -> JoinedBlocks:
+    """What `stacking.blocks` names about the relevant clients at some cutoffs, side by side."""
+    blocks = [[_block(inputs, name, cutoff_s) for name in settings.stacking_blocks] for cutoff_s in cutoffs]
+    return JoinedBlocks(blocks, [name == "aggregated" for name in settings.stacking_blocks])
 
-    Returns:
-        float32 [relevant U, F]; bool [F], True for what sums a client up instead of counting one label.
-    """
-    blocks, is_normalised, is_summary = [], [], []
+
+def _block(inputs: Inputs, name: str, cutoff_s: int) -> np.ndarray | Features:
+    if name in MODELS:
+        return np.load(inputs[name] / f"vectors-{cutoff_s}.npy", mmap_mode="r", allow_pickle=False)
+    return load_features(inputs["features"] / f"{name}-{cutoff_s}")
+
+
+def _is_summary(inputs: Inputs, cutoff_s: int, settings: Settings) -> np.ndarray:
+    """Bool [F], columns of `_joined` that sum a client up instead of counting one label."""
+    found = []
     for name in settings.stacking_blocks:
-        if name in MODELS:
-            values = np.load(inputs[name] / f"vectors-{cutoff_s}.npy", allow_pickle=False)
-            of_label = np.ones(values.shape[1], bool)
-        else:
-            matrix = FeatureMatrix.load(inputs["features"] / f"{name}-{cutoff_s}")
-            values = matrix.values[store.is_relevant]
-            of_label = np.array([name != "decayed" or DECAYED_LABEL in column for column in matrix.names])
-        blocks.append(np.log1p(values) if name == "aggregated" else values)
-        is_normalised.append(name == "aggregated")
-        is_summary.append(~of_label)
-    return join_blocks(blocks, is_normalised), np.concatenate(is_summary)
+        block = _block(inputs, name, cutoff_s)
+        names = getattr(block, "names", ()) if name == "decayed" else (OF_LABEL,) * block.shape[1]
+        found += [OF_LABEL not in column for column in names]
+    return np.array(found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from ubp_fast.pipeline.cache import OutputDirectoryError, writable_directory, write_text
+from ubp_fast.files import OutputDirectoryError, writable_directory, write_text
 
 CONFIG_FILE = "config.yaml"
 # Which stages to run, and with how many threads, are no property of the result.
@@ -28,12 +27,6 @@ class RunDirectory:
         _refuse_foreign_content(path, config)
         writable_directory(path, "the run directory")
         write_text(path / CONFIG_FILE, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
-
-    def write_json(self, name: str, value: object) -> Path:
-        """Writes `value` as strict JSON (no NaN)."""
-        path = self.path / name
-        write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
-        return path
 
     def link_stage(self, name: str, target: Path) -> None:
         """Shows a stage's cached output as `stages/<name>` inside the run directory."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import get_class, instantiate
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from ubp_fast.events.schema import UserError
 from ubp_fast.pipeline.cache import digest, file_digest
 
 BLOCKS = ("contrastive", "multitask", "aggregated", "decayed", "rich")
@@ -31,6 +33,11 @@ class Windows:
     model_cutoffs: int = 4
     stacking_cutoffs: int = 1
     labels: int = 100
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value < 1:
+                raise UserError(f"run: windows.{name} must be >= 1, got {value}")
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,7 @@ def read_settings(config: DictConfig) -> Settings:
     """Instantiates the parts of a composed configuration.
 
     Raises:
-        ValueError: a value that the part it belongs to refuses.
+        UserError: a value that the part it belongs to refuses.
     """
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     named = {
@@ -109,7 +116,7 @@ def read_settings(config: DictConfig) -> Settings:
     evaluation = dict(plain["evaluation"])
     components, submission = evaluation.pop("components"), evaluation.pop("profiles")
     if components not in ("default", "all"):
-        raise ValueError(f"run: evaluation.components must be 'default' or 'all', got '{components}'")
+        raise UserError(f"run: evaluation.components must be 'default' or 'all', got '{components}'")
     stages = plain["stages"]
     return Settings(
         name=name,
@@ -143,22 +150,33 @@ def _blocks(plain: Mapping[str, Any]) -> tuple[str, ...]:
         named.append("rich")
     allowed = BLOCKS if has_rich else BLOCKS[:-1]
     if not named or len(set(named)) < len(named) or not set(named) <= set(allowed):
-        raise ValueError(f"run: stacking.blocks must be different ones of {list(allowed)}, got {named}")
+        raise UserError(f"run: stacking.blocks must be different ones of {list(allowed)}, got {named}")
     return tuple(named)
 
 
 def _model(group: Mapping[str, Any]) -> ModelSettings:
-    return ModelSettings(_make(group["config"]), _make(group["training"]), instantiate(group["optimizer"]))
+    return ModelSettings(_make(group["config"]), _make(group["training"]), _make(group["optimizer"]))
 
 
-def _make(value: Any) -> Any:
-    """Builds the dataclasses that `_target_` names, innermost first; lists become tuples."""
-    if isinstance(value, Mapping):
-        arguments = {name: _make(item) for name, item in value.items() if name != "_target_"}
-        if "_target_" not in value:
-            return arguments
-        try:
-            return get_class(value["_target_"])(**arguments)
-        except TypeError as error:
-            raise ValueError(f"run: configuration of {value['_target_']} must fit its fields, got: {error}") from error
-    return tuple(_make(item) for item in value) if isinstance(value, list) else value
+def _make(group: Any) -> Any:
+    """Builds what `_target_` names, innermost first."""
+    try:
+        return _with_tuples(instantiate(group, _convert_="all"))
+    except InstantiationException as error:
+        reason = error.__cause__
+        if not isinstance(reason, TypeError | ValueError):
+            raise
+        message = str(reason)
+        if isinstance(reason, TypeError):  # the constructor's own text tells of a key that it does not know
+            message = f"run: configuration of {group['_target_']} must fit its fields, got: {reason}"
+        raise UserError(message) from error
+
+
+def _with_tuples(value: Any) -> Any:
+    """Lists of the configuration as the tuples that the dataclasses declare."""
+    if isinstance(value, list):
+        return tuple(map(_with_tuples, value))
+    if is_dataclass(value):
+        for item in fields(value):
+            object.__setattr__(value, item.name, _with_tuples(getattr(value, item.name)))
+    return value

@@ -9,16 +9,22 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
 from ubp_fast.evaluation import build_targets, evaluate
+from ubp_fast.events.labels import make_label_lists
 from ubp_fast.events.read import EventDirectory
-from ubp_fast.events.targets import make_label_lists
+from ubp_fast.features.aggregated import aggregated_features
+from ubp_fast.features.decayed import decayed_features
+from ubp_fast.features.organisers import CountsConfig, count_features_once
 from ubp_fast.features.rich import rich_features
-from ubp_fast.features.windows import aggregated_features, decayed_features, organisers_features, static_features
+from ubp_fast.features.static import static_features
+from ubp_fast.features.writing import in_client_blocks
 from ubp_fast.pipeline.model_stages import (
     MODELS,
     TRAINING,
@@ -28,9 +34,9 @@ from ubp_fast.pipeline.model_stages import (
     make_multitask,
     make_stacking,
 )
-from ubp_fast.pipeline.progress import ProgressCallback
 from ubp_fast.pipeline.settings import Settings
 from ubp_fast.profiles import Profiles, validate
+from ubp_fast.progress import Progress
 from ubp_fast.store.build import build_store
 from ubp_fast.store.event_store import EventStore
 
@@ -53,7 +59,7 @@ class Stage:
     name: str
     inputs: tuple[str, ...]
     config: Mapping[str, Any]
-    make: Callable[[Settings, Inputs, Path, ProgressCallback], None]
+    make: Callable[[Settings, Inputs, Path, Progress], None]
     cost: float
     keep: tuple[str, ...] = ()
 
@@ -70,17 +76,17 @@ def plan(settings: Settings) -> list[Stage]:
         score = Stage("evaluate-submission", ("events",), config, evaluate_submission, 60)
         return [events, baselines, score, *(_score(settings, name) for name in BASELINES)]
     common = settings.part("seed", "windows")
+    features = settings.part("windows", "features") | {"sets": _feature_sets(settings)}
     joined = tuple(name for name in MODELS if name in settings.stacking_blocks)
     parts = MODELS if settings.components == "all" else ()
-    asked = settings.stages or ()
     stages = [
         events,
         Stage("store", ("events",), settings.part("store"), make_store, 2),
-        Stage("features", ("events", "store"), common | settings.part("features"), make_features, 8),
+        Stage("features", ("events", "store"), features, make_features, 8),
         *(
             Stage(name, ("store", "features"), common | settings.part(name), make, 60, (TRAINING,))
             for name, make in (("contrastive", make_contrastive), ("multitask", make_multitask))
-            if name in (*joined, *parts, *asked)
+            if name in _trained(settings)
         ),
         Stage(
             "stacking",
@@ -96,6 +102,18 @@ def plan(settings: Settings) -> list[Stage]:
     return stages + [_score(settings, component) for component in components]
 
 
+def _trained(settings: Settings) -> tuple[str, ...]:
+    """Models that the stacking model joins, that are scored, or that are asked for by name."""
+    wanted = (*settings.stacking_blocks, *(settings.stages or ()), *(MODELS if settings.components == "all" else ()))
+    return tuple(name for name in MODELS if name in wanted)
+
+
+def _feature_sets(settings: Settings) -> list[str]:
+    """Features that a model of the run looks at."""
+    of_stacking = [name for name in settings.stacking_blocks if name not in MODELS]
+    return ["static", *of_stacking] if "multitask" in _trained(settings) else of_stacking
+
+
 def _evaluation_part(settings: Settings) -> dict[str, Any]:
     """What can change a score: not which other components are scored beside it."""
     return {
@@ -106,24 +124,24 @@ def _evaluation_part(settings: Settings) -> dict[str, Any]:
 def _score(settings: Settings, component: str) -> Stage:
     folder = {"stacked": "stacking", "contrastive": "contrastive", "multitask": "multitask"}.get(component, "baselines")
 
-    def make(settings: Settings, inputs: Inputs, directory: Path, progress: ProgressCallback) -> None:
+    def make(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
         _write_scores(settings, inputs["events"], Profiles.load(inputs[folder] / component), directory, progress)
 
     return Stage(f"evaluate-{component}", ("events", folder), _evaluation_part(settings), make, 60)
 
 
-def make_events(settings: Settings, inputs: Inputs, directory: Path, progress: ProgressCallback) -> None:
+def make_events(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
     """Raw tables, checked and in canonical form."""
     settings.source.prepare(directory, progress)
 
 
-def make_store(settings: Settings, inputs: Inputs, directory: Path, progress: ProgressCallback) -> None:
+def make_store(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
     """Client-sorted columns of everything before the profiles' cutoff, and nothing after it."""
     events = EventDirectory.open(inputs["events"])
     build_store(events, directory, events.split.input_end_s, **settings.plain["store"], progress=progress)
 
 
-def make_features(settings: Settings, inputs: Inputs, directory: Path, progress: ProgressCallback) -> None:
+def make_features(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
     """Label lists of the newest known window, and feature matrices at every cutoff that a model looks at."""
     store = EventStore.open(inputs["store"])
     lists = make_label_lists(
@@ -136,33 +154,41 @@ def make_features(settings: Settings, inputs: Inputs, directory: Path, progress:
         np.save(directory / f"{name}.npy", ids)
         np.save(directory / f"popularity_{name}.npy", popularity)
     model, stacking = cutoffs_of(store, settings)
-    cutoffs = (*model, *stacking, store.cutoff_s)
-    for done, cutoff_s in enumerate(cutoffs):
-        static_features(store, cutoff_s).save(directory / f"static-{cutoff_s}")
-        if cutoff_s not in model:
-            aggregated = aggregated_features(store, cutoff_s, settings.aggregated, lists_cutoff_s=store.cutoff_s)
-            aggregated.save(directory / f"aggregated-{cutoff_s}")
-            decayed_features(store, cutoff_s, lists, settings.decayed).save(directory / f"decayed-{cutoff_s}")
-            if settings.rich is not None:
-                rich_features(store, cutoff_s, lists, settings.rich).save(directory / f"rich-{cutoff_s}")
-        progress(done + 1, len(cutoffs))
+    make: dict[str, Callable[..., object]] = {
+        "static": static_features,
+        "aggregated": partial(aggregated_features, config=settings.aggregated, lists_cutoff_s=store.cutoff_s),
+        "decayed": partial(decayed_features, lists=lists, config=settings.decayed),
+        "rich": partial(rich_features, lists=lists, config=settings.rich),
+    }
+    wanted = [
+        (name, cutoff_s)
+        for cutoff_s in (*model, *stacking, store.cutoff_s)
+        for name in _feature_sets(settings)
+        if name == "static" or cutoff_s not in model
+    ]
+    for done, (name, cutoff_s) in enumerate(wanted):
+        make[name](store, cutoff_s, directory=directory / f"{name}-{cutoff_s}")
+        progress(done + 1, len(wanted))
 
 
-def make_baselines(settings: Settings, inputs: Inputs, directory: Path, progress: ProgressCallback) -> None:
+def make_baselines(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
     """The organisers' aggregated features, raw and as log1p; relevant clients without events follow with zeros."""
     events = EventDirectory.open(inputs["events"])
-    raw = organisers_features(events)
-    progress(1, 2)
-    relevant = events.relevant_clients
-    silent = np.setdiff1d(relevant, raw.client_ids) if relevant is not None else raw.client_ids[:0]
-    client_ids = np.concatenate([raw.client_ids, silent])
-    values = np.concatenate([raw.values, np.zeros((len(silent), raw.values.shape[1]), np.float32)])
-    largest = float(np.finfo(np.float16).max)
-    Profiles(client_ids, values.clip(-largest, largest).astype(np.float16)).save(directory / "baseline_raw")
-    Profiles(client_ids, np.log1p(values).astype(np.float16)).save(directory / "baseline_log1p")
+    with TemporaryDirectory(dir=directory) as folder:
+        config = CountsConfig(anchor="file_order")
+        counts = count_features_once(events, events.split.input_end_s, config, Path(folder) / "counts")
+        for done, (name, scaled) in enumerate((("baseline_raw", np.positive), ("baseline_log1p", np.log1p))):
+            progress(1 + done, 3)
+
+            def fill(block: np.ndarray, first: int, last: int, scaled: np.ufunc = scaled) -> None:
+                scaled(counts.rows(slice(first, last)), out=block)
+
+            columns = (counts.client_ids, counts.names, counts.units)
+            halves = in_client_blocks(*columns, fill, Path(folder) / name, "float16")
+            Profiles(halves.client_ids, halves.values).save(directory / name)
 
 
-def evaluate_submission(settings: Settings, inputs: Inputs, directory: Path, progress: ProgressCallback) -> None:
+def evaluate_submission(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
     """Scores somebody's `client_ids.npy` and `embeddings.npy`, after the organisers' checks."""
     assert settings.submission is not None
     relevant = EventDirectory.open(inputs["events"]).relevant_clients
@@ -170,9 +196,7 @@ def evaluate_submission(settings: Settings, inputs: Inputs, directory: Path, pro
     _write_scores(settings, inputs["events"], profiles, directory, progress)
 
 
-def _write_scores(
-    settings: Settings, events: Path, profiles: Profiles, directory: Path, progress: ProgressCallback
-) -> None:
+def _write_scores(settings: Settings, events: Path, profiles: Profiles, directory: Path, progress: Progress) -> None:
     targets = build_targets(EventDirectory.open(events), profiles.client_ids, settings.evaluation.tasks)
     scores = evaluate(profiles, targets, settings.evaluation, settings.device, progress)
     (directory / "scores.json").write_text(json.dumps(scores.to_json(), indent=2, allow_nan=False), encoding="utf-8")

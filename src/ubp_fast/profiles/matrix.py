@@ -1,4 +1,4 @@
-"""One vector per client: align, join, save and load.
+"""One vector per client: align, save and load.
 
 Files of a profile directory, as in a submission to the challenge:
 
@@ -8,14 +8,14 @@ Files of a profile directory, as in a submission to the challenge:
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from ubp_fast.events.read import read_array
 from ubp_fast.events.schema import DataError
+from ubp_fast.files import write_array
 
 MAX_DIM = 2048
 IDS_FILE, EMBEDDINGS_FILE = "client_ids.npy", "embeddings.npy"
@@ -86,27 +86,6 @@ class Profiles:
             return self
         return Profiles(np.asarray(client_ids, np.int64), self.embeddings[self.rows_of(client_ids)])
 
-    @staticmethod
-    def concat(parts: Sequence[Profiles]) -> Profiles:
-        """Joins vectors of the same clients side by side, in the row order of the first; float32 [U, sum of D].
-
-        Raises:
-            DataError: a client of the first part is missing from another.
-            ValueError: no parts, or parts with another number of clients.
-        """
-        if not parts:
-            raise ValueError("Profiles.concat: parts must not be empty, got none")
-        ids = parts[0].client_ids
-        sizes = [part.num_clients for part in parts]
-        if len(set(sizes)) > 1:
-            raise ValueError(f"Profiles.concat: parts must have the same clients, got {sizes} rows")
-        joined = np.empty((len(ids), sum(part.dim for part in parts)), np.float32)
-        column = 0
-        for part in parts:
-            joined[:, column : column + part.dim] = part.align(ids).embeddings
-            column += part.dim
-        return Profiles(ids, joined)
-
     def to_float16(self) -> Profiles:
         """The same in the dtype of a submission.
 
@@ -156,12 +135,7 @@ class Profiles:
                 )
         directory.mkdir(parents=True, exist_ok=True)
         for name, array in ((IDS_FILE, self.client_ids), (EMBEDDINGS_FILE, vectors)):
-            temporary = directory / f".{name}.{os.getpid()}.tmp"
-            with temporary.open("wb") as handle:
-                np.save(handle, np.ascontiguousarray(array), allow_pickle=False)
-                handle.flush()
-                os.fsync(handle.fileno())
-            os.replace(temporary, directory / name)
+            write_array(directory / name, array)
 
     @classmethod
     def load(cls, directory: Path | str) -> Profiles:
@@ -176,35 +150,3 @@ class Profiles:
             return cls(ids, vectors)
         except ValueError as error:
             raise DataError(f"{directory}: {error}; run ubp_fast.profiles.validate on it") from error
-
-
-class ArrayError(DataError):
-    """A file holds no array; `reason` is "missing", "empty_file" or "not_array"."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
-def read_array(path: Path) -> np.ndarray:
-    """Reads one npy file without ever unpickling.
-
-    Raises:
-        ArrayError: missing, empty, truncated, another format, or an array of Python objects.
-    """
-    if not path.is_file():
-        raise ArrayError("missing", f"{path}: file must exist, got none")
-    size = path.stat().st_size
-    if size == 0:
-        raise ArrayError("empty_file", f"{path}: file must hold an npy array, got 0 bytes; save it again")
-    with path.open("rb") as handle:
-        start = handle.read(6)
-    if start != np.lib.format.MAGIC_PREFIX:
-        raise ArrayError("not_array", f"{path}: file must be in npy format, got one that starts with {start!r}")
-    try:
-        return np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise ArrayError(
-            "not_array",
-            f"{path}: file must hold a complete array of numbers, got {size} bytes and '{error}'; save it again",
-        ) from error

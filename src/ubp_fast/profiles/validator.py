@@ -18,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ubp_fast.events.read import ArrayError, read_array
 from ubp_fast.events.schema import DataError
-from ubp_fast.profiles.matrix import BLOCK_ROWS, EMBEDDINGS_FILE, IDS_FILE, MAX_DIM, ArrayError, Profiles, read_array
+from ubp_fast.profiles.matrix import BLOCK_ROWS, EMBEDDINGS_FILE, IDS_FILE, MAX_DIM, Profiles
 
 UNCHECKED_WARNING = (
     "client_ids.npy is not compared with the relevant clients: the submission may lack clients or hold others"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from ubp_fast.sequences.batch import SequenceBatch, ViewBatch
-from ubp_fast.sequences.labels import window_labels
-from ubp_fast.sequences.loader import ViewLoader
+from ubp_fast.sequences.loader import ViewLoader, window_labels
 from ubp_fast.sequences.sampling import TARGET_WINDOW_S, Views, age_quantiles_days, training_cutoffs, views_at
 
 __all__ = [

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
-NUM_CODES = 16
-
 
 @dataclass(frozen=True)
 class SequenceBatch:

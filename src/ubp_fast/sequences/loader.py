@@ -1,4 +1,4 @@
-"""Batches straight from the memory-mapped store: a few array operations per batch, no work per client in Python."""
+"""Batches and labels straight from the memory-mapped store: a few array operations, no work per client in Python."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ubp_fast.events.schema import EVENT_KINDS
-from ubp_fast.sequences.batch import NUM_CODES, SequenceBatch, ViewBatch
+from ubp_fast.events.labels import LabelMatrix
+from ubp_fast.events.schema import EVENT_KINDS, NUM_CODES, LabelLists
+from ubp_fast.features.scaling import Rows
+from ubp_fast.sequences.batch import SequenceBatch, ViewBatch
 from ubp_fast.sequences.sampling import TARGET_WINDOW_S, Views, epoch_order, rows_at, token_rows
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class DenseRows(Protocol):
-    """Anything that gives chosen rows as a dense float32 array, such as `ubp_fast.events.targets.LabelMatrix`."""
+    """Anything that gives chosen rows as a dense float32 array, such as `ubp_fast.events.labels.LabelMatrix`."""
 
     def dense(self, rows: np.ndarray) -> np.ndarray: ...
 
@@ -57,6 +59,43 @@ def item_ids(store: EventStore, name: str) -> np.ndarray:
     item = store.kind(name).item
     assert item is not None, name
     return item
+
+
+def window_labels(store: EventStore, views: Views, label_lists: LabelLists) -> dict[str, np.ndarray | LabelMatrix]:
+    """Labels of N views under the names the models use.
+
+    Args:
+        store: must reach to the end of every view's window.
+        views: N client views.
+        label_lists: as `make_label_lists` gives them: `propensity_<column>` -> (original ids int64 [n], popularity).
+
+    Returns:
+        `churn` float32 [N], 1 when nothing is bought in the window, and per list `buy_<column>`, a LabelMatrix [N, n];
+        with an add_to_cart table also `add` float32 [N], 1 when anything is put into the cart, and `add_<column>`.
+
+    Raises:
+        ValueError: a window reaches beyond the store's cutoff, or a list is about something else.
+    """
+    check_windows_inside(store, views, TARGET_WINDOW_S)
+    labels: dict[str, np.ndarray | LabelMatrix] = {}
+    for kind, prefix in (("product_buy", "buy"), ("add_to_cart", "add")):
+        if kind not in store.kinds:
+            continue
+        start, end = rows_at(store, kind, views), rows_at(store, kind, views, TARGET_WINDOW_S)
+        happened = end > start
+        if prefix == "buy":
+            labels["churn"] = (~happened).astype(np.float32)
+        else:
+            labels["add"] = happened.astype(np.float32)
+        rows, _ = token_rows(start, end)
+        view = np.repeat(np.arange(len(start)), end - start)
+        sku = item_ids(store, kind)[rows]
+        for name, (ids, _) in label_lists.items():
+            label = store.label_of_sku(name, ids)[sku]
+            kept = label >= 0
+            matrix = LabelMatrix.from_pairs(view[kept], label[kept], len(start), len(ids))
+            labels[f"{prefix}_{name.removeprefix('propensity_')}"] = matrix
+    return labels
 
 
 def assemble(store: EventStore, views: Views, start: np.ndarray, end: np.ndarray) -> SequenceBatch:
@@ -100,7 +139,7 @@ class ViewLoader:
         batch_size: views per batch; the last batch may be smaller.
         history_length: events of history at most, None for batches without history.
         future_length: events of the target window at most, None for batches without future.
-        features: float32 [N, F], row i belongs to view i.
+        features: float32 [N, F], row i belongs to view i; an array or what makes the rows that are asked for.
         labels: name -> float array [N] or label matrix with N rows.
         weight: float [N], loss weights.
         shuffle_seed: None keeps the order of `views`; otherwise each epoch has its own order, see `set_epoch`.
@@ -117,7 +156,7 @@ class ViewLoader:
         batch_size: int,
         history_length: int | None = None,
         future_length: int | None = None,
-        features: np.ndarray | None = None,
+        features: Rows | None = None,
         labels: Mapping[str, np.ndarray | DenseRows] | None = None,
         weight: np.ndarray | None = None,
         shuffle_seed: int | None = None,

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from ubp_fast.events.schema import DataError, UserError
+from ubp_fast.events.split import DAY_S, TARGET_DAYS
+
 if TYPE_CHECKING:
     from ubp_fast.store.event_store import EventStore
 
-DAY_S = 86_400
-TARGET_WINDOW_S = 14 * DAY_S
+TARGET_WINDOW_S = TARGET_DAYS * DAY_S
 _MAX_VIEWS_FOR_QUANTILES = 20_000
 
 
@@ -76,16 +78,17 @@ def training_cutoffs(
         oldest_history_days: days of history that must lie before a cutoff; the newest one is returned in any case.
 
     Raises:
-        ValueError: `count` below 1, a `newest_days` shorter than the target window, or not a single event before it.
+        UserError: `count` below 1, or a `newest_days` shorter than the target window.
+        DataError: not a single event before the newest cutoff.
     """
     if count < 1 or newest_days * DAY_S < TARGET_WINDOW_S:
-        raise ValueError(
+        raise UserError(
             f"training_cutoffs: count must be >= 1 and newest_days >= {TARGET_WINDOW_S // DAY_S},"
             f" got {count} and {newest_days}"
         )
     newest_s = store.cutoff_s - newest_days * DAY_S
     if newest_s <= store.first_timestamp_s:
-        raise ValueError(
+        raise DataError(
             f"training_cutoffs: the store must reach back more than newest_days = {newest_days} days,"
             f" got {(store.cutoff_s - store.first_timestamp_s) / DAY_S:.1f} days; use data of a longer period"
         )

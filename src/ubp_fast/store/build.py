@@ -8,7 +8,6 @@ Memory holds a batch or a block of clients, the clients and the vocabularies, wh
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,10 +15,10 @@ import numpy as np
 import polars as pl
 from numba import njit
 
-from ubp_fast.events.progress import Progress, Steps
-from ubp_fast.events.publish import published_directory
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, NUM_CODES, SKU_KINDS, DataError
+from ubp_fast.files import published_directory, write_json
+from ubp_fast.progress import Progress, Steps
 from ubp_fast.store.clients import clients_of, in_shard, no_history
 from ubp_fast.store.event_store import FORMAT, HEADER_FILE, TIMELINE, ColumnWriter, EventStore
 from ubp_fast.store.ids import KnownIds, Numbering
@@ -62,7 +61,8 @@ def build_store(
             other machines, agree in every id, and their rows together are those of the whole. Not with a base.
 
     Raises:
-        DataError: no event before the cutoff, too many clients, or the directory is in use or cannot be written.
+        DataError: no event before the cutoff, or too many clients.
+        OutputDirectoryError: the directory is in use or cannot be written.
         ValueError: `base` or `shard` does not fit.
     """
     if base is not None:
@@ -234,7 +234,7 @@ class _Builder:
             "first_timestamp_s": self._first_s,
             "kinds": [kind for kind in EVENT_KINDS if kind in self._kinds],
         }
-        (self._directory / HEADER_FILE).write_text(json.dumps(self.header, indent=1) + "\n", encoding="utf-8")
+        write_json(self._directory / HEADER_FILE, self.header)
 
     def _sorted(self, kind: str, block: int, time: type[np.signedinteger]) -> Events:
         """Events of a block of clients with dense ids."""

@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 
 from ubp_fast.events.read import EventDirectory
-from ubp_fast.events.schema import DataError
+from ubp_fast.events.schema import DataError, UserError
 from ubp_fast.store.event_store import EventStore
 from ubp_fast.store.ids import hashes
 from ubp_fast.store.spill import MAX_CLIENTS
@@ -68,7 +68,7 @@ def in_shard(client_ids: np.ndarray, shard: Sequence[int]) -> np.ndarray:
         DataError: no client is in the shard.
     """
     if len(shard) != 2 or not 0 <= shard[0] < shard[1]:
-        raise ValueError(f"build_store: shard must be (index, count) with 0 <= index < count, got {list(shard)}")
+        raise UserError(f"build_store: shard must be (index, count) with 0 <= index < count, got {list(shard)}")
     inside = hashes(client_ids.astype(np.int64)) % np.uint64(shard[1]) == np.uint64(shard[0])
     if len(inside) and not inside.any():
         raise DataError(f"build_store: shard {list(shard)} must hold a client, got none of {len(inside)}; use fewer")

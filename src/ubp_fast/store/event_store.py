@@ -10,7 +10,6 @@ four bytes where all of a store fit, which is nearly always: its columns are rea
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +18,10 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from ubp_fast.events.labels import positions_in
 from ubp_fast.events.schema import EVENT_KINDS, DataError
+from ubp_fast.files import load_array, load_json
+from ubp_fast.store.vocabulary import FIRST_ID
 
 HEADER_FILE = "store.json"
 FORMAT = 3
@@ -95,8 +97,8 @@ class EventStore:
         """
         path = Path(path)
         try:
-            header = json.loads((path / HEADER_FILE).read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
+            header = load_json(path / HEADER_FILE)
+        except (OSError, ValueError) as error:
             raise DataError(f"{path}: a store must hold {HEADER_FILE}, got '{error}'; build the store first") from error
         if header.get("format") != FORMAT:
             raise DataError(f"{path}: store must have format {FORMAT}, got {header.get('format')}; build it again")
@@ -185,6 +187,29 @@ class EventStore:
         """Original category of every dense id, i64 [num_categories]."""
         return self._column("category_ids")
 
+    def label_of_sku(self, name: str, ids: np.ndarray) -> np.ndarray:
+        """Position in a label list of every dense sku's value, i64 [num_skus]; -1 for those without a label.
+
+        Args:
+            name: of the list; its last word says what the ids are: sku, category or price.
+            ids: i64 [n].
+
+        Raises:
+            ValueError: another last word.
+        """
+        field, products = name.rsplit("_", 1)[-1], self.products
+        if field == "sku":
+            values = np.asarray(products.sku_id)
+        elif field == "category":
+            values = np.asarray(self.category_ids)[products.category]
+        elif field == "price":
+            values = products.price.astype(np.int64) - FIRST_ID
+        else:
+            raise ValueError(f"label list: name must end in _category, _sku or _price, got '{name}'")
+        positions = positions_in(ids, values)
+        positions[:FIRST_ID] = -1
+        return positions
+
     @property
     def num_skus(self) -> int:
         """Rows of a sku embedding table."""
@@ -221,12 +246,9 @@ class EventStore:
     def _column(self, name: str) -> np.ndarray:
         path = self.path / f"{name}.npy"
         try:
-            column = np.load(path, mmap_mode="r", allow_pickle=False)
-        except ValueError:  # an array without rows cannot be mapped
-            column = np.load(path, allow_pickle=False)
+            return load_array(path, memory_map=True)
         except OSError as error:
             raise DataError(f"{path}: column must exist, got '{error}'; build the store again") from error
-        return column
 
 
 class ColumnWriter:

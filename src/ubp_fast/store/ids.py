@@ -60,10 +60,14 @@ class Numbering:
     """Numbers for ids, and how often each id came.
 
     An id in [0, 2^25) is its own number; all others get 2^25, 2^25 + 1, ... in order of first appearance.
+
+    Args:
+        in_order: every id gets the next number, and ties of the most frequent ones go to the one that came first.
     """
 
-    def __init__(self) -> None:
-        self._direct_counts = np.zeros(SMALLEST_TABLE, np.int32)
+    def __init__(self, in_order: bool = False) -> None:
+        self._in_order, self._direct_ids = in_order, 0 if in_order else DIRECT_IDS
+        self._direct_counts = np.zeros(min(SMALLEST_TABLE, self._direct_ids), np.int32)
         self._keys, self._numbers = _empty_table(SMALLEST_TABLE)
         self._size = 0
         self._ids = np.zeros(SMALLEST_TABLE, np.int64)
@@ -73,12 +77,15 @@ class Numbering:
         """Numbers i32 of ids[rows]."""
         numbers = np.empty(len(rows), np.int32)
         known, done = (self._keys, self._numbers, self._ids, self._counts), 0
+        direct_ids = self._direct_ids
         while True:
             done = _number_direct(ids, rows, done, numbers, self._direct_counts)
-            done, self._size = _number(ids, rows, done, numbers, self._direct_counts, self._size, *known)
+            done, self._size = _number(
+                ids, rows, done, numbers, self._direct_counts, self._direct_ids, self._size, *known
+            )
             if done == len(rows):
                 return numbers
-            if 0 <= ids[rows[done]] < DIRECT_IDS:
+            if 0 <= ids[rows[done]] < direct_ids:
                 self._direct_counts = _grown(self._direct_counts, int(ids[rows[done]]) + 1)
                 continue
             space = np.zeros_like(self._ids)
@@ -113,11 +120,11 @@ class Numbering:
         return np.concatenate([direct, self._ids[others]]), np.concatenate([direct, others + DIRECT_IDS])
 
     def most_frequent(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ids i64 that came most often, at most `number`, and their numbers and counts; ties: the smaller id."""
+        """Ids i64 that came most often, at most `number`, and their numbers and counts; ties: smaller id or first."""
         counts = (self._direct_counts, self._counts[: self._size])
         ids, numbers = self.counted(max(least_of_largest(each, number) for each in counts))
         largest = self.counts_of(numbers)
-        order = np.lexsort((ids, -largest))[:number]
+        order = np.lexsort((numbers if self._in_order else ids, -largest))[:number]
         return ids[order], numbers[order], largest[order]
 
     @property
@@ -256,7 +263,9 @@ def _number_direct(ids, rows, start, numbers, direct_counts):  # pragma: no cove
 
 
 @njit(cache=True, nogil=True)
-def _number(ids, rows, start, numbers, direct_counts, size, keys, values, known, counts):  # pragma: no cover - compiled
+def _number(
+    ids, rows, start, numbers, direct_counts, direct_ids, size, keys, values, known, counts
+):  # fmt: skip # pragma: no cover - compiled
     """Returns (rows done, entries in the table); stops where a table has to grow first. Counts stop at 2^31 - 1."""
     for index in range(start, rows.size):
         value = ids[rows[index]]
@@ -264,7 +273,7 @@ def _number(ids, rows, start, numbers, direct_counts, size, keys, values, known,
             direct_counts[value] += direct_counts[value] < MAX_COUNT
             numbers[index] = value
             continue
-        if 0 <= value < DIRECT_IDS:
+        if 0 <= value < direct_ids:
             return index, size
         slot = _slot(value, keys, values)
         number = values[slot]

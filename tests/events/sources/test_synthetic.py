@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
-from ubp_fast.events.read import EventDirectory
+from ubp_fast.events.read import EventDirectory, parquet_files
 from ubp_fast.events.schema import EVENT_KINDS
 from ubp_fast.events.sources.synthetic import Synthetic
 from ubp_fast.events.sources.synthetic_world import (
@@ -18,7 +18,6 @@ from ubp_fast.events.sources.synthetic_world import (
     label_shares,
     purchase_probability,
 )
-from ubp_fast.events.tables import parquet_files
 
 WINDOWS = ("train", "validation")
 

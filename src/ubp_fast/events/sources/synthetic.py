@@ -10,10 +10,10 @@ import numpy as np
 import polars as pl
 from numpy.lib.format import open_memmap
 
-from ubp_fast.events.labels import top_label_lists
-from ubp_fast.events.progress import Progress, Steps
+from ubp_fast.events.checks import CODES, PRODUCT_SCHEMA, event_schema
+from ubp_fast.events.labels import label_lists
 from ubp_fast.events.read import EventDirectory
-from ubp_fast.events.schema import CODES, ITEM_COLUMN, PRODUCT_SCHEMA, event_schema
+from ubp_fast.events.schema import ITEM_COLUMN, LabelLists, UserError
 from ubp_fast.events.sources.synthetic_world import (
     ADDS_PER_SESSION,
     Catalogue,
@@ -25,8 +25,8 @@ from ubp_fast.events.sources.synthetic_world import (
     purchase_probability,
 )
 from ubp_fast.events.split import DAY_S, TARGET_DAYS, Split
-from ubp_fast.events.tables import LabelLists
 from ubp_fast.events.write import end_seconds, event_writer
+from ubp_fast.progress import Progress, Steps
 
 VISITS_PER_SESSION, SEARCHES_PER_SESSION, REMOVE_PROBABILITY = 6.0, 0.4, 0.35
 SESSION_S = 1800
@@ -74,7 +74,8 @@ class Synthetic:
 
         Raises:
             ValueError: the configuration breaks a rule.
-            DataError: too few clients or days for a single purchase, or `directory` cannot be written.
+            DataError: too few clients or days for a single purchase.
+            OutputDirectoryError: `directory` cannot be written.
         """
         self._check()
         blocks = -(-self.clients // self.block_clients)
@@ -94,7 +95,7 @@ class Synthetic:
                 writer.write_clients("relevant_clients", chosen + FIRST_CLIENT)
             split = writer.default_split()
             writer.finish(split, seed=self.seed, clients=self.clients)
-            lists = top_label_lists(EventDirectory.open(writer.directory).purchases(*split.train_window_s))
+            lists = label_lists(EventDirectory.open(writer.directory).purchases(*split.train_window_s))
             writer.write_label_lists(lists)
             steps.done()
             self._write_truth(writer.directory / "truth", catalogue, split, lists, steps, chosen)
@@ -102,14 +103,14 @@ class Synthetic:
     def _check(self) -> None:
         for name, least in (("clients", 1), ("days", 2 * TARGET_DAYS + 1), ("categories", 1), ("block_clients", 1)):
             if getattr(self, name) < least:
-                raise ValueError(f"Synthetic: {name} must be at least {least}, got {getattr(self, name)}")
+                raise UserError(f"Synthetic: {name} must be at least {least}, got {getattr(self, name)}")
         if not self.activity > 0:
-            raise ValueError(f"Synthetic: activity must be > 0, got {self.activity}")
+            raise UserError(f"Synthetic: activity must be > 0, got {self.activity}")
         if self.relevant is not None and not 1 <= self.relevant <= self.clients:
-            raise ValueError(f"Synthetic: relevant must be 1..clients = {self.clients}, got {self.relevant}")
+            raise UserError(f"Synthetic: relevant must be 1..clients = {self.clients}, got {self.relevant}")
         for name in ("skus", "urls"):
             if getattr(self, name) < self.categories:
-                raise ValueError(f"Synthetic: {name} must be at least categories, got {getattr(self, name)}")
+                raise UserError(f"Synthetic: {name} must be at least categories, got {getattr(self, name)}")
 
     def _relevant(self, weights: np.ndarray) -> np.ndarray | None:
         """Rows of the clients that need a profile, ascending. Source: Efraimidis and Spirakis 2006."""

@@ -9,15 +9,14 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from ubp_fast.events.parse import parse_codes, parse_timestamps
-from ubp_fast.events.progress import Progress, Steps
-from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, NUM_CODES, SKU_KINDS, DataError, bad_rows, event_schema
-from ubp_fast.events.sources.numbering import number
+from ubp_fast.events.checks import bad_rows, event_schema
+from ubp_fast.events.parse import hash_texts, number_ids, parse_codes, parse_timestamps
+from ubp_fast.events.read import read_table
+from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, NUM_CODES, SKU_KINDS, DataError, UserError
 from ubp_fast.events.sources.table_products import product_table
-from ubp_fast.events.sources.text_codes import hash_texts
 from ubp_fast.events.split import split_at
-from ubp_fast.events.tables import read_table
 from ubp_fast.events.write import EventWriter, end_seconds, event_writer
+from ubp_fast.progress import Progress, Steps
 
 IGNORE = "ignore"
 TEXT_FORMATS = ("words", "codes")
@@ -69,11 +68,12 @@ class Table:
         """Writes the canonical event directory; rows keep their order.
 
         Raises:
-            DataError: the table breaks a rule, or `directory` cannot be written.
+            DataError: the table breaks a rule.
+            OutputDirectoryError: `directory` cannot be written.
             ValueError: the configuration breaks a rule.
         """
         if self.text_format not in TEXT_FORMATS:
-            raise ValueError(f"Table: text_format must be one of {list(TEXT_FORMATS)}, got '{self.text_format}'")
+            raise UserError(f"Table: text_format must be one of {list(TEXT_FORMATS)}, got '{self.text_format}'")
         steps = Steps(progress, 3 + len(EVENT_KINDS))
         with event_writer(directory, "table", self.end) as writer:
             rows = self._read()
@@ -127,7 +127,7 @@ class Table:
         names = {kind: kind for kind in EVENT_KINDS} if self.kinds is None else dict(self.kinds)
         for theirs, ours in names.items():
             if ours not in (*EVENT_KINDS, IGNORE):
-                raise ValueError(f"Table: kinds must map to {[*EVENT_KINDS, IGNORE]}, got '{ours}' for '{theirs}'")
+                raise UserError(f"Table: kinds must map to {[*EVENT_KINDS, IGNORE]}, got '{ours}' for '{theirs}'")
         column = raw[self.kind_column].cast(pl.String)
         kind = column.replace_strict({str(theirs): ours for theirs, ours in names.items()}, default=None)
         if kind.null_count():
@@ -180,7 +180,7 @@ class Table:
         columns = {"client_id": self.client_column, "sku": self.sku_column, "url": self.url_column}
         for name, column in columns.items():
             if column is not None:
-                ids, table = number(self.path, column, rows[name], order)
+                ids, table = number_ids(self.path, column, rows[name], order)
                 rows = rows.with_columns(ids)
                 if table is not None:
                     writer.write_map(name, table)
@@ -190,7 +190,7 @@ class Table:
         products, notes = product_table(self.path, rows, input_end_s, self._text_codes)
         writer.notes += notes
         in_order = pl.Series(range(len(products)), dtype=pl.UInt32)
-        category, table = number(self.path, self.category_column or "category", products["category"], in_order)
+        category, table = number_ids(self.path, self.category_column or "category", products["category"], in_order)
         if table is not None:
             writer.write_map("category", table)
         return products.with_columns(category)

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import polars as pl
 
-from ubp_fast.events.schema import CODES, NUM_CODES, NUM_PRICE_BUCKETS, SKU_KINDS, DataError
+from ubp_fast.events.checks import CODES
+from ubp_fast.events.schema import NUM_CODES, NUM_PRICE_BUCKETS, SKU_KINDS, DataError
 
 NO_CATEGORY = "UNKNOWN"
 

@@ -13,8 +13,7 @@ from ubp_fast.kernels.windowed_aggregate.api import (
 )
 
 # Compiled by Numba and imported with their first use.
-_MODULES = {"SparseCounter": "sparse", "SparseCounts": "sparse", "windowed_counts_csr": "sparse"}
-_MODULES |= {"code_counts": "histories", "row_sums": "histories"}
+_MODULES = {"SparseCounter": "sparse", "code_counts": "histories", "row_sums": "histories"}
 
 __all__ = ["WindowedAggregate", "WindowedAggregator", "window_aggregator", "windowed_aggregate", *_MODULES]
 

@@ -19,7 +19,7 @@ what distinct counts tell apart, `values[code]` what sums add up.
 
 Cost of the compiled backend: one pass over the events of the longest window, one more over all of them for half-lives.
 Memory: the dense results; pass a part of `offsets` to work in blocks of clients, let `out` be a part of a larger matrix
-such as a memory map, or count sparsely with `windowed_counts_csr`.
+such as a memory map, or count sparsely with `SparseCounter`.
 Source: windows and distinct counts as in the organisers' aggregated features of the RecSys Challenge 2025.
 """
 
@@ -154,6 +154,14 @@ class WindowedAggregator:
         name = backends.resolve("windowed_aggregate", backend, IMPLEMENTATIONS, ORDER, problem)
         self._problem, self._implementation = problem, IMPLEMENTATIONS[name]
         self._prepared = self._implementation.prepare(problem)
+        self._backend = name
+
+    def on(self, offsets: np.ndarray, timestamp_s: np.ndarray, codes: np.ndarray | None = None) -> WindowedAggregator:
+        """The same aggregation of other events, which are checked; the tables are not looked at again."""
+        tables = (self._problem.slots, self._problem.groups, self._problem.values)
+        num_codes = max((len(table) for table in tables if table.shape[1]), default=-1)
+        events = _checked_events(offsets, timestamp_s, codes, num_codes)
+        return WindowedAggregator(self._problem._replace(**events), self._backend)
 
     def __call__(
         self, first: int = 0, last: int | None = None, out: np.ndarray | None = None, threads: int | None = None
@@ -215,15 +223,9 @@ def checked_problem(
     anchor_s, windows_s, num_slots, half_lives_s, periods_s, include_anchor,
 ) -> Problem:  # fmt: skip
     """Raises what `windowed_aggregate` documents; backends never check again."""
-    offsets = _integers("offsets", offsets, 1, np.int64)
-    timestamp_s = _integers("timestamp_s", timestamp_s, 1, np.int64, np.int32)
     _check_scalars(anchor_s, windows_s, half_lives_s, periods_s)
-    _check_offsets(offsets, len(timestamp_s))
-    if codes is None:
-        if slots is not None or groups is not None or values is not None:
-            raise ValueError("windowed_aggregate: codes must be given with slots, groups or values, got None")
-        codes = np.zeros(len(timestamp_s), np.int32)
-    codes = _integers("codes", codes, 1, np.int32)
+    if codes is None and (slots is not None or groups is not None or values is not None):
+        raise ValueError("windowed_aggregate: codes must be given with slots, groups or values, got None")
     slots, groups = (_integers(name, table, 2, np.int32) for name, table in (("slots", slots), ("groups", groups)))
     values = _table(values).astype(np.float64, copy=False)
     num_codes = _check_tables(slots, num_slots, groups, values)
@@ -231,12 +233,21 @@ def checked_problem(
         table if table.shape[1] else np.zeros((max(num_codes, 0), 0), table.dtype) for table in (slots, groups, values)
     )
     slots, groups, values = tables
-    _check_events(offsets, timestamp_s, codes, num_codes)
     return Problem(
-        offsets, timestamp_s, codes, slots, num_slots, groups, values, anchor_s,
-        np.array(windows_s, np.int64), np.array(half_lives_s, np.float64), np.array(periods_s, np.int64),
-        include_anchor,
+        **_checked_events(offsets, timestamp_s, codes, num_codes), slots=slots, num_slots=num_slots, groups=groups,
+        values=values, anchor_s=anchor_s, windows_s=np.array(windows_s, np.int64),
+        half_lives_s=np.array(half_lives_s, np.float64), periods_s=np.array(periods_s, np.int64),
+        include_anchor=include_anchor,
     )  # fmt: skip
+
+
+def _checked_events(offsets, timestamp_s, codes, num_codes) -> dict[str, Any]:
+    offsets = _integers("offsets", offsets, 1, np.int64)
+    timestamp_s = _integers("timestamp_s", timestamp_s, 1, np.int64, np.int32)
+    _check_offsets(offsets, len(timestamp_s))
+    codes = np.zeros(len(timestamp_s), np.int32) if codes is None else _integers("codes", codes, 1, np.int32)
+    _check_events(offsets, timestamp_s, codes, num_codes)
+    return {"offsets": offsets, "timestamp_s": timestamp_s, "codes": codes}
 
 
 def _check_out(out: np.ndarray | None, shape: tuple[int, ...]) -> None:

@@ -9,7 +9,6 @@ and read, and writes the row in ascending order of columns. No list grows, and e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -19,26 +18,19 @@ from ubp_fast.kernels.windowed_aggregate.api import checked_problem
 from ubp_fast.kernels.windowed_aggregate.reference import ALL_HISTORY
 
 
-class SparseCounts(NamedTuple):
-    """Compressed sparse rows: entries of client u are indptr[u]:indptr[u + 1].
-
-    Attributes:
-        indptr: [U + 1] int64.
-        indices: [entries] int32, window * num_slots + slot, ascending in every row.
-        counts: [entries] float32, > 0; exact up to 2^24 events.
-    """
-
-    indptr: np.ndarray
-    indices: np.ndarray
-    counts: np.ndarray
-
-
 class SparseCounter:
-    """Counts in two steps, so that several lists can share the rows of one matrix; see `windowed_counts_csr`.
+    """The entries of `windowed_aggregate(...).counts` that are not 0; arguments as there.
+
+    Columns are window * num_slots + slot; counts are float32, exact up to 2^24 events. Two steps, first the lengths of
+    the rows and then their entries, let several lists share the rows of one matrix.
 
     Attributes:
         lengths: [U] int64, entries of each row.
         num_events: [U] int64, all events before the anchor.
+
+    Raises:
+        ValueError: an argument breaks the rules of `windowed_aggregate`, or there are 2^31 columns or more.
+        TypeError: an argument has a wrong dtype.
     """
 
     def __init__(
@@ -55,7 +47,7 @@ class SparseCounter:
     ) -> None:
         windows = [ALL_HISTORY if window is None else int(window) for window in windows_s]
         if len(windows) * num_slots >= 2**31:
-            raise ValueError(f"windowed_counts_csr: columns must be below 2**31, got {len(windows)} x {num_slots}")
+            raise ValueError(f"SparseCounter: columns must be below 2**31, got {len(windows)} x {num_slots}")
         problem = checked_problem(
             offsets, timestamp_s, codes, slots, None, None,
             int(anchor_s), windows, int(num_slots), [], [], include_anchor,
@@ -78,39 +70,6 @@ class SparseCounter:
             _fill(first, last, *self._inputs, *self._limits, *targets)  # type: ignore[call-arg]
 
         over_clients(self._inputs[0], work)
-
-
-def windowed_counts_csr(
-    offsets: np.ndarray,
-    timestamp_s: np.ndarray,
-    codes: np.ndarray,
-    *,
-    anchor_s: int,
-    windows_s: Sequence[int | None],
-    slots: np.ndarray,
-    num_slots: int,
-    include_anchor: bool = False,
-) -> SparseCounts:
-    """The entries of `windowed_aggregate(...).counts.reshape(U, W * num_slots)` that are not 0; arguments as there.
-
-    Raises:
-        ValueError: an argument breaks the rules of `windowed_aggregate`, or there are 2^31 columns or more.
-        TypeError: an argument has a wrong dtype.
-    """
-    counter = SparseCounter(
-        offsets,
-        timestamp_s,
-        codes,
-        anchor_s=anchor_s,
-        windows_s=windows_s,
-        slots=slots,
-        num_slots=num_slots,
-        include_anchor=include_anchor,
-    )
-    indptr = np.concatenate((np.zeros(1, np.int64), np.cumsum(counter.lengths)))
-    indices, counts = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], np.float32)
-    counter.fill(indptr[:-1], 0, indices, counts)
-    return SparseCounts(indptr, indices, counts)
 
 
 @numba.njit(cache=True, nogil=True)

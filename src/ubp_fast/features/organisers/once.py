@@ -1,0 +1,300 @@
+"""The columns of `count_features` straight from the tables of events, for who needs them once and needs no store.
+
+One pass over every kind. Of all events only their numbers per client and per item are kept, and, as 12 bytes each, the
+events of the longest window. When the lists of frequent values are known, those of them that are in a list are sorted
+by client and counted like the columns of a store, so that both ways give the same bytes.
+
+The anchor "file_order" is the aggregated-features baseline of the RecSys Challenge 2025, number by number. What that
+code does and a careful reader would not expect, kept there on purpose:
+
+- windows end at the last event of their own kind (relevant clients only), start and end inclusive;
+- which events lie in a window is decided on sorted times, but applied to the client's events in file order: of n events
+  before the window's start, the first n *in the file* are left out. Right only if the file is sorted by time. It takes
+  a second pass, which knows how many each client leaves out;
+- lists: count descending, ties by first appearance in the file;
+- clients: ascending buyers, then ascending new clients of add_to_cart, remove_from_cart, page_visit, search_query;
+  those without events have no row there and follow here, as zeros.
+
+`values.astype(np.float16)` is their output; counts above 2,048 lose exactness there, from 65,520 on they become inf.
+Source: Synerise/recsys2025, aggregated_features_baseline (behaviour, not code).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+from ubp_fast.events.read import EventDirectory
+from ubp_fast.events.schema import ITEM_COLUMN, NUM_CODES
+from ubp_fast.events.split import DAY_S
+from ubp_fast.features.matrix import Features
+from ubp_fast.features.organisers.counts import CountedKind, CountsConfig, SearchedKind, counted_matrix, mean_codes
+from ubp_fast.features.popular import PopularValues, most_frequent
+from ubp_fast.store.build import count, places_of_skus
+from ubp_fast.store.clients import clients_of, no_history
+from ubp_fast.store.event_store import KindColumns
+from ubp_fast.store.ids import KnownIds, Numbering
+from ubp_fast.store.spill import EARLIEST_S, TIME_BITS, keys_of, sort_events
+from ubp_fast.store.vocabulary import FIRST_ID, DenseProducts, dense_products
+
+
+def count_features_once(
+    events: EventDirectory, cutoff_s: int, config: CountsConfig | None = None, directory: Path | None = None
+) -> Features:
+    """`count_features` of the store with this cutoff, which is not made.
+
+    Args:
+        events: the canonical events; order of rows and range of ids do not matter.
+        cutoff_s: seconds since 1970 UTC; nothing from there on is looked at.
+        config: windows, lists, anchor.
+        directory: the result is written there and mapped from there.
+
+    Returns:
+        The relevant clients of the source when it names them, else all with an event before the cutoff; by ascending
+        id, or in the organisers' order for the anchor "file_order". Sparse above 1,000 columns. Kinds that the shop
+        does not have give no columns: with purchases only there are 91 at the defaults.
+
+    Raises:
+        DataError: no event before the cutoff, too many clients, or a sku without properties.
+    """
+    once = _Once(events, cutoff_s, config or CountsConfig())
+    kinds = once.kinds()
+    if not kinds:
+        raise no_history(events, cutoff_s)
+    return counted_matrix(once.client_ids, kinds, once.config, directory)
+
+
+class _Skus:
+    """Skus of one kind: their numbers are dense ids of the whole product table.
+
+    Args:
+        number: gives the places i32 of skus in the product table.
+        products: the product table.
+        in_order: ties in the lists go to what came first, not to the smaller id.
+    """
+
+    def __init__(self, number: Callable[[np.ndarray], np.ndarray], products: DenseProducts, in_order: bool) -> None:
+        self._number, self._dense = number, products
+        self._counts = np.zeros(len(self._dense.sku_ids), np.int64)
+        self._first_seen = np.full(len(self._counts), 2**62) if in_order else None
+        self._done = 0
+
+    def number(self, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Numbers i32 of values[rows], which are counted."""
+        numbers = self._number(values[rows]) + np.int32(FIRST_ID)
+        count(numbers, self._counts)
+        if self._first_seen is not None:
+            _note_first(numbers, self._done, self._first_seen)
+            self._done += len(numbers)
+        return numbers
+
+    def listed(self, numbers: np.ndarray, top_values: int) -> tuple[PopularValues, np.ndarray, np.ndarray]:
+        """The lists, which numbers are in one of them, and the codes i32 of these."""
+        sku_ids, category_ids, category, price = self._dense
+        prices = np.arange(int(price.max(initial=0)) + 1) - FIRST_ID
+        tables = {"sku": (None, sku_ids), "category": (category, category_ids), "price": (price, prices)}
+        popular = most_frequent(tables, self._counts, top_values, self._first_seen)
+        is_listed = (popular.slots[numbers] >= 0).any(axis=1)
+        return popular, is_listed, numbers[is_listed]
+
+
+class _Urls:
+    """Urls: see `Numbering` for their numbers."""
+
+    def __init__(self, in_order: bool) -> None:
+        self._numbering = Numbering(in_order)
+        self.number = self._numbering.number
+
+    def listed(self, numbers: np.ndarray, top_values: int) -> tuple[PopularValues, np.ndarray, np.ndarray]:
+        """As `_Skus.listed`; a code is the place of a number among those in the list."""
+        ids, top, _ = self._numbering.most_frequent(top_values)
+        order = np.argsort(top)
+        codes = KnownIds(top[order]).find(numbers)
+        popular = PopularValues(order.astype(np.int32)[:, None], tuple(f"url_{value}" for value in ids.tolist()))
+        return popular, codes >= 0, codes[codes >= 0]
+
+
+class _Searches(NamedTuple):
+    """Number of searches i64 [U] and mean codes float32 [U, 16] of each client."""
+
+    num_events: np.ndarray
+    means: np.ndarray
+
+    def kind(self, name: str, config: CountsConfig) -> SearchedKind:
+        return SearchedKind(name, lambda first, last: self.means[first:last])
+
+
+class _Pass(NamedTuple):
+    """What a pass over a kind with items leaves.
+
+    Attributes:
+        num_events: i64 [U], events of every client over all time.
+        items: their counts.
+        anchor_s: where windows end.
+        keys: i64 [N], see `keys_of`, of the events that a window may hold.
+        numbers: i32 [N], what they are about.
+    """
+
+    num_events: np.ndarray
+    items: _Skus | _Urls
+    anchor_s: int
+    keys: np.ndarray
+    numbers: np.ndarray
+
+    def kind(self, name: str, config: CountsConfig) -> CountedKind:
+        """The events that are in a list, sorted."""
+        popular, is_listed, codes = self.items.listed(self.numbers, config.top_values)
+        offsets, timestamp_s, item = sort_events(self.keys[is_listed], codes, 0, len(self.num_events))
+
+        def columns(first: int, last: int) -> KindColumns:
+            return KindColumns(offsets[first : last + 1], timestamp_s, item, None)
+
+        return CountedKind(name, columns, popular, self.anchor_s, config.anchor != "cutoff", self.num_events)
+
+
+class _FileOrder(NamedTuple):
+    """How many events each window leaves out, i32 [U, W]: the first ones of a client in the file."""
+
+    num_events: np.ndarray
+    left_out: np.ndarray
+    starts_s: np.ndarray
+
+    @classmethod
+    def of(cls, found: _Pass, windows_days: Sequence[int]) -> _FileOrder:
+        clients, time_s = found.keys >> TIME_BITS, (found.keys & ((1 << TIME_BITS) - 1)) + EARLIEST_S
+        starts_s = found.anchor_s - np.array(windows_days) * DAY_S
+        left_out = np.empty((len(found.num_events), len(starts_s)), np.int32)
+        for window, start_s in enumerate(starts_s):
+            inside = np.bincount(clients[time_s >= start_s], minlength=len(left_out))
+            left_out[:, window] = found.num_events - inside
+        return cls(found.num_events, left_out, starts_s)
+
+
+class _Once:
+    """The tables of a directory, kind by kind.
+
+    Attributes:
+        client_ids: i64 [U], in the order of the result once `kinds` has returned.
+    """
+
+    def __init__(self, events: EventDirectory, cutoff_s: int, config: CountsConfig) -> None:
+        self.config = config
+        self._events, self._cutoff_s = events, cutoff_s
+        self.client_ids = clients_of(events, cutoff_s, False, None)[0].astype(np.int64)
+        self._clients = KnownIds(self.client_ids)
+
+    @cached_property
+    def _products(self) -> tuple[KnownIds, DenseProducts]:
+        products = self._events.products(("sku", "category", "price")).sort("sku")
+        return KnownIds(products["sku"].to_numpy()), dense_products(products)
+
+    def _items(self, kind: str, in_order: bool) -> _Skus | _Urls:
+        if ITEM_COLUMN[kind] != "sku":
+            return _Urls(in_order)
+        known, dense = self._products
+        return _Skus(partial(places_of_skus, self._events, kind, known), dense, in_order)
+
+    def kinds(self) -> list[CountedKind | SearchedKind]:
+        """What is counted of every kind that has an event of our clients."""
+        in_order = self.config.anchor == "file_order"
+        found = self._in_file_order() if in_order else ((kind, self._pass(kind)) for kind in self._events.kinds)
+        return [each.kind(kind, self.config) for kind, each in found if each.num_events.any()]
+
+    def _in_file_order(self) -> Iterator[tuple[str, _Pass | _Searches]]:
+        """First how many events the windows leave out and who comes first, then the events that are left."""
+        surveys: list[tuple[str, _FileOrder | _Searches]] = []
+        for kind in self._events.kinds:
+            found = self._pass(kind)
+            survey = found if isinstance(found, _Searches) else _FileOrder.of(found, self.config.windows_days)
+            surveys.append((kind, survey))
+        first_kind = np.full(len(self.client_ids), len(surveys))
+        for index, (_, survey) in reversed([*enumerate(surveys)]):
+            first_kind[survey.num_events > 0] = index
+        order = np.argsort(first_kind, kind="stable")
+        self.client_ids, position = self.client_ids[order], np.argsort(order)
+        for kind, survey in surveys:
+            if isinstance(survey, _Searches):
+                yield kind, _Searches(*(array[order] for array in survey))
+                continue
+            found = self._pass(kind, survey)
+            assert isinstance(found, _Pass)
+            clients, time_s = found.keys >> TIME_BITS, found.keys & ((1 << TIME_BITS) - 1)
+            yield (
+                kind,
+                found._replace(num_events=found.num_events[order], keys=(position[clients] << TIME_BITS) | time_s),
+            )
+
+    def _pass(self, kind: str, survey: _FileOrder | None = None) -> _Pass | _Searches:
+        """All events of a kind; after a survey, those that are left have the start of their shortest window as time."""
+        num_events = np.zeros(len(self.client_ids), np.int64)
+        if ITEM_COLUMN[kind] == "query":
+            sums = np.zeros((len(num_events), NUM_CODES), np.int64)
+            for client_id, timestamp_s, codes in self._events.batches(kind):
+                _add_codes(*self._clients.known(client_id, timestamp_s, self._cutoff_s), codes, sums, num_events)
+            return _Searches(num_events, mean_codes(sums, num_events))
+        config, items = self.config, self._items(kind, in_order=survey is not None)
+        is_last = config.anchor != "cutoff"
+        anchor_s = -(2**62) if is_last else self._cutoff_s
+        keys, numbers = [np.empty(0, np.int64)], [np.empty(0, np.int32)]
+        for client_id, timestamp_s, values in self._events.batches(kind):
+            rows, clients = self._clients.known(client_id, timestamp_s, self._cutoff_s)
+            if not len(rows):
+                continue
+            if is_last:  # it only grows, so that no event of the last windows is lost
+                anchor_s = max(anchor_s, int(timestamp_s[rows].max()))
+            numbered = items.number(values, rows)
+            from_s = anchor_s - config.windows_days[-1] * DAY_S
+            if survey is not None:
+                timestamp_s, from_s = timestamp_s.copy(), survey.starts_s[-1]
+                _set_times(rows, clients, survey.left_out, survey.starts_s, num_events, timestamp_s)
+            kept = _recent(rows, clients, timestamp_s, from_s, num_events)
+            keys.append(keys_of(clients[kept], timestamp_s[rows[kept]]))
+            numbers.append(numbered[kept])
+        return _Pass(num_events, items, anchor_s, np.concatenate(keys), np.concatenate(numbers))
+
+
+@njit(cache=True, nogil=True)
+def _recent(rows, clients, timestamp_s, from_s, num_events):  # pragma: no cover - compiled
+    """Counts all events of each client; places i32 of those from a time on."""
+    places = np.empty(rows.size, np.int32)
+    found = 0
+    for place in range(rows.size):
+        num_events[clients[place]] += 1
+        places[found] = place
+        found += timestamp_s[rows[place]] >= from_s
+    return places[:found]
+
+
+@njit(cache=True, nogil=True)
+def _set_times(rows, clients, left_out, starts_s, num_events, timestamp_s):  # pragma: no cover - compiled
+    """The start of the shortest window that has an event, a moment earlier where none has; `num_events` came before."""
+    for place in range(rows.size):
+        client, window = clients[place], 0
+        while window < starts_s.size and num_events[client] < left_out[client, window]:
+            window += 1
+        timestamp_s[rows[place]] = starts_s[window] if window < starts_s.size else starts_s[-1] - 1
+        num_events[client] += 1
+    for place in range(rows.size):  # `_recent` counts them
+        num_events[clients[place]] -= 1
+
+
+@njit(cache=True, nogil=True)
+def _note_first(numbers, done, first_seen):  # pragma: no cover - compiled
+    """When each number was seen first, counted in events; `done` came before."""
+    for place in range(numbers.size):
+        first_seen[numbers[place]] = min(first_seen[numbers[place]], done + place)
+
+
+@njit(cache=True, nogil=True)
+def _add_codes(rows, clients, codes, sums, num_events):  # pragma: no cover - compiled
+    """Adds the codes u8 [N, 16] of some rows to their clients."""
+    for place in range(rows.size):
+        client = clients[place]
+        num_events[client] += 1
+        for column in range(codes.shape[1]):
+            sums[client, column] += codes[rows[place], column]

@@ -1,0 +1,199 @@
+"""Files and directories that appear complete or not at all, and reading without running what a file holds.
+
+Contents reach the disk before the name does, and the name changes in one step: a process that is killed, a full disk or
+a power cut leaves the old file or the new one, never a half. Every format here is data: npy without objects, JSON,
+safetensors.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
+_IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR)
+
+
+class OutputDirectoryError(RuntimeError):
+    """A directory cannot be written, or belongs to something else."""
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Lets `write` fill a temporary file beside `path`, flushes it to disk and gives it the name.
+
+    When `write` fails, the temporary file is removed and `path` stays as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        _flush(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _flush(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 text."""
+    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes strict JSON: a NaN is a ValueError."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def load_json(path: Path) -> Any:
+    """Reads a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Writes an npy file; an array of objects is a ValueError."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            np.save(file, np.ascontiguousarray(array), allow_pickle=False)
+
+    write_atomically(path, write)
+
+
+def load_array(path: Path, memory_map: bool = False) -> np.ndarray:
+    """An npy file in memory or, with `memory_map` and if it holds anything, mapped read-only.
+
+    Raises:
+        ValueError: the file holds objects, or is no complete npy file.
+    """
+    if memory_map:
+        with suppress(ValueError):  # an array without values cannot be mapped
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+    return np.load(path, allow_pickle=False)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes tensors of any device as safetensors."""
+    from safetensors.torch import save_file  # torch takes seconds to import, and readers of events need none
+
+    stored = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    write_atomically(path, lambda file: save_file(stored, file))
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Reads a safetensors file to the CPU."""
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def copy_directory(source: Path, target: Path) -> None:
+    """Copies the files of `source` to `target`, each complete or not there."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in sorted(source.iterdir()):
+        write_atomically(target / file.name, lambda copy: shutil.copyfile(file, copy))  # noqa: B023
+
+
+@contextmanager
+def published_directory(path: Path) -> Iterator[Path]:
+    """Gives a temporary directory beside `path` that takes its name when the block ends without an error.
+
+    After an error the temporary directory is removed; after a kill it stays as `.<name>.partial` and the next attempt
+    clears it. Two processes must not make the same directory at once.
+
+    Raises:
+        OutputDirectoryError: `path` holds something already, or cannot be written (read-only, full, no such parent).
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    with writing_to(path, "output", partial):
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise OutputDirectoryError(
+                f"{path}: output must be a new or empty directory, got one in use; remove it or name another"
+            )
+        try:
+            clear_directory(partial)
+            yield partial
+            complete_directory(partial, path)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def complete_directory(partial: Path, path: Path) -> None:
+    """Flushes all files below `partial` to disk and gives it the name `path`."""
+    for file in sorted(partial.rglob("*")):
+        if file.is_file():
+            _flush(file)
+    _flush(partial)
+    os.replace(partial, path)
+    _flush(path.parent)
+
+
+def clear_directory(directory: Path, keep: frozenset[str] = frozenset()) -> None:
+    """Creates a directory or empties it, but for the names in `keep`; half files that a kill left there go, too."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for child in directory.iterdir():
+        if child.name in keep:
+            for left in child.rglob(".*.tmp"):
+                left.unlink()
+        elif child.is_dir() and not child.is_symlink():
+            shutil.rmtree(child)
+        else:
+            child.unlink()
+
+
+def writable_directory(path: Path, purpose: str) -> Path:
+    """Creates `path` when needed and proves that files can be written there.
+
+    Raises:
+        OutputDirectoryError: read-only, full, or a file stands in the way; names the directory and the remedy.
+    """
+    with writing_to(path, purpose):
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".write-test-{os.getpid()}"
+        with probe.open("wb") as handle:
+            handle.write(b"\0" * 4096)
+            handle.flush()
+            os.fsync(handle.fileno())
+        probe.unlink()
+    return path
+
+
+@contextmanager
+def writing_to(path: Path, purpose: str, partial: Path | None = None) -> Iterator[None]:
+    """Turns a refusal to write below `path` (or below `partial`, which will become it) into an error with a remedy.
+
+    Raises:
+        OutputDirectoryError: read-only, full, no permission, or a file stands in the way of a directory.
+    """
+    try:
+        yield
+    except OSError as error:
+        file = None if error.filename is None else Path(os.fsdecode(error.filename))
+        places = {place for one in (path, partial or path) for place in (one, *one.parents)}
+        is_above = file is None or file in places
+        is_below = file is not None and bool({path, partial} & {*file.parents})
+        if not ((error.errno in _REFUSALS and (is_above or is_below)) or (error.errno in _IN_THE_WAY and is_above)):
+            raise
+        raise OutputDirectoryError(
+            f"{path}: {purpose} must be a writable directory with free space, got {error.strerror or error};"
+            " free some space, change its permissions, or choose another place"
+        ) from error
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

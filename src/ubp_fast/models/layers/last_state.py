@@ -1,0 +1,108 @@
+"""Pooling by the last hidden state of a one-layer LSTM, on packed rows.
+
+    i, f, u, o = W x_t + V h_(t-1) + b;   c_t = sigm(f) c_(t-1) + sigm(i) tanh(u);   h_t = sigm(o) tanh(c_t)
+
+Sequences are sorted by length, so that step t advances the first n_t of them; nothing is padded. W x of all events is
+one product, and so is the gradient of V. [T, width] -> [B, width]. Source: Hochreiter and Schmidhuber 1997.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from ubp_fast.models.layers.linear import linear, product, product_over_rows
+from ubp_fast.sequences.batch import SequenceBatch
+
+
+class LastStatePooling(nn.Module):
+    """The last hidden state of a one-layer LSTM over each sequence, zeros for empty ones: [T, width] -> [B, width].
+
+    Equals `nn.LSTM` on a PackedSequence, whose backward on a CPU clears a tensor of all T rows in each step.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.cell = nn.LSTMCell(width, width)
+
+    def forward(self, rows: Tensor, batch: SequenceBatch) -> Tensor:
+        lengths = batch.lengths()
+        by_length = lengths.argsort(descending=True, stable=True)
+        rank = torch.empty_like(by_length)
+        rank[by_length] = torch.arange(len(by_length), device=rows.device)
+        segments = batch.segments()
+        position = lengths[segments] - 1 - batch.steps_to_end()
+        # Time-major order: all first events, longest sequence first, then all second events, ...
+        order = (position * len(lengths) + rank[segments]).argsort()
+        inputs = linear(rows[order], self.cell.weight_ih, self.cell.bias_ih + self.cell.bias_hh).float()
+        # An LSTM sums over hundreds of steps, which bfloat16 does not survive; what enters each step does.
+        with torch.autocast(rows.device.type, enabled=False):
+            states = _LastStates.apply(inputs, self.cell.weight_hh, torch.bincount(position).tolist())
+        return functional.pad(states, (0, 0, 0, len(lengths) - len(states)))[rank]
+
+
+class _LastStates(torch.autograd.Function):
+    """inputs [T, 4 * width] time-major, V [4 * width, width], n_t that never grow -> [n_0, width], longest first."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, active: list[int]) -> Tensor:
+        gates = inputs.clone()
+        states, memories, squashed = (inputs.new_empty(len(inputs), weight.shape[1]) for _ in range(3))
+        last = inputs.new_zeros(active[0], weight.shape[1])
+        begin = before = 0
+        for count in active:
+            now, then = slice(begin, begin + count), slice(before, before + count)
+            if begin:
+                gates[now] += product(states[then], weight)
+            enter, keep, update, leave = gates[now].chunk(4, dim=1)
+            for gate in (enter, keep, leave):
+                gate.sigmoid_()
+            torch.mul(enter, update.tanh_(), out=memories[now])
+            if begin:
+                memories[now].addcmul_(keep, memories[then])
+            torch.tanh(memories[now], out=squashed[now])
+            torch.mul(leave, squashed[now], out=states[now])
+            last[:count] = states[now]
+            begin, before = begin + count, begin
+        ctx.save_for_backward(weight, gates, states, memories, squashed)
+        ctx.active = active
+        return last
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
+        weight, gates, states, memories, squashed = ctx.saved_tensors
+        grad_gates = torch.empty_like(gates)
+        grad_state, grad_memory = grad_output.clone(), torch.zeros_like(grad_output)
+        end = len(gates)
+        for step in reversed(range(len(ctx.active))):
+            count = ctx.active[step]
+            begin = end - count
+            now = slice(begin, end)
+            old = memories[begin - ctx.active[step - 1] :][:count] if step else torch.zeros_like(memories[now])
+            _cell_backward(gates[now], squashed[now], old, grad_state[:count], grad_memory[:count], grad_gates[now])
+            if step:
+                # What goes on to the step before; sequences that end there start with the gradient of the result.
+                grad_state[:count] = product(grad_gates[now], weight.t())
+            end = begin
+        earlier = [part[:count] for part, count in zip(states.split(ctx.active), ctx.active[1:], strict=False)]
+        grad_weight = product_over_rows(grad_gates[ctx.active[0] :], torch.cat([states[:0], *earlier]))
+        return grad_gates, grad_weight, None
+
+
+def _cell_backward(
+    gates: Tensor, squashed: Tensor, old: Tensor, grad_state: Tensor, grad_memory: Tensor, grad_gates: Tensor
+) -> None:
+    """One step back: fills grad_gates [n, 4 * width], and grad_memory becomes that of the step before."""
+    enter, keep, update, leave = gates.chunk(4, dim=1)
+    to_enter, to_keep, to_update, to_leave = grad_gates.chunk(4, dim=1)
+    grad_memory += torch.ops.aten.tanh_backward(grad_state * leave, squashed)
+    to_leave.copy_(torch.ops.aten.sigmoid_backward(grad_state * squashed, leave))
+    to_enter.copy_(torch.ops.aten.sigmoid_backward(grad_memory * update, enter))
+    to_update.copy_(torch.ops.aten.tanh_backward(grad_memory * enter, update))
+    to_keep.copy_(torch.ops.aten.sigmoid_backward(grad_memory * old, keep))
+    grad_memory *= keep

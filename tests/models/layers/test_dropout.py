@@ -1,0 +1,49 @@
+"""Dropout: shares, mean, gradients, seeds, and what it leaves alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ubp_fast.models.layers.dropout import dropout
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("share", [0.01, 0.2, 0.5, 0.95])
+def test_share_scale_and_gradient(share: float, dtype: torch.dtype) -> None:
+    values = torch.ones(401, 251, dtype=dtype, requires_grad=True)
+    found = dropout(values, share, True)
+    assert found.dtype == dtype
+    is_kept = found != 0
+    assert abs(is_kept.float().mean().item() - (1 - share)) < 5e-3
+    torch.testing.assert_close(found[is_kept].float(), torch.full_like(found[is_kept].float(), 1 / (1 - share)),
+                               rtol=1e-2 if dtype == torch.bfloat16 else 2e-3, atol=0)  # fmt: skip
+    (gradient,) = torch.autograd.grad(found, values, torch.ones_like(found))
+    assert torch.equal(gradient, found.detach())
+    rows, columns = is_kept.float().mean(dim=1), is_kept.float().mean(dim=0)
+    assert rows.std() < 0.04 and columns.std() < 0.04
+
+
+def test_seed_and_threads() -> None:
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        torch.manual_seed(3)
+        results.append((dropout(torch.ones(99, 7), 0.3, True), dropout(torch.ones(99, 7), 0.3, True)))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    assert not torch.equal(*results[0])
+
+
+def test_nothing_to_do() -> None:
+    values = torch.randn(5, 3)
+    assert dropout(values, 0.5, False) is values
+    assert dropout(values, 0.0, True) is values
+    assert dropout(values[:0], 0.5, True).shape == (0, 3)
+    assert dropout(values.t(), 0.5, True).shape == (3, 5)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
+def test_wrong_share(share: float) -> None:
+    with pytest.raises(ValueError, match=r"share must be in \[0, 1\), got"):
+        dropout(torch.ones(2), share, True)

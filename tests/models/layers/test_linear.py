@@ -1,0 +1,80 @@
+"""Linear layers by oneDNN against torch's own: results, gradients, what is left to torch, threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.closeness import assert_matches_reference
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ubp_fast.models.layers import linear as module
+from ubp_fast.models.layers.linear import Linear, linear
+
+# rows, inputs, outputs: nothing, one, odd sizes, more than one product over the rows
+CASES = [(0, 3, 5), (1, 1, 1), (7, 59, 64), (1024, 16, 3), (1025, 5, 17), (2051, 33, 100)]
+
+
+def results(rows: Tensor, weight: Tensor, bias: Tensor | None, compute) -> list[Tensor]:
+    """The output and the gradients of everything."""
+    inputs = [part.detach().requires_grad_() for part in (rows, weight, bias) if part is not None]
+    output = compute(*inputs)
+    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(9)).to(output.dtype)
+    return [output.detach(), *torch.autograd.grad(output, inputs, upstream)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("layout", ["plain", "strided", "expanded"])
+def test_equals_torch(case: tuple[int, int, int], has_bias: bool, layout: str) -> None:
+    count, inputs, outputs = case
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(count, inputs, generator=generator)
+    if layout == "strided":
+        rows = torch.randn(inputs, 2 * count + 1, generator=generator)[:, : 2 * count : 2].t()
+    elif layout == "expanded":
+        rows = torch.randn(inputs, generator=generator).expand(count, -1)
+    weight = torch.randn(outputs, inputs, generator=generator)
+    bias = torch.randn(outputs, generator=generator) if has_bias else None
+    found, plain = (results(rows, weight, bias, compute) for compute in (linear, functional.linear))
+    truth = results(*(None if part is None else part.double() for part in (rows, weight, bias)), functional.linear)
+    for name, *three in zip(("output", "rows", "weight", "bias"), found, plain, truth, strict=False):
+        assert_matches_reference(*three, "linear", (case, layout, name))
+
+
+def test_only_needed_gradients() -> None:
+    layer, rows = Linear(4, 3), torch.randn(6, 4, requires_grad=True)
+    layer.requires_grad_(False)
+    layer(rows).sum().backward()  # the gradient that comes has no memory of its own
+    torch.testing.assert_close(rows.grad, layer.weight.sum(dim=0).expand(6, -1))
+    assert layer.weight.grad is None and layer.bias.grad is None
+
+
+@pytest.mark.parametrize("what", ["float64", "bfloat16", "three dimensions", "autocast", "without oneDNN"])
+def test_the_rest_is_torch(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cases that oneDNN does not get are torch's, bit by bit."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    dtype = {"float64": torch.float64, "bfloat16": torch.bfloat16}.get(what, torch.float32)
+    rows = torch.randn(*([2] if what == "three dimensions" else []), 5, 8).to(dtype)
+    layer = Linear(8, 3).to(dtype)
+    if what == "without oneDNN":
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+        torch.testing.assert_close(module.product_over_rows(rows, rows), rows.t() @ rows)
+    with torch.autocast("cpu", torch.bfloat16, enabled=what == "autocast"):
+        assert torch.equal(layer(rows), functional.linear(rows, layer.weight, layer.bias))
+
+
+def test_threads() -> None:
+    rows, weight, bias = torch.randn(3000, 130), torch.randn(90, 130), torch.randn(90)
+    outcomes = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        outcomes.append(results(rows, weight, bias, linear))
+    for one, two in zip(*outcomes, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_state_is_that_of_torch() -> None:
+    layer, twin = Linear(3, 2), nn.Linear(3, 2)
+    layer.load_state_dict(twin.state_dict())
+    torch.testing.assert_close(layer(torch.eye(3)), twin(torch.eye(3)))

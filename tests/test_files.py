@@ -1,0 +1,234 @@
+"""Files and directories: complete or not at all, and nothing in them is run."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ubp_fast.files import (
+    OutputDirectoryError,
+    clear_directory,
+    copy_directory,
+    load_array,
+    load_json,
+    load_tensors,
+    published_directory,
+    writable_directory,
+    write_array,
+    write_atomically,
+    write_json,
+    write_tensors,
+    write_text,
+)
+
+
+def test_appears_when_complete(tmp_path: Path) -> None:
+    target = tmp_path / "a" / "out"
+    with published_directory(target) as partial:
+        (partial / "file").write_text("x")
+        assert not target.exists()
+    assert (target / "file").read_text() == "x"
+    assert os.listdir(target.parent) == ["out"]
+
+
+def test_an_error_leaves_nothing(tmp_path: Path) -> None:
+    def write_half() -> None:
+        with published_directory(tmp_path / "out") as partial:
+            (partial / "file").write_text("x")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        write_half()
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_empty_directory_may_be_there_a_used_one_may_not(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with published_directory(tmp_path / "out") as partial:
+        (partial / "file").write_text("x")
+    with (
+        pytest.raises(OutputDirectoryError, match="out: output must be a new or empty directory"),
+        published_directory(tmp_path / "out"),
+    ):
+        pass
+    assert (tmp_path / "out" / "file").exists()
+
+
+def test_what_a_killed_process_left_is_cleared(tmp_path: Path) -> None:
+    program = (
+        "import os, signal, sys; from pathlib import Path; from ubp_fast.files import published_directory\n"
+        "with published_directory(Path(sys.argv[1])) as partial:\n"
+        "    (partial / 'old').write_text('x'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "out")], env={**os.environ, "PYTHONPATH": path}, check=False
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    with published_directory(tmp_path / "out") as partial:
+        (partial / "new").write_text("y")
+    assert os.listdir(tmp_path) == ["out"]
+    assert os.listdir(tmp_path / "out") == ["new"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT])
+def test_full_and_read_only_disks(tmp_path: Path, code: int) -> None:
+    with (
+        pytest.raises(OutputDirectoryError, match=r"out: output must be a writable directory .* free some space"),
+        published_directory(tmp_path / "out"),
+    ):
+        raise OSError(code, os.strerror(code))  # as a write to a full disk does, which names no file
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_in_the_way_of_the_parent(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(OutputDirectoryError, match="must be a writable directory"),
+        published_directory(tmp_path / "file" / "out"),
+    ):
+        pass
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write everywhere")
+def test_read_only_directory(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    try:
+        with (
+            pytest.raises(OutputDirectoryError, match="must be a writable directory"),
+            published_directory(tmp_path / "out"),
+        ):
+            pass
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_mistakes_inside_the_directory_stay_what_they_are(tmp_path: Path) -> None:
+    def make_it_twice() -> None:
+        with published_directory(tmp_path / "out") as partial:
+            (partial / "twice").mkdir()
+            (partial / "twice").mkdir()
+
+    with pytest.raises(FileExistsError):
+        make_it_twice()
+    assert os.listdir(tmp_path) == []
+
+
+def test_errors_about_other_files_stay_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), published_directory(tmp_path / "out"):
+        (Path(tmp_path.anchor) / "no" / "such" / "input").read_text()
+
+
+def test_unwritable_directory_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputDirectoryError, match="must be a writable directory"):
+        writable_directory(tmp_path / "file" / "below", "the run directory")
+
+
+def test_read_only_directory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "open", refuse)  # permissions do not stop root, so the refusal is played
+    with pytest.raises(OutputDirectoryError, match="must be a writable directory with free space, got Read-only"):
+        writable_directory(tmp_path, "the run directory")
+
+
+def test_copy_directory_replaces_files(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    (source / "a").write_text("new")
+    target.mkdir()
+    (target / "a").write_text("old")
+    copy_directory(source, target)
+    assert [(path.name, path.read_text()) for path in target.iterdir()] == [("a", "new")]
+
+
+@pytest.mark.parametrize("moment", ["write", "flush", "rename"])
+def test_a_failing_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    write_text(tmp_path / "file", "old")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def write(path: Path) -> None:
+        path.write_text("half")
+        if moment == "write":
+            refuse()
+
+    if moment != "write":
+        monkeypatch.setattr(os, "fsync" if moment == "flush" else "replace", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(tmp_path / "file", write)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "old")]
+
+
+@pytest.mark.parametrize("moment", ["before the flush", "before the name", "after the name"])
+def test_a_kill_leaves_the_old_file_or_the_new(tmp_path: Path, moment: str) -> None:
+    program = (
+        "import os, signal, sys; from pathlib import Path; from ubp_fast.files import write_text\n"
+        "def kill(*_): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "moment, real = sys.argv[2], os.replace\n"
+        "if moment == 'before the flush': os.fsync = kill\n"
+        "if moment == 'before the name': os.replace = kill\n"
+        "if moment == 'after the name': os.replace = lambda *names: (real(*names), kill())\n"
+        "write_text(Path(sys.argv[1]), 'new' * 1000)"
+    )
+    (tmp_path / "file").write_text("old")
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    command = [sys.executable, "-c", program, str(tmp_path / "file"), moment]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert (tmp_path / "file").read_text() == ("new" * 1000 if moment == "after the name" else "old")
+
+
+def test_contents_reach_the_disk_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *given, name=name, real=real: (calls.append(name), real(*given))[1])
+    write_text(tmp_path / "file", "x")
+    assert calls == ["fsync", "replace", "fsync"], "the last one is of the directory, where the name is"
+
+
+def test_halves_in_a_kept_folder_are_cleared(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    for name in ("checkpoint.pt", ".checkpoint.pt.17.tmp"):
+        (tmp_path / "kept" / name).write_text("x")
+    (tmp_path / "rest").mkdir()
+    clear_directory(tmp_path, frozenset({"kept"}))
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["kept", "kept/checkpoint.pt"]
+
+
+def test_values_come_back(tmp_path: Path) -> None:
+    array = np.arange(1200, dtype=np.float32).reshape(3, 400)
+    for name, part in (("whole", array), ("empty", array[:0]), ("columns", np.asfortranarray(array))):
+        write_array(tmp_path / name, part)
+        for memory_map in (False, True):
+            np.testing.assert_array_equal(load_array(tmp_path / name, memory_map), part)
+    assert isinstance(load_array(tmp_path / "whole", memory_map=True), np.memmap)
+    write_json(tmp_path / "json", {"a": [1, None, "\u00e4"]})
+    assert load_json(tmp_path / "json") == {"a": [1, None, "\u00e4"]}
+    tensors = {"half": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3).t(), "steps": torch.tensor(3)}
+    write_tensors(tmp_path / "tensors", tensors)
+    torch.testing.assert_close(load_tensors(tmp_path / "tensors"), tensors)
+
+
+def test_what_is_no_plain_data_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(tmp_path / "json", float("nan"))
+    with pytest.raises(ValueError, match="allow_pickle"):
+        write_array(tmp_path / "array", np.array([{}]))
+    assert not list(tmp_path.iterdir())
+    np.save(tmp_path / "array.npy", np.array([{}]), allow_pickle=True)
+    with pytest.raises(ValueError, match="allow_pickle"):
+        load_array(tmp_path / "array.npy")
