@@ -102,8 +102,8 @@ void schedule_free_step(const RowTable& table, const ScheduleFree& rule, const S
                         int32_t last, float* __restrict y, float* __restrict z, float* __restrict v,
                         const float* __restrict gradient) {
   if (last < 0) {
-    std::memcpy(z, y, table.width * sizeof(float));
-    std::memset(v, 0, table.width * sizeof(float));
+    for (int64_t d = 0; d < table.width; ++d) z[d] = y[d];
+    for (int64_t d = 0; d < table.width; ++d) v[d] = 0.f;
   }
   const float kept = last < 0 ? 1.f : kept_share(table, last);
   const float share = kept * (1.f - step.average_weight);
@@ -138,7 +138,7 @@ void step_row(const RowTable& table, const Adam& rule, const Adam::Step& step, i
   float* __restrict v = state + width;
   float first_kept = 1.f, second_kept = static_cast<float>(rule.beta2);
   if (last < 0) {
-    std::memset(m, 0, 2 * width * sizeof(float));
+    for (int64_t d = 0; d < 2 * width; ++d) m[d] = 0.f;
     const float kept = rule.tails[0].kept;
     for (int64_t d = 0; d < width; ++d) w[d] *= kept;
   } else if (last < table.now) {
@@ -215,8 +215,8 @@ void reduce_item(void* context, int64_t item, int) {
   for (int64_t u = begin; u < end; ++u) {
     float* __restrict sums = problem.sums + u * problem.width;
     const int64_t first = problem.start[u];
-    std::memcpy(sums, problem.gradient + problem.order[first] * problem.stride,
-                problem.width * sizeof(float));
+    const float* __restrict row = problem.gradient + problem.order[first] * problem.stride;
+    for (int64_t d = 0; d < problem.width; ++d) sums[d] = row[d];
     for (int64_t t = first + 1; t < problem.start[u + 1]; ++t) {
       const float* __restrict gradient = problem.gradient + problem.order[t] * problem.stride;
       for (int64_t d = 0; d < problem.width; ++d) sums[d] += gradient[d];
