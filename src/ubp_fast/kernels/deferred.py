@@ -75,11 +75,16 @@ def flag(device: torch.device) -> Tensor:
     return _of(device).value
 
 
-def report(is_bad: Tensor, error: type[Exception], message: str) -> None:
-    """Raises on a later call if the boolean `is_bad` (one element, on a device whose checks are deferred) is true."""
+def fault(is_bad: Tensor, error: type[Exception], message: str) -> Tensor:
+    """int32 [1]: the code of the error where the boolean `is_bad` (one element, on a device) is true, else 0."""
     number = code(lambda: error(f"{message} (found on the device, after the call that it is about)"), message)
-    value = flag(is_bad.device)
-    torch.maximum(value, is_bad.reshape(1).to(torch.int32) * number, out=value)
+    return is_bad.reshape(1).to(torch.int32) * number
+
+
+def report(found: Tensor) -> None:
+    """Raises on a later call if what `fault` has found, on a device whose checks are deferred, is not 0."""
+    value = flag(found.device)
+    torch.maximum(value, found, out=value)
 
 
 def poll(device: torch.device) -> None:

@@ -151,7 +151,7 @@ def _check_values(
     """Value rules, for valid rows only."""
     if deferred.is_deferred(temperature.device):
         is_bad = ~((temperature > 0) & torch.isfinite(temperature))
-        deferred.report(is_bad, ValueError, "nt_xent: temperature must be finite and > 0")
+        deferred.report(deferred.fault(is_bad, ValueError, "nt_xent: temperature must be finite and > 0"))
     else:
         _check_temperature(float(temperature))
     for name, rows in (("left", left), ("right", right)):
@@ -167,7 +167,7 @@ def _raise_bad_rows(
 ) -> None:
     bad = bad if valid is None else bad & valid
     if deferred.is_deferred(bad.device):
-        deferred.report(bad.any(), ValueError, f"nt_xent: {name} must {rule}; {remedy}")
+        deferred.report(deferred.fault(bad.any(), ValueError, f"nt_xent: {name} must {rule}; {remedy}"))
     elif bool(bad.any()):
         first = int(bad.nonzero()[0])
         value = "NaN or infinity" if values is None else f"{float(values[first]):g}"
