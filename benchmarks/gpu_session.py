@@ -252,6 +252,7 @@ def _capability() -> str:
 def smoke() -> int:
     """Every kernel of every backend forward and backward against its reference; one that fails is named."""
     import torch
+    from support.closeness import assert_matches_reference
 
     from ubp_fast.kernels import check_deferred, cuda, flash_attention, nt_xent, row_sparse
 
@@ -269,67 +270,63 @@ def smoke() -> int:
     bias = torch.randn(2, 20, device=device)
     sides = [torch.randn(70, 48, device=device, dtype=dtype) for _ in range(2)]
 
-    def attention(backend: str, **options: Any) -> list[torch.Tensor]:
-        leaf = rows.clone().requires_grad_()
-        output = flash_attention(leaf, leaf, leaf, offsets, backend=backend, **options)
-        return [output.detach(), *torch.autograd.grad(output, leaf, output.detach())]
+    def attention(backend: str, kind: torch.dtype, **options: Any) -> list[torch.Tensor]:
+        leaves = [rows.to(kind, copy=True).requires_grad_() for _ in range(3)]
+        output = flash_attention(*leaves, offsets, backend=backend, **options)
+        return [output.detach(), *torch.autograd.grad(output, leaves, rows.flip(0).to(kind))]
 
-    def contrastive(backend: str, negatives: str) -> list[torch.Tensor]:
-        leaves = [side.clone().requires_grad_() for side in sides]
+    def contrastive(backend: str, kind: torch.dtype, negatives: str) -> list[torch.Tensor]:
+        leaves = [side.to(kind, copy=True).requires_grad_() for side in sides]
         loss = nt_xent(*leaves, negatives=negatives, backend=backend) * 70
         return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
-    def table(backend: str, rule: row_sparse.ScheduleFree | row_sparse.Adam) -> list[torch.Tensor]:
+    def table(backend: str, kind: torch.dtype, rule: row_sparse.ScheduleFree | row_sparse.Adam) -> list[torch.Tensor]:
+        kind = torch.promote_types(kind, torch.float32)
         generator = torch.Generator().manual_seed(1)
-        weight = torch.randn(40, 16, generator=generator).to(device)
+        weight = torch.randn(40, 16, generator=generator).to(device, kind)
         history = torch.ones(2, dtype=torch.float64, device=device)
         step = row_sparse.ScheduleFreeStep(0.01, 0.1, 0.05, 0.1, True)
         if isinstance(rule, row_sparse.Adam):
             history, step = history[:, None].expand(2, 3).contiguous(), row_sparse.AdamStep(0.01, 1.5, 0.99)
         facts = row_sparse.RowTable(
             weight=weight,
-            state=torch.zeros(40, 2, 16, device=device),
+            state=torch.zeros(40, 2, 16, dtype=kind, device=device),
             slot=torch.full((40,), -1, dtype=torch.int32, device=device),
             used=torch.zeros(1, dtype=torch.int64, device=device),
             last_step=torch.full((40,), -1, dtype=torch.int32, device=device),
             history=history[:1],
         )
         ids = torch.randint(0, 40, (25,), generator=generator).to(device)
-        gradient = torch.randn(25, 16, generator=generator).to(device)
+        gradient = torch.randn(25, 16, generator=generator).to(device, kind)
         distinct, sums, count = row_sparse.reduce_padded(ids, gradient, backend=backend)
         row_sparse.update(facts, rule, distinct, sums, step, count=count, backend=backend)
         facts = facts._replace(history=0.9 * history)
         return [sums, facts.weight, row_sparse.gather(facts, rule, ids, backend=backend)]
 
-    timed = {"time_bias": bias, "timestamp_s": stamps}
-    calls: dict[str, tuple[Callable[[str], list[torch.Tensor]], tuple[str, ...]]] = {
-        "flash_attention": (lambda backend: attention(backend), ("triton", "cuda")),
-        "flash_attention causal": (lambda backend: attention(backend, causal=True), ("triton", "cuda")),
-        "flash_attention window, time_bias": (
-            lambda backend: attention(backend, window=9, **timed),
-            ("triton", "cuda"),
-        ),
-        "flash_attention dropout": (lambda backend: attention(backend, dropout_p=0.2, seed=5), ("triton", "cuda")),
-        "nt_xent cross": (lambda backend: contrastive(backend, "cross"), ("triton", "cuda")),
-        "nt_xent simclr": (lambda backend: contrastive(backend, "simclr"), ("triton", "cuda")),
-        "row_sparse schedule-free": (lambda backend: table(backend, row_sparse.ScheduleFree(0.999, 1e-8)), ("triton",)),
-        "row_sparse adam": (lambda backend: table(backend, row_sparse.Adam(0.9, 0.999, 1e-8)), ("triton",)),
+    both, timed = ("triton", "cuda"), {"time_bias": bias, "timestamp_s": stamps}
+    calls: dict[str, tuple[Callable[..., list[torch.Tensor]], tuple[str, ...], dict[str, Any]]] = {
+        "flash_attention": (attention, both, {}),
+        "flash_attention causal": (attention, both, {"causal": True}),
+        "flash_attention window, time_bias": (attention, both, {"window": 9, **timed}),
+        "flash_attention dropout": (attention, both, {"dropout_p": 0.2, "seed": 5}),
+        "nt_xent cross": (contrastive, both, {"negatives": "cross"}),
+        "nt_xent simclr": (contrastive, both, {"negatives": "simclr"}),
+        "row_sparse schedule-free": (table, ("triton",), {"rule": row_sparse.ScheduleFree(0.999, 1e-8)}),
+        "row_sparse adam": (table, ("triton",), {"rule": row_sparse.Adam(0.9, 0.999, 1e-8)}),
     }
     failures = 0
-    for name, (call, backends) in calls.items():
-        wanted = call("reference")
+    for name, (call, backends, options) in calls.items():
+        plain, truth = (call("reference", kind, **options) for kind in (dtype, torch.float64))
         for backend in backends:
             try:
-                found = call(backend)
+                found = call(backend, dtype, **options)
                 check_deferred()
-                errors = [float((a.float() - b.float()).abs().max()) for a, b in zip(found, wanted, strict=True)]
-                scales = [float(part.float().abs().max()) for part in wanted]
-                is_close = all(error <= 0.03 * scale for error, scale in zip(errors, scales, strict=True))
-                failures += not is_close
-                print(f"{'ok   ' if is_close else 'WRONG'} {name} {backend}: errors {errors}", flush=True)
+                for place, parts in enumerate(zip(found, plain, truth, strict=True)):
+                    assert_matches_reference(*parts, name, f"{backend}, result {place}")
+                print(f"ok     {name} {backend}", flush=True)
             except Exception as error:  # every other kernel is still to be tried, whatever this one raised
                 failures += 1
-                print(f"RAISED {name} {backend}: {type(error).__name__}: {error}", flush=True)
+                print(f"FAILED {name} {backend}: {type(error).__name__}: {error}", flush=True)
     return int(failures > 0)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
@@ -176,6 +177,19 @@ def measure(operator: str, place: Place, runnable: list[tuple[int | None, ...]])
     return (best[0], best[1], today) if best[0] is not None and today > LEAD * best[1] else None
 
 
+def write_row(path: Path, device: str, name: str, row: list[Any]) -> None:
+    """Puts [width, length, tiles] into a table, in place of the row for the same device, name, width and length."""
+    table = json.loads(path.read_text(encoding="utf-8"))
+    others = [other for other in table.setdefault(device, {}).get(name, []) if other[:2] != row[:2]]
+    table[device][name] = sorted([*others, row], key=lambda row: (row[0], math.inf if row[1] is None else row[1]))
+    parts = []
+    for card in sorted(table):
+        lines = [f"  {json.dumps(name)}: {json.dumps(table[card][name])}" for name in sorted(table[card])]
+        parts.append(f" {json.dumps(card)}: {{\n" + ",\n".join(lines) + "\n }")
+    path.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+    tile_table.rows.cache_clear()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Tunes the tiles of the Triton kernels.")
     parser.add_argument("--tune", action="store_true", help="write what leads to the operators' tiles.json")
@@ -200,8 +214,8 @@ def main() -> int:
             runnable = [job[2] for job, reason in reasons.items() if job[:2] == (operator, place) and reason is None]
             found = measure(operator, place, runnable)
             if found is not None and options.tune:
-                entry = {"device": name, "kernel": place.kernel, "kind": kind, "width": place.width}
-                tile_table.write(module.TABLE, [{**entry, "length": place.length, "tiles": list(found[0])}])
+                row = [place.width, place.length, list(found[0])]
+                write_row(module.TABLE, name, f"{place.kernel} {kind}", row)
         if options.output is not None:
             shutil.copy2(module.TABLE, options.output / f"tiles-{operator}.json")
     return 0

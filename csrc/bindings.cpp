@@ -135,56 +135,27 @@ PYBIND11_MODULE(_core, module) {
   module.def("set_isa", &ubp::set_isa, py::arg("name"),
              "Uses another instruction set; ValueError when it cannot.");
   ubp::Struct<Attention>(module, "FlashAttentionProblem")
-      .field("query", &Attention::query)
-      .field("key", &Attention::key)
-      .field("value", &Attention::value)
-      .field("cu_query", &Attention::cu_query)
-      .field("cu_key", &Attention::cu_key)
-      .field("query_tokens", &Attention::query_tokens)
-      .field("key_tokens", &Attention::key_tokens)
-      .field("sequences", &Attention::sequences)
-      .field("heads", &Attention::heads)
-      .field("width", &Attention::width)
-      .field("dtype", &Attention::dtype)
-      .field("left", &Attention::left)
-      .field("right", &Attention::right)
-      .field("scale", &Attention::scale)
-      .field("time_bias", &Attention::time_bias)
-      .field("query_time_s", &Attention::query_time_s)
-      .field("key_time_s", &Attention::key_time_s)
-      .field("buckets", &Attention::buckets)
-      .field("threshold", &Attention::threshold)
-      .field("keep_factor", &Attention::keep_factor)
-      .field("seed", &Attention::seed)
-      .field("threads", &Attention::threads)
-      .field("output", &Attention::output)
-      .field("lse", &Attention::lse)
-      .field("grad_output", &Attention::grad_output)
-      .field("grad_query", &Attention::grad_query)
-      .field("grad_key", &Attention::grad_key)
-      .field("grad_value", &Attention::grad_value)
-      .field("grad_time_bias", &Attention::grad_time_bias);
+      .fields("query", &Attention::query, "key", &Attention::key, "value", &Attention::value, "cu_query",
+              &Attention::cu_query, "cu_key", &Attention::cu_key, "query_tokens", &Attention::query_tokens,
+              "key_tokens", &Attention::key_tokens, "sequences", &Attention::sequences, "heads",
+              &Attention::heads, "width", &Attention::width, "dtype", &Attention::dtype, "left",
+              &Attention::left, "right", &Attention::right, "scale", &Attention::scale, "time_bias",
+              &Attention::time_bias, "query_time_s", &Attention::query_time_s, "key_time_s",
+              &Attention::key_time_s, "buckets", &Attention::buckets, "threshold", &Attention::threshold,
+              "keep_factor", &Attention::keep_factor, "seed", &Attention::seed, "threads",
+              &Attention::threads, "output", &Attention::output, "lse", &Attention::lse, "grad_output",
+              &Attention::grad_output, "grad_query", &Attention::grad_query, "grad_key", &Attention::grad_key,
+              "grad_value", &Attention::grad_value, "grad_time_bias", &Attention::grad_time_bias);
   module.def("flash_attention_forward", &flash_attention<&ubp::Kernels::flash_attention_forward>);
   module.def("flash_attention_backward", &flash_attention<&ubp::Kernels::flash_attention_backward>);
   ubp::Struct<Contrastive>(module, "NTXentProblem")
-      .field("left", &Contrastive::left)
-      .field("right", &Contrastive::right)
-      .field("dtype", &Contrastive::dtype)
-      .field("kept", &Contrastive::kept)
-      .field("ids", &Contrastive::ids)
-      .field("rows", &Contrastive::rows)
-      .field("pairs", &Contrastive::pairs)
-      .field("width", &Contrastive::width)
-      .field("form", &Contrastive::form)
-      .field("has_ids", &Contrastive::has_ids)
-      .field("is_normalized", &Contrastive::is_normalized)
-      .field("temperature", &Contrastive::temperature)
-      .field("threads", &Contrastive::threads)
-      .field("losses", &Contrastive::losses)
-      .field("weight", &Contrastive::weight)
-      .field("factor", &Contrastive::factor)
-      .field("grad_left", &Contrastive::grad_left)
-      .field("grad_right", &Contrastive::grad_right);
+      .fields("left", &Contrastive::left, "right", &Contrastive::right, "dtype", &Contrastive::dtype, "kept",
+              &Contrastive::kept, "ids", &Contrastive::ids, "rows", &Contrastive::rows, "pairs",
+              &Contrastive::pairs, "width", &Contrastive::width, "form", &Contrastive::form, "has_ids",
+              &Contrastive::has_ids, "is_normalized", &Contrastive::is_normalized, "temperature",
+              &Contrastive::temperature, "threads", &Contrastive::threads, "losses", &Contrastive::losses,
+              "weight", &Contrastive::weight, "factor", &Contrastive::factor, "grad_left",
+              &Contrastive::grad_left, "grad_right", &Contrastive::grad_right);
   module.def("nt_xent_forward", &nt_xent<&ubp::Kernels::nt_xent_forward>);
   module.def("nt_xent_backward", &nt_xent<&ubp::Kernels::nt_xent_backward>,
              "Returns sum_i weight_i sum_j p_ij gap_ij, see nt_xent.h.");

@@ -78,59 +78,27 @@ void nt_xent(int pass, const Contrastive& problem, Address stream) {
 PYBIND11_MODULE(_cuda, module) {
   module.doc() = "Compiled CUDA kernels of ubp_fast; use them through ubp_fast.kernels.";
   Struct<Attention>(module, "FlashAttentionProblem")
-      .field("query", &Attention::query)
-      .field("key", &Attention::key)
-      .field("value", &Attention::value)
-      .field("cu_query", &Attention::cu_query)
-      .field("cu_key", &Attention::cu_key)
-      .field("order", &Attention::order)
-      .field("first_tile", &Attention::first_tile)
-      .field("bound", &Attention::bound)
-      .field("warps", &Attention::warps)
-      .field("sequences", &Attention::sequences)
-      .field("heads", &Attention::heads)
-      .field("width", &Attention::width)
-      .field("dtype", &Attention::dtype)
-      .field("left", &Attention::left)
-      .field("right", &Attention::right)
-      .field("scale", &Attention::scale)
-      .field("time_bias", &Attention::time_bias)
-      .field("query_time_s", &Attention::query_time_s)
-      .field("key_time_s", &Attention::key_time_s)
-      .field("buckets", &Attention::buckets)
-      .field("threshold", &Attention::threshold)
-      .field("keep_factor", &Attention::keep_factor)
-      .field("seed", &Attention::seed)
-      .field("output", &Attention::output)
-      .field("lse", &Attention::lse)
-      .field("grad_output", &Attention::grad_output)
-      .field("delta", &Attention::delta)
-      .field("grad_query", &Attention::grad_query)
-      .field("grad_key", &Attention::grad_key)
-      .field("grad_value", &Attention::grad_value)
-      .field("bias_parts", &Attention::bias_parts);
+      .fields("query", &Attention::query, "key", &Attention::key, "value", &Attention::value, "cu_query",
+              &Attention::cu_query, "cu_key", &Attention::cu_key, "order", &Attention::order, "first_tile",
+              &Attention::first_tile, "bound", &Attention::bound, "warps", &Attention::warps, "sequences",
+              &Attention::sequences, "heads", &Attention::heads, "width", &Attention::width, "dtype",
+              &Attention::dtype, "left", &Attention::left, "right", &Attention::right, "scale",
+              &Attention::scale, "time_bias", &Attention::time_bias, "query_time_s", &Attention::query_time_s,
+              "key_time_s", &Attention::key_time_s, "buckets", &Attention::buckets, "threshold",
+              &Attention::threshold, "keep_factor", &Attention::keep_factor, "seed", &Attention::seed,
+              "output", &Attention::output, "lse", &Attention::lse, "grad_output", &Attention::grad_output,
+              "delta", &Attention::delta, "grad_query", &Attention::grad_query, "grad_key",
+              &Attention::grad_key, "grad_value", &Attention::grad_value, "bias_parts",
+              &Attention::bias_parts);
   Struct<Contrastive>(module, "NTXentProblem")
-      .field("own", &Contrastive::own)
-      .field("other", &Contrastive::other)
-      .field("dtype", &Contrastive::dtype)
-      .field("own_rows", &Contrastive::own_rows)
-      .field("other_rows", &Contrastive::other_rows)
-      .field("own_first", &Contrastive::own_first)
-      .field("other_first", &Contrastive::other_first)
-      .field("pairs", &Contrastive::pairs)
-      .field("width", &Contrastive::width)
-      .field("scales", &Contrastive::scales)
-      .field("valid", &Contrastive::valid)
-      .field("ids", &Contrastive::ids)
-      .field("inverse_temperature", &Contrastive::inverse_temperature)
-      .field("splits", &Contrastive::splits)
-      .field("positives", &Contrastive::positives)
-      .field("largest", &Contrastive::largest)
-      .field("sums", &Contrastive::sums)
-      .field("losses", &Contrastive::losses)
-      .field("weights", &Contrastive::weights)
-      .field("grad", &Contrastive::grad)
-      .field("moments", &Contrastive::moments);
+      .fields("own", &Contrastive::own, "other", &Contrastive::other, "dtype", &Contrastive::dtype,
+              "own_rows", &Contrastive::own_rows, "other_rows", &Contrastive::other_rows, "own_first",
+              &Contrastive::own_first, "other_first", &Contrastive::other_first, "pairs", &Contrastive::pairs,
+              "width", &Contrastive::width, "scales", &Contrastive::scales, "valid", &Contrastive::valid,
+              "ids", &Contrastive::ids, "inverse_temperature", &Contrastive::inverse_temperature, "splits",
+              &Contrastive::splits, "positives", &Contrastive::positives, "largest", &Contrastive::largest,
+              "sums", &Contrastive::sums, "losses", &Contrastive::losses, "weights", &Contrastive::weights,
+              "grad", &Contrastive::grad, "moments", &Contrastive::moments);
   module.def("flash_attention", &flash_attention);
   module.def("nt_xent", &nt_xent);
   module.def("flash_attention_warps", &flash_attention_warps);

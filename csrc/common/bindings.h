@@ -19,11 +19,9 @@ class Struct {
       Problem problem{};
       const pybind11::object made = pybind11::cast(&problem, pybind11::return_value_policy::reference);
       for (const auto& [field, value] : fields) {
-        const bool is_tensor = pybind11::hasattr(value, "data_ptr");
-        pybind11::object number = pybind11::reinterpret_borrow<pybind11::object>(value);
-        if (is_tensor) number = value.attr("data_ptr")();
-        if (value.is_none()) number = pybind11::int_(0);
-        pybind11::setattr(made, field, number);
+        if (value.is_none()) continue;
+        const bool is_number = PyLong_Check(value.ptr()) || PyFloat_Check(value.ptr());
+        pybind11::setattr(made, field, is_number ? value : pybind11::object(value.attr("data_ptr")()));
       }
       return problem;
     }));
@@ -41,6 +39,14 @@ class Struct {
           [member](Problem& problem, int number) { problem.*member = static_cast<T>(number); });
     else
       class_.def_readwrite(name, member);
+    return *this;
+  }
+
+  // Names and members in turns.
+  template <class T, class... Rest>
+  Struct& fields(const char* name, T Problem::* member, Rest... rest) {
+    field(name, member);
+    if constexpr (sizeof...(rest) > 0) fields(rest...);
     return *this;
   }
 

@@ -8,7 +8,8 @@ namespace ubp {
 namespace {
 
 // `Real`: products, sums and gradients. `Element`: one step of a product, kPair numbers of a row.
-// kPart: steps summed one after the other; the sums of the parts are added up.
+// kPart: steps summed one after the other; the sums of the parts are added up. kAddsLast: what C held is
+// added to the sums at the end, so that long ones are sums of short ones; else the sums go on from it.
 struct DoubleArithmetic {
   using Real = double;
   using Vec = DoubleVec;
@@ -18,6 +19,7 @@ struct DoubleArithmetic {
   using Elements = DoubleVec;
   static constexpr int kLanes = kWidth / 2, kPair = 1;
   static constexpr int64_t kPart = 4096;
+  static constexpr bool kAddsLast = true;
   UBP_INLINE Vec multiply_add(Elements a, Elements b, Vec sum) { return sum + a * b; }
 };
 
@@ -30,6 +32,7 @@ struct FloatArithmetic {
   using Elements = ubp::Vec;
   static constexpr int kLanes = kWidth, kPair = 1;
   static constexpr int64_t kPart = 32;
+  static constexpr bool kAddsLast = true;
   UBP_INLINE Vec multiply_add(Elements a, Elements b, Vec sum) { return sum + a * b; }
 };
 
@@ -68,18 +71,11 @@ struct Operand {
   int64_t stride;  // between rows, in elements
 };
 
-// What happens to the numbers that C holds.
-enum class Accumulate {
-  kNone,      // they are overwritten
-  kContinue,  // the sums go on from them
-  kAdd,       // they are added last: long sums are sums of short ones
-};
-
 // C [kRows, kColumns vectors]. Rows of A are broadcast element by element; with kIsTransposed A is stored as
 // [k, m].
 template <class A, bool kIsTransposed, int kRows, int kColumns>
 UBP_INLINE void register_tile(typename A::Real* c, int64_t c_stride, Operand<A> a, Operand<A> b, int64_t k,
-                              Accumulate accumulate) {
+                              bool adds) {
   using V = typename A::Vec;
   using E = typename A::Elements;
   V sums[kRows][kColumns];
@@ -87,8 +83,7 @@ UBP_INLINE void register_tile(typename A::Real* c, int64_t c_stride, Operand<A> 
   for (int row = 0; row < kRows; ++row)
 #pragma GCC unroll 8
     for (int column = 0; column < kColumns; ++column)
-      sums[row][column] =
-          accumulate == Accumulate::kContinue ? load_as<V>(c + row * c_stride + column * A::kLanes) : V{};
+      sums[row][column] = adds && !A::kAddsLast ? load_as<V>(c + row * c_stride + column * A::kLanes) : V{};
   for (int64_t step = 0; step < k; ++step) {
     E right[kColumns];
 #pragma GCC unroll 8
@@ -107,29 +102,28 @@ UBP_INLINE void register_tile(typename A::Real* c, int64_t c_stride, Operand<A> 
 #pragma GCC unroll 8
     for (int column = 0; column < kColumns; ++column) {
       typename A::Real* target = c + row * c_stride + column * A::kLanes;
-      store_as(target,
-               accumulate == Accumulate::kAdd ? load_as<V>(target) + sums[row][column] : sums[row][column]);
+      store_as(target, adds && A::kAddsLast ? load_as<V>(target) + sums[row][column] : sums[row][column]);
     }
 }
 
 template <class A, bool kIsTransposed, int kColumns, int kRows>
 UBP_INLINE void register_tile_of(int64_t rows, typename A::Real* c, int64_t c_stride, Operand<A> a,
-                                 Operand<A> b, int64_t k, Accumulate accumulate) {
+                                 Operand<A> b, int64_t k, bool adds) {
   if (rows == kRows)
-    register_tile<A, kIsTransposed, kRows, kColumns>(c, c_stride, a, b, k, accumulate);
+    register_tile<A, kIsTransposed, kRows, kColumns>(c, c_stride, a, b, k, adds);
   else if constexpr (kRows > 1)
-    register_tile_of<A, kIsTransposed, kColumns, kRows - 1>(rows, c, c_stride, a, b, k, accumulate);
+    register_tile_of<A, kIsTransposed, kColumns, kRows - 1>(rows, c, c_stride, a, b, k, adds);
 }
 
 // Tiles of nearly equal height: a last tile of one row would wait for its own additions.
 template <class A, bool kIsTransposed, int kColumns>
 void column_strip(typename A::Real* c, int64_t c_stride, Operand<A> a, Operand<A> b, int64_t m, int64_t k,
-                  Accumulate accumulate) {
+                  bool adds) {
   for (int64_t tiles = ceil_div(m, kRegisterRows), row = 0; tiles > 0; --tiles) {
     const int64_t rows = ceil_div(m - row, tiles);
     const Operand<A> left{a.data + (kIsTransposed ? row : row * a.stride), a.stride};
     register_tile_of<A, kIsTransposed, kColumns, kRegisterRows>(rows, c + row * c_stride, c_stride, left, b,
-                                                                k, accumulate);
+                                                                k, adds);
     row += rows;
   }
 }
@@ -137,18 +131,18 @@ void column_strip(typename A::Real* c, int64_t c_stride, Operand<A> a, Operand<A
 // n must be a multiple of the lanes.
 template <class A, bool kIsTransposed>
 void multiply(typename A::Real* c, int64_t c_stride, Operand<A> a, Operand<A> b, int64_t m, int64_t n,
-              int64_t k, Accumulate accumulate) {
+              int64_t k, bool adds) {
   constexpr int kWide = kRegisterColumns * A::kLanes;
   int64_t column = 0;
   const auto right = [&] { return Operand<A>{b.data + column, b.stride}; };
   for (; column + kWide <= n; column += kWide)
-    column_strip<A, kIsTransposed, kRegisterColumns>(c + column, c_stride, a, right(), m, k, accumulate);
+    column_strip<A, kIsTransposed, kRegisterColumns>(c + column, c_stride, a, right(), m, k, adds);
   if (kRegisterColumns > 2 && column + 2 * A::kLanes <= n) {
-    column_strip<A, kIsTransposed, 2>(c + column, c_stride, a, right(), m, k, accumulate);
+    column_strip<A, kIsTransposed, 2>(c + column, c_stride, a, right(), m, k, adds);
     column += 2 * A::kLanes;
   }
   for (; column + A::kLanes <= n; column += A::kLanes)
-    column_strip<A, kIsTransposed, 1>(c + column, c_stride, a, right(), m, k, accumulate);
+    column_strip<A, kIsTransposed, 1>(c + column, c_stride, a, right(), m, k, adds);
 }
 
 }  // namespace

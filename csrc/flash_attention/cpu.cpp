@@ -40,8 +40,8 @@ void forward_block(const FlashAttentionProblem& problem, const Task& task, Matri
   const Range limits = visible_keys(problem, task, first_row, rows);
   for (int64_t key = limits.begin; key < limits.end; key += kKeyBlock) {
     const int64_t block = smaller(kKeyBlock, limits.end - key), padded = round_up(block, kWidth);
-    multiply<FloatArithmetic, false>(scores, score_step, query, {keys + key, task.padded_keys}, rows, padded,
-                                     task.width, Accumulate::kNone);
+    multiply<Arithmetic, false>(scores, score_step, query, {keys + key, task.padded_keys}, rows, padded,
+                                task.width, false);
     for (int64_t row = 0; row < rows; ++row) {
       prefetch.step();
       factors[row] =
@@ -54,8 +54,8 @@ void forward_block(const FlashAttentionProblem& problem, const Task& task, Matri
         for (int64_t at = 0; at < task.padded; at += kWidth)
           store(output + row * stride + at, load(output + row * stride + at) * factors[row]);
     const Matrix block_values{value.data + key * value.stride, value.stride};
-    multiply<FloatArithmetic, false>(output, stride, {scores, score_step}, block_values, rows, task.padded,
-                                     block, adds ? Accumulate::kContinue : Accumulate::kNone);
+    multiply<Arithmetic, false>(output, stride, {scores, score_step}, block_values, rows, task.padded, block,
+                                adds);
   }
   float* lse = problem.lse + (task.first_query + first_row) * problem.heads + task.head;
   for (int64_t row = 0; row < rows; ++row) {
@@ -132,10 +132,10 @@ void backward_block(const FlashAttentionProblem& problem, const Task& task, cons
   const Range limits = visible_keys(problem, task, first_row, rows);
   for (int64_t at = limits.begin; at < limits.end; at += kKeyBlock) {
     const int64_t block = smaller(kKeyBlock, limits.end - at), padded = round_up(block, kWidth);
-    multiply<FloatArithmetic, false>(head.scores, step, query, {head.keys + at, task.padded_keys}, rows,
-                                     padded, task.width, Accumulate::kNone);
-    multiply<FloatArithmetic, false>(head.products, step, grad_output, {head.values + at, task.padded_keys},
-                                     rows, padded, task.width, Accumulate::kNone);
+    multiply<Arithmetic, false>(head.scores, step, query, {head.keys + at, task.padded_keys}, rows, padded,
+                                task.width, false);
+    multiply<Arithmetic, false>(head.products, step, grad_output, {head.values + at, task.padded_keys}, rows,
+                                padded, task.width, false);
     for (int64_t row = 0; row < rows; ++row) {
       prefetch.step();
       Row here = make_row(problem, task, first_row + row, at, block);
@@ -144,13 +144,12 @@ void backward_block(const FlashAttentionProblem& problem, const Task& task, cons
       gradient_row<kIsPlain>(problem, task, here, head.scores + row * step, head.products + row * step,
                              row_lse, head.deltas[first_row + row], head.bucket_sums);
     }
-    multiply<FloatArithmetic, false>(head.grad_query + first_row * stride, stride, {head.products, step},
-                                     {head.key + at * stride, stride}, rows, task.padded, block,
-                                     Accumulate::kContinue);
-    multiply<FloatArithmetic, true>(head.grad_key + at * stride, stride, {head.products, step}, query, block,
-                                    task.padded, rows, Accumulate::kContinue);
-    multiply<FloatArithmetic, true>(head.grad_value + at * stride, stride, {head.scores, step}, grad_output,
-                                    block, task.padded, rows, Accumulate::kContinue);
+    multiply<Arithmetic, false>(head.grad_query + first_row * stride, stride, {head.products, step},
+                                {head.key + at * stride, stride}, rows, task.padded, block, true);
+    multiply<Arithmetic, true>(head.grad_key + at * stride, stride, {head.products, step}, query, block,
+                               task.padded, rows, true);
+    multiply<Arithmetic, true>(head.grad_value + at * stride, stride, {head.scores, step}, grad_output, block,
+                               task.padded, rows, true);
   }
 }
 

@@ -10,7 +10,11 @@
 namespace ubp {
 namespace {
 
-using Matrix = Operand<FloatArithmetic>;
+// Sums of one block go on from those of the block before.
+struct Arithmetic : FloatArithmetic {
+  static constexpr bool kAddsLast = false;
+};
+using Matrix = Operand<Arithmetic>;
 
 // Bump allocator over one growing block per worker, so that a task never asks the system for memory it had
 // before.

@@ -90,7 +90,7 @@ void multiply_stripe(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t ro
     for (int64_t part = 0; part < a.width; part += A::kPart)
       multiply<A, false>(tile.products + column, kBlock, {left + part, a.stride},
                          {panel + part * kPanel<A>, kPanel<A>}, rows, kPanel<A>,
-                         smaller(A::kPart, a.width - part), part > 0 ? Accumulate::kAdd : Accumulate::kNone);
+                         smaller(A::kPart, a.width - part), part > 0);
   }
 }
 
@@ -105,7 +105,7 @@ void positive_products(Run<A>& run) {
     for (int64_t part = 0; part < a.width; part += A::kPart)
       register_tile<A, false, 1, 1>(products, 0, {a.rows + pair * a.stride + part, a.stride},
                                     {panel + part * kPanel<A>, kPanel<A>}, smaller(A::kPart, a.width - part),
-                                    part > 0 ? Accumulate::kAdd : Accumulate::kNone);
+                                    part > 0);
     typename A::Real positive = products[lane % A::kLanes];
     if (kIsScaled<A>) positive = positive * run.scales[pair] * run.column_scales[run.problem->pairs + pair];
     run.positives[pair] = positive;
@@ -300,11 +300,11 @@ void add_gradients(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t rows
   }
   multiply<A, false>(a.grad + row * stride, stride, across,
                      {b.steps + tile.first_column / A::kPair * stride, stride}, rows, width,
-                     ceil_div(tile.columns, A::kPair), Accumulate::kAdd);
+                     ceil_div(tile.columns, A::kPair), true);
   if (!tile.is_diagonal)
     multiply<A, true>(b.grad + tile.first_column * stride, stride, down,
                       {a.steps + row / A::kPair * stride, stride}, tile.columns, width,
-                      ceil_div(rows, A::kPair), Accumulate::kAdd);
+                      ceil_div(rows, A::kPair), true);
 }
 
 template <class A>

@@ -153,34 +153,19 @@ void bind_rule(py::module_& module) {
 
 void bind_row_sparse(py::module_& module) {
   Struct<RowTable>(module, "RowTable")
-      .field("weight", &RowTable::weight)
-      .field("state", &RowTable::state)
-      .field("slot", &RowTable::slot)
-      .field("last_step", &RowTable::last_step)
-      .field("history", &RowTable::history)
-      .field("used", &RowTable::used)
-      .field("rows", &RowTable::rows)
-      .field("width", &RowTable::width)
-      .field("now", &RowTable::now)
-      .field("slots", &RowTable::slots);
+      .fields("weight", &RowTable::weight, "state", &RowTable::state, "slot", &RowTable::slot, "last_step",
+              &RowTable::last_step, "history", &RowTable::history, "used", &RowTable::used, "rows",
+              &RowTable::rows, "width", &RowTable::width, "now", &RowTable::now, "slots", &RowTable::slots);
   Struct<ScheduleFree>(module, "ScheduleFree")
-      .field("beta2", &ScheduleFree::beta2)
-      .field("eps", &ScheduleFree::eps)
-      .field("toward_z", &ScheduleFree::toward_z);
+      .fields("beta2", &ScheduleFree::beta2, "eps", &ScheduleFree::eps, "toward_z", &ScheduleFree::toward_z);
   Struct<ScheduleFree::Step>(module, "ScheduleFreeStep")
-      .field("learning_rate", &ScheduleFree::Step::learning_rate)
-      .field("average_weight", &ScheduleFree::Step::average_weight)
-      .field("gradient_weight", &ScheduleFree::Step::gradient_weight)
-      .field("bias_correction", &ScheduleFree::Step::bias_correction)
-      .field("is_adaptive", &ScheduleFree::Step::is_adaptive);
-  Struct<Adam>(module, "Adam")
-      .field("beta1", &Adam::beta1)
-      .field("beta2", &Adam::beta2)
-      .field("eps", &Adam::eps);
+      .fields("learning_rate", &ScheduleFree::Step::learning_rate, "average_weight",
+              &ScheduleFree::Step::average_weight, "gradient_weight", &ScheduleFree::Step::gradient_weight,
+              "bias_correction", &ScheduleFree::Step::bias_correction, "is_adaptive",
+              &ScheduleFree::Step::is_adaptive);
+  Struct<Adam>(module, "Adam").fields("beta1", &Adam::beta1, "beta2", &Adam::beta2, "eps", &Adam::eps);
   Struct<Adam::Step>(module, "AdamStep")
-      .field("rate", &Adam::Step::rate)
-      .field("root", &Adam::Step::root)
-      .field("keep", &Adam::Step::keep);
+      .fields("rate", &Adam::Step::rate, "root", &Adam::Step::root, "keep", &Adam::Step::keep);
   module.def("row_sparse_group", &group);
   module.def("row_sparse_reduce", &reduce);
   bind_rule<ScheduleFree, &RowSparseKernels::schedule_free>(module);

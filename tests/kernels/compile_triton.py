@@ -7,6 +7,7 @@ and instructions of the tensor cores; exits 1 where a kernel spills or misses th
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import subprocess
 import sys
@@ -21,7 +22,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ubp_fast.kernels import tiles
 from ubp_fast.kernels.flash_attention import _triton as attention
 from ubp_fast.kernels.flash_attention import _triton_kernels as attention_kernels
 from ubp_fast.kernels.flash_attention.reference import Problem as AttentionProblem
@@ -86,14 +86,22 @@ def compiled(build: Build) -> Result:
     return Result(int(registers), spilled, kernel.metadata.shared, unit)
 
 
+def all_rows(table: Path) -> Iterator[tuple[str, str, str, int, int | None]]:
+    """(device, kernel, kind, width, length) of a table; cards that were tuned have run theirs."""
+    for device, names in json.loads(table.read_text(encoding="utf-8")).items():
+        for name, rows in names.items() if device in CAPABILITY else ():
+            for width, length, _ in rows:
+                yield (device, *name.split(), width, length)
+
+
 def attention_builds() -> Iterator[Build]:
-    """Every entry of the table, with the options that take the most registers."""
+    """Every row of the table, with the options that take the most registers."""
     everything = {"left": 70, "right": 0, "buckets": 64, "dropout_p": 0.1}
-    for entry in tiles.load(attention.TABLE):
-        dtype = torch.float32 if entry["kind"] == "float32" else torch.bfloat16
-        extras = {"right": 0} if entry["kind"] == "plain" else everything
-        width = 64 if dtype == torch.float32 else entry["width"]  # wider float32 spills in dq
-        yield attention_build(entry["device"], entry["kernel"], dtype, width, entry["length"] or 1000, extras)
+    for device, kernel, kind, width, length in all_rows(attention.TABLE):
+        dtype = torch.float32 if kind == "float32" else torch.bfloat16
+        extras = {"right": 0} if kind == "plain" else everything
+        width = 64 if dtype == torch.float32 else width  # wider float32 spills in dq
+        yield attention_build(device, kernel, dtype, width, length or 1000, extras)
 
 
 def attention_build(
@@ -125,10 +133,10 @@ def attention_build(
 
 
 def contrastive_builds() -> Iterator[Build]:
-    """Every entry of the table."""
-    for entry in tiles.load(contrastive.TABLE):
-        dtype = torch.float32 if entry["kind"] == "float32" else torch.bfloat16
-        yield contrastive_build(entry["device"], entry["kernel"], dtype, min(entry["width"], 512))
+    """Every row of the table."""
+    for device, kernel, kind, width, _ in all_rows(contrastive.TABLE):
+        dtype = torch.float32 if kind == "float32" else torch.bfloat16
+        yield contrastive_build(device, kernel, dtype, min(width, 512))
 
 
 def contrastive_build(device: str, kernel: str, dtype: torch.dtype, width: int) -> Build:

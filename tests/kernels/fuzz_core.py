@@ -135,7 +135,54 @@ def nt_xent(core: Any, generator: random.Random) -> None:
     core.nt_xent_backward(problem)
 
 
-OPERATORS = (flash_attention, nt_xent)
+def row_sparse(core: Any, generator: random.Random) -> None:
+    """Lookup, sums, update and catch-up of one table, by either rule; one number in four tables is damaged."""
+    rows, width = generator.randrange(1, 90), generator.choice((0, 1, 3, 16, 59, 64, 65, 100))
+    steps, is_adam = generator.choice((0, 1, 5, 300)), generator.random() < 0.5
+    last_step = [generator.choice((-1, generator.randrange(steps + 1))) for _ in range(rows)]
+    touched = [row for row in range(rows) if last_step[row] >= 0]
+    slots = len(touched) + generator.choice((0, rows, rows))
+    slot, used = [-(2**31)] * rows, generator.choice((len(touched),) * 9 + (-1, 2**62))
+    for place, row in enumerate(touched):
+        slot[row] = place
+    ids = [generator.randrange(rows) for _ in range(generator.randrange(70))]
+    damage = generator.randrange(16)
+    if damage == 0 and ids:
+        ids[-1] = generator.choice((-1, rows, 2**62, -(2**62)))
+    if damage == 1 and touched:
+        slot[touched[0]] = generator.choice((-1, slots, 2**31 - 1))
+    if damage == 2:
+        last_step[0] = generator.choice((steps + 1, 2**31 - 1))
+    history = array("d", (generator.random() for _ in range((steps + 1) * (3 if is_adam else 1))))
+    tensors = {
+        "weight": numbers(generator, 0, rows * width),
+        "state": numbers(generator, 0, slots * 2 * width),
+        "slot": array("i", slot),
+        "last_step": array("i", last_step),
+        "history": history,
+        "used": array("q", [used]),
+    }
+    table = core.RowTable(**addresses(tensors), rows=rows, width=width, slots=slots, now=steps)
+    rule, step = core.ScheduleFree(beta2=0.99, eps=1e-8, toward_z=0.1), core.ScheduleFreeStep(bias_correction=0.5)
+    if is_adam:
+        betas = (generator.choice((0.0, 0.9, 1.0)), generator.choice((0.5, 0.9, 0.999, 0.0)))
+        rule, step = core.Adam(beta1=betas[0], beta2=betas[1], eps=1e-8), core.AdamStep(rate=0.1, root=2.0, keep=0.9)
+    batch, count, threads = array("q", ids), len(ids), generator.randrange(5)
+    order, distinct, start = (array("q", bytes(8 * (count + 1))) for _ in range(3))
+    gathered, gradient = array("f", bytes(4 * count * width)), numbers(generator, 0, count * width)
+    at = addresses({"ids": batch, "order": order, "distinct": distinct, "start": start})
+    core.row_sparse_gather(table, rule, at["ids"], count, gathered.buffer_info()[0], threads)
+    groups = core.row_sparse_group(at["ids"], count, at["order"], at["distinct"], at["start"])
+    sums = array("f", bytes(4 * groups * width))
+    places = (gradient.buffer_info()[0], sums.buffer_info()[0], threads)
+    core.row_sparse_reduce(at["start"], at["order"], groups, width, width, *places)
+    core.row_sparse_update(table, rule, step, at["distinct"], groups, sums.buffer_info()[0], threads)
+    later = array("d", [*history, *history[-3 if is_adam else -1 :]])
+    table.history, table.now = later.buffer_info()[0], steps + 1
+    core.row_sparse_catch_up(table, rule, threads)
+
+
+OPERATORS = (flash_attention, nt_xent, row_sparse)
 
 
 def is_accepted(core: Any, generator: random.Random, operator: Any) -> bool:
@@ -143,7 +190,7 @@ def is_accepted(core: Any, generator: random.Random, operator: Any) -> bool:
     core.set_isa(generator.choice(core.usable_isas()))
     try:
         operator(core, generator)
-    except ValueError as error:
+    except (ValueError, IndexError) as error:
         if not str(error).startswith(f"{operator.__name__}: "):
             raise
         return False

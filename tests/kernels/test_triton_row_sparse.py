@@ -28,11 +28,12 @@ from support.row_tables import (
 from support.waits import WouldWait, nothing_waits
 from torch import Tensor
 
+from ubp_fast import optim
 from ubp_fast.kernels import BackendUnavailable, deferred, row_sparse
 from ubp_fast.kernels.row_sparse import RowTable
 from ubp_fast.kernels.row_sparse import api as row_sparse_api
 from ubp_fast.kernels.row_sparse.api import _catch_up_op, _gather_op, _reduce_op, _reduce_padded_op, _update_op
-from ubp_fast.optim import RowSparseAdamW, RowSparseEmbedding, RowSparseRAdamScheduleFree, clip_gradient_norm
+from ubp_fast.optim import RowSparseAdamW, RowSparseEmbedding, clip_gradient_norm
 
 require_triton_device()
 
@@ -289,18 +290,20 @@ def test_no_call_waits_for_the_device(rule: Rule, without_waiting: Callable[[], 
 
 
 @pytest.mark.parametrize("padding_idx", [None, 0])
-@pytest.mark.parametrize("factory", [RowSparseRAdamScheduleFree, RowSparseAdamW])
+@pytest.mark.parametrize("name", ["RowSparseRAdamScheduleFree", "RowSparseAdamW"])
 def test_no_step_waits_for_the_device(
-    factory: Any, padding_idx: int | None, without_waiting: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+    name: str, padding_idx: int | None, without_waiting: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Lookups, backward, clipping and step; the weights are those of an optimizer that waits."""
     monkeypatch.setattr(row_sparse_api, "ORDER", ("triton", "native", "reference"))
+    if name == "RowSparseRAdamScheduleFree":
+        pytest.importorskip("schedulefree", reason="needs schedulefree")
+    factory = getattr(optim, name)
     weights = []
     for is_watched in (False, True):
         rows = RowSparseEmbedding(30, 5, padding_idx, device=DEVICE if is_watched else "cpu")
         optimizer = factory([rows.weight], [rows], lr=1e-2)
-        if factory is RowSparseRAdamScheduleFree:
-            optimizer.train()
+        getattr(optimizer, "train", lambda: None)()
         rows.weight.data.copy_(torch.randn(30, 5, generator=torch.Generator().manual_seed(2)))
         for step in range(8):
             generator = torch.Generator().manual_seed(step)

@@ -7,45 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from support.two_tables import FLOAT_BETAS, TwoTables, assert_same, batches, distance, everything, take_steps
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
 from ubp_fast.optim import RowSparseAdamW, RowSparseEmbedding
-
-ROWS, WIDTH, IDS = 400, 12, 30
-# What an optimizer in float32 multiplies by, so that it and one in float64 follow the same rule.
-FLOAT_BETAS = tuple(torch.tensor((0.9, 0.999)).tolist())
-Batch = tuple[Tensor, Tensor]
-
-
-class TwoTables(nn.Module):
-    """Two tables, one with a padding row, and a dense layer."""
-
-    def __init__(self, table: type[nn.Embedding], dtype: torch.dtype) -> None:
-        super().__init__()
-        torch.manual_seed(5)
-        self.first = table(ROWS, WIDTH)
-        self.second = table(ROWS // 2, WIDTH, padding_idx=0)
-        self.linear = nn.Linear(WIDTH, 4)
-        self.to(dtype)
-
-    def loss(self, batch: Batch, uses_second: bool = True) -> Tensor:
-        ids, noise = batch
-        vectors = self.first(ids)
-        if uses_second:
-            vectors = vectors + self.second(ids // 2) + self.second(ids // 5)
-        return (self.linear(vectors.tanh()) * noise).sum()
-
-
-def batches(count: int, dtype: torch.dtype) -> list[Batch]:
-    """Zipf-distributed ids: P(rank) ~ 1 / rank."""
-    generator = torch.Generator().manual_seed(3)
-    result = []
-    for _ in range(count):
-        uniform = torch.rand(IDS, generator=generator, dtype=torch.float64)
-        ids = (ROWS**uniform).long().clamp(max=ROWS - 1)
-        result.append((ids, torch.randn(IDS, 4, generator=generator).to(dtype)))
-    return result
 
 
 def make(dense: type[Optimizer] | None, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
@@ -55,29 +21,6 @@ def make(dense: type[Optimizer] | None, dtype: torch.dtype = torch.float64, **op
     if dense:
         return model, dense(model.parameters(), **options)
     return model, RowSparseAdamW(model.parameters(), [model.first, model.second], **options)
-
-
-def take_steps(model: TwoTables, optimizer: Optimizer, part: list[Batch], uses_second: bool = True) -> None:
-    for batch in part:
-        optimizer.zero_grad()
-        model.loss(batch, uses_second).backward()
-        optimizer.step()
-
-
-def everything(model: TwoTables, optimizer: Optimizer) -> dict[str, Tensor]:
-    """All weights and all of the optimizer's tensors."""
-    state = optimizer.state_dict()["state"]
-    values = {name: value.clone() for name, value in model.state_dict().items()}
-    return values | {f"{index} {name}": value.clone() for index in state for name, value in state[index].items()}
-
-
-def assert_same(found: tuple[TwoTables, Optimizer], wanted: tuple[TwoTables, Optimizer]) -> None:
-    values, expected = everything(*found), everything(*wanted)
-    assert values.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(
-            values[name], value, rtol=1e-9, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}"
-        )
 
 
 def table_run(is_sparse: bool, dtype: torch.dtype, scale: float) -> dict[str, Tensor]:
@@ -119,12 +62,6 @@ def test_300_steps_of_a_table_in_float32(threads: int, scale: float) -> None:
         assert ours < theirs or name != "weight"
 
 
-def distance(found: Tensor, wanted: Tensor) -> float:
-    """Largest difference, as a share of the largest magnitude."""
-    wanted = wanted.double()
-    return float((found.double() - wanted).abs().max() / wanted.abs().max())
-
-
 @pytest.mark.parametrize(
     ("dense", "options"),
     [
@@ -142,7 +79,7 @@ def test_options(dense: type[Optimizer], options: dict[str, Any]) -> None:
         model, optimizer = make(kind, **options, **without_decay)
         take_steps(model, optimizer, steps)
         results.append((model, optimizer))
-    assert_same(*results)
+    assert_same(*(everything(*one) for one in results))
 
 
 def test_numbers_may_change_between_steps() -> None:
@@ -153,7 +90,7 @@ def test_numbers_may_change_between_steps() -> None:
             optimizer.param_groups[0].update(changes)
             take_steps(model, optimizer, batches(20, torch.float64)[5 * at : 5 * at + 5])
         results.append((model, optimizer))
-    assert_same(*results)
+    assert_same(*(everything(*one) for one in results))
 
 
 @pytest.mark.parametrize("from_sparse", [True, False])
@@ -168,7 +105,7 @@ def test_state_loads_across_dense_and_sparse(from_sparse: bool) -> None:
     wanted = make(AdamW)
     for part, (one, one_optimizer) in ((steps[15:], (other, other_optimizer)), (steps, wanted)):
         take_steps(one, one_optimizer, part)
-    assert_same((other, other_optimizer), wanted)
+    assert_same(everything(other, other_optimizer), everything(*wanted))
 
 
 def test_a_table_without_gradient_rests() -> None:
@@ -178,7 +115,7 @@ def test_a_table_without_gradient_rests() -> None:
         for start in range(0, 24, 6):
             take_steps(model, optimizer, steps[start : start + 6], uses_second=start in (6, 18))
         results.append((model, optimizer))
-    assert_same(*results)
+    assert_same(*(everything(*one) for one in results))
 
 
 def test_history_starts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +128,7 @@ def test_history_starts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
         take_steps(model, optimizer, steps)
         results.append((model, optimizer))
     assert results[0][0].first.touched.steps == 30 % 7
-    assert_same(*results)
+    assert_same(*(everything(*one) for one in results))
 
 
 def test_strong_decay_starts_the_history_anew() -> None:
@@ -201,7 +138,7 @@ def test_strong_decay_starts_the_history_anew() -> None:
         take_steps(model, optimizer, batches(20, torch.float64))
         results.append((model, optimizer))
     assert results[0][0].first.touched._kept >= 1e-3
-    assert_same(*results)
+    assert_same(*(everything(*one) for one in results))
 
 
 def test_closure_hooks_and_gradients_stay() -> None:

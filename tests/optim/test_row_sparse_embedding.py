@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -103,3 +105,19 @@ def test_reserved_memory_is_zero_and_any_shape() -> None:
             memory = reserve(shape, dtype, torch.device("cpu"))
             assert memory.shape == shape and memory.dtype == dtype
             assert not memory.any()
+
+
+def test_no_word_of_sparse_invariants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch 2.11 warned although they were left out by name."""
+    make = torch.sparse_coo_tensor
+
+    def warning(*arguments: Any, **options: Any) -> torch.Tensor:
+        assert options["check_invariants"] is False
+        warnings.warn("Sparse invariant checks are implicitly disabled. Memory errors will occur", stacklevel=2)
+        return make(*arguments, **options)
+
+    monkeypatch.setattr(torch, "sparse_coo_tensor", warning)
+    table = RowSparseEmbedding(6, 2)
+    RowSparseRAdamScheduleFree(table.parameters(), [table])
+    table(torch.tensor([1, 1])).sum().backward()
+    assert table.weight.grad.is_coalesced() or table.weight.grad._nnz() == 1

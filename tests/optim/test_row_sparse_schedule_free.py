@@ -10,44 +10,10 @@ import pytest
 import torch
 from schedulefree import RAdamScheduleFree
 from support.closeness import assert_matches_reference
+from support.two_tables import FLOAT_BETAS, ROWS, TwoTables, assert_same, batches, distance, everything, take_steps
 from torch import Tensor, nn
 
 from ubp_fast.optim import RowSparseEmbedding, RowSparseRAdamScheduleFree
-
-ROWS, WIDTH, IDS = 500, 12, 40
-# What an optimizer in float32 multiplies by, so that it and one in float64 follow the same rule.
-FLOAT_BETAS = tuple(torch.tensor((0.9, 0.999)).tolist())
-Batch = tuple[Tensor, Tensor]
-
-
-class TwoTables(nn.Module):
-    """Two tables, one with a padding row, and a dense layer."""
-
-    def __init__(self, table: type[nn.Embedding], dtype: torch.dtype) -> None:
-        super().__init__()
-        torch.manual_seed(5)
-        self.first = table(ROWS, WIDTH)
-        self.second = table(ROWS // 2, WIDTH, padding_idx=0)
-        self.linear = nn.Linear(WIDTH, 4)
-        self.to(dtype)  # drawn in float32, so that every dtype starts from the same weights
-
-    def loss(self, batch: Batch, uses_second: bool = True) -> Tensor:
-        ids, noise = batch
-        vectors = self.first(ids)
-        if uses_second:
-            vectors = vectors + self.second(ids // 2) + self.second(ids // 5)
-        return (self.linear(vectors.tanh()) * noise).sum()
-
-
-def batches(count: int, dtype: torch.dtype) -> list[Batch]:
-    """Zipf-distributed ids: P(rank) ~ 1 / rank."""
-    generator = torch.Generator().manual_seed(3)
-    result = []
-    for _ in range(count):
-        uniform = torch.rand(IDS, generator=generator, dtype=torch.float64)
-        ids = (ROWS**uniform).long().clamp(max=ROWS - 1)
-        result.append((ids, torch.randn(IDS, 4, generator=generator).to(dtype)))
-    return result
 
 
 def make(is_sparse: bool, dtype: torch.dtype, **options: Any) -> tuple[TwoTables, RAdamScheduleFree]:
@@ -57,21 +23,6 @@ def make(is_sparse: bool, dtype: torch.dtype, **options: Any) -> tuple[TwoTables
         tables = [model.first, model.second]
         return model, RowSparseRAdamScheduleFree(model.parameters(), tables, **options)
     return model, RAdamScheduleFree(model.parameters(), **options)
-
-
-def take_steps(model: TwoTables, optimizer: RAdamScheduleFree, part: list[Batch], uses_second: bool = True) -> None:
-    optimizer.train()
-    for batch in part:
-        optimizer.zero_grad()
-        model.loss(batch, uses_second).backward()
-        optimizer.step()
-
-
-def everything(model: TwoTables, optimizer: RAdamScheduleFree) -> dict[str, Tensor]:
-    """All weights and all of the optimizer's tensors."""
-    state = optimizer.state_dict()["state"]
-    values = {name: value.clone() for name, value in model.state_dict().items()}
-    return values | {f"{index} {name}": value.clone() for index in state for name, value in state[index].items()}
 
 
 def moved_into_new_objects(model: TwoTables, optimizer: RAdamScheduleFree, is_sparse: bool, dtype: torch.dtype) -> Any:
@@ -100,10 +51,7 @@ def long_run(is_sparse: bool, dtype: torch.dtype, saves: bool = True) -> dict[st
 
 
 def test_300_steps_equal_dense_in_float64() -> None:
-    found, wanted = long_run(True, torch.float64), long_run(False, torch.float64)
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12, msg=lambda text, name=name: name + text)
+    assert_same(long_run(True, torch.float64), long_run(False, torch.float64))
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -148,12 +96,6 @@ def table_run(is_sparse: bool, dtype: torch.dtype) -> dict[str, Tensor]:
     return result | {"x": table.weight.detach().clone()}
 
 
-def distance(found: Tensor, wanted: Tensor) -> float:
-    """Largest difference, as a share of the largest magnitude."""
-    wanted = wanted.double()
-    return float((found.double() - wanted).abs().max() / wanted.abs().max())
-
-
 @pytest.mark.parametrize("threads", [1, 2])
 def test_300_steps_of_a_table_in_float32(threads: int) -> None:
     """With the same gradients all that is left is rounding: ours of touched rows, the dense one's of all rows.
@@ -192,9 +134,7 @@ def test_state_loads_across_dense_and_sparse(from_sparse: bool, mode: str) -> No
     take_steps(other, other_optimizer, steps[30:])
     wanted, wanted_optimizer = make(False, torch.float64)
     take_steps(wanted, wanted_optimizer, steps)
-    found = everything(other, other_optimizer)
-    for name, value in everything(wanted, wanted_optimizer).items():
-        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
+    assert_same(everything(other, other_optimizer), everything(wanted, wanted_optimizer))
 
 
 @pytest.mark.parametrize(
@@ -206,8 +146,7 @@ def test_options(options: dict[str, Any]) -> None:
         model, optimizer = make(is_sparse, torch.float64, **{"lr": 1e-3, **options})
         take_steps(model, optimizer, batches(25, torch.float64))
         results.append(everything(model, optimizer))
-    for name, value in results[1].items():
-        torch.testing.assert_close(results[0][name], value, rtol=1e-9, atol=1e-12)
+    assert_same(*results)
 
 
 def test_a_table_without_gradient_rests() -> None:
@@ -217,9 +156,7 @@ def test_a_table_without_gradient_rests() -> None:
         for start in range(0, 40, 10):
             take_steps(model, optimizer, steps[start : start + 10], uses_second=start in (10, 30))
         results.append(everything(model, optimizer))
-    assert results[0].keys() == results[1].keys()
-    for name, value in results[1].items():
-        torch.testing.assert_close(results[0][name], value, rtol=1e-9, atol=1e-12)
+    assert_same(*results)
 
 
 def test_closure_hooks_and_gradients_stay() -> None:
@@ -268,8 +205,7 @@ def test_many_steps_between_switches(monkeypatch: pytest.MonkeyPatch) -> None:
             model.first.touched._history = torch.ones(2, dtype=torch.float64)
         take_steps(model, optimizer, steps)
         results.append(everything(model, optimizer))
-    for name, value in results[1].items():
-        torch.testing.assert_close(results[0][name], value, rtol=1e-9, atol=1e-12)
+    assert_same(*results)
 
 
 def use_weight_directly(model: TwoTables, optimizer: RAdamScheduleFree) -> None:

@@ -9,14 +9,16 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 BACKENDS = ("auto", "native", "numba", "triton", "cuda", "reference")
 MIN_CAPABILITY = (8, 0)  # tensor cores for bfloat16, asynchronous copies
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # numbered as in csrc/common/dtype.h
 
 
 class BackendUnavailable(RuntimeError):
@@ -82,6 +84,21 @@ def resolve(
             return name
         reasons.append(f"{name}: {reason}")
     raise BackendUnavailable(f"{op}: no backend supports this problem: {'; '.join(reasons)}")
+
+
+def unsupported_dtype(tensor: Tensor, dtypes: Collection[torch.dtype] = DTYPES) -> str | None:
+    """Why a kernel that computes these dtypes cannot take the tensor, or None."""
+    if tensor.dtype in dtypes:
+        return None
+    *names, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return f"it computes {', '.join(names) + ' and ' if names else ''}{last}, the tensors are {tensor.dtype}"
+
+
+def unsupported_on_cpu(tensor: Tensor, dtypes: Collection[torch.dtype] = DTYPES) -> str | None:
+    """Why the compiled CPU kernels cannot take the tensor, or None."""
+    if tensor.device.type != "cpu":
+        return f"it computes on the CPU, the tensors are on {tensor.device}"
+    return unsupported_dtype(tensor, dtypes)
 
 
 def triton_unavailable(device: torch.device) -> str | None:

@@ -7,13 +7,15 @@ driver, and run on devices of compute capability 8.0 and newer.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from ubp_fast.kernels.backends import MIN_CAPABILITY, capability, unsupported_dtype
 
 module: ModuleType | None
 MISSING = ""
@@ -22,22 +24,18 @@ try:
 except ImportError as error:
     module, MISSING = None, str(error)
 
-OLDEST_CAPABILITY = (8, 0)
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ALIGNMENT_BYTES = 16
 
 
-def unsupported(tensor: Tensor, dtypes: Collection[torch.dtype] = DTYPES) -> str | None:
+def unsupported(tensor: Tensor) -> str | None:
     """Why a problem with tensors like this one cannot run on the compiled CUDA kernels, or None."""
     if tensor.device.type != "cuda":
         return f"it computes on CUDA devices, the tensors are on {tensor.device}"
     if module is None:
         return f"this installation was built without the CUDA kernels ({MISSING}); install it where nvcc is found"
-    if torch.cuda.get_device_capability(tensor.device) < OLDEST_CAPABILITY:
+    if capability(tensor.device) < MIN_CAPABILITY:
         return f"it needs compute capability 8.0, {torch.cuda.get_device_name(tensor.device)} is older"
-    if tensor.dtype not in dtypes:
-        return f"it computes float32, bfloat16 and float16, the tensors are {tensor.dtype}"
-    return None
+    return unsupported_dtype(tensor)
 
 
 def kernels() -> Any:
@@ -53,14 +51,6 @@ def launch(function: Callable[..., None], tensor: Tensor, *arguments: Any) -> No
         return
     with torch.cuda.device(tensor.device):
         function(*arguments, torch.cuda.current_stream().cuda_stream)
-
-
-def problem(kind: Callable[[], Any], **fields: Tensor | float | None) -> Any:
-    """A struct of the compiled module with these fields: tensors go in as addresses, None as a null pointer."""
-    made = kind()
-    for name, value in fields.items():
-        setattr(made, name, 0 if value is None else value.data_ptr() if isinstance(value, Tensor) else value)
-    return made
 
 
 def aligned(tensor: Tensor) -> Tensor:

@@ -61,19 +61,11 @@ class DownstreamBody(nn.Module):
 class DownstreamNetwork(nn.Module):
     """Body and linear head of one task: float [B, input_dim] -> logits [B, num_outputs]."""
 
-    def __init__(
-        self,
-        input_dim: int,
-        num_outputs: int,
-        hidden_dim: int = HIDDEN_DIM,
-        thin_dim: int = THIN_DIM,
-        num_blocks: int = NUM_BLOCKS,
-        linear: type[nn.Linear] = nn.Linear,
-    ) -> None:
-        """Creates body, then head; `linear` may be a subclass that computes in another way."""
+    def __init__(self, input_dim: int, num_outputs: int, linear: type[nn.Linear] = nn.Linear, **sizes: int) -> None:
+        """Creates body, then head; `linear` may be a subclass that computes in another way, `sizes` are the body's."""
         super().__init__()
-        self.body = DownstreamBody(input_dim, hidden_dim, thin_dim, num_blocks, linear)
-        self.head = linear(hidden_dim, num_outputs)
+        self.body = DownstreamBody(input_dim, linear=linear, **sizes)
+        self.head = linear(self.body.norm.normalized_shape[0], num_outputs)
 
     def forward(self, profiles: torch.Tensor) -> torch.Tensor:
         """Logits; no sigmoid."""

@@ -6,6 +6,7 @@ dense optimizer would hold them now, and the gradient holds the rows of the batc
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -41,9 +42,12 @@ class _Lookup(torch.autograd.Function):
                 ids, grad_output = ids[is_real], grad_output[is_real]
         if not ctx.is_padded:
             ids, grad_output = row_sparse.reduce(ids, grad_output)
-        gradient = torch.sparse_coo_tensor(
-            ids[None], grad_output, ctx.shape, is_coalesced=not ctx.is_padded, check_invariants=False
-        )
+        with warnings.catch_warnings():
+            # PyTorch 2.11 and 2.12 say so in spite of `check_invariants` (their issue 178274).
+            warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled")
+            gradient = torch.sparse_coo_tensor(
+                ids[None], grad_output, ctx.shape, is_coalesced=not ctx.is_padded, check_invariants=False
+            )
         return gradient, None, None, None
 
 

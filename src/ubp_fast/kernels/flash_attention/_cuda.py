@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ubp_fast.kernels import cuda
+from ubp_fast.kernels.backends import DTYPES
 from ubp_fast.kernels.flash_attention.reference import Gradients, Problem
 
 FORWARD, BACKWARD_QUERIES, BACKWARD_KEYS = 0, 1, 2
@@ -95,14 +96,13 @@ def _run(which: int, problem: Problem, inputs: _Inputs, results: _Results) -> Te
     parts = None
     if tokens * heads == 0:
         return None if inputs.time_bias is None else torch.zeros_like(inputs.time_bias)
-    dtype, kernels = cuda.DTYPES[rows.dtype], cuda.kernels()
+    dtype, kernels = DTYPES[rows.dtype], cuda.kernels()
     warps = kernels.flash_attention_warps(which, dtype, width, buckets, tokens // sequences)
     order, first_tile = _tiles(offsets, warps * WARP_ROWS)
     bound = tokens // (warps * WARP_ROWS) + sequences
     if which == BACKWARD_QUERIES and buckets:
         parts = torch.zeros(bound, heads, buckets, dtype=torch.float32, device=rows.device)
-    launched = cuda.problem(
-        kernels.FlashAttentionProblem,
+    launched = kernels.FlashAttentionProblem(
         **inputs._asdict(),
         **results._asdict(),
         bias_parts=parts,

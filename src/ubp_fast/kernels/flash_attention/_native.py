@@ -6,18 +6,13 @@ import torch
 from torch import Tensor
 
 from ubp_fast import _core
+from ubp_fast.kernels.backends import DTYPES, unsupported_on_cpu
 from ubp_fast.kernels.flash_attention.reference import Gradients, Problem
-
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def unsupported(problem: Problem) -> str | None:
     """Why this problem cannot run here, or None."""
-    if problem.query.device.type != "cpu":
-        return f"it computes on the CPU, the tensors are on {problem.query.device}"
-    if problem.query.dtype not in DTYPES:
-        return f"it computes float32, bfloat16 and float16, the tensors are {problem.query.dtype}"
-    return None
+    return unsupported_on_cpu(problem.query)
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from ubp_fast.kernels import tiles as tile_table
-from ubp_fast.kernels.backends import triton_unavailable
+from ubp_fast.kernels.backends import triton_unavailable, unsupported_dtype
 from ubp_fast.kernels.flash_attention.reference import UNBOUNDED, Gradients, Problem
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_ROWS, MAX_SEQUENCES, MAX_HEADS = 2**29, 2**28, 2**16 - 1  # int32 places, rounds of the search, the grid's limit
 SEARCH_FAN = 128
 
@@ -38,13 +37,11 @@ TABLE = Path(__file__).with_name("tiles.json")
 
 def unsupported(problem: Problem) -> str | None:
     """Why this problem cannot run here, or None."""
-    if problem.query.dtype not in DTYPES:
-        return f"it computes float32, bfloat16 and float16, the tensors are {problem.query.dtype}"
     if max(len(problem.query), len(problem.key)) >= MAX_ROWS:
         return f"it takes fewer than {MAX_ROWS} rows, got {max(len(problem.query), len(problem.key))}"
     if len(problem.cu_seqlens) > MAX_SEQUENCES or problem.query.shape[1] > MAX_HEADS:
         return f"it takes fewer than {MAX_SEQUENCES} sequences of at most {MAX_HEADS} heads"
-    return triton_unavailable(problem.query.device)
+    return unsupported_dtype(problem.query) or triton_unavailable(problem.query.device)
 
 
 def kind(problem: Problem) -> str:

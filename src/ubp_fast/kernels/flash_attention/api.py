@@ -184,6 +184,11 @@ def _check(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, cu_seq
         require(False, OP, "cu_seqlens_key", rule, len(cu_seqlens_key))
 
 
+SCHEMA = (
+    "Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, Tensor cu_seqlens_key, Tensor? time_bias,"
+    " Tensor? timestamp_s, Tensor? timestamp_key_s, Tensor? seed, int left, int right, float scale, float dropout_p,"
+    " str backend"
+)
 OFFSETS_RULE = "start at 0, never decrease and end at the number of rows"
 
 
@@ -222,76 +227,37 @@ def _check_offsets(name: str, offsets: Tensor, tokens: int) -> None:
         raise ValueError(f"{OP}: {name} must not decrease, got {before} then {here} at entry {at}")
 
 
-@torch.library.custom_op("ubp_fast::flash_attention", mutates_args=())
-def _forward_op(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor,
-    cu_seqlens_key: Tensor,
-    time_bias: Tensor | None,
-    timestamp_s: Tensor | None,
-    timestamp_key_s: Tensor | None,
-    seed: Tensor | None,
-    left: int,
-    right: int,
-    scale: float,
-    dropout_p: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("ubp_fast::flash_attention", mutates_args=(), schema=f"({SCHEMA}) -> (Tensor, Tensor)")
+def _forward_op(query, *arguments):
     deferred.poll(query.device)
-    sides = (query, key, value, cu_seqlens, cu_seqlens_key)
-    times = (time_bias, timestamp_s, timestamp_key_s)
-    problem = _problem(*sides, left, right, scale, times, dropout_p, seed)
+    *arguments, backend = arguments
+    problem = _problem(query, *arguments)
     return _implementation(backend, problem).forward(problem)
 
 
-@torch.library.custom_op("ubp_fast::flash_attention_backward", mutates_args=())
-def _backward_op(
-    grad_output: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor,
-    cu_seqlens_key: Tensor,
-    time_bias: Tensor | None,
-    timestamp_s: Tensor | None,
-    timestamp_key_s: Tensor | None,
-    seed: Tensor | None,
-    left: int,
-    right: int,
-    scale: float,
-    dropout_p: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "ubp_fast::flash_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_output, Tensor output, Tensor lse, {SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _backward_op(grad_output, output, lse, query, *arguments):
     """The last result is empty without a time_bias: an op returns tensors only."""
-    sides = (query, key, value, cu_seqlens, cu_seqlens_key)
-    times = (time_bias, timestamp_s, timestamp_key_s)
-    problem = _problem(*sides, left, right, scale, times, dropout_p, seed)
+    *arguments, backend = arguments
+    problem = _problem(query, *arguments)
     *gradients, grad_bias = _implementation(backend, problem).backward(problem, output, lse, grad_output)
     return *gradients, query.new_empty(0) if grad_bias is None else grad_bias
 
 
 def _problem(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor,
-    cu_seqlens_key: Tensor,
-    left: int,
-    right: int,
-    scale: float,
-    times: tuple[Tensor | None, Tensor | None, Tensor | None],
-    dropout_p: float,
-    seed: Tensor | None,
-) -> Problem:
+    query, key, value, cu_seqlens, cu_seqlens_key, time_bias, timestamp_s, timestamp_key_s, seed,
+    left, right, scale, dropout_p,
+) -> Problem:  # fmt: skip
     """The problem with checked offsets; backward finds those that forward has checked, or checks them again."""
     offsets = _checked_offsets("cu_seqlens", cu_seqlens, len(query))
     is_self = cu_seqlens_key is cu_seqlens and len(key) == len(query)
     offsets_key = offsets if is_self else _checked_offsets("cu_seqlens_key", cu_seqlens_key, len(key))
     seed = None if seed is None else seed.to(query.device, non_blocking=True)
+    times = (time_bias, timestamp_s, timestamp_key_s)
     return Problem(query, key, value, offsets, offsets_key, left, right, scale, *times, dropout_p, seed)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ubp_fast.kernels import cuda
+from ubp_fast.kernels.backends import DTYPES
 from ubp_fast.kernels.nt_xent.reference import Problem
 
 POSITIVES, FORWARD, BACKWARD = 0, 1, 2
@@ -172,11 +173,10 @@ def _positives(problem: Problem, rows: _Rows) -> Tensor:
 
 def _launch(which: int, problem: Problem, rows: _Rows, side: _Side, **tensors: Tensor) -> None:
     kernels = cuda.kernels()
-    launched = cuda.problem(
-        kernels.NTXentProblem,
+    launched = kernels.NTXentProblem(
         own=rows.stored[side.own],
         other=rows.stored[side.other],
-        dtype=cuda.DTYPES[rows.stored.dtype],
+        dtype=DTYPES[rows.stored.dtype],
         own_rows=side.own.stop - side.own.start,
         other_rows=side.other.stop - side.other.start,
         own_first=side.own.start,

@@ -14,19 +14,15 @@ import torch
 from torch import Tensor
 
 from ubp_fast import _core
+from ubp_fast.kernels.backends import DTYPES, unsupported_on_cpu
 from ubp_fast.kernels.nt_xent.reference import Problem
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FORMS = {"cross": 0, "symmetric": 1, "simclr": 2}
 
 
 def unsupported(problem: Problem) -> str | None:
     """Why this problem cannot run here, or None."""
-    if problem.left.device.type != "cpu":
-        return f"it computes on the CPU, the tensors are on {problem.left.device}"
-    if problem.left.dtype not in DTYPES:
-        return f"it computes float32, bfloat16 and float16, the tensors are {problem.left.dtype}"
-    return None
+    return unsupported_on_cpu(problem.left)
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:

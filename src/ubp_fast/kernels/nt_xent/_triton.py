@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from ubp_fast.kernels import tiles as tile_table
-from ubp_fast.kernels.backends import triton_unavailable
+from ubp_fast.kernels.backends import triton_unavailable, unsupported_dtype
 from ubp_fast.kernels.nt_xent.reference import Problem
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TABLE = Path(__file__).with_name("tiles.json")
 MAX_ROWS = 2**29  # row numbers of both sides are int32
 PROGRAMS = 528  # four for each multiprocessor of the largest GPU of today; small problems split their columns for it
@@ -46,11 +45,9 @@ class Prepared(NamedTuple):
 
 def unsupported(problem: Problem) -> str | None:
     """Why this problem cannot run here, or None."""
-    if problem.left.dtype not in DTYPES:
-        return f"it computes float32, bfloat16 and float16, the tensors are {problem.left.dtype}"
     if len(problem.left) >= MAX_ROWS:
         return f"it takes fewer than {MAX_ROWS} rows, got {len(problem.left)}"
-    return triton_unavailable(problem.left.device)
+    return unsupported_dtype(problem.left) or triton_unavailable(problem.left.device)
 
 
 def tiles(kernel: str, dtype: torch.dtype, width: int, device: tuple[str, ...]) -> Tiles:

@@ -6,16 +6,13 @@ import torch
 from torch import Tensor
 
 from ubp_fast import _core
+from ubp_fast.kernels.backends import unsupported_on_cpu
 from ubp_fast.kernels.row_sparse.reference import Adam, AdamStep, RowTable, Rule, Step
 
 
 def unsupported(table: Tensor) -> str | None:
     """Why tensors like this one cannot be computed here, or None."""
-    if table.device.type != "cpu":
-        return f"it computes on the CPU, the tensors are on {table.device}"
-    if table.dtype != torch.float32:
-        return f"it computes float32, the tensors are {table.dtype}"
-    return None
+    return unsupported_on_cpu(table, (torch.float32,))
 
 
 def gather(table: RowTable, rule: Rule, ids: Tensor) -> Tensor:

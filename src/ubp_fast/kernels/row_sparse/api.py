@@ -28,7 +28,6 @@ Source: Defazio et al. 2024 (schedule-free), Kingma and Ba 2015, Loshchilov and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -205,19 +204,15 @@ def _implementation(backend: str, tensor: Tensor) -> ModuleType:
     return IMPLEMENTATIONS[backends.resolve(OP, backend, IMPLEMENTATIONS, ORDER, tensor)]
 
 
-@torch.library.custom_op("ubp_fast::row_sparse_gather", mutates_args=())
-def _gather_op(
-    weight: Tensor,
-    state: Tensor,
-    slot: Tensor,
-    used: Tensor,
-    last_step: Tensor,
-    history: Tensor,
-    kind: str,
-    rule: Sequence[float],
-    ids: Tensor,
-    backend: str,
-) -> Tensor:
+TABLE = "Tensor{} weight, Tensor{} state, Tensor{} slot, Tensor{} used, Tensor{} last_step, Tensor history"
+READ = TABLE.format(*[""] * 5)
+RULE = "str kind, float[] rule"
+
+
+@torch.library.custom_op(
+    "ubp_fast::row_sparse_gather", mutates_args=(), schema=f"({READ}, {RULE}, Tensor ids, str backend) -> Tensor"
+)
+def _gather_op(weight, state, slot, used, last_step, history, kind, rule, ids, backend):
     table = RowTable(weight, state, slot, used, last_step, history)
     return _implementation(backend, weight).gather(table, RULES[kind][0](*rule), ids)
 
@@ -254,22 +249,15 @@ def _(ids, gradient, backend):
     return ids.new_empty(ids.shape), gradient.new_empty(gradient.shape), ids.new_empty((1,))
 
 
-@torch.library.custom_op("ubp_fast::row_sparse_update", mutates_args=("weight", "state", "slot", "used", "last_step"))
-def _update_op(
-    weight: Tensor,
-    state: Tensor,
-    slot: Tensor,
-    used: Tensor,
-    last_step: Tensor,
-    history: Tensor,
-    kind: str,
-    rule: Sequence[float],
-    ids: Tensor,
-    gradient: Tensor,
-    step: Sequence[float],
-    count: Tensor | None,
-    backend: str,
-) -> None:
+UPDATED = TABLE.format(*(f"(a{at}!)" for at in range(5)))
+
+
+@torch.library.custom_op(
+    "ubp_fast::row_sparse_update",
+    mutates_args=("weight", "state", "slot", "used", "last_step"),
+    schema=f"({UPDATED}, {RULE}, Tensor ids, Tensor gradient, float[] step, Tensor? count, str backend) -> ()",
+)
+def _update_op(weight, state, slot, used, last_step, history, kind, rule, ids, gradient, step, count, backend):
     table = RowTable(weight, state, slot, used, last_step, history)
     known, implementation = RULES[kind][0](*rule), _implementation(backend, weight)
     numbers = AdamStep(*step) if kind == "adam" else ScheduleFreeStep._make([*step[:4], step[4] != 0.0])
@@ -281,18 +269,11 @@ def _update_op(
     implementation.update(table, known, ids, gradient, numbers)
 
 
-@torch.library.custom_op("ubp_fast::row_sparse_catch_up", mutates_args=("weight", "state", "last_step"))
-def _catch_up_op(
-    weight: Tensor,
-    state: Tensor,
-    slot: Tensor,
-    used: Tensor,
-    last_step: Tensor,
-    history: Tensor,
-    kind: str,
-    rule: Sequence[float],
-    toward_z: float,
-    backend: str,
-) -> None:
+@torch.library.custom_op(
+    "ubp_fast::row_sparse_catch_up",
+    mutates_args=("weight", "state", "last_step"),
+    schema=f"({TABLE.format('(a0!)', '(a1!)', '', '', '(a2!)')}, {RULE}, float toward_z, str backend) -> ()",
+)
+def _catch_up_op(weight, state, slot, used, last_step, history, kind, rule, toward_z, backend):
     table = RowTable(weight, state, slot, used, last_step, history)
     _implementation(backend, weight).catch_up(table, RULES[kind][0](*rule), toward_z)
