@@ -21,7 +21,7 @@ Source: Synerise/recsys2025, aggregated_features_baseline (behaviour, not code).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -38,8 +38,8 @@ from ubp_fast.features.popular import PopularValues, most_frequent
 from ubp_fast.store.build import count, places_of_skus
 from ubp_fast.store.clients import clients_of, no_history
 from ubp_fast.store.event_store import KindColumns
-from ubp_fast.store.ids import KnownIds, Numbering
-from ubp_fast.store.spill import EARLIEST_S, TIME_BITS, keys_of, sort_events
+from ubp_fast.store.ids import MAX_COUNT, KnownIds, Numbering
+from ubp_fast.store.spill import keys_of, sort_events
 from ubp_fast.store.vocabulary import FIRST_ID, DenseProducts, dense_products
 
 
@@ -106,8 +106,8 @@ class _Skus:
 class _Urls:
     """Urls: see `Numbering` for their numbers."""
 
-    def __init__(self, in_order: bool) -> None:
-        self._numbering = Numbering(in_order)
+    def __init__(self) -> None:
+        self._numbering = Numbering()
         self.number = self._numbering.number
 
     def listed(self, numbers: np.ndarray, top_values: int) -> tuple[PopularValues, np.ndarray, np.ndarray]:
@@ -117,6 +117,37 @@ class _Urls:
         codes = KnownIds(top[order]).find(numbers)
         popular = PopularValues(order.astype(np.int32)[:, None], tuple(f"url_{value}" for value in ids.tolist()))
         return popular, codes >= 0, codes[codes >= 0]
+
+    def frequent(self, top_values: int) -> _FrequentUrls:
+        """All that came often enough for the list, whatever breaks ties."""
+        least = self._numbering.most_frequent(top_values)[2].min(initial=MAX_COUNT)
+        ids, numbers = self._numbering.counted(int(least))
+        order = np.argsort(ids)
+        return _FrequentUrls(ids[order], self._numbering.counts_of(numbers[order]))
+
+
+class _FrequentUrls:
+    """Urls in order: the number of one is its place in `ids`, i64 ascending, or -1."""
+
+    def __init__(self, ids: np.ndarray, counts: np.ndarray) -> None:
+        self._ids, self._counts, self._known = ids, counts, KnownIds(ids)
+        self._first_seen, self._done = np.full(len(ids), 2**62), 0
+
+    def number(self, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Numbers i32 of values[rows]."""
+        numbers = self._known.find(values[rows])
+        _note_first(numbers, self._done, self._first_seen)
+        self._done += len(numbers)
+        return numbers
+
+    def listed(self, numbers: np.ndarray, top_values: int) -> tuple[PopularValues, np.ndarray, np.ndarray]:
+        """As `_Skus.listed`."""
+        top = np.lexsort((self._first_seen, -self._counts))[:top_values]
+        slots = np.full((len(self._ids) + 1, 1), -1, np.int32)  # the last one is that of -1
+        slots[top, 0] = np.arange(len(top))
+        is_listed = slots[numbers, 0] >= 0
+        labels = tuple(f"url_{value}" for value in self._ids[top].tolist())
+        return PopularValues(slots, labels), is_listed, numbers[is_listed]
 
 
 class _Searches(NamedTuple):
@@ -141,7 +172,7 @@ class _Pass(NamedTuple):
     """
 
     num_events: np.ndarray
-    items: _Skus | _Urls
+    items: _Skus | _Urls | _FrequentUrls
     anchor_s: int
     keys: np.ndarray
     numbers: np.ndarray
@@ -158,21 +189,21 @@ class _Pass(NamedTuple):
 
 
 class _FileOrder(NamedTuple):
-    """How many events each window leaves out, i32 [U, W]: the first ones of a client in the file."""
+    """What a first pass finds out about the file order of a kind.
+
+    Attributes:
+        num_events: i64 [U], events of every client.
+        anchor_s: where windows end.
+        starts_s: i64 [W], where they begin.
+        left_out: i32 [U, W], how many events of a client, the first ones in the file, each window leaves out.
+        urls: that may be in the list; None for skus.
+    """
 
     num_events: np.ndarray
-    left_out: np.ndarray
+    anchor_s: int
     starts_s: np.ndarray
-
-    @classmethod
-    def of(cls, found: _Pass, windows_days: Sequence[int]) -> _FileOrder:
-        clients, time_s = found.keys >> TIME_BITS, (found.keys & ((1 << TIME_BITS) - 1)) + EARLIEST_S
-        starts_s = found.anchor_s - np.array(windows_days) * DAY_S
-        left_out = np.empty((len(found.num_events), len(starts_s)), np.int32)
-        for window, start_s in enumerate(starts_s):
-            inside = np.bincount(clients[time_s >= start_s], minlength=len(left_out))
-            left_out[:, window] = found.num_events - inside
-        return cls(found.num_events, left_out, starts_s)
+    left_out: np.ndarray
+    urls: _FrequentUrls | None
 
 
 class _Once:
@@ -187,17 +218,19 @@ class _Once:
         self._events, self._cutoff_s = events, cutoff_s
         self.client_ids = clients_of(events, cutoff_s, False, None)[0].astype(np.int64)
         self._clients = KnownIds(self.client_ids)
+        self._order = self._place = np.arange(len(self.client_ids))
 
     @cached_property
     def _products(self) -> tuple[KnownIds, DenseProducts]:
         products = self._events.products(("sku", "category", "price")).sort("sku")
         return KnownIds(products["sku"].to_numpy()), dense_products(products)
 
-    def _items(self, kind: str, in_order: bool) -> _Skus | _Urls:
-        if ITEM_COLUMN[kind] != "sku":
-            return _Urls(in_order)
-        known, dense = self._products
-        return _Skus(partial(places_of_skus, self._events, kind, known), dense, in_order)
+    def _batches(self, kind: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+        """Rows i32 of the events that count, places i32 of their clients, all times and all items."""
+        for client_id, timestamp_s, values in self._events.batches(kind):
+            rows, clients = self._clients.known(client_id, timestamp_s, self._cutoff_s)
+            if len(rows):
+                yield rows, clients, timestamp_s, values
 
     def kinds(self) -> list[CountedKind | SearchedKind]:
         """What is counted of every kind that has an event of our clients."""
@@ -207,55 +240,68 @@ class _Once:
 
     def _in_file_order(self) -> Iterator[tuple[str, _Pass | _Searches]]:
         """First how many events the windows leave out and who comes first, then the events that are left."""
-        surveys: list[tuple[str, _FileOrder | _Searches]] = []
-        for kind in self._events.kinds:
-            found = self._pass(kind)
-            survey = found if isinstance(found, _Searches) else _FileOrder.of(found, self.config.windows_days)
-            surveys.append((kind, survey))
+        surveys = [(kind, self._survey(kind)) for kind in self._events.kinds]
         first_kind = np.full(len(self.client_ids), len(surveys))
         for index, (_, survey) in reversed([*enumerate(surveys)]):
             first_kind[survey.num_events > 0] = index
-        order = np.argsort(first_kind, kind="stable")
-        self.client_ids, position = self.client_ids[order], np.argsort(order)
+        self._order = np.argsort(first_kind, kind="stable")
+        self._place, self.client_ids = np.argsort(self._order), self.client_ids[self._order]
         for kind, survey in surveys:
             if isinstance(survey, _Searches):
-                yield kind, _Searches(*(array[order] for array in survey))
-                continue
-            found = self._pass(kind, survey)
-            assert isinstance(found, _Pass)
-            clients, time_s = found.keys >> TIME_BITS, found.keys & ((1 << TIME_BITS) - 1)
-            yield (
-                kind,
-                found._replace(num_events=found.num_events[order], keys=(position[clients] << TIME_BITS) | time_s),
-            )
+                yield kind, _Searches(survey.num_events[self._order], survey.means[self._order])
+            else:
+                yield kind, self._pass(kind, survey)
+
+    def _survey(self, kind: str) -> _FileOrder | _Searches:
+        if ITEM_COLUMN[kind] == "query":
+            return self._searches(kind)
+        anchor_s, urls = self._last_s(kind), _Urls() if ITEM_COLUMN[kind] == "url" else None
+        starts_s = anchor_s - np.array(self.config.windows_days) * DAY_S
+        num_events = np.zeros(len(self.client_ids), np.int64)
+        left_out = np.zeros((len(num_events), len(starts_s)), np.int32)
+        for rows, clients, timestamp_s, values in self._batches(kind):
+            _leave_out(rows, clients, timestamp_s, starts_s, num_events, left_out)
+            if urls is not None:
+                urls.number(values, rows)
+        frequent = None if urls is None else urls.frequent(self.config.top_values)
+        return _FileOrder(num_events, anchor_s, starts_s, left_out, frequent)
+
+    def _last_s(self, kind: str) -> int:
+        """Last event of our clients: a pass of its own, or a file in the order of time would be kept as a whole."""
+        return max((int(times_s[rows].max()) for rows, _, times_s, _ in self._batches(kind)), default=self._cutoff_s)
+
+    def _searches(self, kind: str) -> _Searches:
+        sums = np.zeros((len(self.client_ids), NUM_CODES), np.int64)
+        num_events = np.zeros(len(self.client_ids), np.int64)
+        for rows, clients, _, codes in self._batches(kind):
+            _add_codes(rows, clients, codes, sums, num_events)
+        return _Searches(num_events, mean_codes(sums, num_events))
 
     def _pass(self, kind: str, survey: _FileOrder | None = None) -> _Pass | _Searches:
         """All events of a kind; after a survey, those that are left have the start of their shortest window as time."""
-        num_events = np.zeros(len(self.client_ids), np.int64)
         if ITEM_COLUMN[kind] == "query":
-            sums = np.zeros((len(num_events), NUM_CODES), np.int64)
-            for client_id, timestamp_s, codes in self._events.batches(kind):
-                _add_codes(*self._clients.known(client_id, timestamp_s, self._cutoff_s), codes, sums, num_events)
-            return _Searches(num_events, mean_codes(sums, num_events))
-        config, items = self.config, self._items(kind, in_order=survey is not None)
-        is_last = config.anchor != "cutoff"
-        anchor_s = -(2**62) if is_last else self._cutoff_s
+            return self._searches(kind)
+        items: _Skus | _Urls | _FrequentUrls = _Urls() if survey is None or survey.urls is None else survey.urls
+        if ITEM_COLUMN[kind] == "sku":
+            known, dense = self._products
+            items = _Skus(partial(places_of_skus, self._events, kind, known), dense, in_order=survey is not None)
+        anchor_s = (
+            self._cutoff_s if self.config.anchor == "cutoff" else survey.anchor_s if survey else self._last_s(kind)
+        )
+        from_s = anchor_s - self.config.windows_days[-1] * DAY_S
+        num_events = np.zeros(len(self.client_ids), np.int64)
         keys, numbers = [np.empty(0, np.int64)], [np.empty(0, np.int32)]
-        for client_id, timestamp_s, values in self._events.batches(kind):
-            rows, clients = self._clients.known(client_id, timestamp_s, self._cutoff_s)
-            if not len(rows):
-                continue
-            if is_last:  # it only grows, so that no event of the last windows is lost
-                anchor_s = max(anchor_s, int(timestamp_s[rows].max()))
-            numbered = items.number(values, rows)
-            from_s = anchor_s - config.windows_days[-1] * DAY_S
+        for rows, clients, timestamp_s, values in self._batches(kind):
+            numbered, times_s = items.number(values, rows), timestamp_s
             if survey is not None:
-                timestamp_s, from_s = timestamp_s.copy(), survey.starts_s[-1]
-                _set_times(rows, clients, survey.left_out, survey.starts_s, num_events, timestamp_s)
-            kept = _recent(rows, clients, timestamp_s, from_s, num_events)
-            keys.append(keys_of(clients[kept], timestamp_s[rows[kept]]))
+                times_s = timestamp_s.copy()
+                _set_times(rows, clients, survey.left_out, survey.starts_s, num_events, times_s)
+            kept = _recent(rows, clients, times_s, from_s, num_events)
+            if survey is not None:
+                kept, clients = kept[numbered[kept] >= 0], self._place[clients]
+            keys.append(keys_of(clients[kept], times_s[rows[kept]]))
             numbers.append(numbered[kept])
-        return _Pass(num_events, items, anchor_s, np.concatenate(keys), np.concatenate(numbers))
+        return _Pass(num_events[self._order], items, anchor_s, np.concatenate(keys), np.concatenate(numbers))
 
 
 @njit(cache=True, nogil=True)
@@ -268,6 +314,15 @@ def _recent(rows, clients, timestamp_s, from_s, num_events):  # pragma: no cover
         places[found] = place
         found += timestamp_s[rows[place]] >= from_s
     return places[:found]
+
+
+@njit(cache=True, nogil=True)
+def _leave_out(rows, clients, timestamp_s, starts_s, num_events, left_out):  # pragma: no cover - compiled
+    """Counts all events of each client, and those before each window."""
+    for place in range(rows.size):
+        num_events[clients[place]] += 1
+        for window in range(starts_s.size):
+            left_out[clients[place], window] += timestamp_s[rows[place]] < starts_s[window]
 
 
 @njit(cache=True, nogil=True)
@@ -285,9 +340,10 @@ def _set_times(rows, clients, left_out, starts_s, num_events, timestamp_s):  # p
 
 @njit(cache=True, nogil=True)
 def _note_first(numbers, done, first_seen):  # pragma: no cover - compiled
-    """When each number was seen first, counted in events; `done` came before."""
+    """When each number was seen first, counted in events; `done` came before. -1 is none."""
     for place in range(numbers.size):
-        first_seen[numbers[place]] = min(first_seen[numbers[place]], done + place)
+        if numbers[place] >= 0:
+            first_seen[numbers[place]] = min(first_seen[numbers[place]], done + place)
 
 
 @njit(cache=True, nogil=True)
