@@ -121,3 +121,8 @@ def triton_unavailable(device: torch.device) -> str | None:
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of a CUDA device, (0, 0) of any other; looked up once."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def on_device(device: torch.device) -> torch.cuda.device:
+    """Where Triton launches: on the tensors' card, which need not be the current one."""
+    return torch.cuda.device(device if device.type == "cuda" else -1)

@@ -76,6 +76,11 @@ class ProductColumns(NamedTuple):
     name: np.ndarray
 
 
+def _number(name: str) -> Any:
+    """A property of the store: a number of its header."""
+    return property(lambda store: int(store.header[name]))
+
+
 @dataclass(frozen=True)
 class EventStore:
     """The store of one cutoff; open it with `EventStore.open`, make it with `ubp_fast.store.build.build_store`.
@@ -83,10 +88,17 @@ class EventStore:
     Attributes:
         path: its directory.
         header: the content of store.json.
+        num_clients: clients U, with or without events.
+        cutoff_s: every event in the store has `timestamp_s < cutoff_s`.
+        first_timestamp_s: time of the earliest event in the store.
+        num_skus: rows of a sku embedding table; num_urls, num_categories and num_prices likewise.
     """
 
     path: Path
     header: dict[str, Any]
+    num_clients, cutoff_s, first_timestamp_s = _number("num_clients"), _number("cutoff_s"), _number("first_timestamp_s")
+    num_skus, num_urls = _number("num_skus"), _number("num_urls")
+    num_categories, num_prices = _number("num_categories"), _number("num_prices")
 
     @classmethod
     def open(cls, path: Path | str) -> EventStore:
@@ -103,21 +115,6 @@ class EventStore:
         if header.get("format") != FORMAT:
             raise DataError(f"{path}: store must have format {FORMAT}, got {header.get('format')}; build it again")
         return cls(path, header)
-
-    @property
-    def num_clients(self) -> int:
-        """Number of clients U, with or without events."""
-        return int(self.header["num_clients"])
-
-    @property
-    def cutoff_s(self) -> int:
-        """Every event in the store has `timestamp_s < cutoff_s`."""
-        return int(self.header["cutoff_s"])
-
-    @property
-    def first_timestamp_s(self) -> int:
-        """Time of the earliest event in the store."""
-        return int(self.header["first_timestamp_s"])
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -209,26 +206,6 @@ class EventStore:
         positions = positions_in(ids, values)
         positions[:FIRST_ID] = -1
         return positions
-
-    @property
-    def num_skus(self) -> int:
-        """Rows of a sku embedding table."""
-        return int(self.header["num_skus"])
-
-    @property
-    def num_urls(self) -> int:
-        """Rows of a url embedding table."""
-        return int(self.header["num_urls"])
-
-    @property
-    def num_categories(self) -> int:
-        """Rows of a category embedding table."""
-        return int(self.header["num_categories"])
-
-    @property
-    def num_prices(self) -> int:
-        """Rows of a price embedding table."""
-        return int(self.header["num_prices"])
 
     def rows_before(self, kind: str, cutoff_s: int) -> np.ndarray:
         """First row per client that is not before a cutoff.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ubp_fast.kernels import tiles as tile_table
-from ubp_fast.kernels.backends import triton_unavailable, unsupported_dtype
+from ubp_fast.kernels.backends import on_device, triton_unavailable, unsupported_dtype
 from ubp_fast.kernels.flash_attention.reference import UNBOUNDED, Gradients, Problem
 
 MAX_ROWS, MAX_SEQUENCES, MAX_HEADS = 2**29, 2**28, 2**16 - 1  # int32 places, rounds of the search, the grid's limit
@@ -117,9 +117,8 @@ def _launch(name: str, problem: Problem, owner: Tensor, rows: int, *tensors: Ten
     strides = [stride for part in sides for stride in part.stride()[:2]]
     optional = (problem.time_bias, problem.timestamp_s, problem.timestamp_key_s)
     times = [None if part is None else part.contiguous() for part in optional]
-    device = problem.query.device
     shared = (*sides, problem.cu_seqlens, problem.cu_seqlens_key, *times, problem.seed)
-    with torch.cuda.device(device if device.type == "cuda" else -1):
+    with on_device(problem.query.device):
         function[(slots, heads)](*shared, *tensors, *strides, len(owner) - 1, slots, **constants(name, problem, chosen))
 
 

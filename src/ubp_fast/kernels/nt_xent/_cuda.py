@@ -173,6 +173,7 @@ def _positives(problem: Problem, rows: _Rows) -> Tensor:
 
 def _launch(which: int, problem: Problem, rows: _Rows, side: _Side, **tensors: Tensor) -> None:
     kernels = cuda.kernels()
+    valid = None if problem.valid is None else problem.valid.contiguous()  # lives until the launch
     launched = kernels.NTXentProblem(
         own=rows.stored[side.own],
         other=rows.stored[side.other],
@@ -184,7 +185,7 @@ def _launch(which: int, problem: Problem, rows: _Rows, side: _Side, **tensors: T
         pairs=len(problem.left),
         width=rows.stored.shape[1],
         scales=rows.scale,
-        valid=None if problem.valid is None else problem.valid.contiguous(),
+        valid=valid,
         ids=rows.ids,
         inverse_temperature=rows.inverse_temperature,
         splits=_splits(side),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ubp_fast.kernels import tiles as tile_table
-from ubp_fast.kernels.backends import triton_unavailable, unsupported_dtype
+from ubp_fast.kernels.backends import on_device, triton_unavailable, unsupported_dtype
 from ubp_fast.kernels.nt_xent.reference import Problem
 
 TABLE = Path(__file__).with_name("tiles.json")
@@ -172,7 +172,7 @@ def _prepare(problem: Problem) -> Prepared:
     rows = torch.empty((2 * count, width), dtype=problem.left.dtype, device=device)
     inverse, positive = (torch.empty(size, dtype=torch.float64, device=device) for size in (2 * count, count))
     tensors = (*_sides(problem), _row_facts(problem)[1], rows, inverse, positive)
-    with _on(device):
+    with on_device(device):
         _kernels().prepare_kernel[(count,)](*tensors, count, **_row_options(problem))
     return Prepared(rows, inverse, positive)
 
@@ -180,12 +180,12 @@ def _prepare(problem: Problem) -> Prepared:
 def _finish(problem: Problem, slope: Tensor, pull: Tensor, factor: Tensor, *gradients: Tensor) -> None:
     count = len(problem.left)
     tensors = (*_sides(problem), _row_facts(problem)[1], slope, pull, factor, *gradients)
-    with _on(problem.left.device):
+    with on_device(problem.left.device):
         _kernels().finish_kernel[(count,)](*tensors, count, **_row_options(problem))
 
 
 def _launch(name: str, grid: tuple[int, int], problem: Problem, *arguments: Any, chosen: Tiles, **more: bool) -> None:
-    with _on(problem.left.device):
+    with on_device(problem.left.device):
         getattr(_kernels(), name)[grid](*arguments, **more, **constants(name, problem, chosen))
 
 
@@ -208,10 +208,6 @@ def constants(name: str, problem: Problem, chosen: Tiles) -> dict[str, Any]:
     if name == "gradient_kernel":
         found["BLOCK_E"] = chosen.block_e
     return found
-
-
-def _on(device: torch.device) -> torch.cuda.device:
-    return torch.cuda.device(device if device.type == "cuda" else -1)
 
 
 def _kernels() -> ModuleType:

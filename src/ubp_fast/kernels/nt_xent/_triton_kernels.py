@@ -40,20 +40,9 @@ def _scaled(x, IS_NORMALIZED: tl.constexpr):
 
 @triton.jit(do_not_specialize=VARYING)
 def prepare_kernel(
-    left_ptr,
-    right_ptr,
-    left_stride,
-    right_stride,
-    valid_ptr,
-    rows_ptr,
-    inverse_ptr,
-    positive_ptr,
-    pairs,
-    IS_NORMALIZED: tl.constexpr,
-    HAS_VALID: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
+    left_ptr, right_ptr, left_stride, right_stride, valid_ptr, rows_ptr, inverse_ptr, positive_ptr, pairs,
+    IS_NORMALIZED: tl.constexpr, HAS_VALID: tl.constexpr, WIDTH: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
     """One pair: both rows scaled, their inverse lengths, their similarity."""
     pair, at = tl.cast(tl.program_id(0), tl.int64), tl.arange(0, BLOCK_E)
     mask = at < WIDTH
@@ -92,21 +81,9 @@ def _product(a, b, IS_WIDE: tl.constexpr):
 
 @triton.jit
 def _products(
-    a_ptr,
-    b_ptr,
-    a,
-    b,
-    first_a,
-    count_a,
-    first_b,
-    count_b,
-    IS_WIDE: tl.constexpr,
-    IS_WHOLE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    a_ptr, b_ptr, a, b, first_a, count_a, first_b, count_b, IS_WIDE: tl.constexpr, IS_WHOLE: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """All products of two blocks of rows; a and b are the whole rows where they fit (IS_WHOLE)."""
     if IS_WHOLE:
         return _product(a, tl.trans(b), IS_WIDE)
@@ -137,29 +114,10 @@ def _is_negative(
 
 @triton.jit(do_not_specialize=VARYING)
 def statistics_kernel(
-    rows_ptr,
-    inverse_ptr,
-    positive_ptr,
-    ids_ptr,
-    valid_ptr,
-    temperature_ptr,
-    maximum_ptr,
-    sum_ptr,
-    pairs,
-    first_row,
-    rows,
-    first_column,
-    columns,
-    step,
-    HAS_IDS: tl.constexpr,
-    HAS_VALID: tl.constexpr,
-    IS_WIDE: tl.constexpr,
-    IS_WHOLE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    rows_ptr, inverse_ptr, positive_ptr, ids_ptr, valid_ptr, temperature_ptr, maximum_ptr, sum_ptr, pairs, first_row,
+    rows, first_column, columns, step, HAS_IDS: tl.constexpr, HAS_VALID: tl.constexpr, IS_WIDE: tl.constexpr,
+    IS_WHOLE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """Rows first_row .. first_row + rows - 1 against `step` of the columns, of first_column .. + columns - 1."""
     REAL: tl.constexpr = tl.float64 if IS_WIDE else tl.float32
     row, part = tl.program_id(0) * BLOCK_M, tl.program_id(1)
@@ -201,33 +159,12 @@ def statistics_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def gradient_kernel(
-    rows_ptr,
-    inverse_ptr,
-    positive_ptr,
-    ids_ptr,
-    valid_ptr,
-    temperature_ptr,
-    loss_ptr,
-    weight_ptr,
-    slope_ptr,
-    moment_ptr,
-    pairs,
-    first_row,
-    rows,
-    first_column,
-    columns,
-    HAS_ROW_LOSS: tl.constexpr,
-    HAS_COLUMN_LOSS: tl.constexpr,
-    HAS_IDS: tl.constexpr,
-    HAS_VALID: tl.constexpr,
-    IS_WIDE: tl.constexpr,
-    IS_WHOLE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    rows_ptr, inverse_ptr, positive_ptr, ids_ptr, valid_ptr, temperature_ptr, loss_ptr, weight_ptr, slope_ptr,
+    moment_ptr, pairs, first_row, rows, first_column, columns, HAS_ROW_LOSS: tl.constexpr,
+    HAS_COLUMN_LOSS: tl.constexpr, HAS_IDS: tl.constexpr, HAS_VALID: tl.constexpr, IS_WIDE: tl.constexpr,
+    IS_WHOLE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
-):
+):  # fmt: skip
     """sum_j G_ij u_j of a block of rows, from element program_id(1) BLOCK_E on, and its sum_ij p_ij gap_ij."""
     REAL: tl.constexpr = tl.float64 if IS_WIDE else tl.float32
     row, element = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_E
@@ -285,22 +222,10 @@ def gradient_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def finish_kernel(
-    left_ptr,
-    right_ptr,
-    left_stride,
-    right_stride,
-    valid_ptr,
-    slope_ptr,
-    pull_ptr,
-    factor_ptr,
-    grad_left_ptr,
-    grad_right_ptr,
-    pairs,
-    IS_NORMALIZED: tl.constexpr,
-    HAS_VALID: tl.constexpr,
-    WIDTH: tl.constexpr,
+    left_ptr, right_ptr, left_stride, right_stride, valid_ptr, slope_ptr, pull_ptr, factor_ptr, grad_left_ptr,
+    grad_right_ptr, pairs, IS_NORMALIZED: tl.constexpr, HAS_VALID: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_E: tl.constexpr,
-):
+):  # fmt: skip
     """One pair: slope - pull * partner, through x / |x|, times the factor of the whole loss."""
     pair, at = tl.cast(tl.program_id(0), tl.int64), tl.arange(0, BLOCK_E)
     mask = at < WIDTH

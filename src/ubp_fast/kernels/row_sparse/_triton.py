@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ubp_fast.kernels import deferred
-from ubp_fast.kernels.backends import triton_unavailable
+from ubp_fast.kernels.backends import on_device, triton_unavailable
 from ubp_fast.kernels.row_sparse.reference import Adam, AdamStep, RowTable, Rule, ScheduleFreeStep, Step
 
 MARK_BLOCK = 1024
@@ -226,7 +226,7 @@ def _by_entry(name: str, entries: int, ids: Tensor | None, *arguments: Any) -> N
 
 def _launch(name: str, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     device = next(part.device for part in arguments if isinstance(part, Tensor))
-    with torch.cuda.device(device if device.type == "cuda" else -1):
+    with on_device(device):
         getattr(_kernels(), name)[grid](*arguments, **constants)
 
 

@@ -25,19 +25,9 @@ def _limit(count_ptr, count, HAS_COUNT: tl.constexpr):
 
 @triton.jit
 def _rows_of(
-    ids_ptr,
-    last_ptr,
-    slot_ptr,
-    at,
-    is_entry,
-    table_rows,
-    slots,
-    now,
-    bad_id,
-    bad_step,
-    bad_slot,
+    ids_ptr, last_ptr, slot_ptr, at, is_entry, table_rows, slots, now, bad_id, bad_step, bad_slot,
     HAS_IDS: tl.constexpr,
-):
+):  # fmt: skip
     """Row, its last step (-1), its slot (0 where it has none) and what is wrong with it (0: nothing)."""
     row = tl.cast(at, tl.int64)
     if HAS_IDS:
@@ -69,23 +59,9 @@ def _kept_share(kept_ptr, last, is_row, now, IS_ADAM: tl.constexpr):
 
 @triton.jit
 def _present(
-    weight,
-    first,
-    second,
-    last,
-    is_behind,
-    kept,
-    kept_ptr,
-    history_ptr,
-    now,
-    horizon,
-    log2_beta1,
-    log2_beta1_rest,
-    log2_beta2,
-    log2_beta2_rest,
-    eps,
-    IS_ADAM: tl.constexpr,
-):
+    weight, first, second, last, is_behind, kept, kept_ptr, history_ptr, now, horizon, log2_beta1, log2_beta1_rest,
+    log2_beta2, log2_beta2_rest, eps, IS_ADAM: tl.constexpr,
+):  # fmt: skip
     """The weights [ROWS, BLOCK] at the present; Adam's missed steps are added up one by one."""
     if IS_ADAM:
         missed = tl.where(is_behind, tl.minimum(now - last, horizon), 0)
@@ -108,24 +84,9 @@ def _present(
 
 @triton.jit(do_not_specialize=VARYING)
 def mark_kernel(
-    ids_ptr,
-    last_ptr,
-    slot_ptr,
-    fresh_ptr,
-    count_ptr,
-    fault_ptr,
-    bad_id,
-    bad_step,
-    bad_slot,
-    bad_order,
-    count,
-    table_rows,
-    slots,
-    now,
-    HAS_IDS: tl.constexpr,
-    HAS_COUNT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    ids_ptr, last_ptr, slot_ptr, fresh_ptr, count_ptr, fault_ptr, bad_id, bad_step, bad_slot, bad_order, count,
+    table_rows, slots, now, HAS_IDS: tl.constexpr, HAS_COUNT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """1 for each row without a slot; any fault that was found (ids must ascend, too)."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_entry = at < _limit(count_ptr, count, HAS_COUNT)
@@ -142,18 +103,9 @@ def mark_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def commit_kernel(
-    ids_ptr,
-    last_ptr,
-    order_ptr,
-    used_ptr,
-    count_ptr,
-    fault_ptr,
-    count,
-    now,
-    HAS_IDS: tl.constexpr,
-    HAS_COUNT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    ids_ptr, last_ptr, order_ptr, used_ptr, count_ptr, fault_ptr, count, now, HAS_IDS: tl.constexpr,
+    HAS_COUNT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """After an update its rows are at step `now` + 1 and have their slots; after a catch-up touched rows are at 0."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_entry = (at < _limit(count_ptr, count, HAS_COUNT)) & (tl.load(fault_ptr) == 0)
@@ -170,33 +122,10 @@ def commit_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def gather_kernel(
-    weight_ptr,
-    state_ptr,
-    slot_ptr,
-    last_ptr,
-    kept_ptr,
-    history_ptr,
-    ids_ptr,
-    out_ptr,
-    fault_ptr,
-    bad_id,
-    bad_step,
-    bad_slot,
-    count,
-    table_rows,
-    slots,
-    now,
-    horizon,
-    log2_beta1,
-    log2_beta1_rest,
-    log2_beta2,
-    log2_beta2_rest,
-    eps,
-    IS_ADAM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    weight_ptr, state_ptr, slot_ptr, last_ptr, kept_ptr, history_ptr, ids_ptr, out_ptr, fault_ptr, bad_id, bad_step,
+    bad_slot, count, table_rows, slots, now, horizon, log2_beta1, log2_beta1_rest, log2_beta2, log2_beta2_rest, eps,
+    IS_ADAM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Rows that cannot be read give NaN."""
     at = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row, last, slot, fault = _rows_of(
@@ -229,16 +158,9 @@ def gather_kernel(
 
 @triton.jit
 def reduce_kernel(
-    start_ptr,
-    order_ptr,
-    gradient_ptr,
-    sum_ptr,
-    row_stride,
-    column_stride,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
+    start_ptr, order_ptr, gradient_ptr, sum_ptr, row_stride, column_stride, WIDTH: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """One group of equal ids: its gradients, ROWS at a time in the order of the batch; an empty one gives 0."""
     group = tl.program_id(0)
     first, end = tl.load(start_ptr + group), tl.load(start_ptr + group + 1)
@@ -255,45 +177,12 @@ def reduce_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def update_kernel(
-    weight_ptr,
-    state_ptr,
-    slot_ptr,
-    last_ptr,
-    kept_ptr,
-    history_ptr,
-    ids_ptr,
-    gradient_ptr,
-    order_ptr,
-    used_ptr,
-    count_ptr,
-    fault_ptr,
-    no_slot,
-    count,
-    table_rows,
-    slots,
-    now,
-    horizon,
-    log2_beta1,
-    log2_beta1_rest,
-    log2_beta2,
-    log2_beta2_rest,
-    eps,
-    beta2,
-    first_new,
-    second_new,
-    rate,
-    average_weight,
-    gradient_weight,
-    correction,
-    root,
-    keep,
-    IS_ADAM: tl.constexpr,
-    IS_ADAPTIVE: tl.constexpr,
-    HAS_COUNT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    weight_ptr, state_ptr, slot_ptr, last_ptr, kept_ptr, history_ptr, ids_ptr, gradient_ptr, order_ptr, used_ptr,
+    count_ptr, fault_ptr, no_slot, count, table_rows, slots, now, horizon, log2_beta1, log2_beta1_rest, log2_beta2,
+    log2_beta2_rest, eps, beta2, first_new, second_new, rate, average_weight, gradient_weight, correction, root, keep,
+    IS_ADAM: tl.constexpr, IS_ADAPTIVE: tl.constexpr, HAS_COUNT: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """`rate` is the learning rate of schedule-free; what follows it belongs to one rule each."""
     at = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     has_room = tl.load(used_ptr) + tl.load(order_ptr + count - 1) <= slots
@@ -344,28 +233,10 @@ def update_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def catch_up_kernel(
-    weight_ptr,
-    state_ptr,
-    slot_ptr,
-    last_ptr,
-    kept_ptr,
-    history_ptr,
-    fault_ptr,
-    count,
-    slots,
-    now,
-    horizon,
-    log2_beta1,
-    log2_beta1_rest,
-    log2_beta2,
-    log2_beta2_rest,
-    eps,
-    toward_z,
-    IS_ADAM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    weight_ptr, state_ptr, slot_ptr, last_ptr, kept_ptr, history_ptr, fault_ptr, count, slots, now, horizon,
+    log2_beta1, log2_beta1_rest, log2_beta2, log2_beta2_rest, eps, toward_z, IS_ADAM: tl.constexpr,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     at = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row = (at < count) & (tl.load(fault_ptr) == 0)
     row, last, slot, _ = _rows_of(slot_ptr, last_ptr, slot_ptr, at, is_row, count, slots, now, 0, 0, 0, False)
