@@ -62,5 +62,5 @@ def test_no_client_is_no_score():
 
 
 def test_other_formats_are_refused():
-    with pytest.raises(ValueError, match="format must be 1, got 0"):
+    with pytest.raises(ValueError, match="format must be 1 or 2, got 0"):
         Scores.from_json({"format": 0})

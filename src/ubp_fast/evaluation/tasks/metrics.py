@@ -109,6 +109,12 @@ def auroc_per_label(scores: torch.Tensor, labels: LabelMatrix) -> np.ndarray:
     return areas
 
 
+def has_both_classes(labels: LabelMatrix) -> np.ndarray:
+    """Bool [L]: labels that some rows have and others have not, so that an AUROC is defined."""
+    counts = labels.column_counts()
+    return (counts > 0) & (counts < labels.num_rows)
+
+
 def batch_sigmoid_(logits: torch.Tensor, batch_size: int) -> torch.Tensor:
     """Applies the sigmoid in place to every batch of rows with a value outside [0, 1]; returns `logits` [n, L]."""
     row_outside = ((logits < 0) | (logits > 1)).any(dim=1)
