@@ -30,6 +30,7 @@ PARAMETERS = {
     "verbosity": -1,
 }
 EVERY = 10
+THREADED_VALUES = 1 << 22
 
 
 def cost(data: ReaderData, tasks: Sequence[TaskTargets], config: EvaluationConfig) -> int:
@@ -71,7 +72,10 @@ class _Trees:
 
     def __init__(self, vectors: np.ndarray) -> None:
         self._vectors = vectors
-        self._parameters = PARAMETERS | {"num_threads": torch.get_num_threads()}
+        # A split of few values is over before a second thread has woken up; beside other processes waiting for it costs
+        # fifty times the work.
+        self._threads = torch.get_num_threads() if vectors.size >= THREADED_VALUES else 1
+        self._parameters = PARAMETERS | {"num_threads": self._threads}
         self._data = lightgbm.Dataset(vectors, params=self._parameters).construct()
 
     def read(self, known: np.ndarray, seed: int) -> np.ndarray:
@@ -80,7 +84,7 @@ class _Trees:
             return np.zeros(len(known))
         self._data.set_label(known)
         booster = lightgbm.train(self._parameters | {"seed": seed}, self._data, TREES)
-        return np.asarray(booster.predict(self._vectors, raw_score=True, num_threads=torch.get_num_threads()))
+        return np.asarray(booster.predict(self._vectors, raw_score=True, num_threads=self._threads))
 
 
 def _num_sampled(num_labels: int, config: EvaluationConfig) -> int:
