@@ -18,7 +18,7 @@ from ubp_fast.features.organisers import CountsConfig, count_features_once
 from ubp_fast.profiles import Profiles
 
 CLIENTS, PURCHASES, LABELS = 1_000_000, 2_000_000, 100
-# How far the best score of a task may be from the loop's; bf16 drifts, see `ubp_fast.evaluation.probe`.
+# How far the best score of a task may be from the loop's; bf16 drifts, see `ubp_fast.evaluation.readers.network`.
 CLOSENESS = {"fp32": 1e-3, "bf16": 5e-3}
 
 

@@ -31,8 +31,8 @@ from rich.console import Console
 import ubp_fast
 from ubp_fast.evaluation import EvaluationConfig, Targets, build_targets, evaluate
 from ubp_fast.evaluation.evaluator import row_orders
-from ubp_fast.evaluation.metrics import auroc
 from ubp_fast.evaluation.tasks import TASKS
+from ubp_fast.evaluation.tasks.metrics import auroc
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.files import load_json, write_json
 from ubp_fast.pipeline.execute import run_stages

@@ -195,9 +195,14 @@ def test_unknown_key_is_named() -> None:
         ("contrastive.config.next_event_weight=1", "^ContrastiveConfig: history.causal must be true .* sees the one"),
         ("evaluation.precision=fp64", "^EvaluationConfig: precision must be 'fp32' or 'bf16', got 'fp64'$"),
         ("evaluation.epochs=many", "EvaluationConfig"),
+        ("evaluation.readers=[forest]", "^evaluation: readers must be different ones of .*, got .*forest"),
+        ("evaluation.components=[stacked,raw]", "^run: evaluation.components must be .*, got .*raw"),
         ("evaluation.tasks=churn", "evaluation: tasks must be among"),
         ("windows.model_cutoffs=0", "^run: windows.model_cutoffs must be >= 1, got 0$"),
-        ("evaluation.components=most", "^run: evaluation.components must be 'default' or 'all', got 'most'$"),
+        (
+            "evaluation.components=most",
+            "^run: evaluation.components must be 'default', 'all' or a list of some of .*, got most$",
+        ),
     ],
 )
 def test_wrong_value_is_named(override: str, message: str | None) -> None:

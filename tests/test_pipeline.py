@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -36,12 +37,15 @@ def test_run_directory_is_complete(synthetic_run: Path) -> None:
     names = {path.name for path in synthetic_run.iterdir()}
     assert names == {"config.yaml", "environment.json", "profiles", "report.html", "scores.json", "stages"}
     scores = json.loads((synthetic_run / "scores.json").read_text())
-    assert list(scores) == ["stacked", "baseline_log1p", "baseline_raw"]
+    assert list(scores) == ["stacked", "baseline_log1p"]
+    assert scores["stacked"]["config"]["readers"] == ["network", "linear", "boosting", "neighbours"]
+    assert list(scores["stacked"]["readers"]) == ["linear", "boosting", "neighbours"]
     assert 0.0 <= scores["stacked"]["tasks"]["churn"]["score"] <= 1.0
     assert json.loads((synthetic_run / "environment.json").read_text())["threads"] == 1
     report = (synthetic_run / "report.html").read_text()
     assert all(
-        text in report for text in ("stacked", "baseline_log1p", "contrastive", "multitask", "Where the time went")
+        text in report
+        for text in ("stacked", "baseline_log1p", "contrastive", "multitask", "AUROC by reader", "Where the time went")
     )
 
 
@@ -111,14 +115,59 @@ def test_submission_of_somebody_is_scored(synthetic_run: Path, tmp_path: Path) -
     )
     assert code == 0
     # 60 products: all of them are asked for by propensity_sku.
-    note = "propensity_new_sku: the data has no labels for it, it is left out"
+    reason = "the purchases of the train window leave fewer than two values of 'sku' to ask for"
+    note = f"propensity_new_sku: left out, {reason}"
     assert printed.count(f"note      {note}\n") == 1
-    assert note in (run / "report.html").read_text()
+    assert escape(note) in (run / "report.html").read_text()
     scores = json.loads((run / "scores.json").read_text())
-    assert set(scores) == {"submission", "baseline_log1p", "baseline_raw"}
+    assert set(scores) == {"submission", "baseline_log1p"}
     ours = json.loads((synthetic_run / "scores.json").read_text())["stacked"]
     assert scores["submission"]["tasks"]["churn"]["score"] == ours["tasks"]["churn"]["score"]
     assert "contrastive" not in printed
+
+
+def test_another_reader_or_component_leaves_the_scores_that_are_there(tmp_path: Path) -> None:
+    source = (*(part for part in SYNTHETIC if part != ALL_BLOCKS), "evaluation.tasks=[churn,propensity_category]")
+    code, run, _ = run_tiny(tmp_path, *source, "evaluation.readers=[linear]")
+    assert code == 0
+    shutil.rmtree(run)
+    more = ("evaluation.readers=[linear,neighbours]", "evaluation.components=[stacked,features,profile_features]")
+    code, run, printed = run_tiny(tmp_path, *source, *more)
+    assert code == 0
+    made = [line.split()[-2] for line in printed.splitlines() if line.endswith(" ...")]
+    assert made == [
+        "raw_features",
+        "evaluate-stacked-neighbours",
+        *(
+            f"evaluate-{name}-{reader}"
+            for name in ("features", "profile_features")
+            for reader in ("linear", "neighbours")
+        ),
+    ]
+    scores = json.loads((run / "scores.json").read_text())
+    assert list(scores) == ["stacked", "features", "profile_features"]
+    assert scores["features"]["tasks"] == {}, "the network was not asked"
+    widths = json.loads((run / "stages" / "raw_features" / "values" / "names.json").read_text())["names"]
+    assert {name.split(":")[0] for name in widths} == {"aggregated", "decayed", "static"}
+
+
+def test_a_table_without_categories_has_no_category_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It had one with a single label, which asked for the same as conversion."""
+    random_state = np.random.default_rng(0)
+    count = 4000
+    times = random_state.integers(0, 120 * 86_400, count)
+    skus = random_state.integers(0, 40, count)
+    rows = pl.DataFrame({"client_id": random_state.integers(0, 80, count), "timestamp": times, "sku": skus})
+    rows.with_columns(price=1.0 + pl.col("sku")).write_parquet(tmp_path / "events.parquet")
+    source = ("data=table", f"data.path={tmp_path / 'events.parquet'}", "data.price_column=price")
+    tasks = "evaluation.tasks=[churn,propensity_category,propensity_price]"
+    code, run, printed = run_tiny(tmp_path / "runs", *source, tasks, "evaluation.readers=[linear]")
+    assert code == 0, capsys.readouterr().err
+    scores = json.loads((run / "scores.json").read_text())["stacked"]
+    assert list(scores["readers"]["linear"]) == ["churn", "propensity_price"]
+    assert list(scores["missing_tasks"]) == ["propensity_category"]
+    note = "propensity_category: left out, the purchases of the train window leave fewer than two values of 'category'"
+    assert note in printed and escape(note) in (run / "report.html").read_text()
 
 
 def test_bad_submission_is_refused_by_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ubp_fast.evaluation import TASKS, EvaluationConfig, Metrics, Targets, build_targets, evaluate, evaluator
+from ubp_fast.evaluation import TASKS, EvaluationConfig, Metrics, Targets, build_targets, evaluate
 from ubp_fast.evaluation.evaluator import row_orders
-from ubp_fast.evaluation.probe import ProbeData, probe_cost
+from ubp_fast.evaluation.readers import network
+from ubp_fast.evaluation.readers.network import NetworkData, training_cost
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import DataError
 from ubp_fast.events.sources.challenge import Challenge
@@ -52,16 +53,16 @@ def test_epochs_equal_the_organisers(profiles, targets):
 
 
 @pytest.fixture
-def trainings(monkeypatch: pytest.MonkeyPatch) -> list[ProbeData]:
+def trainings(monkeypatch: pytest.MonkeyPatch) -> list[NetworkData]:
     """Replaces the training by a formula of its data, and keeps what it was given."""
-    seen: list[ProbeData] = []
+    seen: list[NetworkData] = []
 
-    def pretend(data: ProbeData, config: EvaluationConfig, report) -> list[Metrics]:
+    def pretend(data: NetworkData, config: EvaluationConfig, report) -> list[Metrics]:
         seen.append(data)
-        report(probe_cost(len(data.rows), config))
+        report(training_cost(len(data.rows), config))
         return [Metrics(float(data.vectors[data.rows[0], 0]), None, None)]
 
-    monkeypatch.setattr(evaluator, "train_probe", pretend)
+    monkeypatch.setattr(network, "train_network", pretend)
     return seen
 
 
@@ -91,7 +92,7 @@ def test_equal_tasks_are_trained_once(profiles, targets, trainings):
     )
     assert len(trainings) == 5
     assert scores.tasks["churn"] == scores.tasks["conversion"]
-    assert steps[-1] == (5 * probe_cost(len(everyone), EvaluationConfig()),) * 2
+    assert steps[-1] == (5 * training_cost(len(everyone), EvaluationConfig()),) * 2
 
 
 def test_seeded_orders_do_not_depend_on_the_submitted_order(profiles, targets, trainings, events):

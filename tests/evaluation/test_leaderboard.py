@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ubp_fast.evaluation import EvaluationConfig, Metrics, Scores, TaskScore
+from ubp_fast.evaluation import EvaluationConfig, LabelScores, Metrics, Sample, Scores, TaskScore
 from ubp_fast.evaluation.leaderboard import compare, leaderboard, main
 from ubp_fast.files import write_json
 
@@ -62,6 +62,28 @@ def test_leaderboard_needs_equal_tasks():
         leaderboard({})
     with pytest.raises(ValueError, match="must have the same tasks"):
         leaderboard({"a": scores(churn=task([0.7])), "b": scores(conversion=task([0.7]))})
+
+
+def read_by_trees(*samples: Sample) -> Scores:
+    others = {"boosting": {"propensity_sku": LabelScores(samples, 4, 0)}}
+    config = EvaluationConfig(tasks=("propensity_sku",), readers=("boosting",), orders=len(samples))
+    return Scores({}, config, ("a",) * len(samples), 10, {}, others)
+
+
+def test_other_readers_are_paired_by_sample_of_labels(tmp_path: Path, capsys) -> None:
+    first = read_by_trees(Sample((0, 2), (0.8, 0.6)), Sample((1, 3), (0.7, 0.9)))
+    second = read_by_trees(Sample((0, 2), (0.7, 0.5)), Sample((1, 3), (0.7, 0.8)))
+    (difference,) = compare(first, second, "boosting").values()
+    assert difference.per_order == pytest.approx((0.1, 0.05))
+    assert difference.standard_error == pytest.approx(0.025)
+    assert [place.name for place in leaderboard({"b": second, "a": first}, "boosting")] == ["a", "b"]
+    with pytest.raises(ValueError, match="same labels and clients, got other ones in propensity_sku by 'boosting'"):
+        compare(first, read_by_trees(Sample((0, 1), (0.7, 0.5)), Sample((1, 3), (0.7, 0.8))), "boosting")
+    with pytest.raises(ValueError, match=r"score all with the same evaluation\.tasks and with reader 'linear'"):
+        leaderboard({"b": second, "a": first}, "linear")
+    run = write_run(tmp_path / "run", first=first, second=second)
+    assert main([run, "--reader", "boosting"]) == 0
+    assert "-0.0750±0.0250" in capsys.readouterr().out
 
 
 def write_run(directory: Path, **submissions: Scores) -> str:

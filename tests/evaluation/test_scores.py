@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from ubp_fast.evaluation import EvaluationConfig, Metrics, Scores, TaskScore
+from ubp_fast.evaluation import EvaluationConfig, LabelScores, Metrics, Sample, Scores, TaskScore
 
 NAN = math.nan
 
@@ -62,5 +62,38 @@ def test_no_client_is_no_score():
 
 
 def test_other_formats_are_refused():
-    with pytest.raises(ValueError, match="format must be 1, got 0"):
+    with pytest.raises(ValueError, match="format must be 1 or 2, got 0"):
         Scores.from_json({"format": 0})
+
+
+def by_linear(**options) -> Scores:
+    samples = (Sample((0, 3), (0.75, 0.5), "absolute"), Sample((1,), (0.6,), "absolute"))
+    config = EvaluationConfig(tasks=("propensity_sku",), readers=("linear",), orders=2)
+    missing = {"propensity_price": "one price"}
+    others = {"linear": {"propensity_sku": LabelScores(samples, 4, 1)}}
+    return Scores({}, config, options.get("digests", ("a", "b")), 10, missing, others)
+
+
+def test_scores_of_readers_are_read_back_and_joined():
+    network = Scores({"propensity_sku": task([0.5], [0.7])}, EvaluationConfig(("propensity_sku",)), ("a", "b"), 10)
+    joined = Scores.join([by_linear(), network])
+    assert joined.config.readers == ("linear", "network")
+    again = Scores.from_json(json.loads(json.dumps(joined.to_json(), allow_nan=False)))
+    assert again == joined
+    assert again.aurocs()["linear"]["propensity_sku"] == (pytest.approx(0.6125), pytest.approx(0.0125))
+    assert again.aurocs()["network"]["propensity_sku"] == (pytest.approx(0.6), pytest.approx(0.1))
+    assert joined.warnings() == [
+        "linear, propensity_sku: 1 of 4 labels have one class in the validation window, left out"
+    ]
+    for parts in ([network, network], [network, by_linear(digests=("a", "c"))]):
+        with pytest.raises(ValueError, match="must be of the same clients and tasks by other readers"):
+            Scores.join(parts)
+
+
+def test_scores_of_the_first_format_are_read():
+    found = scores(churn=task([0.5, 0.6]))
+    value = {**found.to_json(), "format": 1, "missing_tasks": ["propensity_sku"]}
+    del value["readers"], value["config"]["readers"], value["config"]["labels_per_task"]
+    again = Scores.from_json(value)
+    assert again.tasks == found.tasks
+    assert again.missing == {"propensity_sku": "the data has no labels for it"}

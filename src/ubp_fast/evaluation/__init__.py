@@ -1,17 +1,19 @@
-"""Scores of profiles by the challenge's rules: six tasks, one fixed network, exact metrics."""
+"""Scores of profiles: six tasks, by the challenge's fixed network and metrics, and by the models people really use."""
 
 from __future__ import annotations
 
 from ubp_fast.evaluation.evaluator import evaluate
-from ubp_fast.evaluation.metrics import Metrics
-from ubp_fast.evaluation.probe import EvaluationConfig
-from ubp_fast.evaluation.scores import Scores, TaskScore
-from ubp_fast.evaluation.tasks import TASKS, Targets, Task, TaskTargets, build_targets
+from ubp_fast.evaluation.readers import READERS, EvaluationConfig, LabelScores, Sample, TaskScore
+from ubp_fast.evaluation.scores import Scores
+from ubp_fast.evaluation.tasks import TASKS, Metrics, Targets, Task, TaskTargets, build_targets
 
 __all__ = [
+    "READERS",
     "TASKS",
     "EvaluationConfig",
+    "LabelScores",
     "Metrics",
+    "Sample",
     "Scores",
     "Targets",
     "Task",

@@ -7,9 +7,8 @@ import hashlib
 import numpy as np
 import torch
 
-from ubp_fast.evaluation.metrics import Metrics
-from ubp_fast.evaluation.probe import EvaluationConfig, ProbeData, probe_cost, train_probe
-from ubp_fast.evaluation.scores import Scores, TaskScore
+from ubp_fast.evaluation.readers import EvaluationConfig, LabelScores, ReaderData, TaskScore, reader_named
+from ubp_fast.evaluation.scores import Scores
 from ubp_fast.evaluation.tasks import Targets, TaskTargets
 from ubp_fast.events.schema import DataError
 from ubp_fast.profiles import Profiles
@@ -22,41 +21,51 @@ def evaluate(
     config: EvaluationConfig,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
+    has_units: bool = False,
 ) -> Scores:
-    """Scores profiles with the organisers' network and metrics.
+    """Scores profiles with every reader that `config` names.
 
-    The vectors are taken as a submission holds them, in float16. Tasks with the same clients and labels (churn and
-    conversion, when every client is active) are trained once.
+    Tasks with the same clients and labels (churn and conversion, when every client is active) are read once.
 
     Args:
         profiles: of at least the clients in `targets`; their row order is that of `targets`.
         targets: labels of the tasks, see `build_targets`.
-        config: tasks, precision, row orders.
-        device: where the network is trained.
-        progress: called as progress(steps done, steps in all).
+        config: tasks, readers, precision, row orders.
+        device: where readers compute (boosting: the CPU).
+        progress: called as progress(steps done, steps in all); a step of one reader takes another time than of another.
+        has_units: columns are measurements with units of their own, not a vector to be submitted: they stay float32,
+            and the neighbours are those by standardised columns. Otherwise vectors are taken as a submission holds
+            them, in float16.
 
     Raises:
         DataError: a client has no profile, a value does not fit float16, or vectors of width 0.
+        UserError: a reader needs a package that is not installed.
     """
     if profiles.dim == 0:
         raise DataError("evaluate: profiles must have at least one number per client, got width 0")
-    chosen = [targets.tasks[name] for name in config.tasks if name in targets.tasks]
-    vectors = _to_device(profiles.align(targets.client_ids).to_float16().embeddings, torch.device(device))
+    readers = {name: reader_named(name) for name in config.readers}
+    aligned = profiles.align(targets.client_ids)
+    vectors = _to_device((aligned if has_units else aligned.to_float16()).embeddings, torch.device(device))
     orders = row_orders(targets.client_ids, config)
+    data = ReaderData(vectors, tuple(orders), _shuffle(targets.client_ids, config, 0), has_units)
+    chosen = [targets.tasks[name] for name in config.tasks if name in targets.tasks]
     twins = _twins(chosen)
-    steps = Steps(progress, len(orders) * sum(_cost(chosen[position], config) for position in set(twins)))
-    results: list[list[tuple[Metrics, ...]]] = [[] for _ in chosen]
-    for order in orders:
-        for position, task in enumerate(chosen):
-            if twins[position] != position:
-                results[position].append(results[twins[position]][-1])
-                continue
-            data = _probe_data(task, vectors, order)
-            results[position].append(tuple(train_probe(data, config, steps.done)) if len(data.rows) else ())
-    scores = {task.task.name: TaskScore(tuple(result)) for task, result in zip(chosen, results, strict=True)}
+    different = sorted(set(twins))
+    asked = [chosen[position] for position in different]
+    steps = Steps(progress, sum(reader.cost(data, asked, config) for reader in readers.values()))
+    challenge: dict[str, TaskScore] = {}
+    others: dict[str, dict[str, LabelScores]] = {}
+    for name, reader in readers.items():
+        results = reader.read(data, asked, config, steps.done)
+        for task, twin in zip(chosen, twins, strict=True):
+            result = results[different.index(twin)]
+            if isinstance(result, TaskScore):
+                challenge[task.task.name] = result
+            else:
+                others.setdefault(name, {})[task.task.name] = result
     digests = tuple(_digest(targets.client_ids[order]) for order in orders)
-    missing = tuple(name for name in config.tasks if name not in targets.tasks)
-    return Scores(scores, config, digests, len(targets.client_ids), missing)
+    missing = {name: reason for name, reason in targets.missing.items() if name in config.tasks}
+    return Scores(challenge, config, digests, len(targets.client_ids), missing, others)
 
 
 def row_orders(client_ids: np.ndarray, config: EvaluationConfig) -> list[np.ndarray]:
@@ -67,14 +76,12 @@ def row_orders(client_ids: np.ndarray, config: EvaluationConfig) -> list[np.ndar
     """
     if config.orders == 1:
         return [np.arange(len(client_ids))]
+    return [_shuffle(client_ids, config, number) for number in range(config.orders)]
+
+
+def _shuffle(client_ids: np.ndarray, config: EvaluationConfig, number: int) -> np.ndarray:
     ascending = np.argsort(client_ids, kind="stable")
-    seeds = [np.random.default_rng([config.seed, number]) for number in range(config.orders)]
-    return [ascending[generator.permutation(len(client_ids))] for generator in seeds]
-
-
-def _probe_data(task: TaskTargets, vectors: torch.Tensor, order: np.ndarray) -> ProbeData:
-    rows = order[task.included[order]]
-    return ProbeData(vectors, rows, task.train.take(rows), task.validation.take(rows), task.popularity)
+    return ascending[np.random.default_rng([config.seed, number]).permutation(len(client_ids))]
 
 
 def _twins(tasks: list[TaskTargets]) -> list[int]:
@@ -83,10 +90,6 @@ def _twins(tasks: list[TaskTargets]) -> list[int]:
         next(earlier for earlier in range(position + 1) if earlier == position or tasks[earlier].same_as(task))
         for position, task in enumerate(tasks)
     ]
-
-
-def _cost(task: TaskTargets, config: EvaluationConfig) -> int:
-    return probe_cost(int(task.included.sum()), config)
 
 
 def _to_device(vectors: np.ndarray, device: torch.device) -> torch.Tensor:

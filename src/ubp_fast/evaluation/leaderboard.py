@@ -1,6 +1,6 @@
 """Comparing submissions: ranks and Borda count of several, paired differences of two.
 
-python -m ubp_fast.evaluation.leaderboard RUN [RUN ...]      run directories, or scores.json files
+python -m ubp_fast.evaluation.leaderboard RUN [RUN ...] [--reader READER]      run directories, or scores.json files
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from ubp_fast.evaluation.readers import READERS
+from ubp_fast.evaluation.readers.reader import mean_and_error
 from ubp_fast.evaluation.scores import Scores
 from ubp_fast.events.schema import DataError
 from ubp_fast.files import load_json
@@ -28,9 +30,9 @@ class Difference:
     """First minus second submission on one task.
 
     Attributes:
-        mean: over the row orders; None when an order has no score.
-        standard_error: of the mean; None with one order.
-        per_order: difference in each row order.
+        mean: over the repetitions; None when one has no score.
+        standard_error: of the mean; None with one repetition.
+        per_order: difference in each row order, or sample of labels.
     """
 
     mean: float | None
@@ -38,14 +40,40 @@ class Difference:
     per_order: tuple[float | None, ...]
 
 
-def compare(first: Scores, second: Scores) -> dict[str, Difference]:
-    """Differences of two submissions (first minus second), paired by row order, for the tasks that both have.
+def compare(first: Scores, second: Scores, reader: str = "network") -> dict[str, Difference]:
+    """Differences of two submissions (first minus second), paired by repetition, for the tasks that both have.
 
-    The row order alone moves a score by about 0.01 on 2,500 clients; the difference within one order moves less.
+    The network's scores are paired by row order, which alone moves a score by about 0.01 on 2,500 clients; AUROC by
+    other readers is paired by sample of labels. The difference within one repetition moves less.
 
     Raises:
-        DataError: they were not scored on the same row orders, or with another precision, or no task is common.
+        DataError: they were not scored on the same row orders or labels, or with another precision, or no task is
+            common.
     """
+    if reader == "network":
+        _require_same_orders(first, second)
+    mine, theirs = scores_by(first, reader), scores_by(second, reader)
+    common = [name for name in mine if name in theirs]
+    if not common:
+        raise DataError(f"compare: submissions must share a task, got {list(mine)} and {list(theirs)} by '{reader}'")
+    for name in common if reader != "network" else ():
+        samples, others = ([sample.labels for sample in one.others[reader][name].samples] for one in (first, second))
+        if samples != others or first.num_clients != second.num_clients:
+            raise DataError(
+                f"compare: both submissions must be scored on the same labels and clients, got other ones in {name} by"
+                f" '{reader}'; score both with the same evaluation.orders, evaluation.seed and labels_per_task"
+            )
+    return {name: _difference(mine[name], theirs[name]) for name in common}
+
+
+def scores_by(scores: Scores, reader: str) -> dict[str, tuple[float | None, ...]]:
+    """Task -> what a submission is ranked by in every repetition: the challenge's score, by other readers AUROC."""
+    if reader == "network":
+        return {name: task.best for name, task in scores.tasks.items()}
+    return {name: task.aurocs for name, task in scores.others.get(reader, {}).items()}
+
+
+def _require_same_orders(first: Scores, second: Scores) -> None:
     if first.order_digests != second.order_digests:
         raise DataError(
             "compare: both submissions must be scored on the same clients in the same row orders, got"
@@ -57,10 +85,6 @@ def compare(first: Scores, second: Scores) -> dict[str, Difference]:
             f"compare: both submissions must be scored with the same precision, got {first.config.precision}"
             f" and {second.config.precision}"
         )
-    common = [name for name in first.tasks if name in second.tasks]
-    if not common:
-        raise DataError(f"compare: submissions must share a task, got {list(first.tasks)} and {list(second.tasks)}")
-    return {name: _difference(first.tasks[name].best, second.tasks[name].best) for name in common}
 
 
 def _difference(first: tuple[float | None, ...], second: tuple[float | None, ...]) -> Difference:
@@ -88,7 +112,7 @@ class Standing:
     borda: int
 
 
-def leaderboard(submissions: Mapping[str, Scores]) -> list[Standing]:
+def leaderboard(submissions: Mapping[str, Scores], reader: str = "network") -> list[Standing]:
     """Ranks per task and the Borda count of the challenge: rank k of N gets N - k points; most points first.
 
     A task without a score ranks last. Submissions with equal points stand in the order given.
@@ -99,16 +123,18 @@ def leaderboard(submissions: Mapping[str, Scores]) -> list[Standing]:
     if not submissions:
         raise DataError("leaderboard: submissions must not be empty, got none")
     names = list(submissions)
-    tasks = list(submissions[names[0]].tasks)
+    repetitions = {name: scores_by(submissions[name], reader) for name in names}
+    tasks = list(repetitions[names[0]])
     for name in names:
-        if set(submissions[name].tasks) != set(tasks):
+        if set(repetitions[name]) != set(tasks) or not tasks:
             raise DataError(
                 f"leaderboard: submissions must have the same tasks, got {tasks} of '{names[0]}' and"
-                f" {list(submissions[name].tasks)} of '{name}'; score all with the same evaluation.tasks"
+                f" {list(repetitions[name])} of '{name}'; score all with the same evaluation.tasks and with reader"
+                f" '{reader}'"
             )
     ranks: dict[str, dict[str, int]] = {name: {} for name in names}
     for task in tasks:
-        values = {name: submissions[name].tasks[task].score for name in names}
+        values = {name: mean_and_error(repetitions[name][task])[0] for name in names}
         order = {name: -math.inf if value is None else value for name, value in values.items()}
         for name in names:
             ranks[name][task] = 1 + sum(order[other] > order[name] for other in names)
@@ -134,24 +160,28 @@ def read_submissions(paths: Sequence[Path]) -> dict[str, Scores]:
     return submissions
 
 
-def leaderboard_table(submissions: Mapping[str, Scores]) -> Table:
+def leaderboard_table(submissions: Mapping[str, Scores], reader: str = "network") -> Table:
     """Place by place: points, then score and rank of every task; below, the difference to the first where it is paired.
 
     Raises:
         DataError: see `leaderboard`.
     """
-    standings = leaderboard(submissions)
+    standings = leaderboard(submissions, reader)
     first = submissions[standings[0].name]
-    table = Table(title="leaderboard: Borda points, score (rank), difference to the first", title_justify="left")
-    for name in ("profile", "points", *first.tasks):
+    title = f"leaderboard by {reader}: Borda points, score (rank), difference to the first"
+    table = Table(title=title, title_justify="left")
+    tasks = list(scores_by(first, reader))
+    for name in ("profile", "points", *tasks):
         table.add_column(name.removeprefix("propensity_"), justify="left" if name == "profile" else "right")
     for standing in standings:
         scores = submissions[standing.name]
-        is_paired = (scores.order_digests, scores.config.precision) == (first.order_digests, first.config.precision)
-        differences = compare(scores, first) if is_paired and scores is not first else {}
-        cells = []
-        for task in first.tasks:
-            score, difference = scores.tasks[task].score, differences.get(task)
+        try:
+            differences = compare(scores, first, reader) if scores is not first else {}
+        except DataError:
+            differences = {}  # scored on other orders or labels: there is a place, and no difference
+        repetitions, cells = scores_by(scores, reader), []
+        for task in tasks:
+            score, difference = mean_and_error(repetitions[task])[0], differences.get(task)
             cell = f"{'-' if score is None else f'{score:.4f}'} ({standing.ranks[task]})"
             if difference is not None and difference.mean is not None:
                 error = difference.standard_error
@@ -165,8 +195,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the leaderboard of the runs named on the command line; 2 when they cannot be compared."""
     parser = argparse.ArgumentParser("python -m ubp_fast.evaluation.leaderboard", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help=f"run directory, or its {SCORES_FILE}")
+    parser.add_argument(
+        "--reader", choices=READERS, default="network", help="by whose scores; network: the challenge's"
+    )
+    options = parser.parse_args(arguments)
     try:
-        Console().print(leaderboard_table(read_submissions(parser.parse_args(arguments).runs)))
+        Console().print(leaderboard_table(read_submissions(options.runs), options.reader))
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

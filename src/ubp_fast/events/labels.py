@@ -46,14 +46,14 @@ def label_lists(
         num_labels: length of each list; a list is shorter when there are fewer values.
 
     Returns:
-        name -> (ids i64 [n], popularity f64 [n]); a list without values is left out.
+        name -> (ids i64 [n], popularity f64 [n]); a list without values is left out, and that of a column with
+        one value alone: whether it was bought says who bought anything.
     """
     import polars as pl
 
-    lists = {
-        f"propensity_{column}": _ranked(purchases, column).head(num_labels) for column in ("category", "sku", "price")
-    }
-    ranked = _ranked(purchases, "sku")
+    values = {column: _ranked(purchases, column) for column in ("category", "sku", "price")}
+    lists = {f"propensity_{column}": all_of.head(num_labels) for column, all_of in values.items()}
+    ranked = values["sku"]
     is_new = pl.Series([False]).new_from_index(0, len(ranked))
     if before is not None:
         counts = before.group_by("sku").len("before")
@@ -64,7 +64,7 @@ def label_lists(
     return {
         name: (chosen.to_series(0).to_numpy(), chosen["len"].to_numpy() / len(purchases))
         for name, chosen in lists.items()
-        if len(chosen)
+        if len(chosen) and len(values[name.split("_")[-1]]) > 1
     }
 
 
@@ -153,6 +153,13 @@ class LabelMatrix:
         indptr = _offsets(counts)
         entries = np.arange(indptr[-1]) + np.repeat(begin - indptr[:-1], counts)
         return LabelMatrix(indptr, self.indices[entries], self.num_labels)
+
+    def columns(self, chosen: np.ndarray) -> LabelMatrix:
+        """Some labels: different i64 positions [K], which become columns 0..K - 1."""
+        place = np.full(self.num_labels, -1, np.int64)
+        place[chosen] = np.arange(len(chosen))
+        rows, found = np.repeat(np.arange(self.num_rows), np.diff(self.indptr)), place[self.indices]
+        return LabelMatrix.from_pairs(rows[found >= 0], found[found >= 0], self.num_rows, len(chosen))
 
     def column_counts(self) -> np.ndarray:
         """Number of clients per label, i64 [num_labels]."""

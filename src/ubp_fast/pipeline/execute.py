@@ -13,6 +13,9 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from ubp_fast.evaluation import READERS, Scores
+from ubp_fast.evaluation.readers import reader_named
+from ubp_fast.evaluation.scores import Spread
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import UserError
 from ubp_fast.events.split import utc_text
@@ -31,7 +34,7 @@ from ubp_fast.report import RunSummary, render_report
 USER_ERRORS = (UserError, OutputDirectoryError, BackendUnavailable, FloatingPointError)
 USER_ERROR = 2
 INTERRUPTED = 130
-ScoreTable = dict[str, dict[str, tuple[float | None, float | None]]]
+ScoreTable = dict[tuple[str, ...], dict[str, Spread]]
 
 
 def execute(config: DictConfig, console: Console | None = None) -> int:
@@ -64,6 +67,9 @@ def run_stages(settings: Settings, console: Console) -> Path:
     wanted = _wanted(stages, settings.stages)
     keys = _keys(stages)
     missing = [stage for stage in wanted if not cache.has(stage.name, keys[stage.name])]
+    for reader in settings.evaluation.readers:
+        if any(stage.name.endswith(f"-{reader}") for stage in missing):
+            reader_named(reader)  # what is not installed is said before the work, not after it
     progress = RunProgress(console, [(stage.name, stage.cost) for stage in missing])
     timings: list[tuple[str, float | None]] = []
     with progress.display():
@@ -126,17 +132,16 @@ def _publish(
     names = {stage.name for stage in stages}
     if "stacking" in names:
         copy_directory(run.path / "stages" / "stacking" / "stacked", run.path / "profiles")
-    found = _score_files(run, names)
+    found = _score_files(run, stages)
     if found:
-        write_json(run.path / "scores.json", found)
-    scores = {
-        component: {task: (entry["score"], entry["standard_error"]) for task, entry in value["tasks"].items()}
-        for component, value in found.items()
-    }
+        write_json(run.path / "scores.json", {component: scores.to_json() for component, scores in found.items()})
+    scores = {component: one.summary() for component, one in found.items() if one.tasks}
+    readers = {component: one.aurocs() for component, one in found.items()}
     warnings = _warnings(run, found)
     summary = RunSummary(
         title=settings.name,
         scores=scores,
+        readers=readers,
         losses=_losses(run, names),
         timings=timings,
         facts=_facts(run, settings),
@@ -146,7 +151,12 @@ def _publish(
     )
     write_text(run.path / "report.html", render_report(summary))
     if scores:
-        console.print(_table(scores))
+        by_profile: ScoreTable = {(component,): tasks for component, tasks in scores.items()}
+        console.print(_table("scores of the challenge", ("profile",), by_profile))
+    if readers:
+        rows = [(reader, component) for reader in READERS for component in readers if reader in readers[component]]
+        by_reader: ScoreTable = {(reader, component): readers[component][reader] for reader, component in rows}
+        console.print(_table("AUROC by reader", ("reader", "profile"), by_reader))
     for text in warnings:
         console.print(f"note      {text}", soft_wrap=True, highlight=False, markup=False)
     if "stacking" in names:
@@ -156,24 +166,24 @@ def _publish(
     console.print(f"{len(timings)} stages, {duration(spent_s)}", highlight=False)
 
 
-def _score_files(run: RunDirectory, names: set[str]) -> dict[str, dict]:
-    found = {}
-    for name in sorted(names):
-        if name.startswith("evaluate-"):
-            path = run.path / "stages" / name / "scores.json"
-            found[name.removeprefix("evaluate-")] = load_json(path)
-    order = sorted(found, key=lambda name: (name.startswith("baseline"), name != "stacked", name))
-    return {name: found[name] for name in order}
+def _score_files(run: RunDirectory, stages: Sequence[Stage]) -> dict[str, Scores]:
+    """Component -> its scores by all readers, in the order of the stages."""
+    parts: dict[str, list[Scores]] = {}
+    for stage in stages:
+        if stage.name.startswith("evaluate-"):
+            component = stage.name.removeprefix("evaluate-").rsplit("-", 1)[0]
+            stored = load_json(run.path / "stages" / stage.name / "scores.json")
+            parts.setdefault(component, []).append(Scores.from_json(stored))
+    return {component: Scores.join(found) for component, found in parts.items()}
 
 
-def _warnings(run: RunDirectory, scores: dict[str, dict]) -> list[str]:
+def _warnings(run: RunDirectory, scores: dict[str, Scores]) -> list[str]:
     """What the reader must know before trusting the numbers: notes of the data set, remarks of the scores."""
     folder = run.path / "stages" / "events"
     notes = list(EventDirectory.open(folder).info["notes"]) if folder.exists() else []
-    for component, value in scores.items():
-        notes += [f"{task}: the data has no labels for it, it is left out" for task in value["missing_tasks"]]
-        for task, entry in value["tasks"].items():
-            notes += [f"{component}, {task}: {warning}" for warning in entry["warnings"]]
+    for component, one in scores.items():
+        notes += [f"{task}: left out, {reason}" for task, reason in one.missing.items()]
+        notes += [f"{component}, {warning}" for warning in one.warnings()]
     return list(dict.fromkeys(notes))
 
 
@@ -200,22 +210,23 @@ def _facts(run: RunDirectory, settings: Settings) -> dict[str, object]:
         "source": events.info["source"],
         "events": events.info["rows"],
         "profiles see events before": input_end,
-        "the fixed network learns from": f"{input_end} to {validation_start}",
+        "readers learn from": f"{input_end} to {validation_start}",
         "scores are of": f"{validation_start} to {end} (inclusive)",
-        "row orders": settings.plain["evaluation"].get("orders", 1),
+        "repetitions (evaluation.orders)": settings.evaluation.orders,
     }
 
 
-def _table(scores: ScoreTable) -> Table:
+def _table(title: str, names: tuple[str, ...], scores: ScoreTable) -> Table:
     tasks = list(dict.fromkeys(task for values in scores.values() for task in values))
-    table = Table(title="scores", title_justify="left")
-    table.add_column("profile")
+    table = Table(title=title, title_justify="left")
+    for name in names:
+        table.add_column(name)
     for task in tasks:
         table.add_column(task.removeprefix("propensity_"), justify="right")
-    for component, values in scores.items():
+    for row, values in scores.items():
         cells = []
         for task in tasks:
             score, error = values.get(task, (None, None))
             cells.append("-" if score is None else f"{score:.4f}" + ("" if error is None else f"±{error:.4f}"))
-        table.add_row(component, *cells)
+        table.add_row(*row, *cells)
     return table

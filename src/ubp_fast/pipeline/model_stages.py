@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from ubp_fast.events.schema import LabelLists
 from ubp_fast.features.decayed import OF_LABEL
 from ubp_fast.features.matrix import Features, load_features
 from ubp_fast.features.scaling import MinMaxScaler
+from ubp_fast.files import load_array
 from ubp_fast.models.contrastive import PROBE_LABELS, ContrastiveModel
 from ubp_fast.models.layers.event_embedding import EventSizes
 from ubp_fast.models.membership import activity_columns, membership_weights
@@ -154,15 +156,16 @@ def cutoffs_of(store: EventStore, settings: Settings) -> tuple[tuple[int, ...], 
 
 
 def _labels(store: EventStore, views: Views, features: Path, wanted: Sequence[str]) -> dict[str, Any]:
-    lists = {
-        path.stem: (
-            np.load(path, allow_pickle=False),
-            np.load(features / f"popularity_{path.name}", allow_pickle=False),
-        )
+    labels = window_labels(store, views, load_lists(features))
+    return {name: labels[name] for name in wanted if name in labels}
+
+
+def load_lists(features: Path) -> LabelLists:
+    """The label lists of the features' folder."""
+    return {
+        path.stem: (load_array(path), load_array(path.with_name(f"popularity_{path.name}")))
         for path in sorted(features.glob("propensity_*.npy"))
     }
-    labels = window_labels(store, views, lists)
-    return {name: labels[name] for name in wanted if name in labels}
 
 
 def _widths(labels: Mapping[str, Any]) -> dict[str, int]:

@@ -14,6 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from ubp_fast.events.schema import UserError
 from ubp_fast.pipeline.cache import digest, file_digest
 
+COMPONENTS = ("stacked", "contrastive", "multitask", "features", "profile_features", "baseline_log1p", "baseline_raw")
+DEFAULT_COMPONENTS = ("stacked", "baseline_log1p")
 BLOCKS = ("contrastive", "multitask", "aggregated", "decayed", "rich")
 DATA_SUFFIXES = (".parquet", ".npy", ".csv", ".gz")
 
@@ -60,6 +62,7 @@ class Settings:
         stages: names of the stages that were asked for, or None for all.
         rich: the rich feature set, None without one.
         stacking_blocks: what the stacking model joins, in this order.
+        components: what is scored, some of `COMPONENTS` in their order.
     """
 
     name: str
@@ -80,7 +83,7 @@ class Settings:
     device: str
     threads: int | None
     evaluation: Any
-    components: str
+    components: tuple[str, ...]
     submission: Path | None
 
     def part(self, *names: str) -> dict[str, Any]:
@@ -114,9 +117,7 @@ def read_settings(config: DictConfig) -> Settings:
     source = plain["data"]["_target_"].rsplit(".", 2)[-2]
     name = f"{source}-{digest(named)[:8]}"
     evaluation = dict(plain["evaluation"])
-    components, submission = evaluation.pop("components"), evaluation.pop("profiles")
-    if components not in ("default", "all"):
-        raise UserError(f"run: evaluation.components must be 'default' or 'all', got '{components}'")
+    components, submission = _components(evaluation.pop("components")), evaluation.pop("profiles")
     stages = plain["stages"]
     return Settings(
         name=name,
@@ -140,6 +141,17 @@ def read_settings(config: DictConfig) -> Settings:
         components=components,
         submission=None if submission is None else Path(submission),
     )
+
+
+def _components(named: Any) -> tuple[str, ...]:
+    """What is to be scored, in the order of `COMPONENTS`."""
+    if named in ("default", "all"):
+        return COMPONENTS if named == "all" else DEFAULT_COMPONENTS
+    if not isinstance(named, list) or not named or not set(named) <= set(COMPONENTS):
+        raise UserError(
+            f"run: evaluation.components must be 'default', 'all' or a list of some of {list(COMPONENTS)}, got {named}"
+        )
+    return tuple(component for component in COMPONENTS if component in named)
 
 
 def _blocks(plain: Mapping[str, Any]) -> tuple[str, ...]:

@@ -1,14 +1,13 @@
 """The stages of a run: what each is made from, and how. Data only flows forward, each stage fills its own folder.
 
 events -> store -> features -> contrastive, multitask -> stacking -> profiles
-   └──> baselines                                            evaluate:<component> -> report
+   └──> baselines                └─> raw_features     evaluate-<component>-<reader> -> report
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,17 +18,21 @@ import numpy as np
 from ubp_fast.evaluation import build_targets, evaluate
 from ubp_fast.events.labels import make_label_lists
 from ubp_fast.events.read import EventDirectory
+from ubp_fast.events.schema import LabelLists
 from ubp_fast.features.aggregated import aggregated_features
 from ubp_fast.features.decayed import decayed_features
+from ubp_fast.features.matrix import Features, load_features
 from ubp_fast.features.organisers import CountsConfig, count_features_once
 from ubp_fast.features.rich import rich_features
 from ubp_fast.features.static import static_features
 from ubp_fast.features.writing import in_client_blocks
+from ubp_fast.files import write_json
 from ubp_fast.pipeline.model_stages import (
     MODELS,
     TRAINING,
     Inputs,
     cutoffs_of,
+    load_lists,
     make_contrastive,
     make_multitask,
     make_stacking,
@@ -40,7 +43,22 @@ from ubp_fast.progress import Progress
 from ubp_fast.store.build import build_store
 from ubp_fast.store.event_store import EventStore
 
+RAW_FEATURES = ("aggregated", "decayed", "static")
 BASELINES = ("baseline_log1p", "baseline_raw")
+# Stages whose folders a scored component is read from.
+FOLDERS = {
+    "stacked": ("stacking",),
+    "contrastive": ("contrastive",),
+    "multitask": ("multitask",),
+    "features": ("raw_features",),
+    "profile_features": ("stacking", "raw_features"),
+    "baseline_log1p": ("baselines",),
+    "baseline_raw": ("baselines",),
+}
+# Settings of the evaluation that change the scores of every reader, and of one.
+ALL_READERS = ("tasks", "orders", "seed")
+OF_READER = {"network": ("precision", "epochs", "batch_size", "learning_rate"), "boosting": ("labels_per_task",)}
+READER_COST = {"network": 60, "linear": 5, "boosting": 10, "neighbours": 2}
 
 
 @dataclass(frozen=True)
@@ -72,13 +90,11 @@ def plan(settings: Settings) -> list[Stage]:
     events = Stage("events", (), settings.data_part(), make_events, 3)
     baselines = Stage("baselines", ("events",), {}, make_baselines, 5)
     if settings.submission is not None:
-        config = _evaluation_part(settings) | {"files": settings.content(settings.submission)}
-        score = Stage("evaluate-submission", ("events",), config, evaluate_submission, 60)
-        return [events, baselines, score, *(_score(settings, name) for name in BASELINES)]
+        scored = ("submission", *(name for name in settings.components if name in BASELINES))
+        return [events, baselines, *_scores(settings, scored)]
     common = settings.part("seed", "windows")
     features = settings.part("windows", "features") | {"sets": _feature_sets(settings)}
     joined = tuple(name for name in MODELS if name in settings.stacking_blocks)
-    parts = MODELS if settings.components == "all" else ()
     stages = [
         events,
         Stage("store", ("events",), settings.part("store"), make_store, 2),
@@ -98,13 +114,14 @@ def plan(settings: Settings) -> list[Stage]:
         ),
         baselines,
     ]
-    components = ("stacked", *parts, *BASELINES)
-    return stages + [_score(settings, component) for component in components]
+    if set(settings.components) & {"features", "profile_features"}:
+        stages.append(Stage("raw_features", ("store", "features"), features, make_raw_features, 5))
+    return stages + _scores(settings, settings.components)
 
 
 def _trained(settings: Settings) -> tuple[str, ...]:
     """Models that the stacking model joins, that are scored, or that are asked for by name."""
-    wanted = (*settings.stacking_blocks, *(settings.stages or ()), *(MODELS if settings.components == "all" else ()))
+    wanted = (*settings.stacking_blocks, *(settings.stages or ()), *settings.components)
     return tuple(name for name in MODELS if name in wanted)
 
 
@@ -114,20 +131,22 @@ def _feature_sets(settings: Settings) -> list[str]:
     return ["static", *of_stacking] if "multitask" in _trained(settings) else of_stacking
 
 
-def _evaluation_part(settings: Settings) -> dict[str, Any]:
-    """What can change a score: not which other components are scored beside it."""
-    return {
-        name: value for name, value in settings.plain["evaluation"].items() if name not in ("components", "profiles")
-    }
+def _scores(settings: Settings, components: Sequence[str]) -> list[Stage]:
+    """One stage per component and reader: another reader or component leaves the scores that are there."""
+    return [_score(settings, component, reader) for component in components for reader in settings.evaluation.readers]
 
 
-def _score(settings: Settings, component: str) -> Stage:
-    folder = {"stacked": "stacking", "contrastive": "contrastive", "multitask": "multitask"}.get(component, "baselines")
+def _score(settings: Settings, component: str, reader: str) -> Stage:
+    config = {name: settings.plain["evaluation"][name] for name in (*ALL_READERS, *OF_READER.get(reader, ()))}
+    if component == "submission":
+        assert settings.submission is not None
+        config["files"] = settings.content(settings.submission)
+    folders = FOLDERS.get(component, ())
 
     def make(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
-        _write_scores(settings, inputs["events"], Profiles.load(inputs[folder] / component), directory, progress)
+        _write_scores(settings, component, reader, inputs, directory, progress)
 
-    return Stage(f"evaluate-{component}", ("events", folder), _evaluation_part(settings), make, 60)
+    return Stage(f"evaluate-{component}-{reader}", ("events", *folders), config, make, READER_COST[reader])
 
 
 def make_events(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
@@ -154,12 +173,7 @@ def make_features(settings: Settings, inputs: Inputs, directory: Path, progress:
         np.save(directory / f"{name}.npy", ids)
         np.save(directory / f"popularity_{name}.npy", popularity)
     model, stacking = cutoffs_of(store, settings)
-    make: dict[str, Callable[..., object]] = {
-        "static": static_features,
-        "aggregated": partial(aggregated_features, config=settings.aggregated, lists_cutoff_s=store.cutoff_s),
-        "decayed": partial(decayed_features, lists=lists, config=settings.decayed),
-        "rich": partial(rich_features, lists=lists, config=settings.rich),
-    }
+    make = _feature_makers(settings, store, lists)
     wanted = [
         (name, cutoff_s)
         for cutoff_s in (*model, *stacking, store.cutoff_s)
@@ -169,6 +183,16 @@ def make_features(settings: Settings, inputs: Inputs, directory: Path, progress:
     for done, (name, cutoff_s) in enumerate(wanted):
         make[name](store, cutoff_s, directory=directory / f"{name}-{cutoff_s}")
         progress(done + 1, len(wanted))
+
+
+def _feature_makers(settings: Settings, store: EventStore, lists: LabelLists) -> dict[str, Callable[..., Features]]:
+    """Name of a feature set -> make(store, cutoff, directory=folder)."""
+    return {
+        "static": static_features,
+        "aggregated": partial(aggregated_features, config=settings.aggregated, lists_cutoff_s=store.cutoff_s),
+        "decayed": partial(decayed_features, lists=lists, config=settings.decayed),
+        "rich": partial(rich_features, lists=lists, config=settings.rich),
+    }
 
 
 def make_baselines(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
@@ -188,15 +212,51 @@ def make_baselines(settings: Settings, inputs: Inputs, directory: Path, progress
             Profiles(halves.client_ids, halves.values).save(directory / name)
 
 
-def evaluate_submission(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
-    """Scores somebody's `client_ids.npy` and `embeddings.npy`, after the organisers' checks."""
-    assert settings.submission is not None
-    relevant = EventDirectory.open(inputs["events"]).relevant_clients
-    profiles = validate(settings.submission, relevant).require()
-    _write_scores(settings, inputs["events"], profiles, directory, progress)
+def make_raw_features(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
+    """What models look at, side by side at the profiles' cutoff: log1p aggregated, decayed and static features."""
+    store = EventStore.open(inputs["store"])
+    make = _feature_makers(settings, store, load_lists(inputs["features"]))
+    with TemporaryDirectory(dir=directory) as folder:
+        sets = []
+        for done, name in enumerate(RAW_FEATURES):
+            made = inputs["features"] / f"{name}-{store.cutoff_s}"
+            if not made.is_dir():
+                made = Path(folder) / name
+                make[name](store, store.cutoff_s, directory=made)
+            sets.append(load_features(made))
+            progress(done + 1, len(RAW_FEATURES) + 1)
+        names = tuple(f"{kind}:{name}" for kind, one in zip(RAW_FEATURES, sets, strict=True) for name in one.names)
+        units = tuple(unit for one in sets for unit in one.units)
+
+        def fill(block: np.ndarray, first: int, last: int) -> None:
+            np.concatenate([one.rows(slice(first, last)) for one in sets], axis=1, out=block)
+
+        in_client_blocks(sets[0].client_ids, names, units, fill, directory / "values")
 
 
-def _write_scores(settings: Settings, events: Path, profiles: Profiles, directory: Path, progress: Progress) -> None:
-    targets = build_targets(EventDirectory.open(events), profiles.client_ids, settings.evaluation.tasks)
-    scores = evaluate(profiles, targets, settings.evaluation, settings.device, progress)
-    (directory / "scores.json").write_text(json.dumps(scores.to_json(), indent=2, allow_nan=False), encoding="utf-8")
+def _write_scores(
+    settings: Settings, component: str, reader: str, inputs: Inputs, directory: Path, progress: Progress
+) -> None:
+    events = EventDirectory.open(inputs["events"])
+    if component == "submission":
+        assert settings.submission is not None
+        profiles = validate(settings.submission, events.relevant_clients).require()
+    else:
+        profiles = _component(component, inputs)
+    targets = build_targets(events, profiles.client_ids, settings.evaluation.tasks)
+    config = replace(settings.evaluation, readers=(reader,))
+    has_units = component in ("features", "profile_features")
+    scores = evaluate(profiles, targets, config, settings.device, progress, has_units)
+    write_json(directory / "scores.json", scores.to_json())
+
+
+def _component(name: str, inputs: Inputs) -> Profiles:
+    """Vectors that are scored."""
+    if name not in ("features", "profile_features"):
+        return Profiles.load(inputs[FOLDERS[name][0]] / name)
+    features = load_features(inputs["raw_features"] / "values")
+    if name == "features":
+        return Profiles(features.client_ids, features.rows(slice(None)))
+    profile = Profiles.load(inputs["stacking"] / "stacked").align(features.client_ids)
+    joined = np.concatenate([profile.embeddings, features.rows(slice(None))], axis=1, dtype=np.float32)
+    return Profiles(features.client_ids, joined)

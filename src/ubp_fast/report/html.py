@@ -9,6 +9,13 @@ from html import escape
 
 from ubp_fast.report.figures import loss_figure, score_figure
 
+Scores = Mapping[str, tuple[float | None, float | None]]
+READER_NOTE = (
+    "What a model behind the vectors makes of them: it learns in the 14 days after the vectors' cutoff and is scored on"
+    " the next 14, mean AUROC of a task's labels. network: the challenge's, the best of its epochs; linear: ridge"
+    " regression; boosting: LightGBM on a sample of the labels; neighbours: the share of the 50 nearest clients that"
+    " have the label. ± is one standard error over row orders (network) or samples of labels."
+)
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
@@ -24,7 +31,8 @@ class RunSummary:
 
     Attributes:
         title: name of the run.
-        scores: component -> task -> (score, standard error over row orders or None).
+        scores: component -> task -> (challenge's score, standard error over row orders or None).
+        readers: component -> reader -> task -> (AUROC, standard error over repetitions or None).
         losses: model -> mean loss terms of consecutive parts of its training, with the `epoch` where each ends.
         timings: (stage, seconds or None when it came from the cache), in order.
         facts: short facts such as the number of clients and the windows.
@@ -34,7 +42,8 @@ class RunSummary:
     """
 
     title: str
-    scores: Mapping[str, Mapping[str, tuple[float | None, float | None]]]
+    scores: Mapping[str, Scores]
+    readers: Mapping[str, Mapping[str, Scores]] = field(default_factory=dict)
     losses: Mapping[str, Sequence[Mapping[str, float]]] = field(default_factory=dict)
     timings: Sequence[tuple[str, float | None]] = ()
     facts: Mapping[str, object] = field(default_factory=dict)
@@ -49,11 +58,17 @@ def render_report(summary: RunSummary) -> str:
     sections += [f"<p><strong>Note:</strong> {escape(text)}</p>" for text in summary.warnings]
     if summary.scores:
         sections += [
-            "<h2>Scores</h2>",
+            "<h2>Scores of the challenge</h2>",
             _score_table(summary.scores),
             '<p class="note">Churn and conversion: AUROC. Propensity: 0.8 AUROC + 0.1 diversity + 0.1 novelty. '
             "Best of three epochs of the organisers' fixed network. ± is one standard error over row orders.</p>",
             _image(score_figure(summary.scores), "scores per task and component"),
+        ]
+    if summary.readers:
+        sections += [
+            "<h2>AUROC by reader</h2>",
+            *(_reader_table(component, found) for component, found in summary.readers.items()),
+            f'<p class="note">{READER_NOTE}</p>',
         ]
     if summary.losses:
         sections.append("<h2>Training</h2>")
@@ -71,7 +86,7 @@ def render_report(summary: RunSummary) -> str:
     )
 
 
-def _score_table(scores: Mapping[str, Mapping[str, tuple[float | None, float | None]]]) -> str:
+def _score_table(scores: Mapping[str, Scores]) -> str:
     tasks = list(dict.fromkeys(task for values in scores.values() for task in values))
     best = {task: max((values[task][0] or 0.0) for values in scores.values() if task in values) for task in tasks}
     head = "".join(f"<th>{escape(task)}</th>" for task in tasks)
@@ -82,7 +97,19 @@ def _score_table(scores: Mapping[str, Mapping[str, tuple[float | None, float | N
     return f"<table><tr><th>profile</th>{head}</tr>{''.join(rows)}</table>"
 
 
-def _score_cell(value: tuple[float | None, float | None], best: float) -> str:
+def _reader_table(component: str, readers: Mapping[str, Scores]) -> str:
+    tasks = list(dict.fromkeys(task for values in readers.values() for task in values))
+    head = "".join(f"<th>{escape(task)}</th>" for task in tasks)
+    rows = "".join(
+        f"<tr><td>{escape(reader)}</td>"
+        + "".join(_score_cell(values.get(task, (None, None)), None) for task in tasks)
+        + "</tr>"
+        for reader, values in readers.items()
+    )
+    return f"<h3>{escape(component)}</h3><table><tr><th>reader</th>{head}</tr>{rows}</table>"
+
+
+def _score_cell(value: tuple[float | None, float | None], best: float | None) -> str:
     score, error = value
     if score is None:
         return "<td>undefined</td>"

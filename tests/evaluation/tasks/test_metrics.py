@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ubp_fast.evaluation.metrics import (
+from ubp_fast.evaluation.tasks.metrics import (
     auroc,
     auroc_per_label,
     batch_sigmoid_,
@@ -20,7 +20,7 @@ from ubp_fast.evaluation.metrics import (
 )
 from ubp_fast.events.labels import LabelMatrix
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 VALUES = json.loads((GOLDEN / "a_metrics.json").read_text())
 CASES = [name for name, value in VALUES.items() if "val_auroc" in value]
 # Rows of equal scores: which labels are the top ten of them is up to torch.topk.

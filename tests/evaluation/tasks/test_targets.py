@@ -4,14 +4,15 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 
 from ubp_fast.evaluation import TASKS, build_targets
-from ubp_fast.events.labels import ClientRows, label_matrices, make_label_lists
-from ubp_fast.events.read import EventDirectory
+from ubp_fast.events.labels import ClientRows, label_lists, label_matrices, make_label_lists
+from ubp_fast.events.read import PRODUCT_TABLE, TARGET_PURCHASES, EventDirectory
 from ubp_fast.events.sources.challenge import Challenge
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def test_labels_of_both_windows_and_the_lists_that_came_with_the_data(events):
     clients = clients_of(events)
     targets = build_targets(events, clients)
     assert list(targets.tasks) == list(TASKS)
-    assert targets.missing == ()
+    assert targets.missing == {}
     for name, column in (("propensity_sku", "sku"), ("propensity_new_sku", "sku"), ("propensity_price", "price")):
         task, (ids, popularity) = targets.tasks[name], events.label_lists[name]
         np.testing.assert_array_equal(task.popularity, popularity)
@@ -63,12 +64,35 @@ def test_only_missing_lists_are_made(events):
         np.testing.assert_array_equal(targets.tasks[name].popularity, expected[name][1])
 
 
-def test_a_task_with_an_empty_list_is_left_out(events):
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_task_of_fewer_than_two_labels_is_left_out_and_says_why(events, count):
+    """One label is bought by whoever buys: the task of a shop with one category equalled conversion."""
     for name in ("propensity_new_sku", "popularity_propensity_new_sku"):
-        np.save(events.path / "labels" / f"{name}.npy", np.zeros(0, np.int64))
+        path = events.path / "labels" / f"{name}.npy"
+        np.save(path, np.load(path)[:count])
     targets = build_targets(events, clients_of(events))
-    assert targets.missing == ("propensity_new_sku",)
+    assert targets.missing == {
+        "propensity_new_sku": f"the list that came with the data has {count} labels, a task needs two"
+    }
     assert "propensity_new_sku" not in targets.tasks
+    assert build_targets(events, clients_of(events), ("churn",)).missing == {}
+
+
+def test_a_shop_of_one_category_one_price_and_one_sku_has_no_such_tasks(events):
+    """Label lists that are made, for models and for the evaluation alike, name nothing that is no choice."""
+    for table in (PRODUCT_TABLE, TARGET_PURCHASES):
+        path = events.path / f"{table}.parquet"
+        rows = pl.read_parquet(path)
+        rows.with_columns(category=pl.lit(0, pl.Int64), price=pl.lit(7, pl.Int64)).write_parquet(path)
+    shutil.rmtree(events.path / "labels")
+    assert list(make_label_lists(events, *events.split.train_window_s)) == ["propensity_sku", "propensity_new_sku"]
+    targets = build_targets(events, clients_of(events))
+    assert list(targets.tasks) == ["churn", "conversion", "propensity_sku", "propensity_new_sku"]
+    assert targets.missing["propensity_price"] == (
+        "the purchases of the train window leave fewer than two values of 'price' to ask for"
+    )
+    buys = events.purchases(*events.split.train_window_s).with_columns(sku=pl.lit(3, pl.Int64))
+    assert label_lists(buys) == {}
 
 
 def test_unknown_tasks_are_refused(events):

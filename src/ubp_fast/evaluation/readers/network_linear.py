@@ -1,4 +1,4 @@
-"""Linear layers for the probe's training loop: the same result as `nn.Linear`, without its memory traffic.
+"""Linear layers for the training loop of the network: the same result as `nn.Linear`, without its memory traffic.
 
 `nn.Linear` gets a fresh gradient matrix in every step. The matrices of the downstream network are 32 MiB each, which
 the allocator takes from and gives back to the operating system each time: clearing those pages costs more than the
@@ -27,7 +27,7 @@ class _ExactLinear(torch.autograd.Function):
     """x W^T + b; writes dW and db into `.grad` of the parameters, replacing what is there."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: torch.Tensor, layer: ProbeLinear, parameter: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, inputs: torch.Tensor, layer: NetworkLinear, parameter: torch.Tensor) -> torch.Tensor:
         ctx.layer = layer
         ctx.save_for_backward(inputs, parameter)
         return product(inputs, parameter, layer.bias)
@@ -44,7 +44,7 @@ class _RoundedLinear(torch.autograd.Function):
     """The same with products in bf16."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: torch.Tensor, layer: ProbeLinear, parameter: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, inputs: torch.Tensor, layer: NetworkLinear, parameter: torch.Tensor) -> torch.Tensor:
         output, centred, mean = layer.rounded(inputs)
         ctx.layer = layer
         ctx.save_for_backward(centred, mean)
@@ -52,7 +52,7 @@ class _RoundedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
-        layer: ProbeLinear = ctx.layer
+        layer: NetworkLinear = ctx.layer
         centred, mean = ctx.saved_tensors
         total = torch.sum(gradient, dim=0, out=_kept(layer.bias))
         # (sum dy)^T m as three more rows of the same product: each factor is split into a bf16 number and its rest.
@@ -67,7 +67,7 @@ class _RoundedLinear(torch.autograd.Function):
 def _kept(parameter: torch.Tensor) -> torch.Tensor:
     """The gradient buffer of a parameter."""
     if parameter.grad is None:
-        raise RuntimeError("ProbeLinear: prepare() must be called before the first backward pass")
+        raise RuntimeError("NetworkLinear: prepare() must be called before the first backward pass")
     return parameter.grad
 
 
@@ -77,7 +77,7 @@ def _split(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return high, (values - high).bfloat16()
 
 
-class ProbeLinear(nn.Linear):
+class NetworkLinear(nn.Linear):
     """`nn.Linear` with kept gradient buffers and, if asked for, products in bf16.
 
     Call `prepare` first. Gradients replace, they do not add up: one forward and backward pass per step. Inputs, outputs

@@ -93,20 +93,26 @@ def auroc_per_label(scores: torch.Tensor, labels: LabelMatrix) -> np.ndarray:
         areas[:] = math.nan
         return areas
     rows = np.repeat(np.arange(labels.num_rows), np.diff(labels.indptr))
-    by_label = torch.from_numpy(rows[np.argsort(labels.indices, kind="stable")]).to(scores.device)
+    by_label = rows[np.argsort(labels.indices, kind="stable")]
     bounds = np.concatenate([[0], np.cumsum(labels.column_counts())])
     for label in range(labels.num_labels):
         positives = int(bounds[label + 1] - bounds[label])
         negatives = labels.num_rows - positives
         if positives == 0 or negatives == 0:
             continue
-        column = scores[:, label].contiguous()
-        ascending = column.sort().values
-        own = column[by_label[bounds[label] : bounds[label + 1]]]
+        # NumPy, in one thread: torch wakes its threads for every short search, and waits for them on a busy machine.
+        column = scores[:, label].cpu().numpy()
+        ascending, own = np.sort(column), np.sort(column[by_label[bounds[label] : bounds[label + 1]]])
         # Scores below plus scores up to each positive: twice its rank among all, less one half for itself.
-        below = torch.searchsorted(ascending, own) + torch.searchsorted(ascending, own, right=True)
+        below = np.searchsorted(ascending, own) + np.searchsorted(ascending, own, side="right")
         areas[label] = (int(below.sum()) - positives * positives) / (2 * positives * negatives)
     return areas
+
+
+def has_both_classes(labels: LabelMatrix) -> np.ndarray:
+    """Bool [L]: labels that some rows have and others have not, so that an AUROC is defined."""
+    counts = labels.column_counts()
+    return (counts > 0) & (counts < labels.num_rows)
 
 
 def batch_sigmoid_(logits: torch.Tensor, batch_size: int) -> torch.Tensor:

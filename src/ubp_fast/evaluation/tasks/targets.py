@@ -14,7 +14,7 @@ Source: Synerise/recsys2025; conversion, new_sku and price are the challenge's t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import polars as pl
@@ -39,6 +39,8 @@ class Task:
     active_only: bool = False
 
 
+# With one label there is no Diversity.
+LEAST_LABELS = 2
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
@@ -104,13 +106,13 @@ class Targets:
 
     Attributes:
         client_ids: i64 [U], rows of all matrices.
-        tasks: by name; a task whose label list is empty is left out.
-        missing: names of the tasks that were left out.
+        tasks: by name; a task whose list has fewer than two labels is left out.
+        missing: name of each task that was left out -> reason.
     """
 
     client_ids: np.ndarray
     tasks: dict[str, TaskTargets]
-    missing: tuple[str, ...] = ()
+    missing: dict[str, str] = field(default_factory=dict)
 
 
 def build_targets(events: EventDirectory, client_ids: np.ndarray, tasks: Sequence[str] = tuple(TASKS)) -> Targets:
@@ -128,10 +130,9 @@ def build_targets(events: EventDirectory, client_ids: np.ndarray, tasks: Sequenc
         DataError: lists have to be made and the train window has no purchase.
         ValueError: an unknown task.
     """
-    wanted = named_tasks(tasks)
-    lists = _label_lists(events, [task.name for task in wanted if task.column])
-    missing = tuple(task.name for task in wanted if task.column and task.name not in lists)
-    columns = {task.name: (task.column, lists[task.name][0]) for task in wanted if task.column and task.name in lists}
+    lists, missing = _label_lists(events, [task for task in named_tasks(tasks) if task.column])
+    wanted = [task for task in named_tasks(tasks) if task.name not in missing]
+    columns = {task.name: (task.column, lists[task.name][0]) for task in wanted if task.column}
     clients = ClientRows(client_ids)
     windows = []
     for start_s, end_s in (events.split.train_window_s, events.split.validation_window_s):
@@ -141,8 +142,6 @@ def build_targets(events: EventDirectory, client_ids: np.ndarray, tasks: Sequenc
     everyone = np.ones(len(client_ids), bool)
     built = {}
     for task in wanted:
-        if task.name in missing:
-            continue
         included = np.isin(client_ids, _active_clients(events)) if task.active_only else everyone
         built[task.name] = TaskTargets(
             task,
@@ -154,11 +153,20 @@ def build_targets(events: EventDirectory, client_ids: np.ndarray, tasks: Sequenc
     return Targets(np.asarray(client_ids, np.int64), built, missing)
 
 
-def _label_lists(events: EventDirectory, names: Sequence[str]) -> LabelLists:
-    lists = dict(events.label_lists or {})
-    if any(name not in lists for name in names):
+def _label_lists(events: EventDirectory, tasks: Sequence[Task]) -> tuple[LabelLists, dict[str, str]]:
+    """Lists of the tasks, and why some tasks have none."""
+    brought = events.label_lists or {}
+    lists = dict(brought)
+    if any(task.name not in lists for task in tasks):
         lists = {**make_label_lists(events, *events.split.train_window_s), **lists}
-    return {name: entry for name, entry in lists.items() if len(entry[0])}
+    missing = {
+        task.name: f"the list that came with the data has {len(brought[task.name][0])} labels, a task needs two"
+        if task.name in brought
+        else f"the purchases of the train window leave fewer than two values of '{task.column}' to ask for"
+        for task in tasks
+        if task.name not in lists or len(lists[task.name][0]) < LEAST_LABELS
+    }
+    return lists, missing
 
 
 def _active_clients(events: EventDirectory) -> np.ndarray:

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ubp_fast.evaluation import probe
-from ubp_fast.evaluation.probe import EvaluationConfig, ProbeData, dense_labels, probe_cost, train_probe
-from ubp_fast.evaluation.probe_linear import ProbeLinear
+from ubp_fast.evaluation import EvaluationConfig
+from ubp_fast.evaluation.readers import network
+from ubp_fast.evaluation.readers.network import NetworkData, dense_labels, train_network, training_cost
+from ubp_fast.evaluation.readers.network_linear import NetworkLinear
 from ubp_fast.events.labels import LabelMatrix
 from ubp_fast.models.downstream import DOWNSTREAM_SEED, DownstreamNetwork
 
@@ -25,7 +26,7 @@ def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def make(input_dim: int, num_outputs: int, linear: type[nn.Linear]) -> DownstreamNetwork:
         return DownstreamNetwork(input_dim, num_outputs, **SMALL, linear=linear)
 
-    monkeypatch.setattr(probe, "DownstreamNetwork", make)
+    monkeypatch.setattr(network, "DownstreamNetwork", make)
 
 
 def sparse(labels: np.ndarray) -> LabelMatrix:
@@ -33,16 +34,16 @@ def sparse(labels: np.ndarray) -> LabelMatrix:
     return LabelMatrix(indptr, np.nonzero(labels)[1].astype(np.int32), labels.shape[1])
 
 
-def make_data(num_rows: int = 70, num_labels: int = 4) -> ProbeData:
+def make_data(num_rows: int = 70, num_labels: int = 4) -> NetworkData:
     rng = np.random.default_rng(5)
     vectors = rng.normal(size=(90, 6)).astype(np.float16)
     rows = rng.permutation(90)[:num_rows]
     labels = [vectors[rows, :num_labels] + rng.normal(size=(num_rows, num_labels)) > 0.5 for _ in range(2)]
     popularity = np.linspace(0.1, 0.01, num_labels)
-    return ProbeData(torch.from_numpy(vectors), rows, sparse(labels[0]), sparse(labels[1]), popularity)
+    return NetworkData(torch.from_numpy(vectors), rows, sparse(labels[0]), sparse(labels[1]), popularity)
 
 
-def plain_logits(data: ProbeData, config: EvaluationConfig) -> list[torch.Tensor]:
+def plain_logits(data: NetworkData, config: EvaluationConfig) -> list[torch.Tensor]:
     """The loop as one writes it down: nn.Linear, unfused AdamW, validation in the training batches."""
     torch.manual_seed(DOWNSTREAM_SEED)
     network = DownstreamNetwork(data.vectors.shape[1], data.train.num_labels, **SMALL)
@@ -59,13 +60,13 @@ def plain_logits(data: ProbeData, config: EvaluationConfig) -> list[torch.Tensor
     return epochs
 
 
-def captured_logits(monkeypatch: pytest.MonkeyPatch, data: ProbeData, config: EvaluationConfig) -> list[torch.Tensor]:
+def captured_logits(monkeypatch: pytest.MonkeyPatch, data: NetworkData, config: EvaluationConfig) -> list[torch.Tensor]:
     epochs: list[torch.Tensor] = []
-    compute = probe.epoch_metrics
+    compute = network.epoch_metrics
     monkeypatch.setattr(
-        probe, "epoch_metrics", lambda logits, *others: epochs.append(logits.clone()) or compute(logits, *others)
+        network, "epoch_metrics", lambda logits, *others: epochs.append(logits.clone()) or compute(logits, *others)
     )
-    train_probe(data, config, lambda steps: None)
+    train_network(data, config, lambda steps: None)
     return epochs
 
 
@@ -88,7 +89,7 @@ def test_bf16_stays_near_fp32(monkeypatch):
 @pytest.mark.parametrize("low_precision", [False, True])
 def test_kept_gradients_equal_autograd(low_precision):
     torch.manual_seed(0)
-    layer, plain = ProbeLinear(7, 5), nn.Linear(7, 5)
+    layer, plain = NetworkLinear(7, 5), nn.Linear(7, 5)
     plain.load_state_dict(layer.state_dict())
     layer.prepare(low_precision)
     buffer = layer.weight.grad
@@ -106,7 +107,7 @@ def test_kept_gradients_equal_autograd(low_precision):
 
 
 def test_refresh_follows_the_optimizer():
-    layer = ProbeLinear(7, 5)
+    layer = NetworkLinear(7, 5)
     layer.prepare(low_precision=True)
     with torch.no_grad():
         layer.weight.add_(1.0)
@@ -117,15 +118,15 @@ def test_refresh_follows_the_optimizer():
 def test_two_runs_are_equal_and_leave_the_random_state_alone():
     torch.manual_seed(11)
     before = torch.get_rng_state()
-    first, second = (train_probe(make_data(), CONFIG, lambda steps: None) for _ in range(2))
+    first, second = (train_network(make_data(), CONFIG, lambda steps: None) for _ in range(2))
     assert first == second
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_reported_steps_add_up():
     steps: list[int] = []
-    train_probe(make_data(), CONFIG, steps.append)
-    assert sum(steps) == probe_cost(70, CONFIG)
+    train_network(make_data(), CONFIG, steps.append)
+    assert sum(steps) == training_cost(70, CONFIG)
 
 
 def test_dense_labels_equal_the_matrix():
@@ -139,6 +140,9 @@ def test_dense_labels_equal_the_matrix():
     ("field", "value", "message"),
     [
         ("precision", "fp16", "precision must be 'fp32' or 'bf16', got 'fp16'"),
+        ("readers", (), "readers must be different ones of .*, got \\[\\]"),
+        ("readers", ("linear", "forest"), "readers must be different ones of .*forest"),
+        ("labels_per_task", 0, "labels_per_task must be >= 1, got 0"),
         ("orders", 0, "orders must be >= 1, got 0"),
         ("epochs", 0, "epochs must be >= 1, got 0"),
         ("learning_rate", 0.0, "learning_rate must be > 0, got 0.0"),
@@ -154,7 +158,7 @@ def test_wrong_configurations_are_refused(field, value, message):
 def test_bf16_keeps_small_differences_beside_a_large_shared_part():
     """Rounded without centring, rows that differ by less than 1/256 of their size would all look the same."""
     torch.manual_seed(0)
-    layer, plain = ProbeLinear(64, 8), nn.Linear(64, 8)
+    layer, plain = NetworkLinear(64, 8), nn.Linear(64, 8)
     plain.load_state_dict(layer.state_dict())
     layer.prepare(low_precision=True)
     generator = torch.Generator().manual_seed(1)

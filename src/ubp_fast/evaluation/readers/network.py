@@ -2,8 +2,8 @@
 
 The same steps as theirs: seed 1278, BCE with logits, AdamW (weight decay 0.01), batches of consecutive rows, the last
 one short, no shuffling; after every epoch the metrics of all rows on the labels of the validation window. What differs
-is cost only: labels are made once, gradients stay in place (`ProbeLinear`), the optimizer is fused, no checkpoints are
-written, and the forward pass of the validation takes more rows at a time.
+is cost only: labels are made once, gradients stay in place (`NetworkLinear`), the optimizer is fused, no checkpoints
+are written, and the forward pass of the validation takes more rows at a time.
 
 precision="bf16" takes about half of the CPU time of fp32 on a processor with bf16 products. Measured drift of a task's
 score on Complete Journey (2,464 clients, one row order): at most 0.0008 with raw counts as profiles, 0.0001 with log1p
@@ -12,16 +12,18 @@ of them; another row order moves the same scores by about 0.01.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.nn import functional
 
-from ubp_fast.evaluation.metrics import Metrics, epoch_metrics
-from ubp_fast.evaluation.probe_linear import ProbeLinear
-from ubp_fast.evaluation.tasks import TASKS, named_tasks
+from ubp_fast.evaluation.readers.config import EvaluationConfig
+from ubp_fast.evaluation.readers.network_linear import NetworkLinear
+from ubp_fast.evaluation.readers.reader import ReaderData, TaskScore
+from ubp_fast.evaluation.tasks import Metrics, TaskTargets
+from ubp_fast.evaluation.tasks.metrics import epoch_metrics
 from ubp_fast.events.labels import LabelMatrix
 from ubp_fast.models.downstream import DOWNSTREAM_SEED, DownstreamNetwork
 
@@ -31,42 +33,7 @@ TRAIN_COST = 3
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
-    """How profiles are scored; the defaults are the organisers'.
-
-    Attributes:
-        tasks: names of the tasks.
-        precision: "fp32", or "bf16": products inside the residual blocks in bfloat16; the first and the last layer, the
-            parameters and the optimizer stay float32.
-        orders: 1 = rows in the submitted order; K > 1 = K seeded orders of the clients, the same for every submission.
-        seed: of the row orders (the network always starts from the organisers' seed).
-        epochs: the best of these counts.
-        batch_size: rows per step.
-        learning_rate: of AdamW.
-    """
-
-    tasks: tuple[str, ...] = tuple(TASKS)
-    precision: str = "fp32"
-    orders: int = 1
-    seed: int = 0
-    epochs: int = 3
-    batch_size: int = 128
-    learning_rate: float = 1e-3
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "tasks", tuple(self.tasks))
-        named_tasks(self.tasks)
-        if self.precision not in ("fp32", "bf16"):
-            raise ValueError(f"EvaluationConfig: precision must be 'fp32' or 'bf16', got '{self.precision}'")
-        for name in ("orders", "epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"EvaluationConfig: {name} must be >= 1, got {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"EvaluationConfig: learning_rate must be > 0, got {self.learning_rate}")
-
-
-@dataclass(frozen=True)
-class ProbeData:
+class NetworkData:
     """What one training sees.
 
     Attributes:
@@ -84,12 +51,31 @@ class ProbeData:
     popularity: np.ndarray | None
 
 
-def probe_cost(num_rows: int, config: EvaluationConfig) -> int:
-    """Steps that `train_probe` reports for that many rows."""
+def cost(data: ReaderData, tasks: Sequence[TaskTargets], config: EvaluationConfig) -> int:
+    """Steps that `read` reports."""
+    return len(data.orders) * sum(training_cost(int(task.included.sum()), config) for task in tasks)
+
+
+def read(
+    data: ReaderData, tasks: Sequence[TaskTargets], config: EvaluationConfig, report: Callable[[int], None]
+) -> list[TaskScore]:
+    """Trains the network on every task in every row order."""
+    results: list[list[tuple[Metrics, ...]]] = [[] for _ in tasks]
+    for order in data.orders:
+        for result, task in zip(results, tasks, strict=True):
+            rows = order[task.included[order]]
+            labels = (task.train.take(rows), task.validation.take(rows))
+            given = NetworkData(data.vectors, rows, *labels, task.popularity)
+            result.append(tuple(train_network(given, config, report)) if len(rows) else ())
+    return [TaskScore(tuple(result)) for result in results]
+
+
+def training_cost(num_rows: int, config: EvaluationConfig) -> int:
+    """Steps that `train_network` reports for that many rows."""
     return config.epochs * (TRAIN_COST + 1) * num_rows
 
 
-def train_probe(data: ProbeData, config: EvaluationConfig, report: Callable[[int], None]) -> list[Metrics]:
+def train_network(data: NetworkData, config: EvaluationConfig, report: Callable[[int], None]) -> list[Metrics]:
     """Trains the network on one task and returns the metrics of every epoch.
 
     Deterministic for a given number of threads; memory is the network's (about 0.8 GB) plus logits [n, labels].
@@ -97,13 +83,13 @@ def train_probe(data: ProbeData, config: EvaluationConfig, report: Callable[[int
     Args:
         data: at least one row.
         config: epochs, batch size, learning rate and precision.
-        report: called with the steps done since the last call; they add up to `probe_cost`.
+        report: called with the steps done since the last call; they add up to `training_cost`.
     """
     device = data.vectors.device
     rows = torch.from_numpy(data.rows).to(device)
     labels = dense_labels(data.train, device)
     network = make_network(data.vectors.shape[1], data.train.num_labels, device, config.precision == "bf16")
-    layers = [module for module in network.modules() if isinstance(module, ProbeLinear)]
+    layers = [module for module in network.modules() if isinstance(module, NetworkLinear)]
     others = [module for module in network.modules() if isinstance(module, torch.nn.LayerNorm)]
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, fused=True)
     history = []
@@ -127,11 +113,11 @@ def make_network(input_dim: int, num_labels: int, device: torch.device, low_prec
     """The network with the organisers' initial parameters; the global random state stays as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(DOWNSTREAM_SEED)
-        network = DownstreamNetwork(input_dim, num_labels, linear=ProbeLinear)
+        network = DownstreamNetwork(input_dim, num_labels, linear=NetworkLinear)
     network = network.to(device)
     inner = set(network.body.blocks.modules())
     for module in network.modules():
-        if isinstance(module, ProbeLinear):
+        if isinstance(module, NetworkLinear):
             # The first layer stays exact: profiles may hold large numbers (raw counts), of which bf16 keeps only
             # three digits, and the small differences between clients would be gone. First and last layer cost little.
             module.prepare(low_precision and module in inner)

@@ -1,0 +1,99 @@
+"""Gradient-boosted trees per label (LightGBM): 100 trees of 7 leaves, learning rate 0.05, 30 % of the columns a tree.
+
+Settings are fixed, so nothing is chosen. A tree per label is slow where a task has a hundred: `labels_per_task` evenly
+spaced labels of each task are read, others in every sample. Columns are binned once for all labels of the same clients.
+Deterministic, whatever the number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import lightgbm
+import numpy as np
+import torch
+
+from ubp_fast.evaluation.readers.config import EvaluationConfig
+from ubp_fast.evaluation.readers.reader import LabelScores, ReaderData, Sample, by_clients, label_samples, scorable
+from ubp_fast.evaluation.tasks import TaskTargets
+
+TREES = 100
+PARAMETERS = {
+    "objective": "binary",
+    "learning_rate": 0.05,
+    "num_leaves": 7,
+    "feature_fraction": 0.3,
+    "deterministic": True,
+    "force_col_wise": True,
+    "feature_pre_filter": False,
+    "verbosity": -1,
+}
+EVERY = 10
+THREADED_VALUES = 1 << 22
+
+
+def cost(data: ReaderData, tasks: Sequence[TaskTargets], config: EvaluationConfig) -> int:
+    """Steps that `read` reports: one per label and sample."""
+    return sum(_num_sampled(task.train.num_labels, config) for task in tasks) * config.orders
+
+
+def read(
+    data: ReaderData, tasks: Sequence[TaskTargets], config: EvaluationConfig, report: Callable[[int], None]
+) -> list[LabelScores]:
+    """Grows trees for a sample of every task's labels and scores them."""
+    results: dict[int, LabelScores] = {}
+    for members in by_clients(tasks):
+        rows = data.shuffle[tasks[members[0]].included[data.shuffle]]
+        # Memory of NumPy's own: of a view LightGBM makes a second copy.
+        vectors = np.empty((len(rows), data.vectors.shape[1]), np.float32)
+        torch.from_numpy(vectors).copy_(data.vectors[torch.from_numpy(rows).to(data.vectors.device)])
+        trees = _Trees(vectors) if len(rows) else None
+        for member in members:
+            task = tasks[member]
+            train, validation = task.train.take(rows), task.validation.take(rows)
+            labels = scorable(validation)
+            samples: list[Sample] = []
+            for number in range(config.orders):
+                chosen = _sampled(labels, task.train.num_labels, number, config)
+                scores = np.empty((len(rows), len(chosen)), np.float32)
+                for column, known in enumerate(train.columns(chosen).dense().T):
+                    assert trees is not None, "labels that can be scored have clients"
+                    scores[:, column] = trees.read(known.copy(), config.seed + number)
+                    report(1)
+                report(_num_sampled(task.train.num_labels, config) - len(chosen))
+                samples += label_samples(torch.from_numpy(scores), validation, chosen)
+            results[member] = LabelScores(tuple(samples), task.train.num_labels, task.train.num_labels - len(labels))
+    return [results[position] for position in range(len(tasks))]
+
+
+class _Trees:
+    """Trees on the columns of some clients, binned once."""
+
+    def __init__(self, vectors: np.ndarray) -> None:
+        self._vectors = vectors
+        # A split of few values is over before a second thread has woken up; beside other processes waiting for it costs
+        # fifty times the work.
+        self._threads = torch.get_num_threads() if vectors.size >= THREADED_VALUES else 1
+        self._parameters = PARAMETERS | {"num_threads": self._threads}
+        self._data = lightgbm.Dataset(vectors, params=self._parameters).construct()
+
+    def read(self, known: np.ndarray, seed: int) -> np.ndarray:
+        """Predicted scores f64 [n] of one label, float [n] of 0 and 1."""
+        if known.min() == known.max():
+            return np.zeros(len(known))
+        self._data.set_label(known)
+        booster = lightgbm.train(self._parameters | {"seed": seed}, self._data, TREES)
+        return np.asarray(booster.predict(self._vectors, raw_score=True, num_threads=self._threads))
+
+
+def _num_sampled(num_labels: int, config: EvaluationConfig) -> int:
+    """Labels of a task in one sample."""
+    return min(num_labels, config.labels_per_task or math.ceil(num_labels / EVERY))
+
+
+def _sampled(labels: np.ndarray, num_labels: int, number: int, config: EvaluationConfig) -> np.ndarray:
+    """Sample `number` of the labels that can be scored: evenly spaced, the next sample one place further on."""
+    wanted = min(len(labels), _num_sampled(num_labels, config))
+    places = np.arange(wanted) * len(labels) // max(wanted, 1)
+    return np.sort(labels[(places + number) % max(len(labels), 1)])

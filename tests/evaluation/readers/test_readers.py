@@ -1,0 +1,234 @@
+"""Readers other than the network: against scikit-learn, and what they must not look at."""
+
+from __future__ import annotations
+
+import builtins
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import Ridge
+from sklearn.metrics import roc_auc_score
+from sklearn.neighbors import NearestNeighbors
+
+from ubp_fast.evaluation import READERS, TASKS, EvaluationConfig, Scores, Targets, TaskTargets, evaluate
+from ubp_fast.evaluation.readers import boosting, linear, neighbours, reader_named
+from ubp_fast.events.labels import LabelMatrix
+from ubp_fast.events.schema import UserError
+from ubp_fast.profiles import Profiles
+
+OTHERS = tuple(name for name in READERS if name != "network")
+CLIENTS, WIDTH, LABELS = 300, 12, 20
+
+
+def matrix(labels: np.ndarray) -> LabelMatrix:
+    rows, columns = np.nonzero(labels)
+    return LabelMatrix.from_pairs(rows, columns, *labels.shape)
+
+
+def make_shop(seed: int = 3) -> tuple[Profiles, Targets]:
+    """Vectors that say something about two tasks; the churn task is of two clients in three."""
+    random = np.random.default_rng(seed)
+    ids = random.permutation(10 * CLIENTS)[:CLIENTS].astype(np.int64)
+    vectors = random.normal(size=(CLIENTS, WIDTH)).astype(np.float16)
+    weights = random.normal(size=(WIDTH, LABELS))
+    train, validation = (vectors @ weights + 3 * random.normal(size=(CLIENTS, LABELS)) > 2 for _ in range(2))
+    validation[:, 4], validation[:, 7] = False, True  # labels of one class
+    train[:, 5] = False  # nothing to learn from
+    everyone = np.ones(CLIENTS, bool)
+    active = random.random(CLIENTS) < 2 / 3
+    popularity = np.full(LABELS, 0.01)
+    tasks = {
+        "churn": TaskTargets(TASKS["churn"], active, matrix(train[:, :1]), matrix(validation[:, :1]), None),
+        "propensity_sku": TaskTargets(TASKS["propensity_sku"], everyone, matrix(train), matrix(validation), popularity),
+    }
+    return Profiles(ids, vectors), Targets(ids, tasks)
+
+
+def scores_of(reader: str, shop: tuple[Profiles, Targets], **options) -> Scores:
+    return evaluate(*shop, EvaluationConfig(tasks=tuple(shop[1].tasks), readers=(reader,), **options))
+
+
+@pytest.mark.parametrize("reader", OTHERS)
+def test_labels_of_one_class_score_nothing(reader):
+    found = scores_of(reader, make_shop(), labels_per_task=LABELS).others[reader]["propensity_sku"]
+    (sample,) = found.samples
+    assert sample.labels == tuple(label for label in range(LABELS) if label not in (4, 7))
+    assert (found.skipped, found.num_labels) == (2, LABELS)
+    assert found.warnings == ("2 of 20 labels have one class in the validation window, left out",)
+    assert sample.auroc == pytest.approx(np.mean(sample.aurocs))
+    assert sample.auroc > 0.6, "the vectors say something"
+    assert sample.aurocs[sample.labels.index(5)] == 0.5, "a label without buyers in the train window cannot be learned"
+
+
+@pytest.mark.parametrize("reader", OTHERS)
+def test_the_validation_window_is_scored_and_never_learned(reader):
+    """Flipped validation labels mirror the score: had a reader looked at them, it would have followed."""
+    profiles, targets = make_shop()
+    task = targets.tasks["propensity_sku"]
+    flipped = replace(task, validation=matrix(1 - task.validation.dense()))
+    first = scores_of(reader, (profiles, targets), labels_per_task=LABELS)
+    other = replace(targets, tasks={**targets.tasks, "propensity_sku": flipped})
+    second = scores_of(reader, (profiles, other), labels_per_task=LABELS)
+    (mine,), (mirrored,) = (one.others[reader]["propensity_sku"].samples for one in (first, second))
+    assert mine.choice == mirrored.choice
+    np.testing.assert_allclose(mine.aurocs, 1 - np.array(mirrored.aurocs), atol=1e-12)
+
+
+@pytest.mark.parametrize("reader", OTHERS)
+def test_the_order_of_rows_changes_nothing(reader):
+    profiles, targets = make_shop()
+    flip = np.arange(CLIENTS)[::-1]
+    tasks = {
+        name: replace(
+            task, included=task.included[flip], train=task.train.take(flip), validation=task.validation.take(flip)
+        )
+        for name, task in targets.tasks.items()
+    }
+    turned = (
+        Profiles(profiles.client_ids[flip], profiles.embeddings[flip]),
+        Targets(targets.client_ids[flip], tasks),
+    )
+    first, second = scores_of(reader, (profiles, targets), orders=2), scores_of(reader, turned, orders=2)
+    for name in targets.tasks:
+        mine, other = first.others[reader][name], second.others[reader][name]
+        assert [sample.labels for sample in mine.samples] == [sample.labels for sample in other.samples]
+        np.testing.assert_allclose(mine.aurocs, other.aurocs, atol=1e-3)
+
+
+@pytest.mark.parametrize("reader", OTHERS)
+def test_steps_add_up_and_clients_of_a_task_alone_take_part(reader):
+    profiles, targets = make_shop()
+    steps: list[tuple[int, int]] = []
+    config = EvaluationConfig(tasks=tuple(targets.tasks), readers=(reader,), orders=2, labels_per_task=3)
+    found = evaluate(profiles, targets, config, progress=lambda *pair: steps.append(pair)).others[reader]["churn"]
+    assert steps[-1][0] == steps[-1][1] > 1
+    inside = targets.tasks["churn"].included
+    vectors = profiles.embeddings.copy()
+    vectors[~inside] = 7.0
+    again = evaluate(Profiles(profiles.client_ids, vectors), targets, config).others[reader]["churn"]
+    assert found.aurocs == again.aurocs
+
+
+def test_ridge_is_that_of_scikit_learn():
+    profiles, targets = make_shop()
+    task = targets.tasks["propensity_sku"]
+    (sample,) = scores_of("linear", (profiles, targets)).others["linear"]["propensity_sku"].samples
+    scaling, penalty = sample.choice.split(", penalty ")
+    vectors = profiles.embeddings.astype(float)
+    variance = vectors.var(axis=0)
+    scaled, strength = (vectors, variance.mean()) if scaling == "absolute" else (vectors / np.sqrt(variance), 1.0)
+    model = Ridge(alpha=float(penalty) * CLIENTS * strength).fit(scaled, task.train.dense())
+    expected = [
+        roc_auc_score(task.validation.dense()[:, label], model.predict(scaled)[:, label])
+        for label in sample.labels
+        if label != 5
+    ]
+    found = [area for label, area in zip(sample.labels, sample.aurocs, strict=True) if label != 5]
+    np.testing.assert_allclose(found, expected, atol=2e-3)  # the penalty is printed with three digits
+
+
+@pytest.mark.parametrize(("faint", "scaling"), [(slice(1, None), "absolute"), (slice(0, 1), "standardised")])
+def test_folds_choose_the_scale_that_the_labels_follow(faint, scaling):
+    """One column speaks, 150 are noise. Their own scale helps where noise is faint; it misleads where the word is."""
+    random = np.random.default_rng(0)
+    vectors = random.normal(size=(CLIENTS, 151))
+    speaks = [vectors[:, 0] + 0.5 * random.normal(size=CLIENTS) > 0 for _ in range(2)]
+    vectors[:, faint] *= 0.01
+    everyone = np.ones(CLIENTS, bool)
+    task = TaskTargets(TASKS["conversion"], everyone, *(matrix(window[:, None]) for window in speaks), None)
+    ids = np.arange(CLIENTS)
+    shop = Profiles(ids, vectors.astype(np.float32)), Targets(ids, {"conversion": task})
+    (sample,) = scores_of("linear", shop).others["linear"]["conversion"].samples
+    assert sample.choice.startswith(scaling)
+    assert sample.auroc > (0.9 if scaling == "absolute" else 0.75)
+
+
+def test_constant_columns_and_few_clients_are_no_trouble_to_ridge():
+    profiles, targets = make_shop()
+    constant = np.concatenate([profiles.embeddings, np.full((CLIENTS, 2), 60_000, np.float16)], axis=1)
+    plain, more = (
+        scores_of("linear", (Profiles(profiles.client_ids, vectors), targets)).others["linear"]["propensity_sku"]
+        for vectors in (profiles.embeddings, constant)
+    )
+    assert more.aurocs == pytest.approx(plain.aurocs, abs=2e-3)
+    few = np.zeros(CLIENTS, bool)
+    few[: 2 * linear.FOLDS - 1] = True
+    tasks = {"churn": replace(targets.tasks["churn"], included=few)}
+    (lone,) = scores_of("linear", (profiles, replace(targets, tasks=tasks))).others["linear"].values()
+    assert lone.aurocs == (None,) and "there is no score" in lone.warnings[0]
+
+
+def test_trees_on_shared_bins_equal_trees_on_their_own():
+    import lightgbm
+
+    profiles, targets = make_shop()
+    shop = (profiles, targets)
+    (sample,) = scores_of("boosting", shop, labels_per_task=4).others["boosting"]["propensity_sku"].samples
+    task = targets.tasks["propensity_sku"]
+    ascending = np.argsort(profiles.client_ids)
+    rows = ascending[np.random.default_rng([0, 0]).permutation(CLIENTS)]
+    vectors = profiles.embeddings[rows].astype(np.float32)
+    for label, area in zip(sample.labels, sample.aurocs, strict=True):
+        parameters = boosting.PARAMETERS | {"num_threads": 1, "seed": 0}
+        data = lightgbm.Dataset(vectors, task.train.dense(rows)[:, label].copy())
+        model = lightgbm.train(parameters, data, boosting.TREES)
+        expected = roc_auc_score(task.validation.dense(rows)[:, label], model.predict(vectors, raw_score=True))
+        assert area == pytest.approx(expected, abs=1e-9)
+
+
+def test_trees_sample_other_labels_in_every_repetition():
+    found = scores_of("boosting", make_shop(), orders=3).others["boosting"]
+    samples = [sample.labels for sample in found["propensity_sku"].samples]
+    assert [len(labels) for labels in samples] == [2, 2, 2], "every tenth of twenty"
+    assert len({label for labels in samples for label in labels}) == 6
+    assert [sample.labels for sample in found["churn"].samples] == [(0,), (0,), (0,)]
+    assert len(set(found["churn"].aurocs)) > 1, "other seeds grow other trees"
+
+
+def test_neighbours_are_those_of_scikit_learn():
+    random = np.random.default_rng(1)
+    vectors = random.normal(size=(200, 6)).astype(np.float32)
+    asked = torch.arange(0, 200, 7)
+    for distance in neighbours.DISTANCES:
+        found = neighbours.nearest(torch.from_numpy(vectors), asked, distance)
+        search = NearestNeighbors(n_neighbors=51, metric=distance, algorithm="brute").fit(vectors)
+        expected = search.kneighbors(vectors[asked], return_distance=False)[:, 1:]
+        assert [set(row) for row in found.tolist()] == [set(row) for row in expected.tolist()]
+
+
+def test_neighbours_in_blocks_with_units_and_of_a_sample(monkeypatch):
+    profiles, targets = make_shop()
+    task = {"propensity_sku": targets.tasks["propensity_sku"]}
+    config = EvaluationConfig(tasks=tuple(task), readers=("neighbours",))
+    targets = replace(targets, tasks=task)
+
+    def aurocs(vectors: np.ndarray, has_units: bool) -> tuple[float, ...]:
+        found = evaluate(Profiles(profiles.client_ids, vectors), targets, config, has_units=has_units)
+        return found.others["neighbours"]["propensity_sku"].samples[0].aurocs
+
+    whole = aurocs(profiles.embeddings, False)
+    monkeypatch.setattr(neighbours, "BLOCK_VALUES", 7 * CLIENTS)
+    assert aurocs(profiles.embeddings, False) == whole
+    vectors = profiles.embeddings.astype(np.float32)
+    in_cents = vectors * np.where(np.arange(WIDTH) == 2, 1e5, 1.0).astype(np.float32)
+    np.testing.assert_allclose(aurocs(in_cents, True), aurocs(vectors, True), atol=5e-3)
+    monkeypatch.setattr(neighbours, "MOST_ASKED", 100)
+    assert aurocs(vectors, True) != whole
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch):
+    real = builtins.__import__
+
+    def without(name: str, *rest):
+        if name == "lightgbm":
+            raise ImportError("No module named 'lightgbm'")
+        return real(name, *rest)
+
+    monkeypatch.delitem(sys.modules, "ubp_fast.evaluation.readers.boosting")
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(UserError, match=r"'boosting' is unavailable: No module .* pip install 'ubp_fast\[evaluate\]'"):
+        reader_named("boosting")
+    assert reader_named("linear") is linear
