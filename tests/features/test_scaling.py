@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ubp_fast.features import scaling
 from ubp_fast.features.scaling import MinMaxScaler, moments
 
 VALUES = np.array([[0, 0.1, 3], [1, 0.1, 4], [9, 0.1, 8]], np.float32)

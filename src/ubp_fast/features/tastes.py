@@ -122,9 +122,10 @@ def _factors(matrix: Tensor, rank: int, seed: int) -> np.ndarray:
     for _ in range(ITERATIONS):
         left = torch.linalg.qr(torch.sparse.mm(matrix, right)).Q
         right = torch.linalg.qr(torch.sparse.mm(transposed, left)).Q
-    left, values, turn = torch.linalg.svd(torch.sparse.mm(matrix, right), full_matrices=False)
-    weights = right @ turn.T
-    sign = torch.sign(weights.gather(0, weights.abs().argmax(dim=0, keepdim=True)))
+    _, values, turn = torch.linalg.svd(torch.sparse.mm(matrix, right), full_matrices=False)
     kept = min(rank, int((values > values[0] * 1e-5).sum()))
-    found[:, :kept] = ((left * sign)[:, :kept] * rows**0.5).numpy()
+    weights = right @ turn[:kept].T
+    sign = torch.sign(weights.gather(0, weights.abs().argmax(dim=0, keepdim=True)))
+    # A client's own counts alone decide its row: nothing is exactly 0.
+    found[:, :kept] = torch.sparse.mm(matrix, weights * sign * (rows**0.5 / values[:kept])).numpy()
     return found

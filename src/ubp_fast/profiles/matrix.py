@@ -9,6 +9,7 @@ Files of a profile directory, as in a submission to the challenge:
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -174,11 +175,18 @@ class Profiles:
         """
         directory = Path(directory)
         ids, vectors = (read_array(directory / name) for name in (IDS_FILE, EMBEDDINGS_FILE))
-        path = directory / LAYOUT_FILE
         try:
-            layout = Layout.from_json(load_json(path), str(path)) if path.exists() else None
-            return cls(ids, vectors, layout)
+            return cls(ids, vectors, _layout(directory / LAYOUT_FILE))
         except DataError:
             raise
         except ValueError as error:
             raise DataError(f"{directory}: {error}; run ubp_fast.profiles.validate on it") from error
+
+
+def _layout(path: Path) -> Layout | None:
+    try:
+        return Layout.from_json(load_json(path), str(path))
+    except FileNotFoundError:
+        return None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: file must be JSON, got '{error}'; make the profiles again or remove it") from error
