@@ -1,4 +1,4 @@
-"""Blocks of a profile: their scales, what is left out, what float16 keeps of faint columns, files, selection, errors."""
+"""Blocks of a profile: their scales, what is left out, what float16 keeps of faint ones, files, selection, errors."""
 
 from __future__ import annotations
 

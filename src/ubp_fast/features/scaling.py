@@ -1,4 +1,4 @@
-"""Scales of columns: `moments` and `standardised`, a few rows at a time; `MinMaxScaler`, fitted once for all cutoffs."""
+"""Scales of columns: `moments` and `standardised`, a few rows at a time; `MinMaxScaler`, fitted once for all."""
 
 from __future__ import annotations
 

@@ -172,9 +172,7 @@ def _own(
         parts.append(Part("graded", directions, columns, scale, "what says most next, as large as it says", source))
     if layout.own:
         columns = [f"{name}.{column}" for name in names for column in _names(inputs, name, store.cutoff_s)]
-        parts.append(
-            Part("own", features, columns, layout.own, "the features", ", ".join(names), model.importance)
-        )
+        parts.append(Part("own", features, columns, layout.own, "the features", ", ".join(names), model.importance))
     return parts
 
 

@@ -222,6 +222,6 @@ def _fill(target: np.ndarray, part: Part, kept: np.ndarray) -> None:
         if bad.any():
             row, column = (int(index) for index in np.argwhere(bad)[0])
             raise DataError(
-                f"profile: '{part.columns[kept[column]]}' of block '{part.name}' must be finite and fit float16, got"
-                f" {target[start + row, column]} in row {start + row}; look for a diverged training"
+                f"profile: '{part.columns[int(kept[column])]}' of block '{part.name}' must be finite and fit float16,"
+                f" got {target[start + row, column]} in row {start + row}; look for a diverged training"
             )
