@@ -100,6 +100,7 @@ def test_importance_is_the_part_in_the_predictions() -> None:
     blocks, labels, _ = example()
     model = ReducedRankModel(ReducedRankConfig(rank=8)).fit([blocks], labels)
     assert set(np.argsort(-model.importance)[:2]) == {0, 1}, "the two causes among twelve columns"
+    assert model.importance.sum() == pytest.approx(2, rel=0.2), "the variance of both, columns being unrelated"
     assert (np.diff(model.singular_values) < 0).all() and len(model.singular_values) == model.directions.shape[1]
     # All lists count as one label of variance 1 each: what the directions carry adds up to both of them.
     assert (model.singular_values**2).sum() == pytest.approx(2, rel=0.05)

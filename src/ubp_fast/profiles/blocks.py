@@ -202,8 +202,9 @@ def compose(parts: Sequence[Part], max_width: int = MAX_DIM) -> tuple[np.ndarray
     for part, kept in zip(parts, chosen, strict=True):
         _fill(vectors[:, first : first + len(kept)], part, kept)
         first += len(kept)
-        left_out = tuple(part.columns[column] for column in np.setdiff1d(np.arange(len(part.columns)), kept))
-        names = tuple(part.columns[column] for column in kept)
+        of_profile = set(kept.tolist())
+        left_out = tuple(name for column, name in enumerate(part.columns) if column not in of_profile)
+        names = tuple(name for column, name in enumerate(part.columns) if column in of_profile)
         blocks.append(Block(part.name, part.scale, part.what, part.source, names, left_out))
     return vectors, Layout(tuple(blocks))
 
