@@ -29,6 +29,7 @@ ENTRY = {
     "features": "features",
     "evaluation": "evaluation",
     "experiment": "experiment",
+    "profile": "profile",
 }
 
 

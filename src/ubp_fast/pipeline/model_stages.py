@@ -117,7 +117,8 @@ def make_stacking(settings: Settings, inputs: Inputs, directory: Path, progress:
         model.fit([_joined(inputs, [cutoff_s], settings) for cutoff_s in cutoffs], labels, is_summary)
         model.save(directory / "reduced_rank.safetensors")
         vectors = model.transform(_joined(inputs, [store.cutoff_s], settings))
-        columns = [*(f"direction_{column}" for column in range(vectors.shape[1] - 1)), "one"]
+        vectors[:, -1] = settings.layout.constant
+        columns = [*(f"direction_{column}" for column in range(vectors.shape[1] - 1)), "constant"]
     else:
         vectors = _train_stacking(settings, store, inputs, labels, views, directory, progress)
         columns = [f"activation_{column}" for column in range(vectors.shape[1])]
