@@ -8,8 +8,8 @@
     learned   vectors of the trained models, where the experiment trains any
 
 A network that takes few steps moves every weight by about its learning rate, whatever the size of the column, so only
-the strong block may be large. Readers that bring columns to one scale (regressions) or need none (trees) lose nothing by
-that: at a deviation of .0001 float16 still tells apart what differs by .0006 deviations. Distances are ruled by the
+the strong block may be large. Readers that bring columns to one scale (regressions) or need none (trees) lose nothing
+by it: at a deviation of .0001 float16 still tells apart what differs by .0006 deviations. Distances are ruled by the
 strong block: a search for neighbours takes `Profiles.select("graded", "own")`, where both weigh about alike.
 
 `profile.json` beside the vectors describes the blocks; `Profiles.select` gives some of them.
@@ -36,7 +36,7 @@ class LayoutConfig:
 
     Attributes:
         constant: value of the strong block's constant column. A wide input starts a network with small weights, against
-            which its steps are large; a large constant gives its first layer back the size that it has for a narrow one.
+            which its steps are large; a large constant gives its first layer back the size it has for a narrow one.
             Chosen on Complete Journey 28 days earlier: with 1,073 columns churn falls from .847 to .832 with a one and
             is .847 with an 8.
         directions: columns of the graded block.
