@@ -86,7 +86,7 @@ ROWS: dict[str, tuple[tuple[str, ...], str]] = {
     "decayed, ridge 0.1": ((*_joined("decayed"), "stacking.config.ridge=0.1"), "stacking/stacked"),
     "decayed, summaries as labels": ((*_joined("decayed"), "stacking.config.summary_weight=1"), "stacking/stacked"),
     "decayed, rank 12": ((*_joined("decayed"), "stacking.config.rank=12"), "stacking/stacked"),
-    "decayed, faint detail": ((*_joined("decayed"), "stacking.config.detail=0.02"), "stacking/stacked"),
+    "decayed, faint detail": ((*_joined("decayed"), "profile.own=0.02"), "stacking/stacked"),
     "all four, stacking network": (
         ("model@stacking=stacking", "stacking.config.standardise=true"),
         "stacking/stacked",

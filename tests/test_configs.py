@@ -29,6 +29,7 @@ ENTRY = {
     "features": "features",
     "evaluation": "evaluation",
     "experiment": "experiment",
+    "profile": "profile",
 }
 
 
@@ -75,6 +76,7 @@ def differences(value: object, default: object, path: str = "") -> list[str]:
 def test_yaml_repeats_the_constructors_defaults() -> None:
     settings = read_settings(composed("~experiment"))
     objects = [settings.source, settings.aggregated, settings.decayed, settings.evaluation, settings.windows]
+    objects += [read_settings(composed("profile=blocks")).layout, settings.tastes]
     for model in (settings.contrastive, settings.multitask, settings.stacking):
         objects += [model.config, model.training]
     objects.append(read_settings(composed("~experiment", "model@stacking=reduced_rank")).stacking.config)

@@ -20,7 +20,7 @@ import pytest
 from support.runs import ALL_BLOCKS, NETWORK, SMALL, TINY, contents, run_tiny
 
 from ubp_fast.events.read import EventDirectory
-from ubp_fast.profiles import validate
+from ubp_fast.profiles import Profiles, validate
 
 SYNTHETIC = ("data=synthetic", "data.clients=200", "data.skus=60", "data.urls=80", ALL_BLOCKS)
 
@@ -54,7 +54,13 @@ def test_profiles_pass_the_organisers_rules(synthetic_run: Path) -> None:
     verdict = validate(synthetic_run / "profiles", events.relevant_clients)
     assert verdict.passed, verdict.problems
     profiles = verdict.require()
-    assert profiles.dim == 7
+    layout = Profiles.load(synthetic_run / "profiles").layout
+    assert layout is not None and layout.width == profiles.dim > 500
+    named = {block.name: block for block in layout.blocks}
+    assert list(named) == ["strong", "graded", "own", "tastes", "rhythm", "learned"]
+    assert len(named["strong"].columns) == 7 and named["strong"].columns[-1] == "constant"
+    assert (profiles.embeddings[:, 6] == 1).all()
+    assert "contrastive.0" in named["learned"].columns and "aggregated.product_buy_count_7d" in named["own"].columns
     assert np.unique(profiles.embeddings, axis=0).shape[0] > profiles.num_clients // 2, (
         "profiles must tell clients apart"
     )
@@ -95,14 +101,24 @@ def test_block_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_rich_features_reach_the_profile(synthetic_run: Path, tmp_path: Path) -> None:
-    code, run, _ = run_tiny(tmp_path, *SYNTHETIC, "features=rich", "stacking.config.detail=0.02", "stages=[profiles]")
+    code, run, _ = run_tiny(tmp_path, *SYNTHETIC, "features=rich", "stages=[profiles]")
     assert code == 0
     kinds = {path.name.split("-")[0] for path in (run / "stages" / "features").iterdir() if path.is_dir()}
-    assert kinds == {"static", "aggregated", "decayed", "rich"}
-    rich = np.load(run / "profiles" / "embeddings.npy")
-    plain = np.load(synthetic_run / "profiles" / "embeddings.npy")
-    assert len(rich) == len(plain) and rich.shape[1] > 1000
-    assert np.isfinite(rich).all()
+    assert kinds == {"static", "aggregated", "decayed", "rich", "rhythm", "tastes"}
+    rich, plain = (Profiles.load(directory / "profiles") for directory in (run, synthetic_run))
+    assert rich.num_clients == plain.num_clients and rich.dim > plain.dim
+    assert np.isfinite(rich.embeddings).all()
+    columns = next(block for block in rich.layout.blocks if block.name == "own").columns  # type: ignore[union-attr]
+    assert any(column.startswith("rich.") for column in columns)
+
+
+def test_blocks_are_left_out_by_their_scale(tmp_path: Path) -> None:
+    source = tuple(part for part in SYNTHETIC if part != ALL_BLOCKS)
+    none = [f"profile.{name}=0" for name in ("graded", "own", "tastes", "rhythm")]
+    code, run, _ = run_tiny(tmp_path, *source, *none, "stages=[profiles]")
+    assert code == 0
+    assert Profiles.load(run / "profiles").dim == 7
+    assert {path.name.split("-")[0] for path in (run / "stages" / "features").iterdir() if path.is_dir()} == {"decayed"}
 
 
 def test_submission_of_somebody_is_scored(synthetic_run: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from ubp_fast.events.sources.synthetic import Synthetic
 from ubp_fast.events.split import DAY_S
 from ubp_fast.features.history import Block, Column, History
 from ubp_fast.features.rich import RichConfig, rich_features
-from ubp_fast.features.rich.item_blocks import Conversions, Diversity, MeanCodes, Prices
+from ubp_fast.features.rich.item_blocks import Baskets, Conversions, Diversity, MeanCodes, Prices
 from ubp_fast.features.rich.propensity import BOUGHT_EDGES, LARGEST, Propensities
 from ubp_fast.features.rich.time_blocks import Activity, Calendar, Gaps
 from ubp_fast.store.build import build_store
@@ -81,6 +81,29 @@ def test_activity(events: EventDirectory, store: EventStore, kind: str) -> None:
         wanted["active_days_all"] = np.log1p(len(set((rows["timestamp_s"] // DAY_S).to_list())))
         for name, value in wanted.items():
             np.testing.assert_allclose(found[f"{kind}_{name}"][index], value, rtol=1e-9, err_msg=name)
+
+
+def test_baskets(events: EventDirectory, store: EventStore) -> None:
+    cutoff_s = store.cutoff_s - 5 * DAY_S
+    found = columns_of(Baskets(("product_buy",), (20,)), store, cutoff_s)
+    some_new = 0
+    for index, rows in enumerate(rows_of(events, store, "product_buy", cutoff_s)):
+        inside = rows.filter(pl.col("timestamp_s") >= cutoff_s - 20 * DAY_S)
+        for window, part in (("20d", inside), ("all", rows)):
+            baskets, spend = part["timestamp_s"].n_unique(), part["price"].sum() / 100
+            each = {"basket_size": len(part), "basket_spend": spend}
+            assert found[f"product_buy_baskets_{window}"][index] == np.log1p(baskets)
+            np.testing.assert_allclose(found[f"product_buy_spend_{window}"][index], np.log1p(spend))
+            for name, value in each.items():
+                wanted = np.log1p(value / baskets) if baskets else np.nan
+                np.testing.assert_allclose(found[f"product_buy_{name}_{window}"][index], wanted)
+        before = set(rows.filter(pl.col("timestamp_s") < cutoff_s - 20 * DAY_S)["sku"].to_list())
+        new = len(set(inside["sku"].to_list()) - before)
+        some_new += 0 < new < inside["sku"].n_unique()
+        assert found["product_buy_new_items_20d"][index] == np.log1p(new)
+        wanted = new / inside["sku"].n_unique() if len(inside) else np.nan
+        np.testing.assert_allclose(found["product_buy_new_share_20d"][index], wanted)
+    assert some_new
 
 
 @pytest.mark.parametrize("kind", ["add_to_cart", TIMELINE])

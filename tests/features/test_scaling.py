@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ubp_fast.features import scaling
 from ubp_fast.features.scaling import MinMaxScaler, moments
 
 VALUES = np.array([[0, 0.1, 3], [1, 0.1, 4], [9, 0.1, 8]], np.float32)
@@ -23,10 +24,11 @@ def test_scaler_equals_its_formula_also_on_other_data(tmp_path: Path) -> None:
     assert not scaler.transform(VALUES)[:, 1].any(), "a constant column becomes 0"
 
 
-def test_moments_are_those_of_the_whole() -> None:
+def test_moments_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(0).normal(5, [1, 100, 0], (1_000, 3)).astype(np.float32)
     for rows_at_once in (7, 1_000, 4_096):
-        mean, deviation = moments(values, rows_at_once)
+        monkeypatch.setattr(scaling, "ROWS_AT_ONCE", rows_at_once)
+        mean, deviation = moments(values)
         np.testing.assert_allclose(mean, values.mean(axis=0, dtype=np.float64), rtol=1e-12)
         np.testing.assert_allclose(deviation, values.std(axis=0, dtype=np.float64), rtol=1e-12, atol=1e-12)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ubp_fast.events.labels import LabelMatrix
-from ubp_fast.models import reduced_rank
+from ubp_fast.features import scaling
 from ubp_fast.models.reduced_rank import ReducedRankConfig, ReducedRankModel
 
 
@@ -31,7 +31,7 @@ def example(clients: int = 600) -> tuple[np.ndarray, dict[str, LabelMatrix | np.
 
 def test_directions_are_those_of_the_predictions() -> None:
     blocks, labels, _ = example()
-    config = ReducedRankConfig(rank=3, ridge=0.2, detail=0)
+    config = ReducedRankConfig(rank=3, ridge=0.2)
     profile = ReducedRankModel(config).fit([blocks], labels).transform(blocks)[:, :-1].astype(np.float64)
     deviation = blocks.std(axis=0, dtype=np.float64)
     inputs = (blocks - blocks.mean(axis=0, dtype=np.float64)) / np.where(deviation > 1e-6, deviation, np.inf)
@@ -50,7 +50,7 @@ def test_directions_are_those_of_the_predictions() -> None:
 
 def test_columns_have_variance_one_and_the_last_is_one() -> None:
     blocks, labels, causes = example()
-    profile = ReducedRankModel(ReducedRankConfig(rank=2, detail=0)).fit([blocks], labels).transform(blocks)
+    profile = ReducedRankModel(ReducedRankConfig(rank=2)).fit([blocks], labels).transform(blocks)
     assert profile.shape == (600, 3) and profile.dtype == np.float32
     assert profile[:, :2].std(axis=0) == pytest.approx(1.0, abs=1e-5)
     assert profile[:, :2].mean(axis=0) == pytest.approx(0.0, abs=1e-5)
@@ -96,39 +96,27 @@ def test_summary_columns_feel_less_of_the_penalty() -> None:
     assert chosen[0] / chosen[1] == pytest.approx(25 / 7 * plain[0] / plain[1], rel=0.1)
 
 
-def test_detail_is_the_standardised_blocks() -> None:
+def test_importance_is_the_part_in_the_predictions() -> None:
     blocks, labels, _ = example()
-    blocks[3, 5] = 1e6
-    profile = ReducedRankModel(ReducedRankConfig(rank=2, detail=0.1)).fit([blocks], labels).transform(blocks)
-    assert profile.shape == (600, 3 + 12)
-    detail = profile[:, 3:]
-    assert detail[:, :5].std(axis=0) == pytest.approx(0.1, abs=1e-6)
-    assert detail[3, 5] == pytest.approx(1.0), "at most 10 deviations"
-    assert (detail[:, 11] == 0).all(), "a constant column says nothing"
-    assert np.corrcoef(detail[:, 0], blocks[:, 0])[0, 1] == pytest.approx(1.0)
-
-
-def test_columns_that_matter_are_kept_when_there_is_no_room() -> None:
-    blocks, labels, _ = example()
-    profile = (
-        ReducedRankModel(ReducedRankConfig(rank=2, detail=0.02, max_width=5)).fit([blocks], labels).transform(blocks)
-    )
-    assert profile.shape == (600, 5)
-    for column in range(2):  # the two causes among twelve columns
-        assert np.corrcoef(profile[:, 3 + column], blocks[:, column])[0, 1] == pytest.approx(1.0)
+    model = ReducedRankModel(ReducedRankConfig(rank=8)).fit([blocks], labels)
+    assert set(np.argsort(-model.importance)[:2]) == {0, 1}, "the two causes among twelve columns"
+    assert model.importance.sum() == pytest.approx(2, rel=0.2), "the variance of both, columns being unrelated"
+    assert (np.diff(model.singular_values) < 0).all() and len(model.singular_values) == model.directions.shape[1]
+    # All lists count as one label of variance 1 each: what the directions carry adds up to both of them.
+    assert (model.singular_values**2).sum() == pytest.approx(2, rel=0.05)
 
 
 def test_rows_at_once_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks, labels, _ = example()
     whole = ReducedRankModel(ReducedRankConfig()).fit([blocks], labels).transform(blocks)
-    monkeypatch.setattr(reduced_rank, "ROWS_AT_ONCE", 77)
+    monkeypatch.setattr(scaling, "ROWS_AT_ONCE", 77)
     parts = ReducedRankModel(ReducedRankConfig()).fit([blocks], labels).transform(blocks)
     np.testing.assert_allclose(parts, whole, atol=1e-4)
 
 
 def test_rows_may_be_made_when_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole blocks were joined in memory once, several times over."""
-    monkeypatch.setattr(reduced_rank, "ROWS_AT_ONCE", 128)
+    monkeypatch.setattr(scaling, "ROWS_AT_ONCE", 128)
     blocks, labels, _ = example()
 
     class Lazy:
@@ -147,7 +135,7 @@ def test_rows_may_be_made_when_they_are_asked_for(monkeypatch: pytest.MonkeyPatc
 
 def test_scale_and_order_of_columns_do_not_matter() -> None:
     blocks, labels, _ = example()
-    config = ReducedRankConfig(rank=2, detail=0)
+    config = ReducedRankConfig(rank=2)
     before = ReducedRankModel(config).fit([blocks], labels).transform(blocks)
     changed = blocks[:, ::-1] * np.float32(8) - 3
     np.testing.assert_allclose(ReducedRankModel(config).fit([changed], labels).transform(changed), before, atol=1e-3)
@@ -163,7 +151,7 @@ def test_saved_model_gives_the_same_profiles(tmp_path: Path) -> None:
 
 def test_fewer_causes_than_asked_for_give_fewer_columns() -> None:
     blocks, labels, _ = example()
-    model = ReducedRankModel(ReducedRankConfig(rank=8, detail=0)).fit([blocks], {"churn": labels["churn"]})
+    model = ReducedRankModel(ReducedRankConfig(rank=8)).fit([blocks], {"churn": labels["churn"]})
     assert model.transform(blocks).shape == (600, 2)
 
 
@@ -190,10 +178,6 @@ def test_bad_constants_are_refused() -> None:
         ReducedRankConfig(ridge=0.0)
     with pytest.raises(ValueError, match="summary_weight must be > 0, got 0"):
         ReducedRankConfig(summary_weight=0.0)
-    with pytest.raises(ValueError, match="detail must be >= 0, got -1"):
-        ReducedRankConfig(detail=-1.0)
-    with pytest.raises(ValueError, match="max_width must be > rank 8, got 8"):
-        ReducedRankConfig(rank=8, max_width=8)
     blocks, labels, _ = example()
     with pytest.raises(ValueError, match="12 columns of the fit, got 3"):
         ReducedRankModel(ReducedRankConfig()).fit([blocks], labels).transform(blocks[:, :3])

@@ -28,6 +28,7 @@ TINY = (
     "evaluation.tasks=[churn]",
     "evaluation.epochs=1",
     "compute.threads=1",
+    "profile=blocks",
 )
 
 # Everything that can be joined, where the demo joins decayed counts only.

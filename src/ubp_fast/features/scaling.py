@@ -1,7 +1,8 @@
-"""Statistics of columns: `moments`, a few rows at a time, and `MinMaxScaler`, fitted once for every cutoff."""
+"""Scales of columns: `moments` and `standardised`, a few rows at a time; `MinMaxScaler`, fitted once for all."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,6 +10,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from ubp_fast.files import load_array, write_array
+
+ROWS_AT_ONCE = 4_096
+SMALLEST_DEVIATION = 1e-6
 
 
 class Rows(Protocol):
@@ -22,9 +26,9 @@ class Rows(Protocol):
     def __getitem__(self, chosen: Any, /) -> np.ndarray: ...
 
 
-def moments(values: Rows, rows_at_once: int = 4_096) -> tuple[np.ndarray, np.ndarray]:
+def moments(values: Rows) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of every column, float64 [F] each; not finite where a value is not."""
-    parts = [slice(start, start + rows_at_once) for start in range(0, len(values), rows_at_once)]
+    parts = [slice(start, start + ROWS_AT_ONCE) for start in range(0, len(values), ROWS_AT_ONCE)]
     total, squares = np.zeros((2, values.shape[1]))
     for part in parts:
         total += values[part].sum(axis=0, dtype=np.float64)
@@ -34,6 +38,16 @@ def moments(values: Rows, rows_at_once: int = 4_096) -> tuple[np.ndarray, np.nda
         difference *= difference
         squares += difference.sum(axis=0)
     return mean, np.sqrt(squares / len(values))
+
+
+def standardised(values: Rows, mean: np.ndarray, deviation: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Rows of `values` and, float64, their columns with mean 0 and deviation 1; what hardly varies becomes 0."""
+    scale = np.where(deviation > SMALLEST_DEVIATION, 1.0 / np.maximum(deviation, SMALLEST_DEVIATION), 0.0)
+    for start in range(0, len(values), ROWS_AT_ONCE):
+        part = slice(start, start + ROWS_AT_ONCE)
+        inputs = values[part] - mean
+        inputs *= scale
+        yield part, inputs
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,10 @@
 """Reduced-rank regression: the few directions of a client's blocks that say most about what comes next.
 
     X = weight * standardised(blocks),   C = argmin |X C - labels|^2 + ridge |C|^2      (every label its own regression)
-    profile = [left singular vectors of the scaled X C, each with variance 1 | 1 | detail * standardised(blocks)]
+    profile = [left singular vectors of the scaled X C, each with variance 1 | 1]
 
 Many labels are predicted by few common causes; the first singular vectors of all predictions are these causes in the
-order of their weight. Closed form, seconds, no random numbers: joined blocks [B, F] -> profile float32
-[B, rank + 1 + F], at most `max_width` wide.
+order of their weight. Closed form, seconds, no random numbers: joined blocks [B, F] -> profile float32 [B, rank + 1].
 
 Columns are standardised among the clients of one cutoff, while fitting and afterwards: histories grow and seasons
 change, so a count or an age of the later cutoff lies elsewhere than where the regression has learned; a client's place
@@ -15,15 +14,14 @@ Why so few strong columns: on a few thousand clients the organisers' fixed netwo
 them moves every weight by about the learning rate. What all labels have in common is learned first and overwrites the
 rest; what a further direction adds grows with the square of its share in a client's vector, so each column more slows
 the others down. The column of ones lets the network reach the base rates of the labels without spending its hidden
-layers on it. Faint detail keeps everything for readers that have more data or scale their inputs; a thousand such
-columns can cost some score there.
+layers on it.
 
 Source: Izenman, Reduced-rank regression for the multivariate linear model, 1975; the rest is ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,12 +30,8 @@ from safetensors.numpy import load_file, save_file
 
 from ubp_fast.events.labels import LabelMatrix
 from ubp_fast.events.schema import DataError
-from ubp_fast.features.scaling import Rows, moments
+from ubp_fast.features.scaling import ROWS_AT_ONCE, SMALLEST_DEVIATION, Rows, moments, standardised
 from ubp_fast.files import write_atomically
-
-SMALLEST_DEVIATION = 1e-6
-LARGEST_DETAIL = 10.0  # deviations; a rare feature must not become the strongest of a client
-ROWS_AT_ONCE = 4_096
 
 
 @dataclass(frozen=True)
@@ -51,17 +45,12 @@ class ReducedRankConfig:
             the last one of Complete Journey, where 3 to 10 do equally well and 0.1 costs about .01 AUROC.
         summary_weight: how many times as large columns become that sum a client up (activity, recency) instead of
             counting one label; the penalty hardly touches them then.
-        detail: deviation of the blocks' own columns in the profile; 0 leaves them out.
-        max_width: columns of the profile; the blocks' columns with the largest part in the directions are kept.
-            Source: the organisers' limit.
     """
 
     rank: int = 6
     labels: tuple[str, ...] = ("churn", "buy_sku", "buy_category", "buy_price")
     ridge: float = 3.0
     summary_weight: float = 3.0
-    detail: float = 0.0
-    max_width: int = 2048
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -70,10 +59,6 @@ class ReducedRankConfig:
             raise ValueError(f"ReducedRankConfig: ridge must be > 0, got {self.ridge}")
         if not self.summary_weight > 0:
             raise ValueError(f"ReducedRankConfig: summary_weight must be > 0, got {self.summary_weight}")
-        if not self.detail >= 0:
-            raise ValueError(f"ReducedRankConfig: detail must be >= 0, got {self.detail}")
-        if self.max_width <= self.rank:
-            raise ValueError(f"ReducedRankConfig: max_width must be > rank {self.rank}, got {self.max_width}")
 
 
 class ReducedRankModel:
@@ -81,11 +66,13 @@ class ReducedRankModel:
 
     Attributes:
         directions: float64 [F, R] of the standardised columns, R <= rank (fewer when the labels have fewer causes).
+        singular_values: float64 [R], descending: how much of all predictions each direction carries.
     """
 
     def __init__(self, config: ReducedRankConfig) -> None:
         self.config = config
         self.directions = np.zeros((0, 0))
+        self.singular_values = np.zeros(0)
 
     def fit(
         self,
@@ -111,7 +98,7 @@ class ReducedRankModel:
         products = {name: np.zeros((width, _width(labels[name]))) for name in sorted(labels)}
         first = 0
         for values, statistics in zip(blocks, of_cutoffs, strict=True):
-            for part, inputs in _standardised(values, *statistics):
+            for part, inputs in standardised(values, *statistics):
                 inputs *= weight
                 gram += inputs.T @ inputs / num_rows
                 rows = slice(first + part.start, first + part.start + len(inputs))
@@ -120,52 +107,41 @@ class ReducedRankModel:
             first += len(values)
         penalised = gram + self.config.ridge * np.eye(len(gram))
         coefficients = [_weighted(np.linalg.solve(penalised, product), gram) for product in products.values()]
-        self.directions = weight[:, None] * _leading(np.concatenate(coefficients, axis=1), gram, self.config.rank)
+        directions, self.singular_values = _leading(np.concatenate(coefficients, axis=1), gram, self.config.rank)
+        self.directions = weight[:, None] * directions
         return self
 
     def transform(self, blocks: Rows) -> np.ndarray:
-        """Profiles float32 of all clients of one cutoff, blocks float [N, F].
+        """Directions and a one, float32 [N, R + 1], of all clients of one cutoff, blocks float [N, F].
 
-        Returns:
-            R directions, a one, F columns of detail (none when it is 0). A row depends on the other rows only through
-            the mean and deviation of their columns.
+        A row depends on the other rows only through the mean and deviation of their columns.
         """
         if blocks.shape[1] != len(self.directions):
             raise ValueError(
                 f"ReducedRankModel: blocks must have the {len(self.directions)} columns of the fit,"
                 f" got {blocks.shape[1]}"
             )
-        profiles = np.empty((len(blocks), self.width), np.float32)
-        rank = self.directions.shape[1]
-        for part, inputs in _standardised(blocks, *moments(blocks, ROWS_AT_ONCE)):
-            profiles[part, :rank] = inputs @ self.directions
-            profiles[part, rank] = 1.0
-            detail = inputs[:, self._detailed].clip(-LARGEST_DETAIL, LARGEST_DETAIL)
-            profiles[part, rank + 1 :] = self.config.detail * detail
+        profiles = np.ones((len(blocks), self.directions.shape[1] + 1), np.float32)
+        for part, inputs in standardised(blocks, *moments(blocks)):
+            profiles[part, :-1] = inputs @ self.directions
         return profiles
 
     @property
-    def width(self) -> int:
-        """Columns of a profile."""
-        return self.directions.shape[1] + 1 + len(self._detailed)
-
-    @property
-    def _detailed(self) -> np.ndarray:
-        """Columns of the blocks that the profile repeats, ascending."""
-        room = self.config.max_width - self.directions.shape[1] - 1 if self.config.detail else 0
-        part = (self.directions**2).sum(axis=1)
-        return np.sort(np.argsort(-part, kind="stable")[:room])
+    def importance(self) -> np.ndarray:
+        """Float64 [F]: the part of each standardised column in all predictions."""
+        return ((self.directions * self.singular_values) ** 2).sum(axis=1)
 
     def save(self, path: Path) -> None:
         """Writes the fitted arrays as safetensors."""
-        arrays = {"directions": np.ascontiguousarray(self.directions)}
+        arrays = {"directions": np.ascontiguousarray(self.directions), "singular_values": self.singular_values}
         write_atomically(path, lambda file: save_file(arrays, file))
 
     @classmethod
     def load(cls, path: Path, config: ReducedRankConfig) -> ReducedRankModel:
         """Reads what `save` wrote."""
         model = cls(config)
-        model.directions = load_file(path)["directions"]
+        arrays = load_file(path)
+        model.directions, model.singular_values = arrays["directions"], arrays["singular_values"]
         return model
 
 
@@ -181,12 +157,12 @@ def _checked(
         rows = label.num_rows if isinstance(label, LabelMatrix) else len(label)
         if rows != num_rows:
             raise ValueError(f"ReducedRankModel: {name} must have {num_rows} rows, got {rows}")
-    of_cutoffs = [moments(values, ROWS_AT_ONCE) for values in blocks]
+    of_cutoffs = [moments(values) for values in blocks]
     for cutoff, (values, (mean, _)) in enumerate(zip(blocks, of_cutoffs, strict=True)):
         if not np.isfinite(mean).all():
             row, column = next(
                 (int(row) + start, int(column))
-                for start in range(0, len(values), ROWS_AT_ONCE)
+                for start in range(0, len(values))
                 for row, column in np.argwhere(~np.isfinite(values[start : start + ROWS_AT_ONCE]))
             )
             raise ValueError(
@@ -194,16 +170,6 @@ def _checked(
                 f" of cutoff {cutoff}"
             )
     return of_cutoffs
-
-
-def _standardised(values: Rows, mean: np.ndarray, deviation: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """Rows of `values` and, float64, their columns with mean 0 and deviation 1 among all rows; constants become 0."""
-    scale = np.where(deviation > SMALLEST_DEVIATION, 1.0 / np.maximum(deviation, SMALLEST_DEVIATION), 0.0)
-    for start in range(0, len(values), ROWS_AT_ONCE):
-        part = slice(start, start + ROWS_AT_ONCE)
-        inputs = values[part] - mean
-        inputs *= scale
-        yield part, inputs
 
 
 def _width(label: LabelMatrix | np.ndarray) -> int:
@@ -225,8 +191,8 @@ def _weighted(coefficients: np.ndarray, gram: np.ndarray) -> np.ndarray:
     return coefficients * scale * max(int(is_predicted.sum()), 1) ** -0.5
 
 
-def _leading(coefficients: np.ndarray, gram: np.ndarray, rank: int) -> np.ndarray:
-    """Directions [F, R] of the leading singular vectors of inputs @ coefficients, each of variance 1."""
+def _leading(coefficients: np.ndarray, gram: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """Directions [F, R] of the leading singular vectors of inputs @ coefficients, variance 1; their values [R]."""
     covariance = coefficients.T @ gram @ coefficients
     variance, vectors = np.linalg.eigh(covariance)
     leading = np.argsort(-variance, kind="stable")[:rank]
@@ -236,4 +202,5 @@ def _leading(coefficients: np.ndarray, gram: np.ndarray, rank: int) -> np.ndarra
     chosen = vectors[:, leading]
     # A singular vector has no sign of its own: its largest entry is made positive.
     chosen = chosen * np.sign(chosen[np.abs(chosen).argmax(axis=0), np.arange(len(leading))])
-    return coefficients @ (chosen / np.sqrt(variance[leading]))
+    values = np.sqrt(variance[leading])
+    return coefficients @ (chosen / values), values

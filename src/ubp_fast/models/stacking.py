@@ -96,12 +96,15 @@ class JoinedBlocks:
             rows in the same client order. Row i of the result is client i % U at cutoff i // U.
         is_count: per block, take log1p and divide each row by its Euclidean length (rows of zeros stay zeros);
             docs/winner.md 5.
+        unit_length: False takes the logarithm alone.
 
     Raises:
         ValueError: no block, or different numbers of rows.
     """
 
-    def __init__(self, cutoffs: Sequence[Sequence[np.ndarray | Features]], is_count: Sequence[bool]) -> None:
+    def __init__(
+        self, cutoffs: Sequence[Sequence[np.ndarray | Features]], is_count: Sequence[bool], unit_length: bool = True
+    ) -> None:
         if not cutoffs or not cutoffs[0] or any(len(blocks) != len(is_count) for blocks in cutoffs):
             raise ValueError(
                 f"JoinedBlocks: blocks must be given with one flag each, got {[len(blocks) for blocks in cutoffs]} and"
@@ -110,7 +113,7 @@ class JoinedBlocks:
         rows = [block.shape[0] for blocks in cutoffs for block in blocks]
         if len(set(rows)) != 1:
             raise ValueError(f"JoinedBlocks: blocks must have equal rows, got {rows}")
-        self._cutoffs, self._is_count = cutoffs, is_count
+        self._cutoffs, self._is_count, self._unit_length = cutoffs, is_count, unit_length
         self._num_clients = rows[0]
         self.shape = (len(cutoffs) * rows[0], sum(block.shape[1] for block in cutoffs[0]))
 
@@ -134,6 +137,7 @@ class JoinedBlocks:
             values = np.asarray(block[rows], np.float32) if isinstance(block, np.ndarray) else block.rows(rows)
             if is_count:
                 values = np.log1p(values)
+            if is_count and self._unit_length:
                 length = np.linalg.norm(values, axis=1, keepdims=True)
                 values = values / np.where(length > 0, length, 1.0)
             joined.append(values)

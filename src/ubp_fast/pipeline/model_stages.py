@@ -1,11 +1,13 @@
 """The stages that train: contrastive and multi-task models on past cutoffs, the stacking model on later ones.
 
-Each writes its model and losses into `training/`, its vectors at every later cutoff, and profiles at the last one.
+Each writes its model and losses into `training/`, its vectors at every later cutoff, and profiles at the last one. The
+stacking stage lays the profile's blocks side by side.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from ubp_fast.models.stacking import JoinedBlocks, StackingModel
 from ubp_fast.models.training import embed, fit, initialise
 from ubp_fast.pipeline.settings import Settings
 from ubp_fast.profiles import Profiles
+from ubp_fast.profiles.blocks import Part, compose
 from ubp_fast.progress import Progress
 from ubp_fast.sequences import ViewLoader, Views, age_quantiles_days, training_cutoffs, views_at, window_labels
 from ubp_fast.store.event_store import EventStore
@@ -34,6 +37,9 @@ TRAINING = "training"
 INFERENCE_BATCH = 512
 MODELS = ("contrastive", "multitask")
 Inputs = Mapping[str, Path]
+OWN_BLOCKS = ("aggregated", "decayed", "static")
+# Falls slower than the singular values, for distances in which the first directions are not alone.
+GRADING = 0.75
 
 
 def make_contrastive(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
@@ -101,21 +107,97 @@ def make_multitask(settings: Settings, inputs: Inputs, directory: Path, progress
 
 
 def make_stacking(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
-    """Joins all blocks at later cutoffs than its parts learned from; what comes out are the final profiles."""
+    """Joins all blocks at later cutoffs than its parts learned from, and composes the final profiles."""
     store = EventStore.open(inputs["store"])
     config = settings.stacking.config
     _, cutoffs = cutoffs_of(store, settings)
     views = views_at(store, cutoffs)
     labels = _labels(store, views, inputs["features"], config.labels)
     if isinstance(config, ReducedRankConfig):
-        is_summary = _is_summary(inputs, store.cutoff_s, settings)
+        is_summary = _is_summary(inputs, settings.stacking_blocks, store.cutoff_s)
         model = ReducedRankModel(config)
         model.fit([_joined(inputs, [cutoff_s], settings) for cutoff_s in cutoffs], labels, is_summary)
         model.save(directory / "reduced_rank.safetensors")
         vectors = model.transform(_joined(inputs, [store.cutoff_s], settings))
+        vectors[:, -1] = settings.layout.constant
+        columns = [*(f"direction_{column}" for column in range(vectors.shape[1] - 1)), "constant"]
     else:
         vectors = _train_stacking(settings, store, inputs, labels, views, directory, progress)
-    _profiles(store, vectors).save(directory / "stacked")
+        columns = [f"activation_{column}" for column in range(vectors.shape[1])]
+    source = f"{', '.join(settings.stacking_blocks)}; labels of {len(cutoffs)} past windows"
+    strong = Part("strong", vectors, columns, None, "what says most about the next two weeks", source)
+    parts = [
+        strong,
+        *_own(settings, store, inputs, labels, cutoffs, directory),
+        *_as_they_are(settings, store, inputs),
+    ]
+    halves, layout = compose(parts, settings.layout.max_width)
+    Profiles(store.client_ids[store.is_relevant], halves, layout).save(directory / "stacked")
+
+
+def own_blocks(settings: Settings) -> tuple[str, ...]:
+    """Features that the profile holds themselves, and that its graded directions are made of."""
+    if not settings.layout.own and not settings.layout.graded:
+        return ()
+    return OWN_BLOCKS if settings.rich is None else (*OWN_BLOCKS, "rich")
+
+
+def _own(
+    settings: Settings,
+    store: EventStore,
+    inputs: Inputs,
+    labels: dict[str, Any],
+    cutoffs: Sequence[int],
+    directory: Path,
+) -> list[Part]:
+    """Graded directions of all features, and these features."""
+    names, layout = own_blocks(settings), settings.layout
+    if not names:
+        return []
+
+    def joined(cutoff_s: int) -> JoinedBlocks:
+        blocks = [_block(inputs, name, cutoff_s) for name in names]
+        return JoinedBlocks([blocks], [name == "aggregated" for name in names], unit_length=False)
+
+    stacking = settings.stacking.config
+    if not isinstance(stacking, ReducedRankConfig):
+        stacking = ReducedRankConfig(labels=stacking.labels)
+    model = ReducedRankModel(replace(stacking, rank=layout.directions))
+    model.fit([joined(cutoff_s) for cutoff_s in cutoffs], labels, _is_summary(inputs, names, store.cutoff_s))
+    model.save(directory / "graded.safetensors")
+    features, parts = joined(store.cutoff_s), []
+    if layout.graded:
+        directions = model.transform(features)[:, :-1]
+        share = model.singular_values / model.singular_values[0]
+        columns = [f"direction_{column}" for column in range(directions.shape[1])]
+        source = f"{', '.join(names)}; labels of {len(cutoffs)} past windows"
+        scale = tuple((layout.graded * share**GRADING).tolist())
+        parts.append(Part("graded", directions, columns, scale, "what says most next, as large as it says", source))
+    if layout.own:
+        columns = [f"{name}.{column}" for name in names for column in _names(inputs, name, store.cutoff_s)]
+        parts.append(Part("own", features, columns, layout.own, "the features", ", ".join(names), model.importance))
+    return parts
+
+
+def _as_they_are(settings: Settings, store: EventStore, inputs: Inputs) -> list[Part]:
+    """Tastes, rhythm and the vectors of trained models."""
+    what = {
+        "tastes": ("factors of all items", "decayed counts of every item"),
+        "rhythm": ("when, how often, how much at once, at what price, how much of it new", "times, items and prices"),
+    }
+    parts = []
+    for name, (text, source) in what.items():
+        if getattr(settings.layout, name):
+            values = JoinedBlocks([[_block(inputs, name, store.cutoff_s)]], [False])
+            columns = _names(inputs, name, store.cutoff_s)
+            parts.append(Part(name, values, columns, getattr(settings.layout, name), text, source))
+    models = [name for name in settings.stacking_blocks if name in MODELS]
+    if models and settings.layout.learned:
+        values = JoinedBlocks([[_block(inputs, name, store.cutoff_s) for name in models]], [False] * len(models))
+        columns = [f"{name}.{column}" for name in models for column in _names(inputs, name, store.cutoff_s)]
+        text = "vectors of the trained models"
+        parts.append(Part("learned", values, columns, settings.layout.learned, text, ", ".join(models)))
+    return parts
 
 
 def _train_stacking(
@@ -215,11 +297,16 @@ def _block(inputs: Inputs, name: str, cutoff_s: int) -> np.ndarray | Features:
     return load_features(inputs["features"] / f"{name}-{cutoff_s}")
 
 
-def _is_summary(inputs: Inputs, cutoff_s: int, settings: Settings) -> np.ndarray:
-    """Bool [F], columns of `_joined` that sum a client up instead of counting one label."""
+def _names(inputs: Inputs, name: str, cutoff_s: int) -> list[str]:
+    """Names of a block's columns; a model's vectors are numbered."""
+    block = _block(inputs, name, cutoff_s)
+    return list(map(str, range(block.shape[1]))) if isinstance(block, np.ndarray) else list(block.names)
+
+
+def _is_summary(inputs: Inputs, blocks: Sequence[str], cutoff_s: int) -> np.ndarray:
+    """Bool [F], columns of some blocks side by side that sum a client up instead of counting one label."""
     found = []
-    for name in settings.stacking_blocks:
-        block = _block(inputs, name, cutoff_s)
-        names = getattr(block, "names", ()) if name == "decayed" else (OF_LABEL,) * block.shape[1]
-        found += [OF_LABEL not in column for column in names]
+    for name in blocks:
+        columns = _names(inputs, name, cutoff_s)
+        found += [name == "static" or (name == "decayed" and OF_LABEL not in column) for column in columns]
     return np.array(found)

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ubp_fast.events.schema import UserError
 from ubp_fast.pipeline.cache import digest, file_digest
+from ubp_fast.profiles.blocks import LayoutConfig
 
 COMPONENTS = ("stacked", "contrastive", "multitask", "features", "profile_features", "baseline_log1p", "baseline_raw")
 DEFAULT_COMPONENTS = ("stacked", "baseline_log1p")
@@ -61,6 +62,7 @@ class Settings:
         source: where events come from, with `prepare(directory, progress)`.
         stages: names of the stages that were asked for, or None for all.
         rich: the rich feature set, None without one.
+        layout: scales of the profile's blocks.
         stacking_blocks: what the stacking model joins, in this order.
         components: what is scored, some of `COMPONENTS` in their order.
     """
@@ -76,6 +78,9 @@ class Settings:
     aggregated: Any
     decayed: Any
     rich: Any
+    rhythm: Any
+    tastes: Any
+    layout: LayoutConfig
     contrastive: ModelSettings
     multitask: ModelSettings
     stacking: ModelSettings
@@ -131,6 +136,9 @@ def read_settings(config: DictConfig) -> Settings:
         aggregated=_make(plain["features"]["aggregated"]),
         decayed=_make(plain["features"]["decayed"]),
         rich=_make(plain["features"].get("rich")),
+        rhythm=_make(plain["features"]["rhythm"]),
+        tastes=_make(plain["features"]["tastes"]),
+        layout=_make(plain["profile"]),
         contrastive=_model(plain["contrastive"]),
         multitask=_model(plain["multitask"]),
         stacking=_model(plain["stacking"]),

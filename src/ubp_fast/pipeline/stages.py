@@ -25,6 +25,7 @@ from ubp_fast.features.matrix import Features, load_features
 from ubp_fast.features.organisers import CountsConfig, count_features_once
 from ubp_fast.features.rich import rich_features
 from ubp_fast.features.static import static_features
+from ubp_fast.features.tastes import taste_features
 from ubp_fast.features.writing import in_client_blocks
 from ubp_fast.files import write_json
 from ubp_fast.pipeline.model_stages import (
@@ -36,6 +37,7 @@ from ubp_fast.pipeline.model_stages import (
     make_contrastive,
     make_multitask,
     make_stacking,
+    own_blocks,
 )
 from ubp_fast.pipeline.settings import Settings
 from ubp_fast.profiles import Profiles, validate
@@ -93,7 +95,8 @@ def plan(settings: Settings) -> list[Stage]:
         scored = ("submission", *(name for name in settings.components if name in BASELINES))
         return [events, baselines, *_scores(settings, scored)]
     common = settings.part("seed", "windows")
-    features = settings.part("windows", "features") | {"sets": _feature_sets(settings)}
+    sets = _feature_sets(settings) + _profile_sets(settings)
+    features = settings.part("windows", "features") | {"sets": sets, "multitask": "multitask" in _trained(settings)}
     joined = tuple(name for name in MODELS if name in settings.stacking_blocks)
     stages = [
         events,
@@ -107,7 +110,7 @@ def plan(settings: Settings) -> list[Stage]:
         Stage(
             "stacking",
             ("store", "features", *joined),
-            common | settings.part("stacking"),
+            common | settings.part("stacking", "profile"),
             make_stacking,
             30 if settings.stacking.training is not None else 1,
             (TRAINING,),
@@ -126,9 +129,16 @@ def _trained(settings: Settings) -> tuple[str, ...]:
 
 
 def _feature_sets(settings: Settings) -> list[str]:
-    """Features that a model of the run looks at."""
-    of_stacking = [name for name in settings.stacking_blocks if name not in MODELS]
-    return ["static", *of_stacking] if "multitask" in _trained(settings) else of_stacking
+    """Features that the stacking model, the graded directions or a trained model look at."""
+    looked_at = {*settings.stacking_blocks, *own_blocks(settings)}
+    if "multitask" in _trained(settings):
+        looked_at.add("static")
+    return [name for name in ("static", "aggregated", "decayed", "rich") if name in looked_at]
+
+
+def _profile_sets(settings: Settings) -> list[str]:
+    """Features that no model looks at: the profile takes them as they are."""
+    return [name for name in ("tastes", "rhythm") if getattr(settings.layout, name)]
 
 
 def _scores(settings: Settings, components: Sequence[str]) -> list[Stage]:
@@ -174,12 +184,14 @@ def make_features(settings: Settings, inputs: Inputs, directory: Path, progress:
         np.save(directory / f"popularity_{name}.npy", popularity)
     model, stacking = cutoffs_of(store, settings)
     make = _feature_makers(settings, store, lists)
+    of_multitask = model if "multitask" in _trained(settings) else ()
     wanted = [
         (name, cutoff_s)
-        for cutoff_s in (*model, *stacking, store.cutoff_s)
+        for cutoff_s in (*of_multitask, *stacking, store.cutoff_s)
         for name in _feature_sets(settings)
         if name == "static" or cutoff_s not in model
     ]
+    wanted += [(name, store.cutoff_s) for name in _profile_sets(settings)]
     for done, (name, cutoff_s) in enumerate(wanted):
         make[name](store, cutoff_s, directory=directory / f"{name}-{cutoff_s}")
         progress(done + 1, len(wanted))
@@ -192,6 +204,8 @@ def _feature_makers(settings: Settings, store: EventStore, lists: LabelLists) ->
         "aggregated": partial(aggregated_features, config=settings.aggregated, lists_cutoff_s=store.cutoff_s),
         "decayed": partial(decayed_features, lists=lists, config=settings.decayed),
         "rich": partial(rich_features, lists=lists, config=settings.rich),
+        "tastes": partial(taste_features, config=settings.tastes),
+        "rhythm": partial(rich_features, lists=lists, config=settings.rhythm),
     }
 
 

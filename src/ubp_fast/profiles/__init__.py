@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ubp_fast.profiles.matrix import MAX_DIM, Profiles
+from ubp_fast.profiles.blocks import MAX_DIM, Layout
+from ubp_fast.profiles.matrix import Profiles
 from ubp_fast.profiles.validator import Problem, Validation, validate
 
-__all__ = ["MAX_DIM", "Problem", "Profiles", "Validation", "validate"]
+__all__ = ["MAX_DIM", "Layout", "Problem", "Profiles", "Validation", "validate"]

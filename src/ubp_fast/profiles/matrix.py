@@ -1,24 +1,28 @@
-"""One vector per client: align, save and load.
+"""One vector per client: align, select blocks, save and load.
 
 Files of a profile directory, as in a submission to the challenge:
 
     client_ids.npy   i64 [U]
     embeddings.npy   float16 [U, D] (float32 for vectors that are only passed on), row i belongs to client_ids[i]
+    profile.json     what the columns are, see `ubp_fast.profiles.blocks`; none beside the vectors of others
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from ubp_fast.events.read import read_array
-from ubp_fast.events.schema import DataError
-from ubp_fast.files import write_array
+from ubp_fast.events.schema import DataError, UserError
+from ubp_fast.files import load_json, write_array, write_json
+from ubp_fast.profiles.blocks import MAX_DIM, Layout
 
-MAX_DIM = 2048
-IDS_FILE, EMBEDDINGS_FILE = "client_ids.npy", "embeddings.npy"
+__all__ = ["MAX_DIM", "Profiles"]
+
+IDS_FILE, EMBEDDINGS_FILE, LAYOUT_FILE = "client_ids.npy", "embeddings.npy", "profile.json"
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 _DTYPES = (np.dtype(np.float16), np.dtype(np.float32))
 # Rows that are looked at at once: keeps the temporary copies of a 1 M x 2048 matrix small.
@@ -32,10 +36,12 @@ class Profiles:
     Attributes:
         client_ids: i64 [U], row order of the vectors.
         embeddings: float16 or float32 [U, D].
+        layout: what the D columns are, where that is known.
     """
 
     client_ids: np.ndarray
     embeddings: np.ndarray
+    layout: Layout | None = None
 
     def __post_init__(self) -> None:
         ids, vectors = self.client_ids, self.embeddings
@@ -47,6 +53,10 @@ class Profiles:
             )
         if len(ids) != len(vectors):
             raise ValueError(f"Profiles: embeddings must have {len(ids)} rows like client_ids, got {len(vectors)}")
+        if self.layout is not None and self.layout.width != vectors.shape[1]:
+            raise ValueError(
+                f"Profiles: embeddings must have the {self.layout.width} columns of the layout, got {vectors.shape[1]}"
+            )
 
     @property
     def num_clients(self) -> int:
@@ -84,7 +94,22 @@ class Profiles:
         """The profiles of these clients in this order; see `rows_of` for errors."""
         if np.array_equal(client_ids, self.client_ids):
             return self
-        return Profiles(np.asarray(client_ids, np.int64), self.embeddings[self.rows_of(client_ids)])
+        rows = self.rows_of(client_ids)
+        return replace(self, client_ids=np.asarray(client_ids, np.int64), embeddings=self.embeddings[rows])
+
+    def select(self, *blocks: str) -> Profiles:
+        """The columns of some blocks alone, in the profile's order.
+
+        Args:
+            blocks: names, such as "scores"; `layout.blocks` lists them.
+
+        Raises:
+            UserError: no such block, no name at all, or a profile whose blocks are not known.
+        """
+        if self.layout is None:
+            raise UserError(f"profiles: {LAYOUT_FILE} must be there to select blocks, got vectors without it")
+        columns = self.layout.columns_of(*blocks)
+        return Profiles(self.client_ids, self.embeddings[:, columns], self.layout.select(*blocks))
 
     def to_float16(self) -> Profiles:
         """The same in the dtype of a submission.
@@ -107,10 +132,10 @@ class Profiles:
                     f" {block[row, column]} in row {start + row} (client {self.client_ids[start + row]}) and"
                     f" {int(bad.sum())} such values near it; scale the column, for example with log1p"
                 )
-        return Profiles(self.client_ids, halves)
+        return replace(self, embeddings=halves)
 
     def save(self, directory: Path, dtype: str = "float16") -> None:
-        """Writes both files; each appears complete or not at all, and values are checked before anything is written.
+        """Writes the files; each appears complete or not at all, and values are checked before anything is written.
 
         Args:
             directory: created when needed.
@@ -136,17 +161,32 @@ class Profiles:
         directory.mkdir(parents=True, exist_ok=True)
         for name, array in ((IDS_FILE, self.client_ids), (EMBEDDINGS_FILE, vectors)):
             write_array(directory / name, array)
+        if self.layout is not None:
+            write_json(directory / LAYOUT_FILE, self.layout.to_json())
+        else:
+            (directory / LAYOUT_FILE).unlink(missing_ok=True)
 
     @classmethod
     def load(cls, directory: Path | str) -> Profiles:
         """Reads what `save` wrote, or anybody's submission; run `validate` first on files of others.
 
         Raises:
-            DataError: a file is missing or no array of the right dtype and shape.
+            DataError: a file is missing or no array of the right dtype and shape, or profile.json is about others.
         """
         directory = Path(directory)
         ids, vectors = (read_array(directory / name) for name in (IDS_FILE, EMBEDDINGS_FILE))
         try:
-            return cls(ids, vectors)
+            return cls(ids, vectors, _layout(directory / LAYOUT_FILE))
+        except DataError:
+            raise
         except ValueError as error:
             raise DataError(f"{directory}: {error}; run ubp_fast.profiles.validate on it") from error
+
+
+def _layout(path: Path) -> Layout | None:
+    try:
+        return Layout.from_json(load_json(path), str(path))
+    except FileNotFoundError:
+        return None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: file must be JSON, got '{error}'; make the profiles again or remove it") from error

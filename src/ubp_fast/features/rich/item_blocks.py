@@ -1,4 +1,4 @@
-"""Blocks about items: how many different ones, at what prices, what follows what, what they are called.
+"""Blocks about items: how many different ones, at what prices, how many at once, what follows what, their names.
 
 Counts come as log1p, shares lie in [0, 1]. What a client lacks (a price) is NaN. Kinds that the shop does not have give
 no columns.
@@ -92,6 +92,43 @@ class Prices:
             assert item is not None
             newest[some] = item[end[some] - 1]
             yield Column(f"{kind}_price_last", "price", known_where(some & known[newest], price[newest]))
+
+
+@dataclass(frozen=True)
+class Baskets:
+    """How much comes at once, for how much, and how much of it is new. Events of one second are one basket.
+
+    Attributes:
+        kinds: kinds with skus.
+        windows_days: ascending; all history is added.
+    """
+
+    kinds: tuple[str, ...] = SKU_KINDS
+    windows_days: tuple[int, ...] = (30,)
+
+    def columns(self, history: History) -> Iterator[Column]:
+        """Columns of this block."""
+        windows_s, windows = windows_of(self.windows_days)
+        tables: dict[str, Any] = {"values": lambda: price_table(history.store), "periods_s": (1,)}
+        for kind in history.present(tuple(kind for kind in self.kinds if kind in SKU_KINDS)):
+            found = history.aggregate(self, kind, ("items",), windows_s=windows_s, **tables)
+            for index, window in enumerate(windows):
+                baskets, spend = found.distinct_times[:, index, 0], found.sums[:, index, 0] / NUM_PRICE_BUCKETS
+                has = baskets > 0
+                size = known_where(has, np.log1p(share_of(found.totals[:, index], baskets)))
+                yield Column(f"{kind}_baskets_{window}", "log1p baskets", np.log1p(baskets))
+                yield Column(f"{kind}_basket_size_{window}", "log1p events", size)
+                yield Column(f"{kind}_spend_{window}", "log1p price", np.log1p(spend))
+                each = known_where(has, np.log1p(share_of(spend, baskets)))
+                yield Column(f"{kind}_basket_spend_{window}", "log1p price", each)
+            for index, (window, window_s) in enumerate(zip(windows[:-1], windows_s, strict=False)):
+                assert window_s is not None
+                start_s = history.cutoff_s - window_s
+                before = history.aggregate(self, kind, ("items",), anchor_s=start_s, windows_s=windows_s, **tables)
+                first_met = found.distinct[:, -1, 0] - before.distinct[:, -1, 0]
+                yield Column(f"{kind}_new_items_{window}", "log1p items", np.log1p(first_met))
+                share = known_where(found.totals[:, index] > 0, share_of(first_met, found.distinct[:, index, 0]))
+                yield Column(f"{kind}_new_share_{window}", "share", share)
 
 
 @dataclass(frozen=True)

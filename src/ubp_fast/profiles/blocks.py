@@ -1,0 +1,229 @@
+"""What a profile is made of: named blocks of columns side by side, each with a scale of its own.
+
+    strong    few columns of deviation 1 that say most about what comes next: for a reader that takes few steps
+    graded    more such directions, each as large as what it says: for regressions and distances
+    own       the features themselves, standardised: nothing is lost to a reader that chooses scales, or needs none
+    tastes    factors of everything that was bought, also of what is on no list of labels
+    rhythm    when, how often, how much at once, at what price, how much of it new
+    learned   vectors of the trained models, where the experiment trains any
+
+A network that takes few steps moves every weight by about its learning rate, whatever the size of the column, so only
+the strong block may be large. Readers that bring columns to one scale (regressions) or need none (trees) lose nothing
+by it: at a deviation of .0001 float16 still tells apart what differs by .0006 deviations. Distances are ruled by the
+strong block: a search for neighbours takes `Profiles.select("graded", "own")`, where both weigh about alike.
+
+`profile.json` beside the vectors describes the blocks; `Profiles.select` gives some of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ubp_fast.events.schema import DataError, UserError
+from ubp_fast.features.scaling import ROWS_AT_ONCE, Rows, moments, standardised
+
+MAX_DIM = 2048
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class LayoutConfig:
+    """Scales of the blocks behind the strong one: the deviation of their columns; 0 leaves a block out.
+
+    Attributes:
+        constant: value of the strong block's constant column; a larger one slows a network's first layer.
+        directions: columns of the graded block.
+        graded: of the first graded direction; the others fall with the power .75 of their singular values.
+        own: of the features.
+        tastes: of the factors.
+        rhythm: of the columns about time and habits.
+        learned: of the models' vectors.
+        max_width: columns at most; the features with the smallest part in the predictions are left out.
+            Source: the organisers' limit.
+    """
+
+    constant: float = 1.0
+    directions: int = 40
+    graded: float = 0.002
+    own: float = 0.0001
+    tastes: float = 0.0001
+    rhythm: float = 0.0001
+    learned: float = 0.0001
+    max_width: int = MAX_DIM
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not value >= 0:
+                raise UserError(f"LayoutConfig: {name} must be >= 0, got {value}")
+        if self.directions < 1:
+            raise UserError(f"LayoutConfig: directions must be >= 1, got {self.directions}; graded=0 leaves them out")
+        if self.max_width > MAX_DIM:
+            raise UserError(f"LayoutConfig: max_width must be <= {MAX_DIM}, got {self.max_width}")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of columns.
+
+    Attributes:
+        name: unique in a profile.
+        scale: deviation of its columns among the clients of the profile's day, one for all or one each; None: as
+            the model gives them.
+        what: what the columns say, one sentence.
+        source: what they were made from.
+        columns: a name per column.
+        left_out: names of columns for which there was no room.
+    """
+
+    name: str
+    scale: float | tuple[float, ...] | None
+    what: str
+    source: str
+    columns: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The blocks of a profile from left to right."""
+
+    blocks: tuple[Block, ...]
+
+    def __post_init__(self) -> None:
+        names = [block.name for block in self.blocks]
+        if len(set(names)) < len(names):
+            raise ValueError(f"Layout: blocks must have different names, got {names}")
+
+    @property
+    def width(self) -> int:
+        """Columns of all blocks."""
+        return sum(len(block.columns) for block in self.blocks)
+
+    def columns_of(self, *names: str) -> np.ndarray:
+        """Positions i64 of the columns of some blocks, in the profile's order.
+
+        Raises:
+            UserError: a name that no block has, or none at all.
+        """
+        known = [block.name for block in self.blocks]
+        if not names or not set(names) <= set(known):
+            raise UserError(f"profiles: blocks must be among {known}, got {list(names)}")
+        chosen = np.concatenate([np.full(len(block.columns), block.name in names) for block in self.blocks])
+        return np.flatnonzero(chosen)
+
+    def select(self, *names: str) -> Layout:
+        """The layout of these blocks alone, in the profile's order."""
+        self.columns_of(*names)
+        return Layout(tuple(block for block in self.blocks if block.name in names))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for profile.json."""
+        blocks, first = [], 0
+        for block in self.blocks:
+            blocks.append(asdict(block) | {"first_column": first, "num_columns": len(block.columns)})
+            first += len(block.columns)
+        return {"format": FORMAT, "width": first, "blocks": blocks}
+
+    @classmethod
+    def from_json(cls, value: Any, file: str = "profile.json") -> Layout:
+        """Reads what `to_json` gave.
+
+        Raises:
+            DataError: another format, or something else.
+        """
+        if not isinstance(value, dict) or value.get("format") != FORMAT:
+            found = value.get("format") if isinstance(value, dict) else type(value).__name__
+            raise DataError(f"{file}: format must be {FORMAT}, got {found}; make the profiles again or remove the file")
+        try:
+            fields = ("name", "scale", "what", "source", "columns", "left_out")
+            return cls(tuple(Block(*(_as_tuple(block[name]) for name in fields)) for block in value["blocks"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{file}: blocks must be those of a profile, got {error!r}; remove the file") from error
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+class Part(NamedTuple):
+    """What becomes a block.
+
+    Attributes:
+        name: of the block.
+        values: float [N, F], clients in the order of the profile; read block of rows by block of rows.
+        columns: F names.
+        scale: deviation of the columns, one for all or one each; None to take them as they are.
+        what: see `Block`.
+        source: see `Block`.
+        importance: float64 [F]; where there is no room, columns of the least importance are left out. None: none are.
+    """
+
+    name: str
+    values: Rows
+    columns: Sequence[str]
+    scale: float | tuple[float, ...] | None
+    what: str
+    source: str
+    importance: np.ndarray | None = None
+
+
+def compose(parts: Sequence[Part], max_width: int = MAX_DIM) -> tuple[np.ndarray, Layout]:
+    """Lays parts side by side: vectors float16 [N, D], D <= max_width, and what they are made of.
+
+    Columns that do not vary among the clients become 0. Parts with `importance` share the room that the others leave
+    from left to right. Memory beyond the result: 4,096 rows of one part.
+
+    Raises:
+        ValueError: other numbers of rows, or of names than columns.
+        UserError: the parts that must be there whole do not fit.
+        DataError: a value that does not fit float16.
+    """
+    rows = {len(part.values) for part in parts}
+    if len(rows) != 1 or any(len(part.columns) != part.values.shape[1] for part in parts):
+        shapes = {part.name: [len(part.columns), *part.values.shape] for part in parts}
+        raise ValueError(f"compose: parts must have equal rows and a name per column, got {shapes}")
+    room = max_width - sum(len(part.columns) for part in parts if part.importance is None)
+    if room < 0:
+        raise UserError(
+            f"profile: max_width must be >= {max_width - room}, the columns that cannot be left out, got {max_width}"
+        )
+    chosen = []
+    for part in parts:
+        kept = np.arange(len(part.columns))
+        if part.importance is not None:
+            kept = np.sort(np.argsort(-part.importance, kind="stable")[:room])
+            room -= len(kept)
+        chosen.append(kept)
+    vectors = np.empty((rows.pop(), sum(map(len, chosen))), np.float16)
+    blocks, first = [], 0
+    for part, kept in zip(parts, chosen, strict=True):
+        _fill(vectors[:, first : first + len(kept)], part, kept)
+        first += len(kept)
+        of_profile = set(kept.tolist())
+        left_out = tuple(name for column, name in enumerate(part.columns) if column not in of_profile)
+        names = tuple(name for column, name in enumerate(part.columns) if column in of_profile)
+        blocks.append(Block(part.name, part.scale, part.what, part.source, names, left_out))
+    return vectors, Layout(tuple(blocks))
+
+
+def _fill(target: np.ndarray, part: Part, kept: np.ndarray) -> None:
+    with np.errstate(over="ignore"):
+        if part.scale is None:
+            for start in range(0, len(target), ROWS_AT_ONCE):
+                rows = slice(start, start + ROWS_AT_ONCE)
+                target[rows] = part.values[rows][:, kept]
+        else:
+            for rows, inputs in standardised(part.values, *moments(part.values)):
+                target[rows] = (inputs * part.scale)[:, kept]
+    for start in range(0, len(target), ROWS_AT_ONCE):
+        bad = ~np.isfinite(target[start : start + ROWS_AT_ONCE])
+        if bad.any():
+            row, column = (int(index) for index in np.argwhere(bad)[0])
+            raise DataError(
+                f"profile: '{part.columns[int(kept[column])]}' of block '{part.name}' must be finite and fit float16,"
+                f" got {target[start + row, column]} in row {start + row}; look for a diverged training"
+            )

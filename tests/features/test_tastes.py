@@ -1,0 +1,98 @@
+"""Tastes: against a dense singular value decomposition, nothing from the cutoff on, the same bytes in any blocks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.shops import EMPTY_CLIENT, END_S, NUM_SKUS, make_store
+
+from ubp_fast.events.split import DAY_S
+from ubp_fast.features import writing
+from ubp_fast.features.tastes import TastesConfig, taste_features
+from ubp_fast.store.event_store import EventStore
+
+CUTOFF_S = END_S - 28 * DAY_S
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> EventStore:
+    return make_store(tmp_path_factory.mktemp("shop"), clients=60)
+
+
+def tastes(store: EventStore, rank: int = 5, path: Path | None = None) -> np.ndarray:
+    return taste_features(store, CUTOFF_S, TastesConfig(rank=rank), path).rows(slice(None))
+
+
+def dense(store: EventStore) -> np.ndarray:
+    """The matrix that is factorised, event by event."""
+    matrix = np.zeros((store.num_clients, 2 * store.num_skus))
+    for number, kind in enumerate(("product_buy", "add_to_cart")):
+        columns = store.kind(kind)
+        for client in range(store.num_clients):
+            for row in range(columns.offsets[client], columns.offsets[client + 1]):
+                if columns.timestamp_s[row] < CUTOFF_S:
+                    age_days = (CUTOFF_S - int(columns.timestamp_s[row])) / DAY_S
+                    matrix[client, number * store.num_skus + columns.item[row]] += 0.5 ** (age_days / 60)  # type: ignore[index]
+    matrix = np.log1p(matrix)
+    length = np.linalg.norm(matrix, axis=0)
+    return matrix / np.where(length > 0, length, 1) ** 0.5
+
+
+def test_factors_are_left_singular_vectors(store: EventStore) -> None:
+    found = tastes(store)
+    left, _, right = np.linalg.svd(dense(store), full_matrices=False)
+    for factor in range(5):
+        sign = np.sign(right[factor, np.abs(right[factor]).argmax()])
+        np.testing.assert_allclose(found[:, factor], sign * left[:, factor] * len(left) ** 0.5, atol=2e-3)
+    np.testing.assert_allclose((found**2).mean(axis=0), 1, rtol=1e-4)
+    assert not found[EMPTY_CLIENT].any()
+
+
+def test_clients_with_the_same_taste_are_near(store: EventStore) -> None:
+    """A client of the shop likes every sku with sku % 5 == client % 5."""
+    found = tastes(store)
+    found = found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-9)
+    alike = found @ found.T
+    group = np.arange(len(found)) % 5
+    same = group[:, None] == group
+    busy = np.linalg.norm(found, axis=1) > 0
+    assert alike[same & busy & busy[:, None]].mean() > alike[~same].mean() + 0.5
+
+
+def test_nothing_from_the_cutoff_on_is_seen(store: EventStore, tmp_path: Path) -> None:
+    changed = make_store(tmp_path, clients=60, scrambled_from_s=CUTOFF_S)
+    later = changed.kind("product_buy")
+    assert not np.array_equal(later.item, store.kind("product_buy").item)
+    np.testing.assert_array_equal(tastes(changed), tastes(store))
+
+
+def test_blocks_of_clients_do_not_matter(store: EventStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = tastes(store)
+    for name in ("BLOCK_CLIENTS", "SMALLEST_BLOCK"):
+        monkeypatch.setattr(writing, name, 7)
+    np.testing.assert_array_equal(tastes(store, path=tmp_path / "tastes"), whole)
+
+
+def test_more_factors_than_there_are_become_zero(store: EventStore, tmp_path: Path) -> None:
+    found = tastes(store, rank=200)
+    assert found.shape == (60, 200) and np.isfinite(found).all()
+    assert found[:, : NUM_SKUS // 2].any(axis=0).all() and not found[:, 60:].any()
+    searches = make_store(tmp_path, kinds=("product_buy", "search_query"))
+    alone = taste_features(searches, CUTOFF_S, TastesConfig(("add_to_cart",), rank=3)).rows(slice(None))
+    assert alone.shape == (30, 3) and not alone.any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kinds": ("page_visit",)}, "kinds must be some of"),
+        ({"kinds": ()}, "kinds must be some of"),
+        ({"rank": 0}, "rank must be >= 1"),
+        ({"half_life_days": 0.0}, "half_life_days > 0"),
+    ],
+)
+def test_bad_constants_are_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TastesConfig(**arguments)
