@@ -104,6 +104,16 @@ def test_layout_is_written_beside_the_vectors(tmp_path: Path) -> None:
     assert Profiles.load(tmp_path).layout is None, "a description of other vectors must not stay"
 
 
+def test_last_digits_of_a_scale_change_nothing() -> None:
+    """A sum over clients ends in other digits for another number of threads."""
+    noisy = [
+        part._replace(scale=tuple(value * (1 + 1e-14) for value in part.scale)) if part.name == "graded" else part
+        for part in parts()
+    ]
+    (vectors, layout), (others, same) = compose(parts()), compose(noisy)
+    assert layout.to_json() == same.to_json() and np.array_equal(vectors, others)
+
+
 def test_unknown_blocks_are_refused() -> None:
     made = profiles()
     with pytest.raises(UserError, match=r"blocks must be among \['strong', .*\], got \['taste'\]"):

@@ -191,6 +191,7 @@ def compose(parts: Sequence[Part], max_width: int = MAX_DIM) -> tuple[np.ndarray
         raise UserError(
             f"profile: max_width must be >= {max_width - room}, the columns that cannot be left out, got {max_width}"
         )
+    parts = [part._replace(scale=_rounded(part.scale)) for part in parts]
     chosen = []
     for part in parts:
         kept = np.arange(len(part.columns))
@@ -208,6 +209,13 @@ def compose(parts: Sequence[Part], max_width: int = MAX_DIM) -> tuple[np.ndarray
         names = tuple(name for column, name in enumerate(part.columns) if column in of_profile)
         blocks.append(Block(part.name, part.scale, part.what, part.source, names, left_out))
     return vectors, Layout(tuple(blocks))
+
+
+def _rounded(scale: float | tuple[float, ...] | None) -> float | tuple[float, ...] | None:
+    """Six digits: what the number of threads changes in a sum must not change the description of a profile."""
+    if isinstance(scale, tuple):
+        return tuple(float(f"{value:.6g}") for value in scale)
+    return None if scale is None else float(f"{scale:.6g}")
 
 
 def _fill(target: np.ndarray, part: Part, kept: np.ndarray) -> None:
