@@ -166,8 +166,9 @@ class _ArrayFile:
     def complete(self) -> Path:
         """Ends the file; its path so far."""
         with self._path.open("r+b") as file:
-            # A header keeps room for the digits of a longer first dimension.
-            assert self._write_header(file) == self._start
+            end = self._write_header(file)
+        # A header keeps room for the digits of a longer first dimension.
+        assert end == self._start
         return self._path
 
     def publish(self) -> None:
