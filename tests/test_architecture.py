@@ -20,6 +20,7 @@ ORDER = (
     "optim",
     "models",
     "profiles",
+    "profiler",
     "evaluation",
     "report",
     "pipeline",

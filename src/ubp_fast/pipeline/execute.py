@@ -27,6 +27,7 @@ from ubp_fast.pipeline.model_stages import TRAINING
 from ubp_fast.pipeline.run_directory import RunDirectory, environment
 from ubp_fast.pipeline.settings import Settings, read_settings
 from ubp_fast.pipeline.stages import Stage, plan
+from ubp_fast.profiler.profiler import MODEL_FOLDER
 from ubp_fast.progress import RunProgress, duration
 from ubp_fast.report import RunSummary, render_report
 
@@ -131,7 +132,9 @@ def _publish(
     """Profiles, scores and report as plain files of the run directory, then a table on the screen."""
     names = {stage.name for stage in stages}
     if "stacking" in names:
-        copy_directory(run.path / "stages" / "stacking" / "stacked", run.path / "profiles")
+        made = run.path / "stages" / "stacking"
+        copy_directory(made / "stacked", run.path / "profiles")
+        copy_directory(made / MODEL_FOLDER, run.path / MODEL_FOLDER)
     found = _score_files(run, stages)
     if found:
         write_json(run.path / "scores.json", {component: scores.to_json() for component, scores in found.items()})

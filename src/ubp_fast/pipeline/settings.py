@@ -12,7 +12,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from ubp_fast.events.schema import UserError
+from ubp_fast.events.sources.table import Table
 from ubp_fast.pipeline.cache import digest, file_digest
+from ubp_fast.profiler.recipe import Recipe
 from ubp_fast.profiles.blocks import LayoutConfig
 
 COMPONENTS = ("stacked", "contrastive", "multitask", "features", "profile_features", "baseline_log1p", "baseline_raw")
@@ -90,6 +92,23 @@ class Settings:
     evaluation: Any
     components: tuple[str, ...]
     submission: Path | None
+
+    @property
+    def recipe(self) -> Recipe:
+        """What of it decides the vectors."""
+        return Recipe(
+            aggregated=self.aggregated,
+            decayed=self.decayed,
+            rhythm=self.rhythm,
+            tastes=self.tastes,
+            rich=self.rich,
+            layout=self.layout,
+            joined=self.stacking_blocks,
+            stacking=self.stacking.config,
+            contrastive=self.contrastive.config,
+            multitask=self.multitask.config,
+            table=self.source if isinstance(self.source, Table) else None,
+        )
 
     def part(self, *names: str) -> dict[str, Any]:
         """The named groups of the plain configuration, for a stage's key."""

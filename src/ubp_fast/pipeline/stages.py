@@ -24,12 +24,14 @@ from ubp_fast.features.decayed import decayed_features
 from ubp_fast.features.matrix import Features, load_features
 from ubp_fast.features.organisers import CountsConfig, count_features_once
 from ubp_fast.features.rich import rich_features
+from ubp_fast.features.scaling import DayStatistics
 from ubp_fast.features.static import static_features
-from ubp_fast.features.tastes import taste_features
+from ubp_fast.features.tastes import fit_tastes, taste_features
 from ubp_fast.features.writing import in_client_blocks
-from ubp_fast.files import write_json
+from ubp_fast.files import write_array, write_arrays, write_json
 from ubp_fast.pipeline.model_stages import (
-    MODELS,
+    DAY_FILE,
+    TASTE_WEIGHTS,
     TRAINING,
     Inputs,
     cutoffs_of,
@@ -37,14 +39,16 @@ from ubp_fast.pipeline.model_stages import (
     make_contrastive,
     make_multitask,
     make_stacking,
-    own_blocks,
 )
 from ubp_fast.pipeline.settings import Settings
+from ubp_fast.profiler.parts import NETWORKS, own_blocks
 from ubp_fast.profiles import Profiles, validate
 from ubp_fast.progress import Progress
 from ubp_fast.store.build import build_store
 from ubp_fast.store.event_store import EventStore
 
+# Feature sets that compare clients with each other.
+OF_DAY = ("rich", "rhythm")
 RAW_FEATURES = ("aggregated", "decayed", "static")
 BASELINES = ("baseline_log1p", "baseline_raw")
 # Stages whose folders a scored component is read from.
@@ -97,7 +101,7 @@ def plan(settings: Settings) -> list[Stage]:
     common = settings.part("seed", "windows")
     sets = _feature_sets(settings) + _profile_sets(settings)
     features = settings.part("windows", "features") | {"sets": sets, "multitask": "multitask" in _trained(settings)}
-    joined = tuple(name for name in MODELS if name in settings.stacking_blocks)
+    joined = tuple(name for name in NETWORKS if name in settings.stacking_blocks)
     stages = [
         events,
         Stage("store", ("events",), settings.part("store"), make_store, 2),
@@ -125,12 +129,12 @@ def plan(settings: Settings) -> list[Stage]:
 def _trained(settings: Settings) -> tuple[str, ...]:
     """Models that the stacking model joins, that are scored, or that are asked for by name."""
     wanted = (*settings.stacking_blocks, *(settings.stages or ()), *settings.components)
-    return tuple(name for name in MODELS if name in wanted)
+    return tuple(name for name in NETWORKS if name in wanted)
 
 
 def _feature_sets(settings: Settings) -> list[str]:
     """Features that the stacking model, the graded directions or a trained model look at."""
-    looked_at = {*settings.stacking_blocks, *own_blocks(settings)}
+    looked_at = {*settings.stacking_blocks, *own_blocks(settings.recipe)}
     if "multitask" in _trained(settings):
         looked_at.add("static")
     return [name for name in ("static", "aggregated", "decayed", "rich") if name in looked_at]
@@ -182,8 +186,13 @@ def make_features(settings: Settings, inputs: Inputs, directory: Path, progress:
     for name, (ids, popularity) in lists.items():
         np.save(directory / f"{name}.npy", ids)
         np.save(directory / f"popularity_{name}.npy", popularity)
+    lists = load_lists(directory)  # in one order wherever columns are made of them
     model, stacking = cutoffs_of(store, settings)
     make = _feature_makers(settings, store, lists)
+    if settings.layout.tastes:
+        weights = fit_tastes(store, store.cutoff_s, settings.tastes)
+        write_array(directory / TASTE_WEIGHTS, weights)
+        make["tastes"] = partial(make["tastes"], weights=weights)
     of_multitask = model if "multitask" in _trained(settings) else ()
     wanted = [
         (name, cutoff_s)
@@ -192,9 +201,12 @@ def make_features(settings: Settings, inputs: Inputs, directory: Path, progress:
         if name == "static" or cutoff_s not in model
     ]
     wanted += [(name, store.cutoff_s) for name in _profile_sets(settings)]
+    day = DayStatistics()
     for done, (name, cutoff_s) in enumerate(wanted):
-        make[name](store, cutoff_s, directory=directory / f"{name}-{cutoff_s}")
+        kept = {"day": day} if name in OF_DAY and cutoff_s == store.cutoff_s else {}
+        make[name](store, cutoff_s, directory=directory / f"{name}-{cutoff_s}", **kept)
         progress(done + 1, len(wanted))
+    write_arrays(directory / DAY_FILE, day.arrays)
 
 
 def _feature_makers(settings: Settings, store: EventStore, lists: LabelLists) -> dict[str, Callable[..., Features]]:
@@ -205,7 +217,7 @@ def _feature_makers(settings: Settings, store: EventStore, lists: LabelLists) ->
         "decayed": partial(decayed_features, lists=lists, config=settings.decayed),
         "rich": partial(rich_features, lists=lists, config=settings.rich),
         "tastes": partial(taste_features, config=settings.tastes),
-        "rhythm": partial(rich_features, lists=lists, config=settings.rhythm),
+        "rhythm": partial(rich_features, lists=lists, config=settings.rhythm, name="rhythm"),
     }
 
 

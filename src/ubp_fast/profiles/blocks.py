@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ubp_fast.events.schema import DataError, UserError
-from ubp_fast.features.scaling import ROWS_AT_ONCE, Rows, moments, standardised
+from ubp_fast.features.scaling import ROWS_AT_ONCE, DayStatistics, Rows, standardised
 
 MAX_DIM = 2048
 FORMAT = 1
@@ -171,14 +171,25 @@ class Part(NamedTuple):
     importance: np.ndarray | None = None
 
 
-def compose(parts: Sequence[Part], max_width: int = MAX_DIM) -> tuple[np.ndarray, Layout]:
+def compose(
+    parts: Sequence[Part],
+    max_width: int = MAX_DIM,
+    day: DayStatistics | None = None,
+    layout: Layout | None = None,
+) -> tuple[np.ndarray, Layout]:
     """Lays parts side by side: vectors float16 [N, D], D <= max_width, and what they are made of.
 
     Columns that do not vary among the clients become 0. Parts with `importance` share the room that the others leave
     from left to right. Memory beyond the result: 4,096 rows of one part.
 
+    Args:
+        parts: what becomes a block each.
+        max_width: columns at most.
+        day: means and deviations by the name of the part; None: those of the parts' own rows.
+        layout: that of vectors which these shall be like; None: it is made from the parts.
+
     Raises:
-        ValueError: other numbers of rows, or of names than columns.
+        ValueError: other numbers of rows, or of names than columns; a layout of other parts.
         UserError: the parts that must be there whole do not fit.
         DataError: a value that does not fit float16.
     """
@@ -186,29 +197,41 @@ def compose(parts: Sequence[Part], max_width: int = MAX_DIM) -> tuple[np.ndarray
     if len(rows) != 1 or any(len(part.columns) != part.values.shape[1] for part in parts):
         shapes = {part.name: [len(part.columns), *part.values.shape] for part in parts}
         raise ValueError(f"compose: parts must have equal rows and a name per column, got {shapes}")
+    layout, day = layout or _arranged(parts, max_width), day or DayStatistics()
+    vectors = np.empty((rows.pop(), layout.width), np.float16)
+    first = 0
+    for part, block in zip(parts, layout.blocks, strict=True):
+        kept = _kept(part, block)
+        _fill(vectors[:, first : first + len(kept)], part, block.scale, kept, day)
+        first += len(kept)
+    return vectors, layout
+
+
+def _arranged(parts: Sequence[Part], max_width: int) -> Layout:
+    """Which columns have room, and the scales."""
     room = max_width - sum(len(part.columns) for part in parts if part.importance is None)
     if room < 0:
         raise UserError(
             f"profile: max_width must be >= {max_width - room}, the columns that cannot be left out, got {max_width}"
         )
-    parts = [part._replace(scale=_rounded(part.scale)) for part in parts]
-    chosen = []
+    blocks = []
     for part in parts:
-        kept = np.arange(len(part.columns))
+        of_profile = set(range(len(part.columns)))
         if part.importance is not None:
-            kept = np.sort(np.argsort(-part.importance, kind="stable")[:room])
-            room -= len(kept)
-        chosen.append(kept)
-    vectors = np.empty((rows.pop(), sum(map(len, chosen))), np.float16)
-    blocks, first = [], 0
-    for part, kept in zip(parts, chosen, strict=True):
-        _fill(vectors[:, first : first + len(kept)], part, kept)
-        first += len(kept)
-        of_profile = set(kept.tolist())
-        left_out = tuple(name for column, name in enumerate(part.columns) if column not in of_profile)
+            of_profile = set(np.argsort(-part.importance, kind="stable")[:room].tolist())
+            room -= len(of_profile)
         names = tuple(name for column, name in enumerate(part.columns) if column in of_profile)
-        blocks.append(Block(part.name, part.scale, part.what, part.source, names, left_out))
-    return vectors, Layout(tuple(blocks))
+        left_out = tuple(name for column, name in enumerate(part.columns) if column not in of_profile)
+        blocks.append(Block(part.name, _rounded(part.scale), part.what, part.source, names, left_out))
+    return Layout(tuple(blocks))
+
+
+def _kept(part: Part, block: Block) -> np.ndarray:
+    """Positions i64 of the block's columns among those of the part."""
+    place = {name: column for column, name in enumerate(part.columns)}
+    if part.name != block.name or place.keys() != {*block.columns, *block.left_out}:
+        raise ValueError(f"compose: layout must be of part '{part.name}' with its columns, got block '{block.name}'")
+    return np.array([place[name] for name in block.columns], np.int64)
 
 
 def _rounded(scale: float | tuple[float, ...] | None) -> float | tuple[float, ...] | None:
@@ -218,15 +241,21 @@ def _rounded(scale: float | tuple[float, ...] | None) -> float | tuple[float, ..
     return None if scale is None else float(f"{scale:.6g}")
 
 
-def _fill(target: np.ndarray, part: Part, kept: np.ndarray) -> None:
+def _fill(
+    target: np.ndarray,
+    part: Part,
+    scale: float | tuple[float, ...] | None,
+    kept: np.ndarray,
+    day: DayStatistics,
+) -> None:
     with np.errstate(over="ignore"):
-        if part.scale is None:
+        if scale is None:
             for start in range(0, len(target), ROWS_AT_ONCE):
                 rows = slice(start, start + ROWS_AT_ONCE)
                 target[rows] = part.values[rows][:, kept]
         else:
-            for rows, inputs in standardised(part.values, *moments(part.values)):
-                target[rows] = (inputs * part.scale)[:, kept]
+            for rows, inputs in standardised(part.values, *day.moments(part.name, part.values)):
+                target[rows] = (inputs * scale)[:, kept]
     for start in range(0, len(target), ROWS_AT_ONCE):
         bad = ~np.isfinite(target[start : start + ROWS_AT_ONCE])
         if bad.any():
