@@ -113,7 +113,7 @@ def plan(settings: Settings) -> list[Stage]:
         ),
         Stage(
             "stacking",
-            ("store", "features", *joined),
+            ("events", "store", "features", *joined),
             common | settings.part("stacking", "profile"),
             make_stacking,
             30 if settings.stacking.training is not None else 1,
