@@ -198,7 +198,8 @@ class Table:
     def _products(self, rows: pl.DataFrame, input_end_s: int, writer: EventWriter) -> pl.DataFrame:
         products, notes, edges = product_table(self.path, rows, input_end_s, self.text_codes)
         writer.notes += notes
-        writer.write_map(PRICE_EDGES, pl.DataFrame({"edge": edges}))
+        if len(edges):
+            writer.write_map(PRICE_EDGES, pl.DataFrame({"edge": edges}))
         in_order = pl.Series(range(len(products)), dtype=pl.UInt32)
         category, table = number_ids(self.path, self.category_column or "category", products["category"], in_order)
         if table is not None:
