@@ -266,3 +266,20 @@ def test_damaged_models_are_refused_by_name(run: Path, tmp_path: Path) -> None:
     (missing / "lists.safetensors").unlink()
     with pytest.raises(DataError, match=r"lists\.safetensors: file must exist"):
         Profiler.load(missing)
+
+
+@pytest.mark.parametrize("evaluation", ["default", "off"])
+def test_profiles_of_the_end_beside_the_backtest(evaluation: str, tmp_path: Path) -> None:
+    source = (*SHOP, f"evaluation={evaluation}")
+    code, made, printed = run_tiny(tmp_path / "end", *source, "profiles.at=end")
+    assert code == 0, printed
+    profiler = Profiler.load(made)
+    events = EventDirectory.open(made / "stages" / "events")
+    assert profiler.fitted.cutoff_s == events.last_s + 1 > events.split.end_s
+    latest = Profiles.load(made / "latest")
+    assert same(profiler.embed(events.path), latest) and profiler.embed(events.path).layout == latest.layout
+    assert (made / "profiles").exists() == (evaluation == "default")
+    if evaluation == "default":
+        code, alone, _ = run_tiny(tmp_path / "alone", *source)
+        assert code == 0
+        assert same(Profiles.load(made / "profiles"), Profiles.load(alone / "profiles")), "the backtest sees no more"

@@ -170,6 +170,12 @@ class EventDirectory:
         """Number of events of a kind."""
         return int(self.scan(kind).select(pl.len()).collect().item())
 
+    @property
+    def last_s(self) -> int:
+        """Second of the last event of any kind."""
+        newest = [self._scan_stored(kind).select(pl.col("timestamp_s").max()) for kind in self.kinds]
+        return int(pl.concat(newest).collect()["timestamp_s"].max())  # type: ignore[arg-type]
+
     def num_batches(self, kind: str) -> int:
         """How many frames `batches` gives when it starts at the first event."""
         return -(-self.num_rows(kind) // BATCH_ROWS)
