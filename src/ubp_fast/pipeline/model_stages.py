@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 
 from ubp_fast.events.schema import LabelLists
 from ubp_fast.features.decayed import OF_LABEL
@@ -151,7 +152,9 @@ def make_stacking(settings: Settings, inputs: Inputs, directory: Path, progress:
     parts = parts_of(fitted, lambda name: _block(inputs, name, store.cutoff_s), day)
     halves, layout = compose(parts, recipe.layout.max_width, day)
     Profiles(store.client_ids[store.is_relevant], halves, layout).save(directory / "stacked")
-    save_bundle(directory / MODEL_FOLDER, fitted, layout, day)
+    maps = inputs["events"] / "maps"
+    tables = {path.stem: pl.read_parquet(path) for path in sorted(maps.glob("*.parquet")) if path.stem != "client_id"}
+    save_bundle(directory / MODEL_FOLDER, fitted, layout, day, tables)
 
 
 def _fit_regression(

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from ubp_fast.events.schema import UserError
 from ubp_fast.events.sources.table import Table
 from ubp_fast.pipeline.cache import digest, file_digest
+from ubp_fast.profiler.reading import seconds_of
 from ubp_fast.profiler.recipe import Recipe
 from ubp_fast.profiles.blocks import LayoutConfig
 
@@ -66,7 +67,8 @@ class Settings:
         rich: the rich feature set, None without one.
         layout: scales of the profile's blocks.
         stacking_blocks: what the stacking model joins, in this order.
-        components: what is scored, some of `COMPONENTS` in their order.
+        components: what is scored, some of `COMPONENTS` in their order; nothing when empty.
+        latest: "end" of the data or a moment (seconds), whose vectors are made beside the backtest's; None: no others.
     """
 
     name: str
@@ -92,6 +94,7 @@ class Settings:
     evaluation: Any
     components: tuple[str, ...]
     submission: Path | None
+    latest: int | str | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -167,6 +170,7 @@ def read_settings(config: DictConfig) -> Settings:
         evaluation=_make(evaluation),
         components=components,
         submission=None if submission is None else Path(submission),
+        latest=_latest(plain["profiles"]["at"]),
     )
 
 
@@ -174,11 +178,15 @@ def _components(named: Any) -> tuple[str, ...]:
     """What is to be scored, in the order of `COMPONENTS`."""
     if named in ("default", "all"):
         return COMPONENTS if named == "all" else DEFAULT_COMPONENTS
-    if not isinstance(named, list) or not named or not set(named) <= set(COMPONENTS):
+    if not isinstance(named, list) or not set(named) <= set(COMPONENTS):
         raise UserError(
             f"run: evaluation.components must be 'default', 'all' or a list of some of {list(COMPONENTS)}, got {named}"
         )
     return tuple(component for component in COMPONENTS if component in named)
+
+
+def _latest(at: Any) -> int | str | None:
+    return at if at in (None, "end") else seconds_of(at)
 
 
 def _blocks(plain: Mapping[str, Any]) -> tuple[str, ...]:

@@ -2,6 +2,8 @@
 
 events -> store -> features -> contrastive, multitask -> stacking -> profiles
    └──> baselines                └─> raw_features     evaluate-<component>-<reader> -> report
+
+The row from the store to the profiles is the backtest's; `profiles.at` asks for a second one, of another moment.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ from ubp_fast.store.event_store import EventStore
 # Feature sets that compare clients with each other.
 OF_DAY = ("rich", "rhythm")
 RAW_FEATURES = ("aggregated", "decayed", "static")
+LATEST = "latest-"
 BASELINES = ("baseline_log1p", "baseline_raw")
 # Stages whose folders a scored component is read from.
 FOLDERS = {
@@ -98,14 +101,23 @@ def plan(settings: Settings) -> list[Stage]:
     if settings.submission is not None:
         scored = ("submission", *(name for name in settings.components if name in BASELINES))
         return [events, baselines, *_scores(settings, scored)]
+    latest = [] if settings.latest is None else [_latest(stage, settings) for stage in _profiles(settings)]
+    if not settings.components:  # nothing to score: a backtest only where no other profiles are asked for
+        return [events, *(latest or _profiles(settings))]
+    stages = [events, *_profiles(settings), *latest, baselines]
+    if set(settings.components) & {"features", "profile_features"}:
+        config = _features_config(settings)
+        stages.append(Stage("raw_features", ("store", "features"), config, make_raw_features, 5))
+    return stages + _scores(settings, settings.components)
+
+
+def _profiles(settings: Settings) -> list[Stage]:
+    """From events to the profiles of the backtest's cutoff."""
     common = settings.part("seed", "windows")
-    sets = _feature_sets(settings) + _profile_sets(settings)
-    features = settings.part("windows", "features") | {"sets": sets, "multitask": "multitask" in _trained(settings)}
     joined = tuple(name for name in NETWORKS if name in settings.stacking_blocks)
-    stages = [
-        events,
+    return [
         Stage("store", ("events",), settings.part("store"), make_store, 2),
-        Stage("features", ("events", "store"), features, make_features, 8),
+        Stage("features", ("events", "store"), _features_config(settings), make_features, 8),
         *(
             Stage(name, ("store", "features"), common | settings.part(name), make, 60, (TRAINING,))
             for name, make in (("contrastive", make_contrastive), ("multitask", make_multitask))
@@ -113,17 +125,30 @@ def plan(settings: Settings) -> list[Stage]:
         ),
         Stage(
             "stacking",
-            ("store", "features", *joined),
+            ("events", "store", "features", *joined),
             common | settings.part("stacking", "profile"),
             make_stacking,
             30 if settings.stacking.training is not None else 1,
             (TRAINING,),
         ),
-        baselines,
     ]
-    if set(settings.components) & {"features", "profile_features"}:
-        stages.append(Stage("raw_features", ("store", "features"), features, make_raw_features, 5))
-    return stages + _scores(settings, settings.components)
+
+
+def _features_config(settings: Settings) -> dict[str, Any]:
+    sets = _feature_sets(settings) + _profile_sets(settings)
+    return settings.part("windows", "features") | {"sets": sets, "multitask": "multitask" in _trained(settings)}
+
+
+def _latest(stage: Stage, settings: Settings) -> Stage:
+    """A stage of the profiles once more, with everything before another moment; `LATEST` stands before its name."""
+
+    def make(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
+        make_one = make_latest_store if stage.name == "store" else stage.make
+        make_one(settings, {name.removeprefix(LATEST): path for name, path in inputs.items()}, directory, progress)
+
+    inputs = tuple(name if name == "events" else LATEST + name for name in stage.inputs)
+    config = {**stage.config, "at": settings.latest} if stage.name == "store" else stage.config
+    return replace(stage, name=LATEST + stage.name, inputs=inputs, config=config, make=make)
 
 
 def _trained(settings: Settings) -> tuple[str, ...]:
@@ -172,6 +197,14 @@ def make_store(settings: Settings, inputs: Inputs, directory: Path, progress: Pr
     """Client-sorted columns of everything before the profiles' cutoff, and nothing after it."""
     events = EventDirectory.open(inputs["events"])
     build_store(events, directory, events.split.input_end_s, **settings.plain["store"], progress=progress)
+
+
+def make_latest_store(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
+    """The same of everything before the moment that the settings name, the end of the data included."""
+    events = EventDirectory.open(inputs["events"])
+    at_s = events.last_s + 1 if settings.latest == "end" else settings.latest
+    assert isinstance(at_s, int)
+    build_store(events, directory, at_s, **settings.plain["store"], progress=progress)
 
 
 def make_features(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:

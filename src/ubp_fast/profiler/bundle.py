@@ -5,6 +5,7 @@
     lists.safetensors          label lists and frequent values
     tastes.safetensors         weights of the items, where a block needs them
     strong.safetensors, graded.safetensors, contrastive.safetensors, multitask.safetensors
+    maps/<column>.parquet      how text ids of items were numbered, edges of the price buckets
     days/<seconds>.safetensors means and deviations among all clients, one file per day
 
 Nothing is executed that a file holds, and nothing points outside of the folder: a copy works wherever it is.
@@ -19,11 +20,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 from safetensors import SafetensorError
 
 from ubp_fast.events.schema import DataError
 from ubp_fast.features.scaling import DayStatistics, MinMaxScaler
-from ubp_fast.files import load_arrays, load_json, load_tensors, write_arrays, write_json, write_tensors
+from ubp_fast.files import (
+    load_arrays,
+    load_json,
+    load_tensors,
+    write_arrays,
+    write_atomically,
+    write_json,
+    write_tensors,
+)
 from ubp_fast.models.contrastive import ContrastiveModel
 from ubp_fast.models.layers.event_embedding import EventSizes
 from ubp_fast.models.multitask import MultitaskModel
@@ -34,14 +44,27 @@ from ubp_fast.profiler.recipe import Recipe, from_plain, to_plain
 from ubp_fast.profiles.blocks import Layout
 from ubp_fast.store.in_memory import Vocabulary
 
-BUNDLE_FILE, DAYS = "bundle.json", "days"
+BUNDLE_FILE, DAYS, MAPS = "bundle.json", "days", "maps"
 FORMAT = 1
 PACKAGES = ("ubp_fast", "torch", "numpy", "numba", "polars", "safetensors")
 
 
-def save_bundle(directory: Path, fitted: Fitted, layout: Layout, day: DayStatistics) -> None:
-    """Writes a bundle into a new or empty directory, bundle.json last."""
+def save_bundle(
+    directory: Path, fitted: Fitted, layout: Layout, day: DayStatistics, maps: Mapping[str, pl.DataFrame]
+) -> None:
+    """Writes a bundle into a new or empty directory, bundle.json last.
+
+    Args:
+        directory: created.
+        fitted: what was learned.
+        layout: of the vectors.
+        day: statistics of the cutoff's day.
+        maps: how text ids of items were numbered; those of clients are of no use here.
+    """
     directory.mkdir(parents=True, exist_ok=True)
+    (directory / MAPS).mkdir(exist_ok=True)
+    for name, table in maps.items():
+        write_atomically(directory / MAPS / f"{name}.parquet", table.write_parquet)
     write_arrays(directory / "vocabulary.safetensors", fitted.vocabulary.arrays)
     lists: dict[str, np.ndarray] = {}
     for name, (ids, popularity) in fitted.lists.items():
@@ -79,7 +102,10 @@ def save_bundle(directory: Path, fitted: Fitted, layout: Layout, day: DayStatist
             "label_lists": list(fitted.lists),
             "models": models,
             "layout": layout.to_json(),
-            "files": {path.name: _fingerprint(path) for path in sorted(directory.glob("*.safetensors"))},
+            "files": {
+                str(path.relative_to(directory)): _fingerprint(path)
+                for path in sorted([*directory.glob("*.safetensors"), *directory.glob(f"{MAPS}/*.parquet")])
+            },
         },
     )
 
@@ -113,6 +139,11 @@ def load_bundle(directory: Path) -> tuple[Fitted, Layout]:
         raise DataError(
             f"{path}: model must be complete, got {error!r}; copy it again or make the run again"
         ) from error
+
+
+def load_maps(directory: Path) -> dict[str, pl.DataFrame]:
+    """How the run numbered text ids: "sku", "url", "category" -> (value, id); "price_edges" -> (edge,)."""
+    return {path.stem: pl.read_parquet(path) for path in sorted((directory / MAPS).glob("*.parquet"))}
 
 
 def save_day(directory: Path, cutoff_s: int, day: DayStatistics) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 
 from ubp_fast.events.read import read_array
 from ubp_fast.events.schema import DataError, UserError
@@ -37,11 +38,13 @@ class Profiles:
         client_ids: i64 [U], row order of the vectors.
         embeddings: float16 or float32 [U, D].
         layout: what the D columns are, where that is known.
+        own_ids: the shop's own id of each row, where `client_ids` are numbers for them.
     """
 
     client_ids: np.ndarray
     embeddings: np.ndarray
     layout: Layout | None = None
+    own_ids: pl.Series | None = None
 
     def __post_init__(self) -> None:
         ids, vectors = self.client_ids, self.embeddings
@@ -95,7 +98,9 @@ class Profiles:
         if np.array_equal(client_ids, self.client_ids):
             return self
         rows = self.rows_of(client_ids)
-        return replace(self, client_ids=np.asarray(client_ids, np.int64), embeddings=self.embeddings[rows])
+        own_ids = None if self.own_ids is None else self.own_ids.gather(rows)
+        ids = np.asarray(client_ids, np.int64)
+        return replace(self, client_ids=ids, embeddings=self.embeddings[rows], own_ids=own_ids)
 
     def select(self, *blocks: str) -> Profiles:
         """The columns of some blocks alone, in the profile's order.
@@ -109,7 +114,7 @@ class Profiles:
         if self.layout is None:
             raise UserError(f"profiles: {LAYOUT_FILE} must be there to select blocks, got vectors without it")
         columns = self.layout.columns_of(*blocks)
-        return Profiles(self.client_ids, self.embeddings[:, columns], self.layout.select(*blocks))
+        return replace(self, embeddings=self.embeddings[:, columns], layout=self.layout.select(*blocks))
 
     def to_float16(self) -> Profiles:
         """The same in the dtype of a submission.

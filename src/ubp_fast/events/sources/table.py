@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from ubp_fast.events.checks import bad_rows, event_schema
+from ubp_fast.events.checks import bad_rows, event_schema, require_columns
 from ubp_fast.events.parse import hash_texts, number_ids, parse_codes, parse_timestamps
 from ubp_fast.events.read import read_table
 from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, NUM_CODES, SKU_KINDS, DataError, UserError
@@ -19,6 +19,7 @@ from ubp_fast.events.write import EventWriter, end_seconds, event_writer
 from ubp_fast.progress import Progress, Steps
 
 IGNORE = "ignore"
+PRICE_EDGES = "price_edges"
 TEXT_FORMATS = ("words", "codes")
 ZERO_CODES = f"[{' '.join(['0'] * NUM_CODES)}]"
 
@@ -89,7 +90,13 @@ class Table:
             writer.finish(writer.default_split())
 
     def _read(self) -> pl.DataFrame:
-        """Checked rows under our names: kind, client_id, timestamp_s, and sku, url, query, category, price, name."""
+        raw = read_table(Path(self.path), list(dict.fromkeys(self._columns().values())), self.separator)
+        if not len(raw):
+            raise DataError(f"{self.path}: table must hold events, got 0 rows; check the file")
+        return self.rows_of(raw)
+
+    def _columns(self) -> dict[str, str]:
+        """Our names -> theirs, of the columns that the table has."""
         wanted = {
             "client_id": self.client_column,
             "timestamp": self.timestamp_column,
@@ -101,13 +108,15 @@ class Table:
             "price": self.price_column,
             "name": self.name_column,
         }
-        columns = {ours: theirs for ours, theirs in wanted.items() if theirs is not None}
-        raw = read_table(Path(self.path), list(dict.fromkeys(columns.values())), self.separator)
-        if not len(raw):
-            raise DataError(f"{self.path}: table must hold events, got 0 rows; check the file")
+        return {ours: theirs for ours, theirs in wanted.items() if theirs is not None}
+
+    def rows_of(self, raw: pl.DataFrame) -> pl.DataFrame:
+        """Checked rows under our names: kind, client_id, timestamp_s, and sku, url, query, category, price, name."""
+        columns = self._columns()
+        require_columns(self.path, raw.columns, list(columns.values()), "rename the column or name it in data.*_column")
         kind = self._kinds(raw)
         timestamp_s = parse_timestamps(self.path, raw[self.timestamp_column], self.timestamp_unit)
-        self._require(raw, self.client_column, pl.Series([True] * len(raw)))
+        self._require(raw, self.client_column, pl.repeat(True, len(raw), eager=True))
         for name in EVENT_KINDS:
             self._require_item(raw, name, kind == name)
         if self.text_format == "codes":
@@ -187,8 +196,10 @@ class Table:
         return rows
 
     def _products(self, rows: pl.DataFrame, input_end_s: int, writer: EventWriter) -> pl.DataFrame:
-        products, notes = product_table(self.path, rows, input_end_s, self._text_codes)
+        products, notes, edges = product_table(self.path, rows, input_end_s, self.text_codes)
         writer.notes += notes
+        if len(edges):
+            writer.write_map(PRICE_EDGES, pl.DataFrame({"edge": edges}))
         in_order = pl.Series(range(len(products)), dtype=pl.UInt32)
         category, table = number_ids(self.path, self.category_column or "category", products["category"], in_order)
         if table is not None:
@@ -200,10 +211,11 @@ class Table:
             return
         schema = event_schema(kind)
         if ITEM_COLUMN[kind] == "query":
-            rows = rows.with_columns(self._text_codes(rows["query"]))
+            rows = rows.with_columns(self.text_codes(rows["query"]))
         writer.write_events(kind, rows.select(list(schema)), self.path)
 
-    def _text_codes(self, texts: pl.Series) -> pl.Series:
+    def text_codes(self, texts: pl.Series) -> pl.Series:
+        """16 codes of each text, see `text_format`."""
         if self.text_format == "words":
             return hash_texts(texts.cast(pl.String))
         return parse_codes(self.path, texts.fill_null(ZERO_CODES) if texts.dtype == pl.String else texts)
