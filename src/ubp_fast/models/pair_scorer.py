@@ -1,6 +1,6 @@
 """Pair scores: how likely a client buys a label within two weeks, by one model for all labels of a list.
 
-    score(client, label) = MLP(own counts of the label, of its category | popularity of the label | activity of the client)
+    score(client, label) = MLP(own counts of label and category | popularity of the label | activity of the client)
 
 A reader that meets a label for the first time has a few thousand rows to find out which of a thousand columns it should
 look at. The scorer has seen every (client, label) pair of many past windows and knows what own counts, recency and
@@ -13,6 +13,7 @@ depend on the other clients or labels at hand, nor on threads.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -264,7 +265,7 @@ class PairScorer:
     @property
     def arrays(self) -> dict[str, np.ndarray]:
         """What was fitted, by name; for safetensors."""
-        found = {}
+        found: dict[str, np.ndarray] = {}
         for name, (ids, popularity) in self.lists.items():
             found |= {f"lists/{name}/ids": ids, f"lists/{name}/popularity": popularity}
         for name, group in self.groups.items():
@@ -408,16 +409,14 @@ def _train(
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            network = nn.Sequential(
-                *(nn.Linear(values.shape[1], config.hidden[0]), nn.ReLU()),
-                *(nn.Linear(config.hidden[0], config.hidden[1]), nn.ReLU(), nn.Linear(config.hidden[1], 1)),
-            )
+            sizes = (values.shape[1], *config.hidden, 1)
+            first, second, third = (nn.Linear(*pair) for pair in itertools.pairwise(sizes))
+            network = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third)
             with torch.no_grad():
-                network[-1].bias.fill_(float(np.log(rate / (1 - rate))))
+                third.bias.fill_(float(np.log(rate / (1 - rate))))
             _optimise(network, values, known, weights, config)
     finally:
         torch.set_num_threads(threads)
-    first, second, third = (layer for layer in network if isinstance(layer, nn.Linear))
     weight_1 = first.weight.detach().numpy().T
     client, label = slice(0, widths[0]), slice(widths[0], sum(widths))
     pair = slice(sum(widths), None)

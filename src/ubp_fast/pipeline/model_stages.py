@@ -26,12 +26,26 @@ from ubp_fast.models.contrastive import PROBE_LABELS, ContrastiveModel
 from ubp_fast.models.layers.event_embedding import EventSizes
 from ubp_fast.models.membership import activity_columns, membership_weights
 from ubp_fast.models.multitask import MULTITASK_LABELS, MultitaskModel
+from ubp_fast.models.near import NearModel
+from ubp_fast.models.pair_scorer import PairScorer
 from ubp_fast.models.reduced_rank import ReducedRankConfig, ReducedRankModel
 from ubp_fast.models.stacking import JoinedBlocks, StackingModel
 from ubp_fast.models.training import MODEL_FILE, embed, fit, initialise
 from ubp_fast.pipeline.settings import Settings
 from ubp_fast.profiler.bundle import load_network, save_bundle
-from ubp_fast.profiler.parts import NETWORKS, Block, Fitted, Network, column_names, joined, own_blocks, parts_of
+from ubp_fast.profiler.parts import (
+    NETWORKS,
+    Block,
+    Fitted,
+    Network,
+    column_names,
+    graded_blocks,
+    graded_rank,
+    joined,
+    near_parts,
+    own_blocks,
+    parts_of,
+)
 from ubp_fast.profiler.profiler import MODEL_FOLDER
 from ubp_fast.profiles import Profiles
 from ubp_fast.profiles.blocks import compose
@@ -43,7 +57,7 @@ from ubp_fast.store.in_memory import Vocabulary
 TRAINING = "training"
 INFERENCE_BATCH = 512
 SCALER, OUTPUTS_FILE, TASTE_WEIGHTS = "scaler", "outputs.json", "taste_weights.npy"
-DAY_FILE = "day.safetensors"
+DAY_FILE, PAIRS_FILE = "day.safetensors", "pairs.safetensors"
 Inputs = Mapping[str, Path]
 
 
@@ -129,8 +143,8 @@ def make_stacking(settings: Settings, inputs: Inputs, directory: Path, progress:
     own, graded = own_blocks(recipe), None
     if own:
         base = config if isinstance(config, ReducedRankConfig) else ReducedRankConfig(labels=config.labels)
-        graded_config = replace(base, rank=recipe.layout.directions)
-        graded = _fit_regression(graded_config, inputs, labels, cutoffs, own, unit_length=False)
+        graded_config = replace(base, rank=graded_rank(recipe))
+        graded = _fit_regression(graded_config, inputs, labels, cutoffs, graded_blocks(recipe), unit_length=False)
     fitted = Fitted(
         recipe,
         store.cutoff_s,
@@ -144,12 +158,16 @@ def make_stacking(settings: Settings, inputs: Inputs, directory: Path, progress:
         },
         load_array(inputs["features"] / TASTE_WEIGHTS) if recipe.layout.tastes else None,
         {name: _trained(name, settings, store, inputs) for name in NETWORKS if name in recipe.joined},
+        _scorer(settings, inputs),
         strong,
         graded,
     )
     day = DayStatistics()
     day.arrays |= load_arrays(inputs["features"] / DAY_FILE)
-    parts = parts_of(fitted, lambda name: _block(inputs, name, store.cutoff_s), day)
+    made = partial(_block, inputs, cutoff_s=store.cutoff_s)
+    if recipe.layout.near:
+        fitted = replace(fitted, near=NearModel.fit(near_parts(fitted, made, day), recipe.layout.near_width))
+    parts = parts_of(fitted, made, day)
     halves, layout = compose(parts, recipe.layout.max_width, day)
     Profiles(store.client_ids[store.is_relevant], halves, layout).save(directory / "stacked")
     maps = inputs["events"] / "maps"
@@ -168,6 +186,12 @@ def _fit_regression(
     """The regression of past windows' labels on some blocks."""
     blocks = [joined(partial(_block, inputs, cutoff_s=cutoff_s), names, unit_length) for cutoff_s in cutoffs]
     return ReducedRankModel(config).fit(blocks, labels, _is_summary(inputs, names, cutoffs[0]))
+
+
+def _scorer(settings: Settings, inputs: Inputs) -> PairScorer | None:
+    """That of the features' folder, where one was learned."""
+    path = inputs["features"] / PAIRS_FILE
+    return PairScorer.of_arrays(load_arrays(path), settings.pairs) if path.exists() else None
 
 
 def _trained(name: str, settings: Settings, store: EventStore, inputs: Inputs) -> Network:

@@ -20,7 +20,7 @@ from ubp_fast.profiles.blocks import LayoutConfig
 
 COMPONENTS = ("stacked", "contrastive", "multitask", "features", "profile_features", "baseline_log1p", "baseline_raw")
 DEFAULT_COMPONENTS = ("stacked", "baseline_log1p")
-BLOCKS = ("contrastive", "multitask", "aggregated", "decayed", "rich")
+BLOCKS = ("contrastive", "multitask", "aggregated", "decayed", "scores", "rich")
 DATA_SUFFIXES = (".parquet", ".npy", ".csv", ".gz")
 
 
@@ -84,6 +84,7 @@ class Settings:
     rich: Any
     rhythm: Any
     tastes: Any
+    pairs: Any
     layout: LayoutConfig
     contrastive: ModelSettings
     multitask: ModelSettings
@@ -104,6 +105,7 @@ class Settings:
             decayed=self.decayed,
             rhythm=self.rhythm,
             tastes=self.tastes,
+            pairs=self.pairs,
             rich=self.rich,
             layout=self.layout,
             joined=self.stacking_blocks,
@@ -160,6 +162,7 @@ def read_settings(config: DictConfig) -> Settings:
         rich=_make(plain["features"].get("rich")),
         rhythm=_make(plain["features"]["rhythm"]),
         tastes=_make(plain["features"]["tastes"]),
+        pairs=_make(plain["features"]["pairs"]),
         layout=_make(plain["profile"]),
         contrastive=_model(plain["contrastive"]),
         multitask=_model(plain["multitask"]),

@@ -31,8 +31,10 @@ from ubp_fast.features.static import static_features
 from ubp_fast.features.tastes import fit_tastes, taste_features
 from ubp_fast.features.writing import in_client_blocks
 from ubp_fast.files import write_array, write_arrays, write_json
+from ubp_fast.models.pair_scorer import PairScorer
 from ubp_fast.pipeline.model_stages import (
     DAY_FILE,
+    PAIRS_FILE,
     TASTE_WEIGHTS,
     TRAINING,
     Inputs,
@@ -43,14 +45,15 @@ from ubp_fast.pipeline.model_stages import (
     make_stacking,
 )
 from ubp_fast.pipeline.settings import Settings
-from ubp_fast.profiler.parts import NETWORKS, own_blocks
+from ubp_fast.profiler.parts import NETWORKS, graded_blocks
 from ubp_fast.profiles import Profiles, validate
 from ubp_fast.progress import Progress
+from ubp_fast.sequences import training_cutoffs
 from ubp_fast.store.build import build_store
 from ubp_fast.store.event_store import EventStore
 
 # Feature sets that compare clients with each other.
-OF_DAY = ("rich", "rhythm")
+OF_DAY = ("rich", "rhythm", "scores")
 RAW_FEATURES = ("aggregated", "decayed", "static")
 LATEST = "latest-"
 BASELINES = ("baseline_log1p", "baseline_raw")
@@ -136,7 +139,8 @@ def _profiles(settings: Settings) -> list[Stage]:
 
 def _features_config(settings: Settings) -> dict[str, Any]:
     sets = _feature_sets(settings) + _profile_sets(settings)
-    return settings.part("windows", "features") | {"sets": sets, "multitask": "multitask" in _trained(settings)}
+    seed = settings.part("seed") if "scores" in sets else {}
+    return seed | settings.part("windows", "features") | {"sets": sets, "multitask": "multitask" in _trained(settings)}
 
 
 def _latest(stage: Stage, settings: Settings) -> Stage:
@@ -159,15 +163,17 @@ def _trained(settings: Settings) -> tuple[str, ...]:
 
 def _feature_sets(settings: Settings) -> list[str]:
     """Features that the stacking model, the graded directions or a trained model look at."""
-    looked_at = {*settings.stacking_blocks, *own_blocks(settings.recipe)}
+    looked_at = {*settings.stacking_blocks, *graded_blocks(settings.recipe)}
     if "multitask" in _trained(settings):
         looked_at.add("static")
-    return [name for name in ("static", "aggregated", "decayed", "rich") if name in looked_at]
+    return [name for name in ("static", "aggregated", "decayed", "scores", "rich") if name in looked_at]
 
 
 def _profile_sets(settings: Settings) -> list[str]:
     """Features that no model looks at: the profile takes them as they are."""
-    return [name for name in ("tastes", "rhythm") if getattr(settings.layout, name)]
+    sets = [name for name in ("tastes", "rhythm") if getattr(settings.layout, name)]
+    has_scores = "scores" in _feature_sets(settings) or not settings.layout.scores
+    return sets if has_scores else ["scores", *sets]
 
 
 def _scores(settings: Settings, components: Sequence[str]) -> list[Stage]:
@@ -226,6 +232,10 @@ def make_features(settings: Settings, inputs: Inputs, directory: Path, progress:
         weights = fit_tastes(store, store.cutoff_s, settings.tastes)
         write_array(directory / TASTE_WEIGHTS, weights)
         make["tastes"] = partial(make["tastes"], weights=weights)
+    if "scores" in (*_feature_sets(settings), *_profile_sets(settings)):
+        scorer = _fit_scorer(settings, store, lists)
+        write_arrays(directory / PAIRS_FILE, scorer.arrays)
+        make["scores"] = scorer.transform
     of_multitask = model if "multitask" in _trained(settings) else ()
     wanted = [
         (name, cutoff_s)
@@ -240,6 +250,13 @@ def make_features(settings: Settings, inputs: Inputs, directory: Path, progress:
         make[name](store, cutoff_s, directory=directory / f"{name}-{cutoff_s}", **kept)
         progress(done + 1, len(wanted))
     write_arrays(directory / DAY_FILE, day.arrays)
+
+
+def _fit_scorer(settings: Settings, store: EventStore, lists: LabelLists) -> PairScorer:
+    """Learned from the newest windows before the profiles' cutoff."""
+    days = settings.windows.days
+    cutoffs = training_cutoffs(store, settings.pairs.windows, newest_days=days, step_days=days)
+    return PairScorer.fit(store, cutoffs, lists, settings.pairs, settings.seed)
 
 
 def _feature_makers(settings: Settings, store: EventStore, lists: LabelLists) -> dict[str, Callable[..., Features]]:
