@@ -17,6 +17,10 @@ import numpy as np
 from ubp_fast.features.scaling import Rows, projected, standardised
 
 
+# Of the largest eigenvalue: a direction with less is made of roundings.
+SMALLEST_SHARE = 1e-12
+
+
 class NearPart(NamedTuple):
     """One part of the vectors before they are shortened.
 
@@ -44,13 +48,13 @@ class NearModel:
 
     @classmethod
     def fit(cls, parts: Sequence[NearPart], width: int) -> NearModel:
-        """The `width` leading directions of all clients of a day, fewer where the parts have fewer columns."""
+        """The `width` leading directions of all clients of a day, fewer where the parts have fewer."""
         columns = sum(part.values.shape[1] for part in parts)
         products = np.zeros((columns, columns))
         for rows in _unit_rows(parts):
             products += rows.T @ rows
-        _, vectors = np.linalg.eigh(products)
-        leading = vectors[:, ::-1][:, :width]
+        values, vectors = np.linalg.eigh(products)
+        leading = vectors[:, values > values[-1] * SMALLEST_SHARE][:, ::-1][:, :width]
         # An eigenvector has no sign of its own: its largest entry is made positive.
         sign = np.sign(leading[np.abs(leading).argmax(axis=0), np.arange(leading.shape[1])])
         return cls(np.ascontiguousarray(leading * sign))
@@ -67,7 +71,6 @@ def _unit_rows(parts: Sequence[NearPart]) -> Iterator[np.ndarray]:
     for together in zip(*(standardised(*part[:3]) for part in parts), strict=True):
         found = []
         for part, (_, rows) in zip(parts, together, strict=True):
-            # Row by row: a sum over the last axis is the same whatever rows are beside it.
-            length = np.sqrt((rows * rows).sum(axis=1, keepdims=True))
+            length = np.sqrt(projected(rows * rows, np.ones((rows.shape[1], 1))))
             found.append(rows * ((part.weight / total) ** 0.5 / np.maximum(length, np.finfo(np.float32).tiny)))
         yield np.concatenate(found, axis=1)

@@ -44,7 +44,7 @@ OWN_BLOCKS = ("aggregated", "decayed", "static")
 GRADING = 0.75
 # Directions that near vectors look at, and what each of their parts counts.
 NEAR_DIRECTIONS = 200
-NEAR_WEIGHTS = {"graded": 1.0, "scores": 1.0, "own": 0.3, "rhythm": 0.3}
+NEAR_WEIGHTS = {"graded": 1.0, "level": 0.5, "scores": 1.0, "own": 0.3, "rhythm": 0.3}
 Block = np.ndarray | Features
 Made = Callable[[str], Block]
 
@@ -256,8 +256,12 @@ def _directions(fitted: Fitted, made: Made, day: DayStatistics) -> tuple[np.ndar
 def near_parts(fitted: Fitted, made: Made, day: DayStatistics) -> list[NearPart]:
     """What near vectors are made of."""
     directions, share = _directions(fitted, made, day)
-    none = np.zeros(directions.shape[1])
-    parts = [NearPart(directions, none, 1 / share, NEAR_WEIGHTS["graded"])]
+    # Lengths are lost in angles: how far a client goes along the first direction becomes an angle to a one.
+    level = np.stack([directions[:, 0], np.ones(len(directions), np.float32)], axis=1)
+    parts = [
+        NearPart(directions, np.zeros(directions.shape[1]), 1 / share, NEAR_WEIGHTS["graded"]),
+        NearPart(level, np.zeros(2), np.ones(2), NEAR_WEIGHTS["level"]),
+    ]
     layout = fitted.recipe.layout
     sets = {"scores": ("scores",), "own": own_blocks(fitted.recipe), "rhythm": ("rhythm",)}
     for name, names in sets.items():
