@@ -4,8 +4,9 @@
 
 Words with "=" are overrides of the run's configuration (`data=synthetic data.clients=20000`). One run of the pipeline
 scores the profile, the features side by side (log1p aggregated, decayed, static), both together and the log1p baseline
-with every reader; the network, which takes columns as they are, is given the profile and the baseline. A whitened singular value decomposition of the features, 128 columns, is one more rival for the
-search for neighbours. `python benchmarks/bars.py` makes the tables of the documentation from the file.
+with every reader; the network, which takes columns as they are, is given the profile and the baseline. A whitened
+singular value decomposition of the features, 128 columns, is one more rival for the search for neighbours. `python
+benchmarks/bars.py` makes the tables of the documentation from the file.
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ import numpy as np
 
 from ubp_fast.features.scaling import Rows, projected, standardised
 
-
 # Of the largest eigenvalue: a direction with less is made of roundings.
 SMALLEST_SHARE = 1e-12
 
