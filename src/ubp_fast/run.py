@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="run")
+@hydra.main(version_base="1.3", config_path=str(Path(__file__).parent / "conf"), config_name="run")
 def main(config: DictConfig) -> None:
     """Runs the stages that `config` asks for; exits with 2 and one clear line when the input is at fault."""
     from ubp_fast.pipeline import execute

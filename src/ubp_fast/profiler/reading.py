@@ -76,14 +76,18 @@ class NewEvents:
         histories: by the clients' numbers.
         clients: who they are.
         last_s: second of the newest event, None without any.
+        relevant: numbers i64 of the clients that need a vector, where the source names them.
     """
 
     histories: Histories
     clients: ClientIds
     last_s: int | None
+    relevant: np.ndarray | None = None
 
-    def active_before(self, cutoff_s: int) -> pl.Series:
-        """Own ids of the clients with an event before a moment, ascending."""
+    def wanted_before(self, cutoff_s: int) -> pl.Series:
+        """Own ids, ascending, of the clients that the source names, else of all with an event before a moment."""
+        if self.relevant is not None:
+            return pl.Series("client_id", np.sort(self.relevant))
         has = np.zeros(len(self.histories.client_ids), bool)
         for offsets, timestamp_s, *_ in self.histories.kinds.values():
             has |= rows_before(offsets, timestamp_s, cutoff_s) > offsets[:-1]
@@ -175,6 +179,9 @@ def own_ids(values: Sequence[Any] | np.ndarray | pl.Series, like: pl.Series) -> 
         series = _canonical_ids(series)
     except DataError as error:
         raise UserError(f"clients: {error}") from error
+    if series.dtype == pl.String and like.dtype == pl.Int64:
+        numbers = series.cast(pl.Int64, strict=False)
+        series = series if numbers.null_count() else numbers
     if len(like) and series.dtype != like.dtype and len(series):
         raise UserError(f"clients: ids must be {like.dtype} as in the events, got {series.dtype}")
     return series
@@ -193,7 +200,8 @@ def _canonical_ids(values: pl.Series) -> pl.Series:
 
 def _of_directory(directory: EventDirectory) -> NewEvents:
     batches = {kind: _batch(kind, directory.frame(kind)) for kind in directory.kinds}
-    return _gathered(batches, directory.products(), pl.Series("client_id", [], pl.Int64))
+    found = _gathered(batches, directory.products(), pl.Series("client_id", [], pl.Int64))
+    return replace(found, relevant=directory.relevant_clients)
 
 
 def _of_tables(tables: Mapping[str, pl.DataFrame], files: Mapping[str, str]) -> NewEvents:

@@ -10,7 +10,7 @@ still, with whatever is known of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -120,6 +120,18 @@ class Histories:
             offsets = np.searchsorted(client_id[order], np.append(clients, np.iinfo(np.int64).max))
             kinds[kind] = (offsets, timestamp_s[order], item[order], None)
         return cls(clients, kinds, products)
+
+    def digest_into(self, update: Callable[[bytes], object]) -> None:
+        """Gives all bytes to a hash."""
+        update(np.ascontiguousarray(self.client_ids).tobytes())
+        for kind, arrays in self.kinds.items():
+            update(kind.encode())
+            for array in arrays:
+                if array is not None:
+                    update(np.ascontiguousarray(array).tobytes())
+        if self.products is not None:
+            for series in self.products:
+                update(np.ascontiguousarray(series.to_numpy()).tobytes())
 
     def of_clients(self, client_ids: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Offsets i64 [N + 1], times and original items (or codes) of some clients, in their order."""
