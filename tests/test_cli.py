@@ -10,6 +10,7 @@ import pytest
 from support.runs import TINY
 
 from ubp_fast.cli import main
+from ubp_fast.events.schema import UserError
 from ubp_fast.profiles import Profiles
 
 SHOP = ("data=synthetic", "data.clients=200", "data.skus=60", "data.urls=80")
@@ -77,3 +78,25 @@ def test_unknown_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit) as stop:
         main(["validate", "somewhere", "--what"])
     assert stop.value.code == 2 and "unknown arguments: --what" in capsys.readouterr().err
+
+
+def test_python_does_the_same(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import ubp_fast
+
+    settings = dict(setting.split("=", 1) for setting in (*TINY, *SHOP)) | {
+        "evaluation": "off",
+        "evaluation.tasks": ["churn"],
+        "profiles.at": "end",
+        "root": tmp_path / "it's here",
+        "directory": None,
+    }
+    made = ubp_fast.run(settings, quiet=True)
+    assert made.parent == tmp_path / "it's here" and capsys.readouterr().out == ""
+    found = ubp_fast.Profiler.load(made).embed(made / "stages" / "events")
+    assert np.array_equal(found.embeddings, ubp_fast.Profiles.load(run / "latest").embeddings)
+    with pytest.raises(UserError, match=r"Could not override 'data\.clinets'"):
+        ubp_fast.run(["data=synthetic", "data.clinets=5"])
+    with pytest.raises(UserError, match="got the text"):
+        ubp_fast.run("data=synthetic")
+    with pytest.raises(AttributeError, match="no attribute 'profiler_'"):
+        _ = ubp_fast.profiler_

@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(overrides: Sequence[str]) -> int:
-    from ubp_fast.run import main as run
+    from ubp_fast.pipeline.command import main as run
 
     before, sys.argv = sys.argv, ["ubp-fast run", *overrides]
     try:

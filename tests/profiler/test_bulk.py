@@ -89,7 +89,8 @@ def test_what_failed_goes_on_where_it_was(
 def test_killed_at_random_moments(run: Path, tmp_path: Path) -> None:
     text = (
         "import sys; from ubp_fast.profiler import Profiler, bulk; bulk.BLOCK_ROWS = 8;"
-        "profiler = Profiler.load(sys.argv[1]); print('begins', flush=True); profiler.embed_to(sys.argv[3], sys.argv[2])"
+        "profiler = Profiler.load(sys.argv[1]); print('begins', flush=True);"
+        "profiler.embed_to(sys.argv[3], sys.argv[2])"
     )
     command = [sys.executable, "-c", text, str(run), str(events_of(run)), str(tmp_path / "today")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
