@@ -26,9 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["run"]:  # Hydra reads the rest
         return _run(given[1:])
-    options, rest = _parser().parse_known_args(given)
+    options, rest = parser().parse_known_args(given)
     if rest and options.command != "evaluate":
-        _parser().error(f"unknown arguments: {' '.join(rest)}")
+        parser().error(f"unknown arguments: {' '.join(rest)}")
     try:
         if options.command == "embed":
             return _embed(options)
@@ -47,15 +47,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Commands and their options; those of `run` are Hydra's."""
+    made = argparse.ArgumentParser(
         "ubp-fast",
         description="Event logs in, one vector per client out.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"ubp_fast {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    made.add_argument("--version", action="version", version=f"ubp_fast {__version__}")
+    commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("run", help="from event logs to evaluated profiles; settings as name=value, --help lists them")
     embed = commands.add_parser("embed", help="vectors of any moment from the model of a run")
     embed.add_argument("run", type=Path, help="directory of the run, or its folder model")
@@ -73,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     board = commands.add_parser("leaderboard", help="compares the scores of runs")
     board.add_argument("runs", nargs="+", type=Path, help="run directories, or scores.json files")
     board.add_argument("--reader", default="network", help="by whose scores; network: the challenge's")
-    return parser
+    return made
 
 
 def _run(overrides: Sequence[str]) -> int:
