@@ -13,6 +13,7 @@ from ubp_fast import __version__
 EPILOG = """examples:
   ubp-fast run data=table data.path=events.parquet directory=runs/shop profiles.at=end
   ubp-fast embed runs/shop --events new.parquet --at 2026-11-28 --output today.parquet
+  ubp-fast embed runs/shop --append --events saturday.parquet
   ubp-fast evaluate VECTORS data=table data.path=events.parquet
   ubp-fast validate VECTORS --clients relevant_clients.npy
   ubp-fast leaderboard runs/a runs/b
@@ -61,7 +62,10 @@ def parser() -> argparse.ArgumentParser:
     embed = commands.add_parser("embed", help="vectors of any moment from the model of a run")
     embed.add_argument("run", type=Path, help="directory of the run, or its folder model")
     embed.add_argument("--events", required=True, help="a table like that of the run, or a directory of tables")
-    embed.add_argument("--output", type=Path, required=True, help="a new directory, or a table: NAME.parquet")
+    embed.add_argument("--output", type=Path, help="a new directory, or a table: NAME.parquet")
+    embed.add_argument(
+        "--append", action="store_true", help="adds new events to the run's and embeds all clients into its latest/"
+    )
     embed.add_argument("--at", help="date or date-time (UTC); just after the newest event by default")
     embed.add_argument("--clients", type=Path, help="ids of the clients: a text file with one per line, or .npy")
     embed.add_argument("--blocks", help="names of the blocks wanted, separated by commas; all by default")
@@ -93,10 +97,22 @@ def _run(overrides: Sequence[str]) -> int:
 def _embed(options: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from ubp_fast.events.schema import UserError
     from ubp_fast.profiler import Profiler
+    from ubp_fast.profiler.profiler import LATEST
     from ubp_fast.progress import RunProgress
 
     profiler = Profiler.load(options.run)
+    if options.append:
+        if options.output or options.clients or options.blocks:
+            raise UserError(
+                "embed --append: all vectors go to latest/ of the run; leave out --output, --clients, --blocks"
+            )
+        made = profiler.append(options.events, options.at)
+        print(f"profiles of {made.num_clients} clients  {profiler.directory.parent / LATEST}")
+        return 0
+    if options.output is None:
+        raise UserError("embed: --output must name a new directory or a table, got none")
     clients = None if options.clients is None else _clients(options.clients)
     blocks = None if options.blocks is None else options.blocks.split(",")
     progress = RunProgress(Console(), [("embed", 1.0)])

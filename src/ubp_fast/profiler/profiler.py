@@ -8,15 +8,18 @@ from dataclasses import dataclass
 from datetime import date, datetime
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import polars as pl
 
 from ubp_fast.events.schema import UserError
+from ubp_fast.events.split import utc_text
 from ubp_fast.features.scaling import DayStatistics
 from ubp_fast.profiler.bulk import write_in_parts
-from ubp_fast.profiler.bundle import BUNDLE_FILE, load_bundle, load_day, load_maps
+from ubp_fast.profiler.bundle import BUNDLE_FILE, load_bundle, load_day, load_maps, save_day
+from ubp_fast.profiler.history import History
 from ubp_fast.profiler.parts import Blocks, Fitted, parts_of
 from ubp_fast.profiler.reading import own_ids, read_new_events, seconds_of
 from ubp_fast.profiles import Profiles
@@ -24,7 +27,7 @@ from ubp_fast.profiles.blocks import Layout, compose
 from ubp_fast.progress import Progress
 from ubp_fast.store.in_memory import Histories, memory_store
 
-MODEL_FOLDER = "model"
+MODEL_FOLDER, LATEST = "model", "latest"
 # Clients whose features are in memory at once.
 CLIENTS_AT_ONCE = 1_024
 
@@ -136,6 +139,44 @@ class Profiler:
         write_in_parts(*(Path(output), job.identity, job.numbers, job.own_ids, job.layout, make), per_block, progress)
         return len(job.numbers)
 
+    def append(self, events: Any, at: int | str | date | datetime | None = None) -> Profiles:
+        """Adds events to those that the run has seen, and embeds all clients anew, into `latest/` of the run.
+
+        Means and deviations among all clients are measured and kept: from then on they are those of that day. The
+        vectors are those that whole histories give, byte for byte. Killed at any point and called again with the same
+        events, it ends with the same files; events that were appended already are not added twice.
+
+        Args:
+            events: those that are new, as of `embed`.
+            at: the moment, after all events; None: just after the newest one.
+
+        Raises:
+            DataError: events that break a rule, or a folder that is no whole run.
+            UserError: a moment at or before the newest event.
+        """
+        run = self.directory.parent
+        before = History.of(run, self.fitted.cutoff_s, self.maps)
+        new = read_new_events(events, self.fitted.recipe.table, before.maps, known=before.clients)
+        now = before.with_events(new)
+        last_s = now.histories.last_s
+        at_s = last_s + 1 if at is None else seconds_of(at)
+        if at_s <= last_s:
+            raise UserError(f"at: must lie after the newest event ({utc_text(last_s)}), got {utc_text(at_s)}")
+        numbers, own = now.population()
+        day = DayStatistics()
+        with TemporaryDirectory(dir=run) as folder:
+            made = Blocks(
+                self.fitted, memory_store(now.histories, numbers, at_s, self.fitted.vocabulary), at_s, day, Path(folder)
+            )
+            vectors, _ = compose(parts_of(self.fitted, made, day), day=day, layout=self.layout)
+        profiles = Profiles(numbers, vectors, self.layout, own)
+        save_day(self.directory, at_s, day)
+        profiles.save(run / LATEST)
+        profiles.write_parquet(run / f"{LATEST}.parquet")
+        if now is not before:
+            now.save(run)
+        return profiles
+
     def _job(
         self,
         events: Any,
@@ -143,9 +184,10 @@ class Profiler:
         clients: Sequence[Any] | np.ndarray | pl.Series | None,
         blocks: Sequence[str] | None,
     ) -> _Job:
-        found = read_new_events(events, self.fitted.recipe.table, self.maps)
+        before_s = None if at is None else seconds_of(at)
+        found = read_new_events(events, self.fitted.recipe.table, self.maps, before_s)
         just_after_s = self.fitted.cutoff_s if found.last_s is None else found.last_s + 1
-        at_s = just_after_s if at is None else seconds_of(at)
+        at_s = just_after_s if before_s is None else before_s
         own = found.wanted_before(at_s) if clients is None else own_ids(clients, found.clients.own)
         layout = self.layout if blocks is None else self.layout.select(*blocks)
         return _Job(self, found.histories, at_s, load_day(self.directory, at_s), layout, found.clients.find(own), own)
