@@ -25,6 +25,7 @@ ORDER = (
     "report",
     "pipeline",
     "run",
+    "cli",
 )
 MODULES = sorted(SOURCE.rglob("*.py"))
 FOLDERS = sorted({path.parent for path in MODULES})

@@ -116,10 +116,15 @@ def copy_directory(source: Path, target: Path) -> None:
     """Copies the files of `source` and of its folders to `target`, each complete or not there."""
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
-        if file.is_dir():
-            copy_directory(file, target / file.name)
-            continue
-        write_atomically(target / file.name, lambda copy: shutil.copyfile(file, copy))  # noqa: B023
+        copy_path(file, target / file.name)
+
+
+def copy_path(source: Path, target: Path) -> None:
+    """Copies a file, or a directory as `copy_directory` does."""
+    if source.is_dir():
+        copy_directory(source, target)
+    else:
+        write_atomically(target, lambda copy: shutil.copyfile(source, copy))
 
 
 @contextmanager

@@ -19,11 +19,11 @@ from ubp_fast.evaluation.scores import Spread
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import UserError
 from ubp_fast.events.split import utc_text
-from ubp_fast.files import OutputDirectoryError, copy_directory, load_json, write_json, write_text
+from ubp_fast.files import OutputDirectoryError, copy_directory, copy_path, load_json, write_json, write_text
 from ubp_fast.kernels import BackendUnavailable
 from ubp_fast.models.training import LOSSES_FILE
 from ubp_fast.pipeline.cache import StageCache, stage_key
-from ubp_fast.pipeline.model_stages import TRAINING
+from ubp_fast.pipeline.model_stages import PROFILE_TABLE, TRAINING
 from ubp_fast.pipeline.run_directory import RunDirectory, environment
 from ubp_fast.pipeline.settings import Settings, read_settings
 from ubp_fast.pipeline.stages import LATEST, Stage, plan
@@ -135,7 +135,9 @@ def _publish(
     names = {stage.name for stage in stages}
     published = {name: folder for name, folder in PROFILE_FOLDERS.items() if name in names}
     for name, folder in published.items():
-        copy_directory(run.path / "stages" / name / "stacked", run.path / folder)
+        made = run.path / "stages" / name
+        copy_directory(made / "stacked", run.path / folder)
+        copy_path(made / PROFILE_TABLE, run.path / f"{folder}.parquet")
     if published:  # the model of the newest
         copy_directory(run.path / "stages" / list(published)[-1] / MODEL_FOLDER, run.path / MODEL_FOLDER)
     found = _score_files(run, stages)

@@ -57,7 +57,7 @@ from ubp_fast.store.in_memory import Vocabulary
 TRAINING = "training"
 INFERENCE_BATCH = 512
 SCALER, OUTPUTS_FILE, TASTE_WEIGHTS = "scaler", "outputs.json", "taste_weights.npy"
-DAY_FILE, PAIRS_FILE = "day.safetensors", "pairs.safetensors"
+DAY_FILE, PAIRS_FILE, PROFILE_TABLE = "day.safetensors", "pairs.safetensors", "profiles.parquet"
 Inputs = Mapping[str, Path]
 
 
@@ -169,9 +169,14 @@ def make_stacking(settings: Settings, inputs: Inputs, directory: Path, progress:
         fitted = replace(fitted, near=NearModel.fit(near_parts(fitted, made, day), recipe.layout.near_width))
     parts = parts_of(fitted, made, day)
     halves, layout = compose(parts, recipe.layout.max_width, day)
-    Profiles(store.client_ids[store.is_relevant], halves, layout).save(directory / "stacked")
     maps = inputs["events"] / "maps"
-    tables = {path.stem: pl.read_parquet(path) for path in sorted(maps.glob("*.parquet")) if path.stem != "client_id"}
+    tables = {path.stem: pl.read_parquet(path) for path in sorted(maps.glob("*.parquet"))}
+    client_ids, own_ids = store.client_ids[store.is_relevant], None
+    if (numbers := tables.pop("client_id", None)) is not None:
+        own_ids = pl.DataFrame({"id": client_ids}).join(numbers, on="id", how="left", maintain_order="left")["value"]
+    profiles = Profiles(client_ids, halves, layout, own_ids)
+    profiles.save(directory / "stacked")
+    profiles.write_parquet(directory / PROFILE_TABLE)
     save_bundle(directory / MODEL_FOLDER, fitted, layout, day, tables)
 
 

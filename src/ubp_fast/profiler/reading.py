@@ -9,7 +9,7 @@ a source       anything that writes an event directory
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date, datetime, timezone
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,7 +29,7 @@ from ubp_fast.events.read import (
 )
 from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, NUM_CODES, PRODUCT_TABLE, DataError, UserError
 from ubp_fast.events.sources.table import PRICE_EDGES, Table
-from ubp_fast.events.sources.table_products import product_table
+from ubp_fast.events.sources.table_products import buckets, money
 from ubp_fast.events.write import end_seconds
 from ubp_fast.store.event_store import rows_before
 from ubp_fast.store.in_memory import Histories
@@ -51,10 +51,12 @@ class ClientIds:
     numbers: np.ndarray
 
     @classmethod
-    def of(cls, values: pl.Series) -> ClientIds:
-        """Of the client column of some events."""
+    def of(cls, values: pl.Series, known: ClientIds | None = None) -> ClientIds:
+        """Of the client column of some events; text that is known keeps its numbers."""
         own = values.unique().sort()
-        return cls(own, own.to_numpy() if own.dtype == pl.Int64 else np.arange(len(own)))
+        if own.dtype == pl.Int64:
+            return cls(own, own.to_numpy())
+        return cls(own, np.arange(len(own)) if known is None else known.find(own))
 
     def find(self, wanted: pl.Series) -> np.ndarray:
         """Numbers i64 [N] of ids; those that are not there get new ones."""
@@ -64,7 +66,8 @@ class ClientIds:
         found = pl.DataFrame({"id": wanted}).join(known, on="id", how="left", maintain_order="left")["number"]
         numbers = found.fill_null(-1).to_numpy().copy()
         missing = numbers < 0
-        numbers[missing] = len(self.own) + np.arange(int(missing.sum()))
+        first = int(self.numbers.max(initial=-1)) + 1
+        numbers[missing] = first + np.arange(int(missing.sum()))
         return numbers
 
 
@@ -76,14 +79,20 @@ class NewEvents:
         histories: by the clients' numbers.
         clients: who they are.
         last_s: second of the newest event, None without any.
+        relevant: numbers i64 of the clients that need a vector, where the source names them.
+        maps: numbers of text ids of items, those that were new included.
     """
 
     histories: Histories
     clients: ClientIds
     last_s: int | None
+    relevant: np.ndarray | None = None
+    maps: Mapping[str, pl.DataFrame] = field(default_factory=dict)
 
-    def active_before(self, cutoff_s: int) -> pl.Series:
-        """Own ids of the clients with an event before a moment, ascending."""
+    def wanted_before(self, cutoff_s: int) -> pl.Series:
+        """Own ids, ascending, of the clients that the source names, else of all with an event before a moment."""
+        if self.relevant is not None:
+            return pl.Series("client_id", np.sort(self.relevant))
         has = np.zeros(len(self.histories.client_ids), bool)
         for offsets, timestamp_s, *_ in self.histories.kinds.values():
             has |= rows_before(offsets, timestamp_s, cutoff_s) > offsets[:-1]
@@ -91,13 +100,21 @@ class NewEvents:
         return self.clients.own.filter(pl.Series(place))
 
 
-def read_new_events(events: Any, table: Table | None, maps: Mapping[str, pl.DataFrame]) -> NewEvents:
+def read_new_events(
+    events: Any,
+    table: Table | None,
+    maps: Mapping[str, pl.DataFrame],
+    before_s: int | None = None,
+    known: ClientIds | None = None,
+) -> NewEvents:
     """Reads and checks what a shop brings.
 
     Args:
         events: see the module.
         table: how the run's own table names its columns, None where the run had another source.
         maps: how the run numbered text: "sku", "url", "category" -> (value, id); "price_edges" -> (edge,).
+        before_s: rows of a table from this second on say nothing about items.
+        known: clients whose text ids have numbers already.
 
     Raises:
         DataError: a table breaks a rule, or a file is missing.
@@ -112,9 +129,10 @@ def read_new_events(events: Any, table: Table | None, maps: Mapping[str, pl.Data
         if tables:
             return _of_tables(tables, {name: str(file) for name, file in found.items()})
         separator = "," if table is None else table.separator
-        return _of_table(read_table(path, separator=separator), str(path), table, maps)
+        return _of_table(read_table(path, separator=separator), str(path), table, maps, before_s, known)
     if isinstance(events, Table):
-        return _of_table(read_table(Path(events.path), separator=events.separator), events.path, events, maps)
+        raw = read_table(Path(events.path), separator=events.separator)
+        return _of_table(raw, events.path, events, maps, before_s, known)
     if hasattr(events, "prepare"):
         with TemporaryDirectory() as folder:
             events.prepare(Path(folder) / "events")
@@ -124,7 +142,7 @@ def read_new_events(events: Any, table: Table | None, maps: Mapping[str, pl.Data
         if unknown:
             raise UserError(f"events: tables must be named {[*EVENT_KINDS, PRODUCT_TABLE]}, got {sorted(unknown)}")
         return _of_tables({name: frame_of(one) for name, one in events.items()}, {})
-    return _of_table(frame_of(events), "events", table, maps)
+    return _of_table(frame_of(events), "events", table, maps, before_s, known)
 
 
 def frame_of(value: Any) -> pl.DataFrame:
@@ -175,6 +193,9 @@ def own_ids(values: Sequence[Any] | np.ndarray | pl.Series, like: pl.Series) -> 
         series = _canonical_ids(series)
     except DataError as error:
         raise UserError(f"clients: {error}") from error
+    if series.dtype == pl.String and like.dtype == pl.Int64:
+        numbers = series.cast(pl.Int64, strict=False)
+        series = series if numbers.null_count() else numbers
     if len(like) and series.dtype != like.dtype and len(series):
         raise UserError(f"clients: ids must be {like.dtype} as in the events, got {series.dtype}")
     return series
@@ -193,7 +214,8 @@ def _canonical_ids(values: pl.Series) -> pl.Series:
 
 def _of_directory(directory: EventDirectory) -> NewEvents:
     batches = {kind: _batch(kind, directory.frame(kind)) for kind in directory.kinds}
-    return _gathered(batches, directory.products(), pl.Series("client_id", [], pl.Int64))
+    found = _gathered(batches, directory.products(), pl.Series("client_id", [], pl.Int64))
+    return replace(found, relevant=directory.relevant_clients)
 
 
 def _of_tables(tables: Mapping[str, pl.DataFrame], files: Mapping[str, str]) -> NewEvents:
@@ -206,7 +228,14 @@ def _of_tables(tables: Mapping[str, pl.DataFrame], files: Mapping[str, str]) -> 
     return _gathered(batches, products, pl.Series("client_id", [], pl.Int64))
 
 
-def _of_table(raw: pl.DataFrame, file: str, table: Table | None, maps: Mapping[str, pl.DataFrame]) -> NewEvents:
+def _of_table(
+    raw: pl.DataFrame,
+    file: str,
+    table: Table | None,
+    maps: Mapping[str, pl.DataFrame],
+    before_s: int | None,
+    known: ClientIds | None,
+) -> NewEvents:
     """One table with a row per event."""
     if table is None:
         names = {f"{name}_column": name for name in TABLE_COLUMNS if name in raw.columns}
@@ -217,19 +246,18 @@ def _of_table(raw: pl.DataFrame, file: str, table: Table | None, maps: Mapping[s
     }
     rows = replace(table, path=file, end=None, **absent).rows_of(raw)  # type: ignore[arg-type]
     own = _canonical_ids(rows["client_id"])
-    clients = ClientIds.of(own)
+    clients = ClientIds.of(own, known)
     rows = rows.with_columns(pl.Series("client_id", clients.find(own), dtype=pl.Int64))
-    products = None
+    grown = dict(maps)
     for name in ("sku", "url"):
         if name in rows.columns:
-            rows = rows.with_columns(_numbered(file, rows[name], maps.get(name)))
-    if len(rows):
-        edges = maps[PRICE_EDGES]["edge"].to_numpy() if PRICE_EDGES in maps else np.zeros(0)
-        later_s = int(rows["timestamp_s"].max()) + 1  # type: ignore[arg-type]
-        described = rows.filter(pl.col("sku").is_not_null())
-        products, _, _ = product_table(file, described, later_s, table.text_codes, edges)
-        products = products.with_columns(_categories(products["category"], maps.get("category")))
-        products = products.select(list(PRODUCT_SCHEMA))
+            ids, grown_map = _numbered(file, rows[name], maps.get(name))
+            rows = rows.with_columns(ids)
+            grown |= {} if grown_map is None else {name: grown_map}
+    described = rows.filter(pl.col("sku").is_not_null())
+    if before_s is not None:
+        described = described.filter(pl.col("timestamp_s") < before_s)
+    products = _described(file, described, table, maps)
     batches = {}
     for kind in EVENT_KINDS:
         some = rows.filter(pl.col("kind") == kind)
@@ -237,36 +265,63 @@ def _of_table(raw: pl.DataFrame, file: str, table: Table | None, maps: Mapping[s
             item = ITEM_COLUMN[kind]
             values = table.text_codes(some["query"]) if item == "query" else some[item].cast(pl.Int64)
             batches[kind] = _batch(kind, pl.DataFrame([some["client_id"], some["timestamp_s"], values.alias(item)]))
-    found = _gathered(batches, products, own)
-    return replace(found, clients=clients)
+    return replace(_gathered(batches, products, own), clients=clients, maps=grown)
 
 
-def _numbered(file: str, values: pl.Series, known: pl.DataFrame | None) -> pl.Series:
-    """Ids as Int64: integers as they are, text as the run numbered it, other text with numbers beyond."""
-    if values.dtype == pl.Null or values.null_count() == len(values):
-        return values.cast(pl.Int64, strict=False)
+def _numbered(file: str, values: pl.Series, known: pl.DataFrame | None) -> tuple[pl.Series, pl.DataFrame | None]:
+    """Ids as Int64: integers as they are, text as the run numbered it, other text with numbers beyond; and all text."""
+    if values.null_count() == len(values):
+        return values.cast(pl.Int64, strict=False), known
     if (known is None) != values.dtype.is_integer():
         wanted = "integers" if known is None else "text"
         raise DataError(
             f"{file}: column '{values.name}' must hold {wanted} as in the run, got {values.dtype}; cast the column"
         )
     if known is None:
-        return values.cast(pl.Int64)
+        return values.cast(pl.Int64), None
     text = pl.DataFrame({"value": values.cast(pl.String)})
     new = text.drop_nulls().join(known, on="value", how="anti", maintain_order="left").unique(maintain_order=True)
     first = int(known["id"].max()) + 1  # type: ignore[arg-type]
     new = new.with_columns(pl.int_range(first, first + pl.len(), dtype=pl.Int64).alias("id"))
     everything = pl.concat([known.select("value", "id"), new])
-    return text.join(everything, on="value", how="left", maintain_order="left")["id"].alias(values.name)
+    ids = text.join(everything, on="value", how="left", maintain_order="left")["id"]
+    return ids.alias(values.name), everything
+
+
+def _described(file: str, rows: pl.DataFrame, table: Table, maps: Mapping[str, pl.DataFrame]) -> pl.DataFrame | None:
+    """What rows say of their items: the first category, price and name in time, null where none says any."""
+    given = [name for name in ("category", "price", "name") if name in rows.columns]
+    if not given or not len(rows):
+        return None
+    if "price" in given:
+        rows = rows.with_columns(money(file, rows["price"]))
+    first = [pl.col(name).drop_nulls().first() for name in given]
+    found = rows.sort("timestamp_s", maintain_order=True).group_by("sku", maintain_order=True).agg(first)
+    columns = [found["sku"]]
+    for name, dtype in PRODUCT_SCHEMA.items():
+        if name == "sku":
+            continue
+        values = found[name] if name in given else pl.Series(name, [None], dtype=dtype).new_from_index(0, len(found))
+        if name == "category" and name in given:
+            values = _categories(values, maps.get(name))
+        elif name == "price" and name in given:
+            edges = maps[PRICE_EDGES]["edge"].to_numpy() if PRICE_EDGES in maps else np.zeros(0)
+            bucket = buckets(values, edges).cast(pl.Int64)
+            values = pl.select(pl.when(values.is_not_null()).then(bucket)).to_series()
+        elif name == "name" and name in given:
+            known = values.is_not_null()
+            values = pl.select(pl.when(known).then(table.text_codes(values))).to_series()
+        columns.append(values.alias(name))
+    return pl.DataFrame(columns)
 
 
 def _categories(values: pl.Series, known: pl.DataFrame | None) -> pl.Series:
-    """Categories as Int64 as the run numbered them; -1 for others."""
+    """Categories as Int64 as the run numbered them; -1 for others, null stays null."""
     if known is None:
-        return values.cast(pl.Int64, strict=False).fill_null(-1)
+        return values.cast(pl.Int64, strict=False)
     text = pl.DataFrame({"value": values.cast(pl.String)})
-    found = text.join(known, on="value", how="left", maintain_order="left")["id"]
-    return found.fill_null(-1).alias(values.name)
+    found = text.join(known, on="value", how="left", maintain_order="left")["id"].fill_null(-1)
+    return pl.select(pl.when(values.is_not_null()).then(found)).to_series()
 
 
 def _batch(kind: str, frame: pl.DataFrame) -> EventBatch:
@@ -278,6 +333,6 @@ def _batch(kind: str, frame: pl.DataFrame) -> EventBatch:
 
 def _gathered(batches: Mapping[str, EventBatch], products: pl.DataFrame | None, own: pl.Series) -> NewEvents:
     histories = Histories.of_events(batches, products)
-    last_s = max([int(one.timestamp_s.max()) for one in batches.values() if len(one.timestamp_s)], default=None)
+    last_s = histories.last_s if any(len(one.timestamp_s) for one in batches.values()) else None
     clients = ClientIds(pl.Series("client_id", histories.client_ids), histories.client_ids)
     return NewEvents(histories, clients if not len(own) else ClientIds.of(own), last_s)

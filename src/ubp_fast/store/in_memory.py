@@ -10,7 +10,7 @@ still, with whatever is known of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -91,7 +91,7 @@ class Histories:
         client_ids: i64 [U], ascending.
         kinds: kind -> offsets i64 [U + 1], timestamp_s [N], items [N] or codes [N, 16], and the original id of each
             item, None where items are original ids.
-        products: sku, category, price (bucket), name (codes) of skus that a vocabulary may not hold.
+        products: sku, category, price (bucket), name (codes) of skus that a vocabulary may not hold; null is unknown.
     """
 
     client_ids: np.ndarray
@@ -120,6 +120,51 @@ class Histories:
             offsets = np.searchsorted(client_id[order], np.append(clients, np.iinfo(np.int64).max))
             kinds[kind] = (offsets, timestamp_s[order], item[order], None)
         return cls(clients, kinds, products)
+
+    @property
+    def last_s(self) -> int:
+        """Second of the newest event; 0 without any."""
+        return max((int(times.max()) for _, times, _, _ in self.kinds.values() if len(times)), default=0)
+
+    def merged(self, later: Histories) -> Histories:
+        """With further events; those of one client and second come after the ones that are here."""
+        clients = np.union1d(self.client_ids, later.client_ids)
+        kinds = {}
+        for kind in EVENT_KINDS:
+            if kind in self.kinds or kind in later.kinds:
+                (before, *old), (after, *new) = (one.of_clients(clients, kind) for one in (self, later))
+                offsets = before + after
+                client = [np.repeat(np.arange(len(clients)), np.diff(bounds)) for bounds in (before, after)]
+                # An old row moves by the new ones of earlier clients, a new one by the old ones up to its client's.
+                place = [np.arange(len(old[0])) + after[client[0]], np.arange(len(new[0])) + before[client[1] + 1]]
+                columns = []
+                for values, more in zip(old, new, strict=True):
+                    column = np.empty((len(values) + len(more), *values.shape[1:]), np.result_type(values, more))
+                    column[place[0]], column[place[1]] = values, more
+                    columns.append(column)
+                owner = np.repeat(np.arange(len(clients)), np.diff(offsets))
+                if ((np.diff(columns[0]) < 0) & (owner[1:] == owner[:-1])).any():
+                    order = np.lexsort((columns[0], owner))
+                    columns = [column[order] for column in columns]
+                kinds[kind] = (offsets, *columns, None)
+        tables = [one.products for one in (self, later) if one.products is not None]
+        products = tables[0] if len(tables) == 1 else None
+        if len(tables) == 2:
+            first = [pl.col(name).drop_nulls().first() for name in tables[0].columns if name != "sku"]
+            products = pl.concat(tables).group_by("sku", maintain_order=True).agg(first)
+        return Histories(clients, kinds, products)
+
+    def digest_into(self, update: Callable[[bytes], object]) -> None:
+        """Gives all bytes to a hash."""
+        update(np.ascontiguousarray(self.client_ids).tobytes())
+        for kind, arrays in self.kinds.items():
+            update(kind.encode())
+            for array in arrays:
+                if array is not None:
+                    update(np.ascontiguousarray(array).tobytes())
+        if self.products is not None:
+            for series in self.products:
+                update(np.ascontiguousarray(series.to_numpy()).tobytes())
 
     def of_clients(self, client_ids: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Offsets i64 [N + 1], times and original items (or codes) of some clients, in their order."""
@@ -229,15 +274,14 @@ def _describe(products: dict[str, np.ndarray], described: pl.DataFrame, vocabula
     """Fills in what is known of skus that the vocabulary does not hold; unknown categories stay unknown."""
     wanted = pl.DataFrame({"sku": products["products.sku_id"]})
     found = wanted.join(described, on="sku", how="left", maintain_order="left")
-    has = found["category"].is_not_null().to_numpy()
-    if not has.any():
-        return
-    rows = found.filter(pl.Series(has))
-    category = vocabulary.categories.find(rows["category"].to_numpy().astype(np.int64))
-    products["products.category"][has] = np.where(category >= 0, category + FIRST_ID, UNKNOWN)
+    category, price, name = (found[column].drop_nulls() for column in ("category", "price", "name"))
+    has = {column: found[column].is_not_null().to_numpy() for column in ("category", "price", "name")}
+    place = vocabulary.categories.find(category.to_numpy().astype(np.int64))
+    products["products.category"][has["category"]] = np.where(place >= 0, place + FIRST_ID, UNKNOWN)
     highest: int = vocabulary.numbers["num_prices"] - 1  # type: ignore[operator]
-    products["products.price"][has] = np.minimum(rows["price"].to_numpy() + FIRST_ID, highest)
-    products["products.name"][has] = rows["name"].to_numpy()
+    products["products.price"][has["price"]] = np.minimum(price.to_numpy() + FIRST_ID, highest)
+    if len(name):
+        products["products.name"][has["name"]] = name.to_numpy()
 
 
 def _timeline(columns: Mapping[str, np.ndarray], dtype: type[np.signedinteger]) -> dict[str, np.ndarray]:

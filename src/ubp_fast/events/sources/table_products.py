@@ -45,7 +45,7 @@ def product_table(
     described += [pl.col(name).drop_nulls().first() for name in ("category", "name") if name in rows.columns]
     notes: list[str] = []
     if "price" in rows.columns:
-        rows = rows.with_columns(_money(file, rows["price"]))
+        rows = rows.with_columns(money(file, rows["price"]))
         described.append(pl.col("price").median())
     products = rows.group_by("sku", maintain_order=True).agg(described)
     category = (
@@ -57,7 +57,7 @@ def product_table(
     if "price" in products.columns:
         if edges is None:
             edges = _edges(products["price"], products["timestamp_s"] < input_end_s)
-        price = _buckets(products["price"], edges)
+        price = buckets(products["price"], edges)
         if unpriced := products["price"].null_count():
             notes.append(f"{file}: {unpriced} products have no price, they are in bucket 0")
     name = pl.Series(np.zeros((len(products), NUM_CODES), np.uint8), dtype=CODES)
@@ -67,7 +67,7 @@ def product_table(
     return pl.DataFrame(columns), notes, np.zeros(0) if edges is None else edges
 
 
-def _money(file: str, price: pl.Series) -> pl.Series:
+def money(file: str, price: pl.Series) -> pl.Series:
     """Prices as f64; missing, NaN and infinite ones are null."""
     if not price.dtype.is_numeric() and price.dtype != pl.Null:
         raise DataError(
@@ -85,7 +85,7 @@ def _edges(price: pl.Series, is_history: pl.Series) -> np.ndarray:
     return np.quantile(known, quantiles) if len(known) else np.zeros(0)
 
 
-def _buckets(price: pl.Series, edges: np.ndarray) -> pl.Series:
+def buckets(price: pl.Series, edges: np.ndarray) -> pl.Series:
     """Bucket 0..99 of each price."""
     buckets = np.searchsorted(edges, price.fill_null(-np.inf).to_numpy(), side="right")
     return pl.Series(buckets.astype(np.int64))
