@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ubp_fast.kernels import row_sparse
 from ubp_fast.kernels.backends import is_transforming
 from ubp_fast.kernels.checks import require, require_dtype
-from ubp_fast.optim.table_weight import TableWeight, adopted, catch_up
+from ubp_fast.optim.table_weight import TableWeight, adopted, as_row_gradient, catch_up
 from ubp_fast.optim.touched_rows import TouchedRows, check_weight, reserve
 
 OP = "RowSparseEmbedding"
@@ -70,7 +70,7 @@ class _Lookup(torch.autograd.Function):
             gradient = torch.sparse_coo_tensor(
                 ids[None], grad_output, ctx.shape, is_coalesced=not ctx.is_padded, check_invariants=False
             )
-        return gradient, None, None, None, None
+        return as_row_gradient(gradient), None, None, None, None
 
 
 class RowSparseEmbedding(nn.Embedding):

@@ -56,7 +56,7 @@ class _OfTable(Tensor):
             if func in _WITHOUT_VALUES:
                 return func(*args, **kwargs)
             if func == _GET_GRADIENT:
-                return _gradient(func(*args))
+                return as_row_gradient(func(*args))
             return _call(func, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
@@ -117,7 +117,7 @@ class RowGradient(Tensor):
                 result = func(*(_rows(part, not name.endswith("_")) for part in args), **kwargs)
                 return args[0] if name.endswith("_") else result
             try:
-                return _gradient(func(*args, **kwargs))
+                return as_row_gradient(func(*args, **kwargs))
             except (NotImplementedError, RuntimeError) as error:
                 if "sparse" not in str(error).lower():
                     raise
@@ -181,7 +181,8 @@ def _dense(part: Any) -> Any:
     return part.to_dense() if isinstance(part, RowGradient) else part
 
 
-def _gradient(found: Any) -> Any:
+def as_row_gradient(found: Any) -> Any:
+    """The same object; where it is a sparse tensor, with the functions of a `RowGradient`."""
     if type(found) is Tensor and found.is_sparse:
         found.__class__ = RowGradient
     return found
