@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
+import torch
 from torch import Tensor, dtype
 
 
@@ -22,6 +26,39 @@ def require_same(op: str, reference: str, first: Tensor, **others: Tensor) -> No
     """Raises when another tensor differs from the first in dtype (TypeError) or device (ValueError)."""
     for name, tensor in others.items():
         if tensor.dtype != first.dtype:
-            raise TypeError(f"{op}: {name} must have the dtype of {reference}, {first.dtype}, got {tensor.dtype}")
+            raise TypeError(
+                f"{op}: {name} must have the dtype of {reference}, {first.dtype}, got {tensor.dtype};"
+                f" cast it with .to({first.dtype}) or call under torch.autocast"
+            )
         if tensor.device != first.device:
             raise ValueError(f"{op}: {name} must be on the device of {reference}, {first.device}, got {tensor.device}")
+
+
+def integer(op: str, argument: str, value: Any) -> int:
+    """The value as an int, NumPy's integers included; TypeError when it is none."""
+    if isinstance(value, int):
+        return value
+    if torch.compiler.is_compiling():  # what is no int there is a tensor to it
+        raise TypeError(f"{op}: {argument} must be an int of Python inside of torch.compile")
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{op}: {argument} must be an integer, got {value!r}") from None
+
+
+def number(op: str, argument: str, value: Any) -> float:
+    """The value as a float; TypeError when it is none, or would lose its gradient."""
+    if isinstance(value, float):
+        return value
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise TypeError(f"{op}: {argument} must be a number, got a tensor that requires a gradient; use .detach()")
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{op}: {argument} must be a number, got {value!r}") from None
+
+
+def autocast_dtype(tensor: Tensor) -> dtype | None:
+    """The dtype that autocast asks for where the tensor is, or None outside of autocast."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
