@@ -15,15 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _dispatch_tls_is_dispatch_key_included, _parse_dispatch_key
-from torch._C._functorch import peek_interpreter_stack
-from torch.autograd import forward_ad
 
 BACKENDS = ("auto", "native", "numba", "triton", "cuda", "reference")
 MIN_CAPABILITY = (8, 0)  # tensor cores for bfloat16, asynchronous copies
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # numbered as in csrc/common/dtype.h
-
-_BATCHED_BACKWARD: Any = _parse_dispatch_key("VmapMode")
 
 
 class BackendUnavailable(RuntimeError):
@@ -89,18 +84,6 @@ def resolve(
             return name
         reasons.append(f"{name}: {reason}")
     raise BackendUnavailable(f"{op}: no backend supports this problem: {'; '.join(reasons)}")
-
-
-def is_transforming() -> bool:
-    """Inside of a transform of `torch.func`, of forward-mode differentiation or of a backward with batched gradients.
-
-    Kernels compute numbers; a transform goes through the plain reference, which consists of PyTorch's operations.
-    """
-    return (
-        peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-        or _dispatch_tls_is_dispatch_key_included(_BATCHED_BACKWARD)
-    )
 
 
 def unsupported_dtype(tensor: Tensor, dtypes: Collection[torch.dtype] = DTYPES) -> str | None:

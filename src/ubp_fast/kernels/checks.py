@@ -16,10 +16,19 @@ def require(condition: bool, op: str, argument: str, rule: str, value: object, r
 
 
 def require_dtype(op: str, argument: str, tensor: Tensor, allowed: tuple[dtype, ...]) -> None:
-    """Raises TypeError when the tensor has none of the allowed dtypes."""
+    """Raises TypeError when it is no tensor, or one of none of the allowed dtypes."""
+    if not isinstance(tensor, Tensor):
+        require_tensors(op, **{argument: tensor})
     if tensor.dtype not in allowed:
         names = ", ".join(str(item) for item in allowed)
         raise TypeError(f"{op}: {argument} must have dtype {names}, got {tensor.dtype}")
+
+
+def require_tensors(op: str, **tensors: Any) -> None:
+    """Raises TypeError for what is no tensor."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
 
 
 def require_same(op: str, reference: str, first: Tensor, **others: Tensor) -> None:
@@ -58,7 +67,12 @@ def number(op: str, argument: str, value: Any) -> float:
         raise TypeError(f"{op}: {argument} must be a number, got {value!r}") from None
 
 
-def autocast_dtype(tensor: Tensor) -> dtype | None:
-    """The dtype that autocast asks for where the tensor is, or None outside of autocast."""
-    device = tensor.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+def to_autocast(op: str, **tensors: Any) -> tuple[Tensor, ...]:
+    """The tensors in the dtype that autocast asks for; by its rule float64 and what is not floating stay."""
+    require_tensors(op, **tensors)
+    device = next(iter(tensors.values())).device.type
+    if not torch.is_autocast_enabled(device):
+        return tuple(tensors.values())
+    wanted = torch.get_autocast_dtype(device)
+    kept = (wanted, torch.float64)
+    return tuple(x if x.dtype in kept or not x.is_floating_point() else x.to(wanted) for x in tensors.values())

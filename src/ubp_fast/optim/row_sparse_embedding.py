@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.functional import embedding
 from torch.nn.parallel import DistributedDataParallel
 
 from ubp_fast.kernels import row_sparse
-from ubp_fast.kernels.backends import is_transforming
 from ubp_fast.kernels.checks import require, require_dtype
+from ubp_fast.kernels.transforms import innermost, is_transforming
 from ubp_fast.optim.table_weight import TableWeight, adopted, as_row_gradient, catch_up
 from ubp_fast.optim.touched_rows import TouchedRows, check_weight, reserve
 
@@ -142,7 +142,7 @@ class RowSparseEmbedding(nn.Embedding):
         if type(weight) is TableWeight:
             return self._rows_of_present(weight, ids)
         if not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(weight):
-            catch_up(_innermost(weight))
+            catch_up(innermost(weight))
         return self._plain(weight, ids)
 
     def _plain(self, weight: Tensor, ids: Tensor) -> Tensor:
@@ -194,9 +194,3 @@ class RowSparseEmbedding(nn.Embedding):
 
 
 _OPTIONS = ["max_norm", "norm_type", "scale_grad_by_freq", "sparse", "_weight", "_freeze"]
-
-
-def _innermost(tensor: Tensor) -> Tensor:
-    while is_functorch_wrapped_tensor(tensor):
-        tensor = get_unwrapped(tensor)
-    return tensor

@@ -28,11 +28,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._C._functorch import is_batchedtensor
 
-from ubp_fast.kernels import backends, deferred
-from ubp_fast.kernels.checks import autocast_dtype, integer, number, require, require_dtype, require_same
+from ubp_fast.kernels import backends, deferred, transforms
+from ubp_fast.kernels.checks import integer, number, require, require_dtype, require_same, to_autocast
 from ubp_fast.kernels.flash_attention import _cuda, _native, _triton, reference
 from ubp_fast.kernels.flash_attention.reference import UNBOUNDED, Problem, lse_dtype
 
@@ -109,8 +108,8 @@ def flash_attention(
         TypeError: a dtype breaks them.
         BackendUnavailable: the named backend does not exist, or not for these tensors.
     """
-    query, key, value = _cast(query, key, value)
-    if time_bias is not None and autocast_dtype(query) is not None and time_bias.dtype != torch.float64:
+    query, key, value = to_autocast(OP, query=query, key=key, value=value)
+    if time_bias is not None and torch.is_autocast_enabled(query.device.type) and time_bias.dtype != torch.float64:
         time_bias = time_bias.float()
     cu_seqlens = _offsets("cu_seqlens", cu_seqlens, query.device)
     is_self = cu_seqlens_key is None
@@ -127,34 +126,22 @@ def flash_attention(
     tensors = (query, key, value, cu_seqlens, cu_seqlens_key, time_bias, timestamp_s, timestamp_key_s)
     dropout_p = number(OP, "dropout_p", dropout_p)
     options = (left, right, scale, dropout_p, backend)
-    if not torch.compiler.is_compiling() and backends.is_transforming():
+    if transforms.is_transforming():
         return _transformed(*tensors, _seed(dropout_p, seed, query.device, is_drawn=False), *options)
     output, _ = _forward_op(*tensors, _seed(dropout_p, seed, query.device), *options)
     return output
 
 
-def _cast(query: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """To the dtype of autocast, where it is on; by its rule float64 and what is not floating stay."""
-    require(isinstance(query, Tensor), OP, "query", "be a tensor", type(query).__name__)
-    dtype = autocast_dtype(query)
-    if dtype is None:
-        return (query, *others)
-    kept = (torch.float64, dtype)
-    return tuple(
-        part if part.dtype in kept or not part.is_floating_point() else part.to(dtype) for part in (query, *others)
-    )
-
-
 def _offsets(name: str, offsets: Any, device: torch.device) -> Tensor:
     """As a tensor of int32 or int64 on the device; values are checked inside of the operator."""
     if not isinstance(offsets, Tensor):
-        array = np.asarray(offsets)
-        if array.dtype.kind not in "iu" and array.size:
-            raise TypeError(f"{OP}: {name} must be integers, got {array.dtype}")
-        offsets = torch.from_numpy(array.astype(np.int64))
-    elif offsets.dtype not in (torch.int32, torch.int64):
+        try:
+            offsets = torch.as_tensor(offsets)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"{OP}: {name} must be integers, got {type(offsets).__name__}") from None
+    if offsets.dtype not in (torch.int32, torch.int64):
         is_integer = not (offsets.is_floating_point() or offsets.is_complex() or offsets.dtype == torch.bool)
-        if not is_integer:
+        if not is_integer and offsets.numel():
             raise TypeError(f"{OP}: {name} must be integers, got {offsets.dtype}")
         offsets = offsets.long()
     return offsets if offsets.device == device else offsets.to(device)
@@ -165,28 +152,13 @@ def _transformed(
 ) -> Tensor:
     """The reference, through which transforms of PyTorch see its operations."""
     *arguments, backend = arguments  # type: ignore[assignment]
-    _check_plain(backend)
-    names = ("cu_seqlens", "cu_seqlens_key")
-    offsets = [_untransformed(*pair) for pair in zip(names, (cu_seqlens, cu_seqlens_key), strict=True)]
-    with temporarily_clear_interpreter_stack():  # inside of a transform nobody may look at a value
-        for name, part, rows in zip(names, offsets, (query, key), strict=True):
+    transforms.require_reference(OP, backend)
+    offsets = [transforms.untransformed(part) for part in (cu_seqlens, cu_seqlens_key)]
+    for name, part, rows in zip(("cu_seqlens", "cu_seqlens_key"), offsets, (query, key), strict=True):
+        require(not is_batchedtensor(part), OP, name, "be the same for all that vmap maps over", "mapped ones")
+        with transforms.outside_of_transforms():  # inside nobody may look at a value
             _check_offsets(name, part, rows.shape[0])
     return reference.attention(_as_problem(query, key, value, *offsets, *arguments))[0]
-
-
-def _check_plain(backend: str) -> None:
-    if backend not in ("auto", "reference"):
-        raise backends.BackendUnavailable(
-            f"{OP}: backend '{backend}' is unavailable: it has no second or forward-mode derivatives, and no transform"
-            " of torch.func; use backend='auto'"
-        )
-
-
-def _untransformed(name: str, offsets: Tensor) -> Tensor:
-    while is_functorch_wrapped_tensor(offsets):
-        require(not is_batchedtensor(offsets), OP, name, "be the same for all that vmap maps over", "mapped ones")
-        offsets = get_unwrapped(offsets)
-    return offsets
 
 
 def _bounds(window: int | tuple[int | None, int | None] | None, causal: bool) -> tuple[int, int]:
@@ -372,29 +344,19 @@ def _backward(ctx, grad_output, _):
     nothing = (None,) * 14
     if grad_output is None:
         return nothing
-    if torch.is_grad_enabled() or backends.is_transforming():
-        found = _differentiable_backward(ctx, grad_output)
-    else:
-        *gradients, grad_bias = _backward_op(grad_output, *ctx.saved_tensors, *ctx.options)
-        found = (*gradients, None, None, grad_bias, *nothing[6:])
+    if torch.is_grad_enabled() or transforms.is_transforming():
+        *options, backend = ctx.options
+        transforms.require_reference(OP, backend)
+        found = transforms.differentiable_gradients(
+            lambda *inputs: reference.attention(_as_problem(*inputs, *options))[0],
+            ctx.saved_tensors[2:],
+            ctx.needs_input_grad,
+            grad_output,
+        )
+        return (*found, *nothing[len(found) :])
+    *gradients, grad_bias = _backward_op(grad_output, *ctx.saved_tensors, *ctx.options)
+    found = (*gradients, None, None, grad_bias, *nothing[6:])
     return tuple(part if need else None for part, need in zip(found, ctx.needs_input_grad, strict=True))
-
-
-def _differentiable_backward(ctx, grad_output):
-    """With `create_graph` or batched gradients: through the operations of the reference."""
-    *options, backend = ctx.options
-    _check_plain(backend)
-    inputs = list(ctx.saved_tensors[2:])
-    places = [place for place, need in enumerate(ctx.needs_input_grad) if need]
-    is_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        for place in places:
-            inputs[place] = inputs[place].view_as(inputs[place])  # one tensor may be query, key and value
-        output, _ = reference.attention(_as_problem(*inputs, *options))
-        wanted = [inputs[place] for place in places]
-        gradients = torch.autograd.grad(output, wanted, grad_output, create_graph=is_graph, allow_unused=True)
-    found = dict(zip(places, gradients, strict=True))
-    return tuple(found.get(place) for place in range(14))
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)

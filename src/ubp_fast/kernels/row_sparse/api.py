@@ -182,6 +182,11 @@ def _check(table: RowTable, rule: Rule) -> str:
     for name, tensor in zip(table._fields, table, strict=True):
         require(tensor.device == weight.device, OP, name, f"be on {weight.device} like weight", tensor.device)
         require(tensor.is_contiguous(), OP, name, "be contiguous", list(tensor.stride()))
+    if torch.is_grad_enabled() and weight.requires_grad:
+        remedy = "call it under torch.no_grad(), or take RowSparseEmbedding"
+        require(
+            False, OP, "weight", "not require a gradient, which none of these functions has", "one that does", remedy
+        )
     is_rule = 0 < rule.beta2 < 1 and rule.eps > 0 and (not isinstance(rule, Adam) or 0 <= rule.beta1 < 1)
     require(is_rule, OP, "rule", "have 0 <= beta1 < 1, 0 < beta2 < 1 and eps > 0", tuple(rule))
     return "adam" if isinstance(rule, Adam) else "schedule_free"
