@@ -13,7 +13,7 @@ import numba
 def njit(function: Callable[..., Any]) -> Any:
     """`numba.njit` without the interpreter's lock; in memory, with a warning, where no folder can be written."""
     try:
-        compiled = numba.njit(cache=True, nogil=True)(function)
+        compiled: Any = numba.njit(cache=True, nogil=True)(function)
     except RuntimeError as error:
         if "no locator available" not in str(error):
             raise

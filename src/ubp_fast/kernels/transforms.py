@@ -24,6 +24,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 
 from ubp_fast.kernels.backends import BackendUnavailable
+from ubp_fast.kernels.checks import require
 
 _BATCHED_BACKWARD: Any = _parse_dispatch_key("VmapMode")
 
@@ -59,6 +60,14 @@ def innermost(tensor: Tensor) -> Tensor:
     while is_functorch_wrapped_tensor(tensor):
         tensor = get_unwrapped(tensor)
     return tensor
+
+
+def require_constant(op: str, name: str, tensor: Tensor, remedy: str) -> None:
+    """Raises ValueError where a derivative is wanted of what has none, and would be lost in silence."""
+    is_tracked = tensor.requires_grad and torch.is_grad_enabled()
+    if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
+        is_tracked = is_tracked or forward_ad.unpack_dual(tensor).tangent is not None
+    require(not is_tracked, op, name, "need no derivative: there is none", "one that does", remedy)
 
 
 def require_reference(op: str, backend: str) -> None:
