@@ -67,12 +67,11 @@ def number(op: str, argument: str, value: Any) -> float:
         raise TypeError(f"{op}: {argument} must be a number, got {value!r}") from None
 
 
-def to_autocast(op: str, **tensors: Any) -> tuple[Tensor, ...]:
+def to_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the dtype that autocast asks for; by its rule float64 and what is not floating stay."""
-    require_tensors(op, **tensors)
-    device = next(iter(tensors.values())).device.type
+    device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
-        return tuple(tensors.values())
+        return tensors
     wanted = torch.get_autocast_dtype(device)
     kept = (wanted, torch.float64)
-    return tuple(x if x.dtype in kept or not x.is_floating_point() else x.to(wanted) for x in tensors.values())
+    return tuple(x if x.dtype in kept or not x.is_floating_point() else x.to(wanted) for x in tensors)

@@ -140,7 +140,8 @@ class RowSparseEmbedding(nn.Embedding):
         require_dtype(OP, "ids", ids, (torch.int64, torch.int32))
         weight = self.weight
         if type(weight) is TableWeight:
-            return self._rows_of_present(weight, ids)
+            is_compiling = torch.compiler.is_compiling()
+            return self._outside_of_graph(weight, ids) if is_compiling else self._rows_of_present(weight, ids)
         if not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(weight):
             catch_up(innermost(weight))
         return self._plain(weight, ids)
@@ -150,12 +151,16 @@ class RowSparseEmbedding(nn.Embedding):
         return vectors.float() if vectors.dtype == torch.bfloat16 else vectors
 
     @torch.compiler.disable(**_NO_GRAPH)
+    def _outside_of_graph(self, weight: TableWeight, ids: Tensor) -> Tensor:
+        return self._rows_of_present(weight, ids)
+
     def _rows_of_present(self, weight: TableWeight, ids: Tensor) -> Tensor:
         if is_transforming() or torch.jit.is_tracing():
             # There PyTorch's own lookup, after all rows have been brought to the present.
             return self._plain(weight, ids)
         is_dense = not self._answer and DistributedDataParallel._active_ddp_module is not None
-        return _Lookup.apply(weight, weight.touched, ids.long(), self.padding_idx, is_dense)
+        ids = ids if ids.dtype == torch.int64 else ids.long()
+        return _Lookup.apply(weight, weight.touched, ids, self.padding_idx, is_dense)
 
     def catch_up(self) -> None:
         """Brings every row in the memory of `weight` to the present, for who reads it without PyTorch."""

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 
 from ubp_fast.kernels import backends, deferred, transforms
-from ubp_fast.kernels.checks import integer, number, require, require_dtype, require_same, to_autocast
+from ubp_fast.kernels.checks import integer, number, require, require_dtype, require_same, require_tensors, to_autocast
 from ubp_fast.kernels.flash_attention import _cuda, _native, _triton, reference
 from ubp_fast.kernels.flash_attention.reference import UNBOUNDED, Problem, lse_dtype
 
@@ -108,7 +108,9 @@ def flash_attention(
         TypeError: a dtype breaks them.
         BackendUnavailable: the named backend does not exist, or not for these tensors.
     """
-    query, key, value = to_autocast(OP, query=query, key=key, value=value)
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+        require_tensors(OP, query=query, key=key, value=value)
+    query, key, value = to_autocast(query, key, value)
     if time_bias is not None and torch.is_autocast_enabled(query.device.type) and time_bias.dtype != torch.float64:
         time_bias = time_bias.float()
     cu_seqlens = _offsets("cu_seqlens", cu_seqlens, query.device)

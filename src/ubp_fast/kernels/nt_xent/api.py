@@ -95,7 +95,9 @@ def nt_xent(
         TypeError: a dtype breaks the rules above.
         BackendUnavailable: the named backend does not exist, or not for this problem.
     """
-    left, right = to_autocast("nt_xent", left=left, right=right)
+    if not (isinstance(left, Tensor) and isinstance(right, Tensor)):
+        require_tensors("nt_xent", left=left, right=right)
+    left, right = to_autocast(left, right)
     _check_arguments(left, right, negatives, weight, valid, ids)
     tau = _temperature_tensor(temperature, left.device)
     if transforms.is_transforming():
@@ -133,9 +135,10 @@ def _check_arguments(
     require_same("nt_xent", "left", left, right=right)
     if negatives not in NEGATIVES:
         raise ValueError(f"nt_xent: negatives must be one of {list(NEGATIVES)}, got '{negatives}'")
-    given = {name: part for name, part in (("weight", weight), ("valid", valid), ("ids", ids)) if part is not None}
-    require_tensors("nt_xent", **given)
-    for name, rows in given.items():
+    for name, rows in (("weight", weight), ("valid", valid), ("ids", ids)):
+        if rows is None:
+            continue
+        require_tensors("nt_xent", **{name: rows})
         if rows.shape != left.shape[:1]:
             raise ValueError(f"nt_xent: {name} must have shape [N] = [{left.shape[0]}], got {list(rows.shape)}")
         if rows.device != left.device:
