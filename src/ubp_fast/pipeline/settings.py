@@ -12,7 +12,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from ubp_fast.events.schema import UserError
-from ubp_fast.pipeline.cache import digest, file_digest
+from ubp_fast.files import file_digest
+from ubp_fast.pipeline.cache import digest
 from ubp_fast.profiles.blocks import LayoutConfig
 
 COMPONENTS = ("stacked", "contrastive", "multitask", "features", "profile_features", "baseline_log1p", "baseline_raw")
@@ -97,8 +98,11 @@ class Settings:
 
     def data_part(self) -> dict[str, Any]:
         """What decides the events: the data group and the content of every file that it names."""
-        named = (Path(value) for value in self.plain["data"].values() if isinstance(value, str))
-        return {"data": self.plain["data"], "files": {str(path): self.content(path) for path in named if path.exists()}}
+        data = self.plain["data"]
+        if hasattr(self.source, "content"):
+            return {"data": data, "content": self.source.content()}
+        named = (Path(value) for value in data.values() if isinstance(value, str))
+        return {"data": data, "files": {str(path): self.content(path) for path in named if path.exists()}}
 
     @staticmethod
     def content(path: Path) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 
 from ubp_fast.events.checks import CODES
-from ubp_fast.events.schema import NUM_CODES, NUM_PRICE_BUCKETS, SKU_KINDS, DataError
+from ubp_fast.events.schema import NUM_CODES, NUM_PRICE_BUCKETS, SKU_KINDS
 
 NO_CATEGORY = "UNKNOWN"
 
@@ -23,15 +23,12 @@ def product_table(
 
     Args:
         file: for messages.
-        rows: kind, timestamp_s, sku, and where the table has them category, price, name.
+        rows: kind, timestamp_s, sku, and where the table has them category, price (f64), name.
         input_end_s: end of the history.
         text_codes: names -> codes.
 
     Returns:
         sku i64, category (i64, or text still to be numbered), price i64, name u8[16]; and notes.
-
-    Raises:
-        DataError: a price that is no number.
     """
     rows = rows.filter(pl.col("kind").is_in(SKU_KINDS)).sort("timestamp_s", maintain_order=True)
     is_history = pl.col("timestamp_s") < input_end_s
@@ -40,7 +37,6 @@ def product_table(
     described += [pl.col(name).drop_nulls().first() for name in ("category", "name") if name in rows.columns]
     notes: list[str] = []
     if "price" in rows.columns:
-        rows = rows.with_columns(_money(file, rows["price"]))
         described.append(pl.col("price").median())
     products = rows.group_by("sku", maintain_order=True).agg(described)
     category = (
@@ -58,17 +54,6 @@ def product_table(
         name = text_codes(products["name"])
     columns = [products["sku"], category.alias("category"), price.alias("price"), name.alias("name")]
     return pl.DataFrame(columns), notes
-
-
-def _money(file: str, price: pl.Series) -> pl.Series:
-    """Prices as f64; missing, NaN and infinite ones are null."""
-    if not price.dtype.is_numeric() and price.dtype != pl.Null:
-        raise DataError(
-            f"{file}: the price column must hold numbers, got {price.dtype};"
-            " remove currency signs and thousands separators"
-        )
-    money = price.cast(pl.Float64)
-    return pl.select(pl.when(money.is_finite()).then(money).alias("price")).to_series()
 
 
 def _buckets(price: pl.Series, is_history: pl.Series) -> pl.Series:
