@@ -44,7 +44,7 @@ from ubp_fast.events.schema import (
     DataError,
     LabelLists,
 )
-from ubp_fast.events.split import Split
+from ubp_fast.events.split import TARGET_DAYS, Split
 from ubp_fast.events.times import parse_timestamps
 from ubp_fast.files import load_array, load_json
 
@@ -198,6 +198,11 @@ class EventDirectory:
     def products(self, columns: Sequence[str] = tuple(PRODUCT_SCHEMA)) -> pl.DataFrame:
         """Product properties: sku, category, price (bucket 0..99), name (16 codes), or some of them."""
         return _with_codes(self._scan_stored(PRODUCT_TABLE), PRODUCT_SCHEMA).select(columns).collect()
+
+    @property
+    def target_days(self) -> int:
+        """Length of a target window in days: 14, or fewer where the source shortened it to fit a short history."""
+        return int(self.info.get("target_days", TARGET_DAYS))
 
     @property
     def relevant_clients(self) -> np.ndarray | None:

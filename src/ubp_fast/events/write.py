@@ -14,7 +14,7 @@ import polars as pl
 from ubp_fast.events.checks import PRODUCT_SCHEMA, PURCHASE_SCHEMA, bad_rows, event_schema, require_canonical
 from ubp_fast.events.read import BATCH_ROWS, DATASET_FILE, FORMAT, TARGET_PURCHASES, check_products, stored_form
 from ubp_fast.events.schema import EVENT_KINDS, LABEL_LISTS, PRODUCT_TABLE, SKU_KINDS, DataError, LabelLists
-from ubp_fast.events.split import Split, split_at, utc_text
+from ubp_fast.events.split import TARGET_DAYS, WINDOWS_OF_A_LOG, Split, fitting_days, split_at, utc_text
 from ubp_fast.events.times import iso_seconds
 from ubp_fast.files import published_directory, write_json
 
@@ -129,6 +129,22 @@ class EventWriter:
                 " profiles are evaluated on purchases, so bring that table"
             )
         return split_at(self._last_purchase_s)
+
+    def fitting_split(self) -> tuple[Split, int]:
+        """The split of a log of three weeks or more, and the days of its target windows; short ones are noted.
+
+        Raises:
+            DataError: there are no purchases, or the log is shorter.
+        """
+        self.default_split()
+        assert self._last_purchase_s is not None and self._first_s is not None
+        days = fitting_days(self._first_s, self._last_purchase_s)
+        if days < TARGET_DAYS:
+            self.notes.append(
+                f"events: the history is short, target windows are {days} days instead of {TARGET_DAYS};"
+                f" {WINDOWS_OF_A_LOG * TARGET_DAYS} days of events give whole ones"
+            )
+        return split_at(self._last_purchase_s, days), days
 
     def finish(self, split: Split, **info: object) -> None:
         """Writes dataset.json: the directory is complete.

@@ -30,7 +30,7 @@ from ubp_fast.pipeline.settings import Settings
 from ubp_fast.profiles import Profiles
 from ubp_fast.profiles.blocks import Part, compose
 from ubp_fast.progress import Progress
-from ubp_fast.sequences import ViewLoader, Views, age_quantiles_days, training_cutoffs, views_at, window_labels
+from ubp_fast.sequences import ViewLoader, Views, age_quantiles_days, past_cutoffs, views_at, window_labels
 from ubp_fast.store.event_store import EventStore
 
 TRAINING = "training"
@@ -231,10 +231,7 @@ def _train_stacking(
 def cutoffs_of(store: EventStore, settings: Settings) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Cutoffs of the contrastive and multi-task models, and the later ones of the stacking model."""
     windows = settings.windows
-    newest_days = windows.days * (windows.stacking_cutoffs + 1)
-    model = training_cutoffs(store, windows.model_cutoffs, newest_days=newest_days, step_days=windows.days)
-    stacking = training_cutoffs(store, windows.stacking_cutoffs, newest_days=windows.days, step_days=windows.days)
-    return model, stacking
+    return past_cutoffs(store, windows.model_cutoffs, windows.stacking_cutoffs, windows.days)
 
 
 def _labels(store: EventStore, views: Views, features: Path, wanted: Sequence[str]) -> dict[str, Any]:

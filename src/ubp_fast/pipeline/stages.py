@@ -42,6 +42,7 @@ from ubp_fast.pipeline.model_stages import (
 from ubp_fast.pipeline.settings import Settings
 from ubp_fast.profiles import Profiles, validate
 from ubp_fast.progress import Progress
+from ubp_fast.sequences import window_days
 from ubp_fast.store.build import build_store
 from ubp_fast.store.event_store import EventStore
 
@@ -175,7 +176,7 @@ def make_features(settings: Settings, inputs: Inputs, directory: Path, progress:
     store = EventStore.open(inputs["store"])
     lists = make_label_lists(
         EventDirectory.open(inputs["events"]),
-        store.cutoff_s - settings.windows.days * 86_400,
+        store.cutoff_s - window_days(store, settings.windows.days) * 86_400,
         store.cutoff_s,
         settings.windows.labels,
     )

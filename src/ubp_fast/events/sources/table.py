@@ -15,7 +15,7 @@ from ubp_fast.events.parse import hash_texts, number_ids, parse_codes
 from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, NUM_CODES, SKU_KINDS, DataError, UserError
 from ubp_fast.events.sources.table_products import product_table
 from ubp_fast.events.sources.table_rows import RowChecks, check_outliers, duplicate_note, numbers, whole_ids
-from ubp_fast.events.split import split_at
+from ubp_fast.events.split import TARGET_DAYS, fitting_days, split_at, utc_text
 from ubp_fast.events.times import TimeForm, outside_years, read_times
 from ubp_fast.events.write import EventWriter, end_seconds, event_writer
 from ubp_fast.files import file_digest
@@ -118,7 +118,9 @@ class EventRows:
             for kind in EVENT_KINDS:
                 self._write_kind(raw.name, kind, rows.filter(pl.col("kind") == kind), writer)
                 steps.done()
-            writer.finish(writer.default_split())
+            split, days = writer.fitting_split()
+            writer.notes += _without_vector(raw.name, rows, split.input_end_s)
+            writer.finish(split, **({} if days == TARGET_DAYS else {"target_days": days}))
 
     def _raw(self) -> RawTable:
         """The columns that are asked for, as they are in the files or the database."""
@@ -340,7 +342,8 @@ class EventRows:
                 f"{file}: table must hold purchases, got no purchases at all;"
                 " map the name of your purchases to product_buy in data.kinds, or check data.end"
             )
-        return split_at(int(purchases.max())).input_end_s
+        last_s = int(purchases.max())
+        return split_at(last_s, fitting_days(int(rows["timestamp_s"].min()), last_s)).input_end_s  # type: ignore[arg-type]
 
     def _number(self, file: str, rows: pl.DataFrame, writer: EventWriter) -> pl.DataFrame:
         """Ids as i64; skus and urls only where their kind has them, so that a shared column is numbered twice."""
@@ -379,6 +382,16 @@ class EventRows:
         if self.text_format == "words":
             return hash_texts(texts.cast(pl.String))
         return parse_codes(file, texts.fill_null(ZERO_CODES) if texts.dtype == pl.String else texts)
+
+
+def _without_vector(file: str, rows: pl.DataFrame, input_end_s: int) -> list[str]:
+    """What is said of clients who come first after the moment of the profiles."""
+    first_s = rows.group_by("client_id").agg(pl.col("timestamp_s").min())["timestamp_s"]
+    late = int((first_s >= input_end_s).sum())
+    if not late:
+        return []
+    clients = "1 client comes" if late == 1 else f"{late} clients come"
+    return [f"{file}: {clients} first at or after {utc_text(input_end_s)}, the moment of the profiles: no vector"]
 
 
 @dataclass(frozen=True)
