@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from support.shops import DAY_S, END_S, START_S, make_store
 
-from ubp_fast.sequences import Views, age_quantiles_days, training_cutoffs, views_at
+from ubp_fast.sequences import Views, age_quantiles_days, past_cutoffs, training_cutoffs, views_at
 from ubp_fast.sequences.sampling import epoch_order, rows_at, token_rows
 from ubp_fast.store.event_store import EventStore
 
@@ -31,6 +33,16 @@ def test_training_cutoffs_leave_room_for_the_windows(store: EventStore) -> None:
         training_cutoffs(store, 1, newest_days=90)
     with pytest.raises(ValueError, match="count must be >= 1"):
         training_cutoffs(store, 0)
+
+
+def test_past_cutoffs_are_fewer_where_the_history_is_short(store: EventStore) -> None:
+    assert past_cutoffs(store, 2, 1, 14) == (tuple(END_S - days * DAY_S for days in (28, 42)), (END_S - 14 * DAY_S,))
+    model, stacking = past_cutoffs(store, 50, 50, 14)
+    assert len(model) == 1 and len(stacking) > 2
+    assert model[0] == stacking[-1] - 14 * DAY_S > store.first_timestamp_s
+    assert past_cutoffs(store, 1, 1, 60) == ((), (END_S - 60 * DAY_S,))
+    short = replace(store, header={**store.header, "target_days": 5})
+    assert past_cutoffs(short, 1, 2, 14) == ((END_S - 15 * DAY_S,), (END_S - 5 * DAY_S, END_S - 10 * DAY_S))
 
 
 def test_cutoffs_outside_the_store_are_refused(store: EventStore) -> None:

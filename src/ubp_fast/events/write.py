@@ -130,8 +130,8 @@ class EventWriter:
             )
         return split_at(self._last_purchase_s)
 
-    def fitting_split(self) -> tuple[Split, int]:
-        """The split of a log of three weeks or more, and the days of its target windows; short ones are noted.
+    def fitting_split(self) -> Split:
+        """The split of a log of three weeks or more; windows that are shorter than the challenge's are noted.
 
         Raises:
             DataError: there are no purchases, or the log is shorter.
@@ -144,7 +144,8 @@ class EventWriter:
                 f"events: the history is short, target windows are {days} days instead of {TARGET_DAYS};"
                 f" {WINDOWS_OF_A_LOG * TARGET_DAYS} days of events give whole ones"
             )
-        return split_at(self._last_purchase_s, days), days
+            self._info["target_days"] = days
+        return split_at(self._last_purchase_s, days)
 
     def finish(self, split: Split, **info: object) -> None:
         """Writes dataset.json: the directory is complete.

@@ -183,6 +183,7 @@ def _warnings(run: RunDirectory, scores: dict[str, Scores]) -> list[str]:
     notes = list(EventDirectory.open(folder).info["notes"]) if folder.exists() else []
     for component, one in scores.items():
         notes += [f"{task}: left out, {reason}" for task, reason in one.missing.items()]
+        notes += [f"{name}: {remark}" for name, remark in one.remarks.items()]
         notes += [f"{component}, {warning}" for warning in one.warnings()]
     return list(dict.fromkeys(notes))
 

@@ -65,6 +65,8 @@ class Settings:
         rich: the rich feature set, None without one.
         layout: scales of the profile's blocks.
         stacking_blocks: what the stacking model joins, in this order.
+        submission: folder of vectors to score instead of ours.
+        common_clients: score everything on the clients that the submission and the baselines share.
         components: what is scored, some of `COMPONENTS` in their order.
     """
 
@@ -91,6 +93,7 @@ class Settings:
     evaluation: Any
     components: tuple[str, ...]
     submission: Path | None
+    common_clients: bool
 
     def part(self, *names: str) -> dict[str, Any]:
         """The named groups of the plain configuration, for a stage's key."""
@@ -127,6 +130,7 @@ def read_settings(config: DictConfig) -> Settings:
     name = f"{source}-{digest(named)[:8]}"
     evaluation = dict(plain["evaluation"])
     components, submission = _components(evaluation.pop("components")), evaluation.pop("profiles")
+    common_clients = bool(evaluation.pop("common_clients"))
     stages = plain["stages"]
     return Settings(
         name=name,
@@ -152,6 +156,7 @@ def read_settings(config: DictConfig) -> Settings:
         evaluation=_make(evaluation),
         components=components,
         submission=None if submission is None else Path(submission),
+        common_clients=common_clients,
     )
 
 

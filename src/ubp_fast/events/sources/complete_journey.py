@@ -58,7 +58,7 @@ class CompleteJourney:
             writer.write_products(product_table(transactions, products))
             steps.done()
             writer.write_events("product_buy", purchase_table(transactions), "transactions.parquet")
-            split = writer.default_split()
+            split = writer.fitting_split()
             writer.finish(split)
             purchases = EventDirectory.open(writer.directory).purchases(*split.train_window_s)
             writer.write_label_lists(label_lists(purchases))

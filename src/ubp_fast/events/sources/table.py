@@ -15,7 +15,7 @@ from ubp_fast.events.parse import hash_texts, number_ids, parse_codes
 from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, NUM_CODES, SKU_KINDS, DataError, UserError
 from ubp_fast.events.sources.table_products import product_table
 from ubp_fast.events.sources.table_rows import RowChecks, check_outliers, duplicate_note, numbers, whole_ids
-from ubp_fast.events.split import TARGET_DAYS, fitting_days, split_at, utc_text
+from ubp_fast.events.split import fitting_days, split_at, utc_text
 from ubp_fast.events.times import TimeForm, outside_years, read_times
 from ubp_fast.events.write import EventWriter, end_seconds, event_writer
 from ubp_fast.files import file_digest
@@ -118,9 +118,9 @@ class EventRows:
             for kind in EVENT_KINDS:
                 self._write_kind(raw.name, kind, rows.filter(pl.col("kind") == kind), writer)
                 steps.done()
-            split, days = writer.fitting_split()
+            split = writer.fitting_split()
             writer.notes += _without_vector(raw.name, rows, split.input_end_s)
-            writer.finish(split, **({} if days == TARGET_DAYS else {"target_days": days}))
+            writer.finish(split)
 
     def _raw(self) -> RawTable:
         """The columns that are asked for, as they are in the files or the database."""
