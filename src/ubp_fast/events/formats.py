@@ -502,9 +502,9 @@ def _read_text(
 def _read_csv(text: _Text, places: list[int]) -> pl.DataFrame | None:
     """The chosen columns; None when some lines have to be looked at one by one."""
     try:
-        return pl.read_csv(
+        # All columns are read: lines with too many values pass where the last column is not asked for.
+        frame = pl.read_csv(
             text.source,
-            columns=places,
             infer_schema=False,
             has_header=text.form.columns is None,
             separator=text.separator,
@@ -516,6 +516,7 @@ def _read_csv(text: _Text, places: list[int]) -> pl.DataFrame | None:
         if "utf-8" in str(error).lower():
             raise
         return None
+    return frame[:, places] if frame.width == len(text.names) else None
 
 
 def separator_of(sample: str, form: FileForm, wanted: Wanted) -> str:
@@ -599,7 +600,7 @@ def _rows_of_lines(text: _Text, drop: bool, bad_lines: list[BadLine]) -> list[li
             if is_open
             else next(csv.reader(io.StringIO(whole, newline=""), delimiter=text.separator, **text.quoting), [])
         )
-        if is_open or len(row) > width:
+        if is_open or any(row[width:]):
             what = "a quote that does not close" if is_open else f"{len(row)} values"
             remedy = " or set data.quote='' where quotes are plain text," if is_open else ""
             if not drop:
@@ -611,7 +612,7 @@ def _rows_of_lines(text: _Text, drop: bool, bad_lines: list[BadLine]) -> list[li
             number += 1
             continue
         if row:
-            rows.append(row + [""] * (width - len(row)))
+            rows.append(row[:width] + [""] * (width - len(row)))
         number = last
     return rows
 

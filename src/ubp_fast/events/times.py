@@ -34,8 +34,8 @@ NS_PER_UNIT = {"ns": 1, "us": 1_000, "ms": 1_000_000, "s": 1_000_000_000, "d": D
 NS_PER_SECOND = NS_PER_UNIT["s"]
 # Numbers that spell a date: digits -> format.
 SPELLED = {8: "%Y%m%d", 12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S"}
-# So many of the numbers have to lie in the years of a unit: the others are outliers, to be named.
-MOST = 0.99
+# Of at least this many numbers, one or one in a hundred may lie outside of the years of a unit: outliers, to be named.
+LEAST_FOR_OUTLIERS = 10
 
 _ISO_DATES = ("%Y-%m-%d", "%Y/%m/%d", "%Y.%m.%d", "%Y%m%d")
 _OTHER_DATES = ("%Y-%j", "%G-W%V-%u", "%d-%B-%Y", "%d-%B-%y", "%d %B %Y", "%B %d, %Y", "%B %d %Y")
@@ -252,15 +252,17 @@ def _guess(file: str, name: str, numbers: pl.Series) -> tuple[str, str | None]:
         int(datetime(year, 1, 1, tzinfo=timezone.utc).timestamp()) for year in (FIRST_YEAR, next_year + 1)
     )
 
+    least = len(known) - (max(1, len(known) // 100) if len(known) >= LEAST_FOR_OUTLIERS else 0)
+
     def fits(seconds: pl.Series) -> bool:
-        return int(((seconds >= first_s) & (seconds < end_s)).sum()) >= MOST * len(known)
+        return int(((seconds >= first_s) & (seconds < end_s)).sum()) >= least
 
     units = [unit for unit in UNITS if fits(_seconds_of(known, unit))]
     spelled = []
     if known.dtype.is_integer() and not units:
         text = known.cast(pl.String)
         for length, pattern in SPELLED.items():
-            if (text.str.len_bytes() == length).mean() >= MOST and fits(_strptime(text, pattern).fill_null(0)):  # type: ignore[operator]
+            if int((text.str.len_bytes() == length).sum()) >= least and fits(_strptime(text, pattern).fill_null(0)):
                 spelled.append(pattern)
     if len(units) == 1 and not spelled:
         return units[0], None
