@@ -202,6 +202,7 @@ def read_files(
     form: FileForm,
     wanted: Wanted,
     drop_bad_lines: bool = False,
+    rows: int | None = None,
 ) -> RawTable:
     """Reads some columns of a table.
 
@@ -210,11 +211,12 @@ def read_files(
         form: what is known of the files.
         wanted: see `Wanted`.
         drop_bad_lines: leave lines of text out that hold no row, instead of refusing the file.
+        rows: only the first rows of the first file.
 
     Raises:
         DataError: no such file, one that cannot be read, a column that is missing, or parts whose columns do not fit.
     """
-    found = find_files(paths)
+    found = find_files(paths)[: None if rows is None else 1]
     frames: list[pl.DataFrame] = []
     bad_lines: list[BadLine] = []
     kinds = []
@@ -222,12 +224,13 @@ def read_files(
         kinds.append(form.format or content_of(file))
         with readable(file, kinds[-1]):
             if kinds[-1] == "csv":
-                frames.append(_read_text(file, form, given, wanted, drop_bad_lines, bad_lines))
+                frames.append(_read_text(file, form, given, wanted, drop_bad_lines, bad_lines, rows))
                 continue
             scan = _scan(file, kinds[-1], drop_bad_lines, bad_lines)
             names = scan.collect_schema().names()
             columns = list(wanted([*names, *(name for name in given if name not in names)]))
-            frames.append(cast(pl.LazyFrame, _with_given(scan, given, names)).select(columns).collect())
+            scan = cast(pl.LazyFrame, _with_given(scan, given, names)).select(columns)
+            frames.append((scan if rows is None else scan.head(rows)).collect())
     names = [str(file) for file, _ in found]
     frame = frames[0] if len(frames) == 1 else _joined(names, frames)
     files = tuple((name, len(part)) for name, part in zip(names, frames, strict=True))
@@ -479,7 +482,13 @@ def _header(path: Path, sample: str, form: FileForm, separator: str) -> list[str
 
 
 def _read_text(
-    path: Path, form: FileForm, given: dict[str, str], wanted: Wanted, drop: bool, bad_lines: list[BadLine]
+    path: Path,
+    form: FileForm,
+    given: dict[str, str],
+    wanted: Wanted,
+    drop: bool,
+    bad_lines: list[BadLine],
+    rows: int | None,
 ) -> pl.DataFrame:
     """Columns of a text file, all of them text; blank lines are left out."""
     text = _text_of(path, form, wanted)
@@ -488,10 +497,10 @@ def _read_text(
     if twice:
         raise DataError(f"{path}: columns must have different names, got '{twice[0]}' twice; rename one of them")
     places = [place for place, name in enumerate(text.names) if name in columns]
-    frame = None if _has_open_quote(text.source, form.quote) else _read_csv(text, places)
+    frame = None if _has_open_quote(text.source, form.quote) else _read_csv(text, places, rows)
     if frame is None:
-        rows = _rows_of_lines(text, drop, bad_lines)
-        frame = pl.DataFrame([pl.Series(str(place), [row[place] for row in rows], pl.String) for place in places])
+        lines = _rows_of_lines(text, drop, bad_lines)
+        frame = pl.DataFrame([pl.Series(str(place), [line[place] for line in lines], pl.String) for place in places])
     frame.columns = [text.names[place] for place in places]
     missing = ["", *form.null_values]
     frame = frame.select(pl.when(~pl.all().cast(pl.String).is_in(missing)).then(pl.all()))
@@ -499,13 +508,14 @@ def _read_text(
     return cast(pl.DataFrame, _with_given(frame, given, text.names)).select(columns)
 
 
-def _read_csv(text: _Text, places: list[int]) -> pl.DataFrame | None:
+def _read_csv(text: _Text, places: list[int], rows: int | None) -> pl.DataFrame | None:
     """The chosen columns; None when some lines have to be looked at one by one."""
     try:
         # All columns are read: lines with too many values pass where the last column is not asked for.
         frame = pl.read_csv(
             text.source,
             infer_schema=False,
+            n_rows=rows,
             has_header=text.form.columns is None,
             separator=text.separator,
             quote_char=text.form.quote or None,

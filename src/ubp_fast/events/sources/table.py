@@ -13,6 +13,7 @@ from ubp_fast.events.checks import MissingColumnError, event_schema, require_col
 from ubp_fast.events.formats import FileForm, RawTable, find_files, natural, read_files
 from ubp_fast.events.parse import hash_texts, number_ids, parse_codes
 from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, NUM_CODES, SKU_KINDS, DataError, UserError
+from ubp_fast.events.sources.inspect import OF_COMMAND, suggestion
 from ubp_fast.events.sources.table_products import product_table
 from ubp_fast.events.sources.table_rows import RowChecks, check_outliers, duplicate_note, numbers, whole_ids
 from ubp_fast.events.split import fitting_days, split_at, utc_text
@@ -437,4 +438,7 @@ class Table(EventRows):
         try:
             return read_files(self.path, self._file_form(), wanted, self.on_bad_rows == "drop")
         except MissingColumnError as error:
-            raise DataError(f"{error}") from error
+            roles = {role: getattr(self, f"{role}_column") for role in OF_COMMAND}
+            roles["timestamp"] = self._time_columns()[0]
+            typed = suggestion(self.path, self._file_form(), roles)
+            raise DataError(f"{error}, perhaps: {typed}" if typed else str(error)) from error
