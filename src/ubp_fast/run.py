@@ -17,4 +17,7 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    from ubp_fast.pipeline.command_line import as_typed
+
+    sys.argv[1:] = as_typed(sys.argv[1:])
     main()

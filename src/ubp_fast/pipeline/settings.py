@@ -9,7 +9,7 @@ from typing import Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 
 from ubp_fast.events.schema import UserError
 from ubp_fast.files import file_digest
@@ -122,7 +122,12 @@ def read_settings(config: DictConfig) -> Settings:
     Raises:
         UserError: a value that the part it belongs to refuses.
     """
-    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    try:
+        plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    except MissingMandatoryValue as error:
+        raise UserError(
+            f"run: {error.full_key} must be given, got none; add {error.full_key}=... to the command"
+        ) from error
     named = {
         name: value for name, value in plain.items() if name not in ("stages", "directory", "root", "cache", "compute")
     }

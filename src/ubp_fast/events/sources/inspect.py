@@ -268,7 +268,7 @@ def command(path: str | Sequence[str], finding: Finding) -> str:
 
 def setting(name: str, value: Any) -> str:
     """`name=value` as it can be typed on a command line."""
-    text = f"{name}={_quoted(value)}"
+    text = f"{name}={quoted(value)}"
     if re.fullmatch(r"[\w./=:,@%+\-]+", text, re.ASCII):
         return text
     if not re.search(r'["$`!\\]', text):
@@ -276,13 +276,14 @@ def setting(name: str, value: Any) -> str:
     return "'" + text.replace("'", "'\"'\"'") + "'"
 
 
-def _quoted(value: Any) -> str:
+def quoted(value: Any) -> str:
+    """A value in the grammar of the configuration; text is quoted where it could be taken for something else."""
     if value is None:
         return "null"
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_quoted(key)}: {_quoted(one)}" for key, one in value.items()) + "}"
+        return "{" + ", ".join(f"{quoted(key)}: {quoted(one)}" for key, one in value.items()) + "}"
     if not isinstance(value, str):
-        return "[" + ", ".join(map(_quoted, value)) + "]"
+        return "[" + ", ".join(map(quoted, value)) + "]"
     if re.fullmatch(r"[A-Za-z_./][\w./\-@%+]*", value, re.ASCII) and value not in ("null", "true", "false"):
         return value
     # Backslashes count only in front of a quote, and are doubled there.
