@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 
 from ubp_fast.events.schema import UserError
+from ubp_fast.events.sources.sql import without_password
 from ubp_fast.files import file_digest
 from ubp_fast.pipeline.cache import digest
 from ubp_fast.profiles.blocks import LayoutConfig
@@ -131,6 +132,9 @@ def read_settings(config: DictConfig) -> Settings:
     named = {
         name: value for name, value in plain.items() if name not in ("stages", "directory", "root", "cache", "compute")
     }
+    built = _make(plain["data"])
+    if "uri" in plain["data"]:  # what is written beside the results holds no password
+        plain["data"]["uri"] = without_password(plain["data"]["uri"])
     source = plain["data"]["_target_"].rsplit(".", 2)[-2]
     name = f"{source}-{digest(named)[:8]}"
     evaluation = dict(plain["evaluation"])
@@ -144,7 +148,7 @@ def read_settings(config: DictConfig) -> Settings:
         directory=Path(plain["directory"] or Path(plain["root"]) / name),
         cache=Path(plain["cache"]),
         stages=None if stages in ("all", None) else tuple([stages] if isinstance(stages, str) else stages),
-        source=_make(plain["data"]),
+        source=built,
         windows=Windows(**plain["windows"]),
         aggregated=_make(plain["features"]["aggregated"]),
         decayed=_make(plain["features"]["decayed"]),
