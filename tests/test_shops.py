@@ -67,6 +67,26 @@ def test_short_windows_are_scored(tmp_path: Path) -> None:
     assert "target windows are 7 days" in printed
 
 
+def test_what_a_run_is_about_is_told_before_the_work(tmp_path: Path) -> None:
+    table = shop()
+    code, printed = run(tmp_path, table, "stages=[profiles]")
+    assert code == 0
+    lines = printed.split("store done")[1].split("features ...")[0].splitlines()
+    facts = {line[:42].strip(): line[42:].strip() for line in lines}
+    seconds = table["timestamp"] - START_S
+    learned, scored = (
+        table.filter((seconds >= first * DAY_S) & (seconds < last * DAY_S))["client_id"].n_unique()
+        for first, last in ((72, 86), (86, 100))
+    )
+    assert facts["clients with a profile"] == "12"
+    assert facts["events"] == f"{len(table)} product_buy"
+    assert facts["span"] == "2024-01-01 00:00:00 to 2024-04-09 00:00:00 (99 days)"
+    assert facts["past windows learned from"] == "from 2024-02-28, 2024-02-14, 2024-01-31"
+    assert facts["buyers in the window learned from"].startswith(f"{learned}, {(12 - learned) / 12:.0%} of those")
+    assert facts["buyers in the window scored"].startswith(f"{scored}, ")
+    assert facts["values bought in the window learned from"] == "1 of category, 3 of sku, 1 of price"
+
+
 def test_a_client_who_comes_after_the_moment_of_the_profiles(tmp_path: Path) -> None:
     late = pl.DataFrame({"client_id": [99], "timestamp": [START_S + 85 * DAY_S], "sku": [1]})
     assert run(tmp_path, pl.concat([shop(), late]), "stages=[profiles]")[0] == 0

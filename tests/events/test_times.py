@@ -124,6 +124,7 @@ def test_forms_of_text(text: str, expected: int) -> None:
         ([HALF_PAST_S * 10**9 + 1], HALF_PAST_S, "nanoseconds"),
         ([MIDNIGHT_S // 86_400], MIDNIGHT_S, "days"),
         ([20240131], MIDNIGHT_S, "%Y%m%d"),
+        ([240131], MIDNIGHT_S, "%y%m%d"),
     ],
 )
 def test_units_of_numbers_are_guessed_and_told(values: list, expected: int, note: str) -> None:
@@ -143,6 +144,24 @@ def test_days_of_a_log_that_begins_at_zero() -> None:
         seconds([0, 729])
     assert seconds([0, 30], unit="d", origin="2024-01-01").seconds[1] == MIDNIGHT_S
     assert seconds([0.5], unit="d", origin="2024-01-01").seconds[0] == MIDNIGHT_S - 30 * 86_400 + 43_200
+
+
+def test_an_hour_that_the_clock_skips_is_no_time() -> None:
+    """In spring; in autumn an hour shown twice is the first one. Such a text fits a form and gives nothing."""
+    skipped, twice = "2024-03-31 02:30 Europe/Warsaw", "2024-10-27 02:30 Europe/Warsaw"
+    times = seconds([skipped, twice, "2024-01-31 11:30 Europe/Warsaw"])
+    assert times.seconds.to_list() == [None, 1_729_989_000, HALF_PAST_S]
+
+
+def test_forms_may_be_mixed_among_rows_without_any() -> None:
+    texts = ["soon"] * 500 + [
+        "2024-01-31 10:30:00",
+        "2024-01-31T10:30Z",
+        "31-Jan-2024 10:30",
+        "Jan 31, 2024 10:30:00",
+    ] * 500
+    found = seconds(texts).seconds
+    assert found.null_count() == 500 and set(found[500:]) == {HALF_PAST_S}
 
 
 def test_two_readings_are_refused_with_both() -> None:

@@ -33,9 +33,13 @@ UNITS = ("s", "ms", "us", "ns", "d")
 NS_PER_UNIT = {"ns": 1, "us": 1_000, "ms": 1_000_000, "s": 1_000_000_000, "d": DAY_S * 1_000_000_000}
 NS_PER_SECOND = NS_PER_UNIT["s"]
 # Numbers that spell a date: digits -> format.
-SPELLED = {8: "%Y%m%d", 12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S"}
+SPELLED = {6: "%y%m%d", 8: "%Y%m%d", 12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S"}
 # Of at least this many numbers, one or one in a hundred may lie outside of the years of a unit: outliers, to be named.
 LEAST_FOR_OUTLIERS = 10
+# Texts that decide whether a column of text holds numbers.
+LOOKED_AT = 1000
+# Texts of other forms than those read so far that are looked at for the next one.
+FORMS_LOOKED_FOR = 100
 
 _ISO_DATES = ("%Y-%m-%d", "%Y/%m/%d", "%Y.%m.%d", "%Y%m%d")
 _OTHER_DATES = ("%Y-%j", "%G-W%V-%u", "%d-%B-%Y", "%d-%B-%y", "%d %B %Y", "%B %d, %Y", "%B %d %Y")
@@ -165,9 +169,10 @@ def read_times(file: str, column: pl.Series, form: TimeForm) -> Times:
         return _by_format(column.cast(pl.String).str.strip_chars(), form)
     if dtype == pl.String:
         text = column.str.strip_chars()
-        is_number = text.str.contains(_NUMBER)
-        if is_number.sum() * 2 <= len(text) - text.null_count():
+        first = text.drop_nulls().head(LOOKED_AT)
+        if not len(first) or int(first.str.contains(_NUMBER).sum()) * 2 <= len(first):
             return _of_text(file, text, form)
+        is_number = text.str.contains(_NUMBER)
         numbers = pl.select(pl.when(is_number).then(text)).to_series().alias(column.name)
         whole = numbers.cast(pl.Int64, strict=False)
         column = whole if whole.null_count() == numbers.null_count() else numbers.cast(pl.Float64)
@@ -321,14 +326,17 @@ def _formats() -> tuple[str, ...]:
 def _of_text(file: str, text: pl.Series, form: TimeForm) -> Times:
     """Each form in turn on what the forms before it left."""
     seconds = _strptime(text, _formats()[0])
-    note = ""
+    if seconds.null_count() == text.null_count():
+        return Times(_named(seconds))
+    note, tried = "", set[tuple[str, str | None]]()
     while len(left := (seconds.is_null() & text.is_not_null()).arg_true()):
         rest = text.gather(left).str.replace(_HOUR_ALONE, "${1}:00${2}")
-        found = next((found for value in rest.head(20) if (found := _form_of(value)) is not None), None)
+        some = rest.gather_every(max(len(rest) // FORMS_LOOKED_FOR, 1))
+        found = next((found for value in some if (found := _form_of(value)) not in (None, *tried)), None)
         if found is None:
             break
-        read = _read_as(rest, *found, form.timezone)
-        seconds = seconds.scatter(left, read)
+        tried.add(found)
+        seconds = seconds.scatter(left, _read_as(rest, *found, form.timezone))
     left = (seconds.is_null() & text.is_not_null()).arg_true()
     rest = text.gather(left)
     two_ways = rest.str.contains(_TWO_WAYS)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import polars as pl
@@ -15,7 +16,10 @@ from ubp_fast.events.sources.table_rows import numbers
 from ubp_fast.events.times import TimeForm, read_times
 
 SAMPLE_ROWS = 100_000
+# What text that is not UTF-8 is taken for.
+OTHER_ENCODING = "cp1252"
 MOST_KINDS = 30
+NO_TIME = "no time"
 # Role -> names of columns that speak for it, the strongest first. Roles that come first choose first.
 _ID = r"(?:[_ ]?(?:unique[_ ]?)?(?:id|no|nr|num|number|key|code))?"
 ROLES: dict[str, tuple[str, ...]] = {
@@ -121,15 +125,30 @@ def inspect(path: str | Sequence[str], form: FileForm | None = None) -> str:
 
 def _sample(path: str | Sequence[str], form: FileForm) -> tuple[RawTable, FileForm]:
     """The first rows; a text file whose first line holds values gets names for its columns."""
-    raw = read_files(path, form, lambda names: names, rows=SAMPLE_ROWS)
+    try:
+        raw = _first_rows(path, form)
+    except DataError as error:
+        if form.encoding is not None or "UTF-8" not in str(error):
+            raise
+        form = replace(form, encoding=OTHER_ENCODING)
+        raw = _first_rows(path, form)
+    if any("quote" in line.reason for line in raw.bad_lines):
+        bare = replace(form, quote="")
+        without = _first_rows(path, bare)
+        if len(without.bad_lines) < len(raw.bad_lines):
+            raw, form = without, bare
     if not raw.is_text or form.columns is not None:
         return raw, form
     header = raw.frame.columns
     if not any(re.match(r"^-?\d+(?:[.,:/\- ]\d+)*$", name) for name in header) and "" not in header:
         return raw, form
     names = [f"column_{place}" for place in range(1, len(header) + 1)]
-    form = FileForm(form.format, form.separator, names, form.encoding, form.quote, form.null_values)
-    return read_files(path, form, lambda names: names, rows=SAMPLE_ROWS), form
+    form = replace(form, columns=names)
+    return _first_rows(path, form), form
+
+
+def _first_rows(path: str | Sequence[str], form: FileForm) -> RawTable:
+    return read_files(path, form, lambda names: names, True, SAMPLE_ROWS)
 
 
 def guess(raw: RawTable, form: FileForm) -> Finding:
@@ -144,15 +163,14 @@ def guess(raw: RawTable, form: FileForm) -> Finding:
     if form.columns is not None:
         _by_place(raw, finding)
         finding.options["columns"] = list(form.columns)
-    if form.separator is not None:
-        finding.options["separator"] = form.separator
-    if form.encoding is not None:
-        finding.options["encoding"] = form.encoding
+    for name in ("separator", "encoding", "quote"):
+        if getattr(form, name) != getattr(FileForm(), name):
+            finding.options[name] = getattr(form, name)
     _times(raw, finding)
     _kinds(raw, finding)
     quantity = finding.columns.get("quantity")
     if quantity is not None:
-        pieces = natural(raw.frame[quantity]) if raw.is_text else raw.frame[quantity]
+        pieces = _typed(raw, quantity)
         if not pieces.dtype.is_numeric() or not (pieces <= 0).any():
             del finding.columns["quantity"]
         else:
@@ -162,6 +180,11 @@ def guess(raw: RawTable, form: FileForm) -> Finding:
         unread = {decimal: numbers(raw.frame[price], decimal).null_count() for decimal in (".", ",")}
         if unread[","] < unread["."]:
             finding.options["decimal"] = ","
+    client = finding.columns.get("client")
+    bad = len(raw.bad_lines) + (0 if client is None else raw.frame[client].null_count())
+    if bad:
+        finding.options["on_bad_rows"] = "drop"
+        finding.remarks.append(f"{bad} rows have no client, or are lines without a row: they would be left out")
     if "sku" not in finding.columns:
         finding.options["sku_column"] = None
         finding.remarks.append("no column looks like a product; without one all purchases are of one product")
@@ -169,44 +192,47 @@ def guess(raw: RawTable, form: FileForm) -> Finding:
 
 
 def _best(role: str, patterns: Sequence[str], free: Sequence[str], raw: RawTable) -> str | None:
-    for pattern in patterns:
-        for name in free:
-            if re.search(pattern, name, re.IGNORECASE) and _suits(role, raw.frame[name], raw.is_text):
-                return name
-    return next((name for name in free if _time_problem(raw.frame[name]) == ""), None) if role == "timestamp" else None
-
-
-def _suits(role: str, column: pl.Series, is_text: bool) -> bool:
-    """False where the values cannot be what the name says."""
-    typed = natural(column) if is_text else column
-    if role in ("price", "quantity"):
-        return typed.dtype.is_numeric() or (role == "price" and typed.dtype == pl.String)
-    if role == "kind":
-        return column.n_unique() <= MOST_KINDS and (
-            typed.dtype in (pl.String, pl.Categorical) or typed.dtype.is_integer()
-        )
+    named = [name for pattern in patterns for name in free if re.search(pattern, name, re.IGNORECASE)]
     if role == "timestamp":
-        return _time_problem(column) != "none"
-    return not typed.dtype.is_nested() and typed.dtype not in (pl.Date, pl.Datetime)
+        problems = {name: _time_problem(_typed(raw, name)) for name in (*named, *free)}
+        clear = (name for name, problem in problems.items() if not problem)
+        asking = [name for name in named if problems[name] not in ("", NO_TIME)]
+        days = (name for name in asking if re.search("day|date", name, re.IGNORECASE))
+        return next(itertools.chain(clear, days, asking), None)
+    return next((name for name in named if _suits(role, _typed(raw, name))), None)
+
+
+def _typed(raw: RawTable, name: str) -> pl.Series:
+    return natural(raw.frame[name]) if raw.is_text else raw.frame[name]
+
+
+def _suits(role: str, column: pl.Series) -> bool:
+    """False where the values cannot be what the name says."""
+    dtype = column.dtype
+    if role in ("price", "quantity"):
+        return dtype.is_numeric() or (role == "price" and dtype == pl.String)
+    if role == "kind":
+        return (dtype in (pl.String, pl.Categorical) or dtype.is_integer()) and column.n_unique() <= MOST_KINDS
+    return not dtype.is_nested() and dtype not in (pl.Date, pl.Datetime)
 
 
 def _time_problem(column: pl.Series) -> str:
-    """ "" for a column of times, "none" where it holds none, or the question that it leaves."""
+    """NO_TIME where a column holds no times, "" where it does, or the question that it leaves."""
+    some = column.drop_nulls().head(1000)
     try:
-        times = read_times("", column.head(1000), TimeForm())
+        times = read_times("", some, TimeForm())
     except DataError as error:
-        text = str(error)
-        return text if "one way" in text or column.dtype.is_numeric() else "none"
-    known = column.head(1000).null_count()
-    return "none" if times.seconds.null_count() > known + len(column.head(1000)) // 2 else ""
+        return str(error) if "one way" in str(error) or some.dtype.is_numeric() else NO_TIME
+    return "" if len(some) and times.seconds.null_count() * 2 <= len(some) else NO_TIME
 
 
 def _by_place(raw: RawTable, finding: Finding) -> None:
     """Roles of columns without names: the first that holds times, then client and product in their order."""
     names = list(raw.frame.columns)
-    time = next((name for name in names if _time_problem(raw.frame[name]) == ""), None)
-    others = [name for name in names if name != time]
-    finding.columns = {} if time is None else {"timestamp": time}
+    time = next((name for name in names if _time_problem(_typed(raw, name)) == ""), None)
+    kind = next((name for name in names if "product_buy" in map(_kind_of, _values(raw, name))), None)
+    others = [name for name in names if name not in (time, kind)]
+    finding.columns = {role: name for role, name in (("timestamp", time), ("kind", kind)) if name is not None}
     finding.columns |= dict(zip(("client", "sku"), others, strict=False))
     finding.remarks.append("the file has no header: check which column is what")
 
@@ -215,7 +241,7 @@ def _times(raw: RawTable, finding: Finding) -> None:
     name = finding.columns.get("timestamp")
     if name is None:
         return
-    problem = _time_problem(raw.frame[name])
+    problem = _time_problem(_typed(raw, name))
     formats = re.findall(r"data\.timestamp_format='([^']+)'", problem)
     if formats:
         finding.options["timestamp_format"] = formats[0]
@@ -234,7 +260,7 @@ def _kinds(raw: RawTable, finding: Finding) -> None:
     name = finding.columns.get("kind")
     if name is None:
         return
-    values = [str(value) for value in raw.frame[name].drop_nulls().unique(maintain_order=True).to_list()]
+    values = _values(raw, name)
     kinds = {
         value: next((ours for pattern, ours in _KINDS if re.search(pattern, value, re.I)), "ignore") for value in values
     }
@@ -251,6 +277,12 @@ def _kinds(raw: RawTable, finding: Finding) -> None:
             finding.columns.pop(role, None)
         elif ours not in kinds.values():
             del finding.columns[role]
+
+
+def _values(raw: RawTable, name: str) -> list[str]:
+    """The different values of a column that has few."""
+    values = raw.frame[name].drop_nulls().unique(maintain_order=True)
+    return [str(value) for value in values.to_list()] if len(values) <= MOST_KINDS else []
 
 
 def _kind_of(value: str) -> str:
@@ -292,7 +324,7 @@ def quoted(value: Any) -> str:
 
 
 def suggestion(path: str | Sequence[str], form: FileForm, given: Mapping[str, str | None]) -> str:
-    """The command for a table whose columns were named wrongly; "" where the file says too little.
+    """Remarks and the command for a table that was named wrongly; "" where the file says too little.
 
     Args:
         path: see `inspect`.
@@ -309,4 +341,7 @@ def suggestion(path: str | Sequence[str], form: FileForm, given: Mapping[str, st
             finding.columns = {r: c for r, c in finding.columns.items() if c != column or r == role}
             finding.columns[role] = column
             finding.options.pop(f"{role}_column", None)
-    return command(path, finding) if {"client", "timestamp"} <= finding.columns.keys() else ""
+    if not {"client", "timestamp"} <= finding.columns.keys():
+        return ""
+    remarks = f" ({'; '.join(finding.remarks)})" if finding.remarks else ""
+    return f"perhaps{remarks}: {command(path, finding)}"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from ubp_fast.events.checks import MissingColumnError, event_schema, require_columns
+from ubp_fast.events.checks import event_schema, require_columns
 from ubp_fast.events.formats import FileForm, RawTable, find_files, natural, read_files
 from ubp_fast.events.parse import hash_texts, number_ids, parse_codes
 from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, NUM_CODES, SKU_KINDS, DataError, UserError
@@ -437,8 +437,8 @@ class Table(EventRows):
 
         try:
             return read_files(self.path, self._file_form(), wanted, self.on_bad_rows == "drop")
-        except MissingColumnError as error:
+        except DataError as error:
             roles = {role: getattr(self, f"{role}_column") for role in OF_COMMAND}
             roles["timestamp"] = self._time_columns()[0]
             typed = suggestion(self.path, self._file_form(), roles)
-            raise DataError(f"{error}, perhaps: {typed}" if typed else str(error)) from error
+            raise DataError(f"{error}, {typed}" if typed else str(error)) from error
