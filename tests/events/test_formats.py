@@ -69,6 +69,7 @@ def zstd(text: str) -> bytes:
         TEXT.encode("utf-16-be"),
         gzip.compress(TEXT.encode()),
         gzip.compress(TEXT.encode("utf-16")),
+        gzip.compress(FRAME.write_ndjson().encode()),
         FRAME.write_ndjson(),
         FRAME.write_json(),
         "[\n" + FRAME.write_ndjson().replace("}\n{", "},\n{") + "]",
@@ -168,8 +169,25 @@ def test_lines_without_a_row_are_left_out_when_asked(tmp_path: Path) -> None:
     raw = read(written(tmp_path / "log", content), drop=True)
     assert raw.frame.rows() == [*ROWS, ("8", "9", "10")]
     assert [(line.line, line.reason) for line in raw.bad_lines] == [(4, "4 values"), (5, "a quote that does not close")]
+    raw = read(written(tmp_path / "log", gzip.compress(content.encode())), drop=True)
+    assert [line.line for line in raw.bad_lines] == [4, 5]
     raw = read(written(tmp_path / "log", FRAME.write_ndjson() + "{\n"), drop=True)
     assert raw.frame.rows() == ROWS and raw.bad_lines[0].line == 3
+
+
+def test_a_line_break_inside_of_a_value_without_quotes(tmp_path: Path) -> None:
+    """It belongs to the value; where lines are looked at one by one, the line holds no row."""
+    content = "who,when,what\n1,2,a\rb\n3,4,c\n"
+    assert read(written(tmp_path / "log", content)).frame["what"].to_list() == ["a\rb", "c"]
+    raw = read(written(tmp_path / "log", content + "5,6,7,8\n"), drop=True)
+    assert raw.frame["what"].to_list() == ["c"] and [line.line for line in raw.bad_lines] == [2, 4]
+
+
+def test_a_file_that_is_cut_short(tmp_path: Path) -> None:
+    packed = gzip.compress((TEXT * 200).encode())
+    for content in (packed[: len(packed) // 2], FRAME.write_json()[:-20], arrow(False)[:-30]):
+        with pytest.raises(DataError, match=r"log: file must be a complete .* file"):
+            read(written(tmp_path / "log", content))
 
 
 def test_parts(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import io
 import json
 import mmap
 import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ _SAMPLE_BYTES = 1 << 20
 _SAMPLE_LINES = 200
 # A quoted text that spans more lines was not closed.
 _MOST_LINES_OF_A_ROW = 100
+OPEN_QUOTE = "a quote that does not close"
 _MAGIC = {
     b"PAR1": "parquet",
     b"ARROW1": "arrow",
@@ -268,7 +270,7 @@ def readable(path: Path, kind: str) -> Iterator[None]:
     """What goes wrong while a file is read becomes an error that names it."""
     try:
         yield
-    except (pl.exceptions.PolarsError, OSError, EOFError) as error:
+    except (pl.exceptions.PolarsError, OSError, EOFError, csv.Error, zlib.error) as error:
         reason = str(error).strip().split("\n")[0]
         if "utf-8" in reason.lower() or "utf8" in reason.lower():
             raise _not_utf8(path, error) from error
@@ -313,6 +315,11 @@ def _head(path: Path) -> bytes:
         if start.startswith(_ZSTD):
             return _lines_of(path, _SAMPLE_LINES)
         return file.read(_SAMPLE_BYTES)
+
+
+def _is_packed(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4).startswith((_GZIP, _ZSTD))
 
 
 def _whole(path: Path) -> bytes:
@@ -378,13 +385,15 @@ def _read_json(path: Path, drop: bool, bad_lines: list[BadLine]) -> pl.DataFrame
     Raises:
         DataError: a line that is no object; names it.
     """
-    text = _decoded_whole(path, None)
-    if text.lstrip().startswith("["):
-        return pl.read_json(io.StringIO(text), infer_schema_length=None)
+    head = _head(path)
+    is_plain = _encoding(head) is None and not _is_packed(path)
+    source = path if is_plain else io.StringIO(_decoded_whole(path, None))
+    if _decoded(path, head, None).lstrip("\ufeff \t\r\n").startswith("["):
+        return pl.read_json(source, infer_schema_length=None)
     try:
-        return pl.read_ndjson(io.StringIO(text), infer_schema_length=None)
+        return pl.read_ndjson(source, infer_schema_length=None)
     except pl.exceptions.PolarsError:
-        good = []
+        good, text = [], _decoded_whole(path, None)
         for number, line in enumerate(text.split("\n")):
             if not line.strip():
                 continue
@@ -453,7 +462,7 @@ def _text_of(path: Path, form: FileForm, wanted: Wanted) -> _Text:
     separator = separator_of(sample, form, wanted)
     names = _header(path, sample, form, separator)
     is_utf8 = encoding is None or encoding.lower().replace("_", "-") in ("utf-8", "utf-8-sig", "utf8", "ascii")
-    if is_utf8 and len(separator.encode()) == 1 and not head.startswith(_GZIP):
+    if is_utf8 and len(separator.encode()) == 1 and not _is_packed(path):
         return _Text(path, path, separator, eol, names, form)
     text = _decoded_whole(path, encoding)
     if separator == "whitespace":
@@ -561,7 +570,7 @@ def _has_wanted(names: list[str], form: FileForm, wanted: Wanted) -> bool:
 def _sample_rows(sample: str, separator: str, quote: str) -> Iterator[list[str]]:
     """Values of the first lines that are whole and not blank."""
     lines = sample.split("\n" if "\n" in sample else "\r")[: _SAMPLE_LINES + 1]
-    lines = [line.rstrip("\r") for line in (lines[:-1] if len(lines) > 1 else lines)]
+    lines = [line.rstrip("\r").replace("\r", " ") for line in (lines[:-1] if len(lines) > 1 else lines)]
     lines = [line for line in lines if line.strip()]
     if separator == "whitespace":
         return iter([line.split() for line in lines])
@@ -581,8 +590,6 @@ def _has_open_quote(source: Path | bytes, quote: str) -> bool:
     if not source.stat().st_size:
         return False
     with source.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        if content[:4] == _ZSTD:
-            return False
         count = 0
         for start in range(0, len(content), 1 << 24):
             count += content[start : start + (1 << 24)].count(mark)
@@ -604,15 +611,10 @@ def _rows_of_lines(text: _Text, drop: bool, bad_lines: list[BadLine]) -> list[li
         while is_open and last < len(lines) and last - number < _MOST_LINES_OF_A_ROW:
             is_open = lines[last].count(quote) % 2 == 0
             last += 1
-        whole = "\n".join(lines[number:last])
-        row = (
-            []
-            if is_open
-            else next(csv.reader(io.StringIO(whole, newline=""), delimiter=text.separator, **text.quoting), [])
-        )
-        if is_open or any(row[width:]):
-            what = "a quote that does not close" if is_open else f"{len(row)} values"
-            remedy = " or set data.quote='' where quotes are plain text," if is_open else ""
+        row, problem = ([], OPEN_QUOTE) if is_open else _values("\n".join(lines[number:last]), text)
+        if problem or any(row[width:]):
+            what = problem or f"{len(row)} values"
+            remedy = " or set data.quote='' where quotes are plain text," if problem == OPEN_QUOTE else ""
             if not drop:
                 raise DataError(
                     f"{text.path}: every line must hold {width} values, got {what} in line {number + 1}:"
@@ -625,6 +627,14 @@ def _rows_of_lines(text: _Text, drop: bool, bad_lines: list[BadLine]) -> list[li
             rows.append(row[:width] + [""] * (width - len(row)))
         number = last
     return rows
+
+
+def _values(line: str, text: _Text) -> tuple[list[str], str]:
+    """The values of a line, and why it holds none."""
+    try:
+        return next(csv.reader([line], delimiter=text.separator, **text.quoting), []), ""
+    except csv.Error as error:
+        return [], str(error).split(" - ")[0]
 
 
 def _short(text: str) -> str:
