@@ -416,6 +416,18 @@ def test_the_shops_clock_moves_the_days(tmp_path: Path) -> None:
     assert plain(tmp_path, table, timezone="Europe/Warsaw").info["first_s"] == 1_704_067_200 + 86_400 + 1800
 
 
+def test_rows_of_a_frame_are_those_of_its_file(tmp_path: Path) -> None:
+    """A frame that is handed over is no whole log: few rows, far apart, are fine."""
+    path = tmp_path / "log.parquet"
+    log().write_parquet(path)
+    table = Table(str(path), **OPTIONS)
+    assert table.rows_of(log()).equals(table.rows_of(table.raw()))
+    two = log().head(2).with_columns(when=pl.Series(["2001-01-01", "2024-01-01"]))
+    assert len(table.rows_of(two)) == 2
+    with pytest.raises(DataError, match="column 'euro' must exist"):
+        table.rows_of(two.drop("euro"))
+
+
 def test_a_time_far_behind_all_others_is_named(tmp_path: Path) -> None:
     table = pl.DataFrame({"client_id": 1, "timestamp": range(1_704_067_200, 1_709_251_200, 86_400), "sku": 1})
     odd = pl.concat([table[:30], pl.DataFrame({"client_id": 1, "timestamp": [4_102_358_400], "sku": 1}), table[30:]])

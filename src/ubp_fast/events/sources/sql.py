@@ -51,9 +51,12 @@ class Sql(EventRows):
         state.update(self._frame.hash_rows().to_numpy().tobytes())
         return state.hexdigest()
 
-    def _raw(self) -> RawTable:
-        name = self.query if _TABLE.fullmatch(self.query) else "query"
-        return RawTable(name, self._frame, ((name, len(self._frame)),))
+    @property
+    def name(self) -> str:
+        return self.query if _TABLE.fullmatch(self.query) else "query"
+
+    def raw(self) -> RawTable:
+        return RawTable(self.name, self._frame, ((self.name, len(self._frame)),))
 
     @cached_property
     def _frame(self) -> pl.DataFrame:

@@ -23,6 +23,7 @@ from ubp_fast.files import file_digest
 from ubp_fast.progress import Progress, Steps
 
 IGNORE = "ignore"
+PRICE_EDGES = "price_edges"
 TEXT_FORMATS = ("words", "codes")
 ZERO_CODES = f"[{' '.join(['0'] * NUM_CODES)}]"
 # A cart event with a negative quantity is one of these.
@@ -108,24 +109,45 @@ class EventRows:
         """
         steps = Steps(progress, 3 + len(EVENT_KINDS))
         with event_writer(directory, "table", self.end) as writer:
-            raw = self._raw()
-            rows = self._rows(raw, writer)
+            raw = self.raw()
+            rows, checks = self._checked(raw, writer.notes, is_log=True)
+            if checks.count:
+                writer.write_bad_rows(checks.first())
             steps.done()
-            input_end_s = self._input_end_s(raw.name, rows)
-            rows = self._number(raw.name, rows, writer)
+            input_end_s = self._input_end_s(rows)
+            rows = self._number(rows, writer)
             steps.done()
-            writer.write_products(self._products(raw.name, rows, input_end_s, writer))
+            writer.write_products(self._products(rows, input_end_s, writer))
             steps.done()
             for kind in EVENT_KINDS:
-                self._write_kind(raw.name, kind, rows.filter(pl.col("kind") == kind), writer)
+                self._write_kind(kind, rows.filter(pl.col("kind") == kind), writer)
                 steps.done()
             split = writer.fitting_split()
-            writer.notes += _without_vector(raw.name, rows, split.input_end_s)
+            writer.notes += _without_vector(self.name, rows, split.input_end_s)
             writer.finish(split)
 
-    def _raw(self) -> RawTable:
+    @property
+    def name(self) -> str:
+        """What messages call the table."""
+        raise NotImplementedError
+
+    def raw(self) -> RawTable:
         """The columns that are asked for, as they are in the files or the database."""
         raise NotImplementedError
+
+    def rows_of(self, raw: RawTable | pl.DataFrame) -> pl.DataFrame:
+        """Checked rows under our names: kind, client_id, timestamp_s, and sku, url, query, category, price, name.
+
+        Args:
+            raw: a table with the columns that this one names.
+
+        Raises:
+            DataError: a row breaks a rule, or a column is missing.
+        """
+        if isinstance(raw, pl.DataFrame):
+            require_columns(self.name, raw.columns, self._wanted(), "rename the column or name it in data.*_column")
+            raw = RawTable(self.name, raw, ((self.name, len(raw)),))
+        return self._checked(raw, [], is_log=False)[0]
 
     def _time_form(self) -> TimeForm:
         return TimeForm(self.timestamp_unit, self.timestamp_format, self.timezone, self.timestamp_origin)
@@ -164,50 +186,47 @@ class EventRows:
         ]
         return list(dict.fromkeys(name for name in named if name is not None))
 
-    def _rows(self, raw: RawTable, writer: EventWriter) -> pl.DataFrame:
-        """Checked rows under our names: kind, client_id, timestamp_s, and sku, url, query, category, price, name."""
+    def _checked(self, raw: RawTable, notes: list[str], is_log: bool) -> tuple[pl.DataFrame, RowChecks]:
+        """Rows under our names, and what was found; a whole log is looked at for lone outliers and copies of rows."""
         if not len(raw.frame):
             raise DataError(f"{raw.name}: table must hold events, got 0 rows; check the file")
-        frame = self._filtered(raw, writer)
+        frame = self._filtered(raw, notes)
         if not len(frame):
             raise DataError(f"{raw.name}: table must hold events, got none that data.filter lets through; correct it")
         checks = RowChecks(raw, frame["_row"], self.on_bad_rows == "drop")
-        kind = self._kinds(raw, frame, checks)
-        kept = kind != IGNORE
-        time = self._time(frame)
-        seconds, note = self._seconds(raw.name, time, kept, checks)
-        writer.notes += [f"{raw.name}: column '{time.name}' is {note}"] if note else []
+        kind = self._kinds(frame, checks)
+        seconds = self._seconds(frame, kind != IGNORE, checks, notes, is_log)
         columns: dict[str, pl.Series] = {}
         columns["client_id"] = whole_ids(checks, frame[self.client_column], raw.is_text)
-        self._require(self.client_column, kept, columns["client_id"], checks)
-        kind = self._returns(raw.name, frame, kind, checks, writer)
+        self._require(self.client_column, kind != IGNORE, columns["client_id"], checks)
+        kind = self._returns(frame, kind, checks, notes)
         items = {"sku": self.sku_column, "url": self.url_column, "category": self.category_column}
         for ours, theirs in items.items():
             if theirs is not None:
                 columns[ours] = whole_ids(checks, frame[theirs], raw.is_text)
         if self.sku_column is None:
             columns["sku"] = pl.Series([0]).new_from_index(0, len(frame))
-            writer.notes.append(f"{raw.name}: no product column is named, all purchases are of one product")
+            notes.append(f"{raw.name}: no product column is named, all purchases are of one product")
         for ours, theirs in (("query", self.query_column), ("name", self.name_column)):
             if theirs is not None:
                 columns[ours] = frame[theirs]
         for name in EVENT_KINDS:
-            self._require_item(raw.name, name, kind == name, columns, checks)
+            self._require_item(name, kind == name, columns, checks)
         if self.price_column is not None:
             columns["price"] = self._prices(frame, kind, checks)
         if self.text_format == "codes":
-            self._check_codes(raw.name, frame, kind, checks)
+            self._check_codes(frame, kind)
+        if checks.count:
+            notes.append(f"{raw.name}: {checks.count} bad rows are left out, the first are in bad_rows.csv")
         rows = pl.DataFrame([series.alias(name) for name, series in columns.items()])
         rows = rows.with_columns(kind.alias("kind"), seconds)
-        if checks.count:
-            writer.write_bad_rows(checks.first())
-            writer.notes.append(f"{raw.name}: {checks.count} bad rows are left out, the first are in bad_rows.csv")
         end_s = end_seconds(self.end)
         keep = ~checks.bad & (kind != IGNORE)
         keep = keep if end_s is None else keep & (seconds <= end_s)
-        return self._without_copies(raw.name, rows.filter(keep), frame.drop("_row").filter(keep), writer)
+        rows = rows.filter(keep)
+        return self._without_copies(rows, frame.drop("_row").filter(keep), notes) if is_log else rows, checks
 
-    def _filtered(self, raw: RawTable, writer: EventWriter) -> pl.DataFrame:
+    def _filtered(self, raw: RawTable, notes: list[str]) -> pl.DataFrame:
         """The rows that the condition lets through, with their numbers."""
         frame = raw.frame.with_row_index("_row")
         condition = self._condition()
@@ -224,10 +243,10 @@ class EventRows:
         if chosen.dtype != pl.Boolean or len(chosen) != len(frame):
             raise UserError(f"Table: filter must be true or false for every row, got '{self.filter}'")
         kept = frame.filter(chosen)
-        writer.notes.append(f"{raw.name}: data.filter leaves {len(frame) - len(kept)} of {len(frame)} rows out")
+        notes.append(f"{raw.name}: data.filter leaves {len(frame) - len(kept)} of {len(frame)} rows out")
         return kept
 
-    def _kinds(self, raw: RawTable, frame: pl.DataFrame, checks: RowChecks) -> pl.Series:
+    def _kinds(self, frame: pl.DataFrame, checks: RowChecks) -> pl.Series:
         """Our kind, or IGNORE, of every row."""
         if self.kind_column is None:
             return pl.Series("kind", ["product_buy"]).new_from_index(0, len(frame))
@@ -248,22 +267,23 @@ class EventRows:
         joined = pl.concat_str([pl.col(name).cast(pl.String) for name in names], separator=" ")
         return frame.select(joined.alias("+".join(names))).to_series()
 
-    def _seconds(self, file: str, time: pl.Series, kept: pl.Series, checks: RowChecks) -> tuple[pl.Series, str]:
-        """Seconds of every row that counts, and what was guessed; other rows are null."""
+    def _seconds(
+        self, frame: pl.DataFrame, kept: pl.Series, checks: RowChecks, notes: list[str], is_log: bool
+    ) -> pl.Series:
+        """Seconds of every row that counts, 0 of the others."""
+        time = self._time(frame)
         chosen = pl.select(pl.when(kept).then(time)).to_series().alias(time.name)
-        times = read_times(file, chosen, self._time_form())
+        times = read_times(self.name, chosen, self._time_form())
         checks.check(time.name, times.rule, times.seconds.is_null() & kept, time, times.remedy, times.detail)
         outside = outside_years(times.seconds)
         remedy = "check data.timestamp_unit" if time.dtype.is_numeric() else "correct the rows"
         checks.check(time.name, "lie in the years 1900..2199", outside, time, remedy)
-        known = pl.select(pl.when(~outside).then(times.seconds)).to_series()
-        if self.end is None:
-            check_outliers(checks, time.name, known, time)
-        return times.seconds.fill_null(0), times.note
+        if is_log and self.end is None:
+            check_outliers(checks, time.name, pl.select(pl.when(~outside).then(times.seconds)).to_series(), time)
+        notes += [f"{self.name}: column '{time.name}' is {times.note}"] if times.note else []
+        return times.seconds.fill_null(0)
 
-    def _returns(
-        self, file: str, frame: pl.DataFrame, kind: pl.Series, checks: RowChecks, writer: EventWriter
-    ) -> pl.Series:
+    def _returns(self, frame: pl.DataFrame, kind: pl.Series, checks: RowChecks, notes: list[str]) -> pl.Series:
         """Kinds, with rows of no or negative quantity as removals from the cart, or to be ignored."""
         if self.quantity_column is None:
             return kind
@@ -289,7 +309,7 @@ class EventRows:
             )
             if count
         ]
-        writer.notes += [f"{file}: {text}" for text in told]
+        notes += [f"{self.name}: {text}" for text in told]
         return kinds
 
     def _prices(self, frame: pl.DataFrame, kind: pl.Series, checks: RowChecks) -> pl.Series:
@@ -303,16 +323,14 @@ class EventRows:
         checks.check(self.price_column, "hold numbers or nothing", bad, column, remedy)
         return price
 
-    def _require_item(
-        self, file: str, kind: str, is_kind: pl.Series, columns: Mapping[str, pl.Series], checks: RowChecks
-    ) -> None:
+    def _require_item(self, kind: str, is_kind: pl.Series, columns: Mapping[str, pl.Series], checks: RowChecks) -> None:
         """Rows of a kind need the column of that kind, with a value."""
         if not is_kind.any():
             return
         item = ITEM_COLUMN[kind]
         if item not in columns:
             raise DataError(
-                f"{file}: rows of kind {kind} must have a column for '{item}', got none;"
+                f"{self.name}: rows of kind {kind} must have a column for '{item}', got none;"
                 f" name it with data.{item}_column or map the kind to '{IGNORE}' in data.kinds"
             )
         self._require(getattr(self, f"{item}_column") or item, is_kind, columns[item], checks)
@@ -320,33 +338,33 @@ class EventRows:
     def _require(self, name: str, rows: pl.Series, values: pl.Series, checks: RowChecks) -> None:
         checks.check(name, "hold a value", values.is_null() & rows, values, "remove those rows")
 
-    def _check_codes(self, file: str, frame: pl.DataFrame, kind: pl.Series, checks: RowChecks) -> None:
+    def _check_codes(self, frame: pl.DataFrame, kind: pl.Series) -> None:
         """Code vectors are checked while rows still have their numbers in the file."""
         searches = (self.query_column, kind == "search_query")
         for column, rows in (searches, (self.name_column, kind.is_in(SKU_KINDS))):
             if column is not None and frame[column].dtype == pl.String:
                 used = pl.when(rows & frame[column].is_not_null()).then(frame[column]).otherwise(pl.lit(ZERO_CODES))
-                parse_codes(file, pl.select(used.alias(column)).to_series())
+                parse_codes(self.name, pl.select(used.alias(column)).to_series())
 
-    def _without_copies(self, file: str, rows: pl.DataFrame, frame: pl.DataFrame, writer: EventWriter) -> pl.DataFrame:
+    def _without_copies(self, rows: pl.DataFrame, frame: pl.DataFrame, notes: list[str]) -> pl.DataFrame:
         """Tells of rows that are the same in all columns that are read, and leaves them out when asked to."""
         if frame.hash_rows().n_unique() == len(frame):
             return rows
         is_first = frame.select(pl.struct(pl.all()).is_first_distinct()).to_series()
-        writer.notes.append(duplicate_note(file, rows, is_first, self.duplicates == "drop"))
+        notes.append(duplicate_note(self.name, rows, is_first, self.duplicates == "drop"))
         return rows.filter(is_first) if self.duplicates == "drop" else rows
 
-    def _input_end_s(self, file: str, rows: pl.DataFrame) -> int:
+    def _input_end_s(self, rows: pl.DataFrame) -> int:
         purchases = rows.filter(pl.col("kind") == "product_buy")["timestamp_s"].to_numpy()
         if not len(purchases):
             raise DataError(
-                f"{file}: table must hold purchases, got no purchases at all;"
+                f"{self.name}: table must hold purchases, got no purchases at all;"
                 " map the name of your purchases to product_buy in data.kinds, or check data.end"
             )
         last_s = int(purchases.max())
         return split_at(last_s, fitting_days(int(rows["timestamp_s"].min()), last_s)).input_end_s  # type: ignore[arg-type]
 
-    def _number(self, file: str, rows: pl.DataFrame, writer: EventWriter) -> pl.DataFrame:
+    def _number(self, rows: pl.DataFrame, writer: EventWriter) -> pl.DataFrame:
         """Ids as i64; skus and urls only where their kind has them, so that a shared column is numbered twice."""
         of_kind = [pl.when(pl.col("kind").is_in(SKU_KINDS)).then("sku").alias("sku")]
         if self.url_column is not None:
@@ -356,33 +374,36 @@ class EventRows:
         columns = {"client_id": self.client_column, "sku": self.sku_column or "sku", "url": self.url_column}
         for name, column in columns.items():
             if column is not None:
-                ids, table = number_ids(file, column, rows[name], order)
+                ids, table = number_ids(self.name, column, rows[name], order)
                 rows = rows.with_columns(ids)
                 if table is not None:
                     writer.write_map(name, table)
         return rows
 
-    def _products(self, file: str, rows: pl.DataFrame, input_end_s: int, writer: EventWriter) -> pl.DataFrame:
-        products, notes = product_table(file, rows, input_end_s, lambda texts: self._text_codes(file, texts))
+    def _products(self, rows: pl.DataFrame, input_end_s: int, writer: EventWriter) -> pl.DataFrame:
+        products, notes, edges = product_table(self.name, rows, input_end_s, self.text_codes)
         writer.notes += notes
+        if len(edges):
+            writer.write_map(PRICE_EDGES, pl.DataFrame({"edge": edges}))
         in_order = pl.Series(range(len(products)), dtype=pl.UInt32)
-        category, table = number_ids(file, self.category_column or "category", products["category"], in_order)
+        category, table = number_ids(self.name, self.category_column or "category", products["category"], in_order)
         if table is not None:
             writer.write_map("category", table)
         return products.with_columns(category)
 
-    def _write_kind(self, file: str, kind: str, rows: pl.DataFrame, writer: EventWriter) -> None:
+    def _write_kind(self, kind: str, rows: pl.DataFrame, writer: EventWriter) -> None:
         if not len(rows):
             return
         schema = event_schema(kind)
         if ITEM_COLUMN[kind] == "query":
-            rows = rows.with_columns(self._text_codes(file, rows["query"]))
-        writer.write_events(kind, rows.select(list(schema)), file)
+            rows = rows.with_columns(self.text_codes(rows["query"]))
+        writer.write_events(kind, rows.select(list(schema)), self.name)
 
-    def _text_codes(self, file: str, texts: pl.Series) -> pl.Series:
+    def text_codes(self, texts: pl.Series) -> pl.Series:
+        """16 codes of each text, see `text_format`."""
         if self.text_format == "words":
             return hash_texts(texts.cast(pl.String))
-        return parse_codes(file, texts.fill_null(ZERO_CODES) if texts.dtype == pl.String else texts)
+        return parse_codes(self.name, texts.fill_null(ZERO_CODES) if texts.dtype == pl.String else texts)
 
 
 def _without_vector(file: str, rows: pl.DataFrame, input_end_s: int) -> list[str]:
@@ -428,7 +449,11 @@ class Table(EventRows):
     def _file_form(self) -> FileForm:
         return FileForm(self.format, self.separator, self.columns, self.encoding, self.quote, self.null_values)
 
-    def _raw(self) -> RawTable:
+    @property
+    def name(self) -> str:
+        return self.path if isinstance(self.path, str) else str(next(iter(self.path), "table"))
+
+    def raw(self) -> RawTable:
         columns = self._wanted()
 
         def wanted(names: list[str]) -> list[str]:
