@@ -175,7 +175,8 @@ def test_a_table_without_categories_has_no_category_task(tmp_path: Path, capsys:
     skus = random_state.integers(0, 40, count)
     rows = pl.DataFrame({"client_id": random_state.integers(0, 80, count), "timestamp": times, "sku": skus})
     rows.with_columns(price=1.0 + pl.col("sku")).write_parquet(tmp_path / "events.parquet")
-    source = ("data=table", f"data.path={tmp_path / 'events.parquet'}", "data.price_column=price")
+    named = ("data.price_column=price", "data.timestamp_unit=s")
+    source = ("data=table", f"data.path={tmp_path / 'events.parquet'}", *named)
     tasks = "evaluation.tasks=[churn,propensity_category,propensity_price]"
     code, run, printed = run_tiny(tmp_path / "runs", *source, tasks, "evaluation.readers=[linear]")
     assert code == 0, capsys.readouterr().err
@@ -294,7 +295,7 @@ def test_probes_are_recorded_and_change_no_vector(synthetic_run: Path, tmp_path:
     ("override", "message"),
     [
         ("data.days=20", "Synthetic: days must be at least 29, got 20"),
-        ("data.days=40", "training_cutoffs: the store must reach back more than newest_days = 28 days"),
+        ("data.days=40", "training_cutoffs: the store must reach back more than newest_days = 14 days"),
         ("store.shard=[3,2]", "build_store: shard must be (index, count)"),
         ("multitask.config.encoder.heads=7", "EncoderLayer: heads must divide the width"),
     ],

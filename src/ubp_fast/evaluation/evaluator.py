@@ -16,6 +16,9 @@ from ubp_fast.profiles import Profiles
 from ubp_fast.profiles.blocks import NEAR
 from ubp_fast.progress import Progress, Steps
 
+# Of fewer clients of one class an AUROC says little.
+LEAST_CLIENTS = 10
+
 
 def evaluate(
     profiles: Profiles,
@@ -67,7 +70,8 @@ def evaluate(
                 others.setdefault(name, {})[task.task.name] = result
     digests = tuple(_digest(targets.client_ids[order]) for order in orders)
     missing = {name: reason for name, reason in targets.missing.items() if name in config.tasks}
-    return Scores(challenge, config, digests, len(targets.client_ids), missing, others)
+    remarks = {task.task.name: text for task in chosen if (text := _few(task))}
+    return Scores(challenge, config, digests, len(targets.client_ids), missing, others, remarks)
 
 
 def _of_reader(name: str, data: ReaderData, profiles: Profiles) -> ReaderData:
@@ -100,6 +104,21 @@ def _twins(tasks: list[TaskTargets]) -> list[int]:
         next(earlier for earlier in range(position + 1) if earlier == position or tasks[earlier].same_as(task))
         for position, task in enumerate(tasks)
     ]
+
+
+def _few(task: TaskTargets) -> str:
+    """What is said of labels that hardly any client has, or hardly any lacks; "" when there are none."""
+    labels = task.validation.take(np.flatnonzero(task.included))
+    counts = labels.column_counts()
+    smaller = np.minimum(counts, labels.num_rows - counts)
+    few = int(((smaller > 0) & (smaller < LEAST_CLIENTS)).sum())
+    if not few:
+        return ""
+    labels_have = "the label has" if labels.num_labels == 1 else f"{few} of {labels.num_labels} labels have"
+    return (
+        f"{labels_have} fewer than {LEAST_CLIENTS} clients of one class in the validation window, an AUROC of so few is"
+        " mostly chance"
+    )
 
 
 def _to_device(vectors: np.ndarray, device: torch.device) -> torch.Tensor:

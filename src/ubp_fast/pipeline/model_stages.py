@@ -50,7 +50,7 @@ from ubp_fast.profiler.profiler import MODEL_FOLDER
 from ubp_fast.profiles import Profiles
 from ubp_fast.profiles.blocks import compose
 from ubp_fast.progress import Progress
-from ubp_fast.sequences import ViewLoader, Views, age_quantiles_days, training_cutoffs, views_at, window_labels
+from ubp_fast.sequences import ViewLoader, Views, age_quantiles_days, past_cutoffs, views_at, window_labels
 from ubp_fast.store.event_store import EventStore
 from ubp_fast.store.in_memory import Vocabulary
 
@@ -236,10 +236,7 @@ def _train_stacking(
 def cutoffs_of(store: EventStore, settings: Settings) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Cutoffs of the contrastive and multi-task models, and the later ones of the stacking model."""
     windows = settings.windows
-    newest_days = windows.days * (windows.stacking_cutoffs + 1)
-    model = training_cutoffs(store, windows.model_cutoffs, newest_days=newest_days, step_days=windows.days)
-    stacking = training_cutoffs(store, windows.stacking_cutoffs, newest_days=windows.days, step_days=windows.days)
-    return model, stacking
+    return past_cutoffs(store, windows.model_cutoffs, windows.stacking_cutoffs, windows.days)
 
 
 def _labels(store: EventStore, views: Views, features: Path, wanted: Sequence[str]) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class LayoutConfig:
     directions: int = 40
     graded: float = 0.002
     near: float = 0.005
-    near_width: int = 256
+    near_width: int = 128
     scores: float = 0.0001
     own: float = 0.0001
     tastes: float = 0.0001

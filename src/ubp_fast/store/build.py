@@ -75,6 +75,7 @@ def build_store(
         builder.save("client_ids", (clients if is_here is None else clients[is_here]).astype(np.int64))
         builder.save("is_relevant", is_relevant if is_here is None else is_relevant[is_here])
         builder.header |= {"all_clients": all_clients, "min_url_count": min_url_count}
+        builder.header |= {"target_days": events.target_days}
         builder.header |= {} if shard is None else {"shard": list(shard)}
         try:
             for kind in EVENT_KINDS:

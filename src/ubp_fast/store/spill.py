@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ubp_fast.compiled import njit
-from ubp_fast.events.parse import EARLIEST_S
+from ubp_fast.events.times import EARLIEST_S
 
 TIME_BITS = 34  # years 1900..2199 in seconds
 MAX_CLIENTS = 1 << (63 - TIME_BITS)
