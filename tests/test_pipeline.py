@@ -35,7 +35,10 @@ def synthetic_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_run_directory_is_complete(synthetic_run: Path) -> None:
     names = {path.name for path in synthetic_run.iterdir()}
-    assert names == {"config.yaml", "environment.json", "model", "profiles", "report.html", "scores.json", "stages"}
+    assert names == {
+        *("config.yaml", "environment.json", "model", "profiles", "profiles.parquet", "report.html", "scores.json"),
+        "stages",
+    }
     scores = json.loads((synthetic_run / "scores.json").read_text())
     assert list(scores) == ["stacked", "baseline_log1p"]
     assert scores["stacked"]["config"]["readers"] == ["network", "linear", "boosting", "neighbours"]

@@ -188,10 +188,10 @@ class EventRows:
 
     def _checked(self, raw: RawTable, notes: list[str], is_log: bool) -> tuple[pl.DataFrame, RowChecks]:
         """Rows under our names, and what was found; a whole log is looked at for lone outliers and copies of rows."""
-        if not len(raw.frame):
+        if is_log and not len(raw.frame):
             raise DataError(f"{raw.name}: table must hold events, got 0 rows; check the file")
         frame = self._filtered(raw, notes)
-        if not len(frame):
+        if is_log and not len(frame):
             raise DataError(f"{raw.name}: table must hold events, got none that data.filter lets through; correct it")
         checks = RowChecks(raw, frame["_row"], self.on_bad_rows == "drop")
         kind = self._kinds(frame, checks)
