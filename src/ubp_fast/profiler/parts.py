@@ -44,7 +44,7 @@ OWN_BLOCKS = ("aggregated", "decayed", "static")
 GRADING = 0.75
 # Directions that near vectors look at, and what each of their parts counts.
 NEAR_DIRECTIONS = 200
-NEAR_WEIGHTS = {"graded": 1.0, "level": 0.5, "scores": 1.0, "own": 0.3, "rhythm": 0.3}
+NEAR_WEIGHTS = {"graded": 1.0, "level": 0.4, "scores": 1.0, "decayed": 1.0, "rhythm": 0.3}
 Block = np.ndarray | Features
 Made = Callable[[str], Block]
 
@@ -263,10 +263,9 @@ def near_parts(fitted: Fitted, made: Made, day: DayStatistics) -> list[NearPart]
         NearPart(level, np.zeros(2), np.ones(2), NEAR_WEIGHTS["level"]),
     ]
     layout = fitted.recipe.layout
-    sets = {"scores": ("scores",), "own": own_blocks(fitted.recipe), "rhythm": ("rhythm",)}
-    for name, names in sets.items():
-        if getattr(layout, name):
-            values = joined(made, names, unit_length=False)
+    for name, scale in (("scores", layout.scores), ("decayed", layout.near), ("rhythm", layout.rhythm)):
+        if scale:
+            values = joined(made, (name,), unit_length=False)
             parts.append(NearPart(values, *day.moments(name, values), NEAR_WEIGHTS[name]))
     return parts
 
@@ -276,7 +275,7 @@ def _near(fitted: Fitted, made: Made, day: DayStatistics, name: str) -> list[Par
     vectors = fitted.near.transform(near_parts(fitted, made, day)) * np.float32(fitted.recipe.layout.near)
     columns = [f"near_{column}" for column in range(vectors.shape[1])]
     what = "unit vectors whose cosine says who is alike"
-    return [Part(name, vectors, columns, None, what, "graded, scores, own, rhythm")]
+    return [Part(name, vectors, columns, None, what, "graded, scores, decayed, rhythm")]
 
 
 def _own(fitted: Fitted, made: Made, day: DayStatistics, name: str) -> list[Part]:
