@@ -1,6 +1,6 @@
 """What profiles are worth to the models that people put behind them: all readers, beside what profiles are made from.
 
-    python benchmarks/readers.py --output FILE [--root runs] [key=value ...]
+    python benchmarks/readers.py --output FILE --data NAME [--root runs] [key=value ...]
 
 Words with "=" are overrides of the run's configuration (`data=synthetic data.clients=20000`). One run of the pipeline
 scores the profile, the features side by side (log1p aggregated, decayed, static), both together and the log1p baseline
@@ -49,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the pipeline and collects its scores."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--data", required=True, help="what the tables call the data")
     parser.add_argument("--root", type=Path, default=Path("runs"))
     options, overrides = parser.parse_known_args(arguments)
     if bad := [word for word in overrides if "=" not in word]:
@@ -73,7 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "neighbours" in rows:
         rows["neighbours"][WHITENED] = _tasks(_whitened(run, settings.evaluation), "neighbours")
     named = [word for word in overrides if not word.startswith(("data.path=", "data.dir="))]
-    write_json(options.output, {"overrides": named, "machine": machine(), "readers": rows})
+    report = {"data": options.data, "overrides": named, "machine": machine(), "readers": rows}
+    write_json(options.output, report)
     print(json.dumps(rows, indent=1))
 
 

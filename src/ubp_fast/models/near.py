@@ -2,9 +2,9 @@
 
     near(client) = [ sqrt(w_1) x_1 / |x_1| | sqrt(w_2) x_2 / |x_2| | ... ] P,     P: leading principal directions
 
-The parts x (graded directions, scores of pairs, decayed counts, rhythm) have length one each, so that a heavy buyer is near a
-light one with the same habits and no part drowns another; the cosine of two vectors is about the weighted mean of the
-cosines of their parts. P [F, R] is fitted on all clients of a day, without a mean: angles are seen from the origin.
+The parts x (graded directions, scores of pairs, decayed counts, rhythm) have length one each, so that a heavy buyer is
+near a light one with the same habits and no part drowns another; the cosine of two vectors is about the weighted mean
+of the cosines of their parts. P [F, R] is fitted on all clients of a day, without a mean: angles are seen from 0.
 """
 
 from __future__ import annotations

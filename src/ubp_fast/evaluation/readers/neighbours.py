@@ -4,7 +4,8 @@ The nearest by cosine or by Euclidean distance, whichever ranks the labels of th
 its own neighbour. The label of the neighbours is that of the train window. Search is exact, float32, a block of clients
 against all others; of more than `MOST_ASKED` clients a seeded sample is asked about, against all.
 
-Vectors are taken as they are: scale and angle are part of a profile. Columns with units of their own (`features`) have
+Vectors are taken as they are: scale and angle are part of a profile; of a profile with a block for neighbours that block
+is taken (`evaluate`). Columns with units of their own (`features`) have
 neither, they are standardised.
 """
 
