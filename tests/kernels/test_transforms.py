@@ -310,6 +310,7 @@ def test_refused_by_name(name: str, kernel: str) -> None:
     assert "\n" not in str(found.value)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # PyTorch's own, where a graph ends
 def test_a_transform_inside_of_a_graph() -> None:
     """It runs outside of the graph as a whole."""
     torch._dynamo.reset()

@@ -206,6 +206,10 @@ def saves(training: Training) -> None:
 @right("copies and pickles of model and optimizer together")
 def copies(training: Training) -> Any:
     found = []
+    training.step(4, 5)
+    shallow = copy.copy(training.optimizer)  # shares everything
+    training.step(0, 1)
+    assert_same(shallow.state_dict()["state"], training.optimizer.state_dict()["state"])
     for twin in (copy.deepcopy(training), pickle.loads(pickle.dumps(training))):
         twin.steps()
         found.append(twin.state())
