@@ -120,6 +120,8 @@ class TouchedRows(ABC, Generic[RuleT, StepT]):
 
     def restore(self, weight: Tensor) -> None:
         """Makes a copy whole: it continues with this parameter, which holds the numbers of the original."""
+        if hasattr(self, "weight"):  # it is the original: a shallow copy of its optimizer shares it
+            return
         self._take(weight)
         state = reserve((len(weight), *self.state.shape[1:]), self.state_dtype, weight.device)
         state[: len(self.state)] = self.state
