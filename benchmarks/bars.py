@@ -155,6 +155,25 @@ def components_markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def readers_markdown(report: dict[str, Any]) -> str:
+    """What `readers.py` wrote as a table: AUROC by reader, and how far the profile is ahead of each row in the mean.
+
+    The lead is paired by row order or label sample; churn stands for conversion where both ask the same.
+    """
+    first = next(iter(report["readers"].values()))["profile"]
+    tasks = [task for task in first if task != "conversion" or first["churn"] != first["conversion"]]
+    names = " | ".join(task.removeprefix("propensity_") for task in tasks)
+    lines = [f"| reader | reads | {names} | mean | profile leads by |", "|---" * (len(tasks) + 4) + "|"]
+    for reader, rows in report["readers"].items():
+        ours = np.mean([rows["profile"][task]["samples"] for task in tasks], axis=0)
+        for name, row in rows.items():
+            theirs = np.mean([row[task]["samples"] for task in tasks], axis=0)
+            lead = "" if name == "profile" else f"{(ours - theirs).mean():+.4f}"
+            cells = [f"{row[task]['mean']:.4f}" for task in tasks]
+            lines.append(f"| {reader} | {name} | {' | '.join(cells)} | {theirs.mean():.4f} | {lead} |")
+    return "\n".join(lines)
+
+
 def _is_level(row: dict[str, Any], best: dict[str, Any], task: str) -> bool:
     ours, theirs = (np.mean(one["auroc"][task], axis=0) for one in (row, best))
     shared = min(len(ours), len(theirs))
@@ -177,7 +196,10 @@ def rewrite(text: str, root: Path) -> str:
         else:
             stored = json.loads((root / named.strip()).read_text(encoding="utf-8"))
             make = {"benchmarks": markdown, "breakdown": breakdown}[kind]
-            table = components_markdown(stored) if "rows" in stored else make(stored["cases"])
+            if "readers" in stored:
+                table = readers_markdown(stored)
+            else:
+                table = components_markdown(stored) if "rows" in stored else make(stored["cases"])
         return f"{opening[: opening.index('-->') + 3]}\n\n{table}\n\n<!-- end -->"
 
     return re.sub(r"<!-- (benchmarks|breakdown|headline):\s+(.*?) ?-->.*?<!-- end -->", table_of, text, flags=re.S)

@@ -35,7 +35,7 @@ def synthetic_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_run_directory_is_complete(synthetic_run: Path) -> None:
     names = {path.name for path in synthetic_run.iterdir()}
-    assert names == {"config.yaml", "environment.json", "profiles", "report.html", "scores.json", "stages"}
+    assert names == {"config.yaml", "environment.json", "model", "profiles", "report.html", "scores.json", "stages"}
     scores = json.loads((synthetic_run / "scores.json").read_text())
     assert list(scores) == ["stacked", "baseline_log1p"]
     assert scores["stacked"]["config"]["readers"] == ["network", "linear", "boosting", "neighbours"]
@@ -57,7 +57,7 @@ def test_profiles_pass_the_organisers_rules(synthetic_run: Path) -> None:
     layout = Profiles.load(synthetic_run / "profiles").layout
     assert layout is not None and layout.width == profiles.dim > 500
     named = {block.name: block for block in layout.blocks}
-    assert list(named) == ["strong", "graded", "own", "tastes", "rhythm", "learned"]
+    assert list(named) == ["strong", "graded", "near", "scores", "own", "tastes", "rhythm", "learned"]
     assert len(named["strong"].columns) == 7 and named["strong"].columns[-1] == "constant"
     assert (profiles.embeddings[:, 6] == 1).all()
     assert "contrastive.0" in named["learned"].columns and "aggregated.product_buy_count_7d" in named["own"].columns
@@ -104,7 +104,7 @@ def test_rich_features_reach_the_profile(synthetic_run: Path, tmp_path: Path) ->
     code, run, _ = run_tiny(tmp_path, *SYNTHETIC, "features=rich", "stages=[profiles]")
     assert code == 0
     kinds = {path.name.split("-")[0] for path in (run / "stages" / "features").iterdir() if path.is_dir()}
-    assert kinds == {"static", "aggregated", "decayed", "rich", "rhythm", "tastes"}
+    assert kinds == {"static", "aggregated", "decayed", "scores", "rich", "rhythm", "tastes"}
     rich, plain = (Profiles.load(directory / "profiles") for directory in (run, synthetic_run))
     assert rich.num_clients == plain.num_clients and rich.dim > plain.dim
     assert np.isfinite(rich.embeddings).all()
@@ -114,7 +114,7 @@ def test_rich_features_reach_the_profile(synthetic_run: Path, tmp_path: Path) ->
 
 def test_blocks_are_left_out_by_their_scale(tmp_path: Path) -> None:
     source = tuple(part for part in SYNTHETIC if part != ALL_BLOCKS)
-    none = [f"profile.{name}=0" for name in ("graded", "own", "tastes", "rhythm")]
+    none = [f"profile.{name}=0" for name in ("graded", "near", "scores", "own", "tastes", "rhythm")]
     code, run, _ = run_tiny(tmp_path, *source, *none, "stages=[profiles]")
     assert code == 0
     assert Profiles.load(run / "profiles").dim == 7

@@ -15,7 +15,9 @@ import pytest
 import torch
 from support.runs import composed
 
+from ubp_fast import cli
 from ubp_fast.pipeline.settings import read_settings
+from ubp_fast.profiles import Profiles
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -147,26 +149,40 @@ def test_the_readme_leads_to_every_document() -> None:
 
 
 @pytest.fixture
-def run_of_a_shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the examples find in runs/shop: two clients whose ids are text."""
+def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the examples find: events of a shop whose ids are text, and the table of a run."""
     monkeypatch.chdir(tmp_path)
-    for folder in ("profiles", "stages/events/maps"):
-        (tmp_path / "runs/shop" / folder).mkdir(parents=True)
-    np.save("runs/shop/profiles/client_ids.npy", np.array([2, 1]))
-    np.save("runs/shop/profiles/embeddings.npy", np.zeros((2, 4), np.float16))
-    names = pl.DataFrame({"value": ["ada", "bob"], "id": [1, 2]})
-    names.write_parquet("runs/shop/stages/events/maps/client_id.parquet")
+    state = np.random.default_rng(0)
+    seconds = np.sort(state.integers(1_783_000_000, 1_783_000_000 + 120 * 86_400, 3_000))
+    article = state.integers(0, 30, len(seconds))
+    purchases = pl.DataFrame(
+        {
+            "customer": state.choice(["ada", "bob", "cleo", "dan"], len(seconds)),
+            "time": pl.from_epoch(pl.Series(seconds)),
+            "article": [f"A{number}" for number in article],
+            "price": 1.0 + article,
+        }
+    )
+    purchases.write_parquet("events.parquet")
 
 
-@pytest.mark.usefixtures("run_of_a_shop")
+@pytest.mark.usefixtures("shop")
 @per_document
 def test_the_python_examples_run(path: Path) -> None:
     """In order, each knowing what the ones before it in the document defined."""
     names: dict[str, Any] = {}
+    if path.name == "data.md":
+        vectors = np.zeros((2, 4), np.float16)
+        Path("runs/shop").mkdir(parents=True)
+        Profiles(np.array([2, 1]), vectors, own_ids=pl.Series(["bob", "ada"])).write_parquet(
+            Path("runs/shop/profiles.parquet")
+        )
     for example in examples(path, "python"):
         exec(compile(example, path.name, "exec"), names)
     if path.name == "README.md":
         assert names["context"].shape == (270, 4, 64) and names["history"].requires_grad
+        assert names["today"]["client_id"].to_list() == ["ada", "bob", "cleo", "dan"]
+        assert len(names["one"]) == 1
     if path.name == "data.md":
         assert names["clients"].to_list() == ["bob", "ada"]
     if path.name == "kernels.md":
@@ -198,6 +214,10 @@ def test_the_commands_exist(path: Path, tmp_path: Path) -> None:
         if words[:3] == ["python", "-m", "ubp_fast.run"]:
             overrides = [word.replace("evaluation.profiles=DIR", f"evaluation.profiles={submission}") for word in words]
             assert read_settings(composed(*overrides[3:], f"root={tmp_path}")).name
+        elif words[:2] == ["ubp-fast", "run"]:
+            assert read_settings(composed(*words[2:], f"root={tmp_path}")).name
+        elif words[0] == "ubp-fast":
+            assert cli.parser().parse_args(words[1:]).command == words[1]
         else:
             assert words[0] == "make" and re.search(rf"^{words[1]}:", text_of(ROOT / "Makefile"), re.M), words
 

@@ -1,3 +1,29 @@
-"""ubp_fast: event logs in, one behavioral profile per client out."""
+"""ubp_fast: event logs in, one behavioral profile per client out.
+
+run        from event logs to profiles, scores and a model
+Profiler   vectors of any moment from the model of a run
+Profiles   vectors of clients, their blocks and files
+evaluate   scores of vectors
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
+_HOMES = {
+    "run": "ubp_fast.pipeline.command",
+    "Profiler": "ubp_fast.profiler",
+    "Profiles": "ubp_fast.profiles",
+    "evaluate": "ubp_fast.evaluation",
+}
+
+__all__ = ["Profiler", "Profiles", "evaluate", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what is asked for: the kernels alone need none of it, and all of it takes seconds."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ubp_fast' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOMES[name]), name)

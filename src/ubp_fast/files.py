@@ -107,11 +107,34 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     return load_file(path)
 
 
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes named arrays as safetensors."""
+    from safetensors.numpy import save_file
+
+    stored = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    write_atomically(path, lambda file: save_file(stored, file))
+
+
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Reads what `write_arrays` wrote."""
+    from safetensors.numpy import load_file
+
+    return load_file(path)
+
+
 def copy_directory(source: Path, target: Path) -> None:
-    """Copies the files of `source` to `target`, each complete or not there."""
+    """Copies the files of `source` and of its folders to `target`, each complete or not there."""
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
-        write_atomically(target / file.name, lambda copy: shutil.copyfile(file, copy))  # noqa: B023
+        copy_path(file, target / file.name)
+
+
+def copy_path(source: Path, target: Path) -> None:
+    """Copies a file, or a directory as `copy_directory` does."""
+    if source.is_dir():
+        copy_directory(source, target)
+    else:
+        write_atomically(target, lambda copy: shutil.copyfile(source, copy))
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ubp_fast.features import scaling
-from ubp_fast.features.scaling import MinMaxScaler, moments
+from ubp_fast.features.scaling import DayStatistics, MinMaxScaler, moments, projected
 
 VALUES = np.array([[0, 0.1, 3], [1, 0.1, 4], [9, 0.1, 8]], np.float32)
 
@@ -40,3 +40,25 @@ def test_errors() -> None:
         MinMaxScaler.fit(VALUES).transform(VALUES[:, :2])
     with pytest.raises(ValueError, match="finite, got nan in row 1, column 0"):
         MinMaxScaler.fit(np.array([[1], [np.nan]], np.float32))
+
+
+def test_a_product_of_a_row_does_not_depend_on_the_others() -> None:
+    state = np.random.default_rng(0)
+    inputs, matrix = state.standard_normal((301, 712)), state.standard_normal((712, 7))
+    whole = projected(inputs, matrix)
+    np.testing.assert_allclose(whole, inputs @ matrix, rtol=1e-9, atol=1e-9)
+    for rows in (slice(0, 1), slice(300, 301), slice(3, 20), slice(0, 256)):
+        assert projected(inputs[rows], matrix).tobytes() == whole[rows].tobytes()
+
+
+def test_a_known_day_measures_nothing() -> None:
+    values = np.arange(12.0).reshape(4, 3)
+    day = DayStatistics()
+    mean, deviation = day.moments("one", values)
+    np.testing.assert_allclose(mean, values.mean(axis=0))
+    again, _ = day.moments("one", values * 2)
+    assert again is mean, "measured once"
+    known = DayStatistics(day.arrays)
+    np.testing.assert_array_equal(known.moments("one", values * 2)[1], deviation)
+    with pytest.raises(KeyError):
+        known.moments("other", values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from ubp_fast.evaluation.scores import Scores
 from ubp_fast.evaluation.tasks import Targets, TaskTargets
 from ubp_fast.events.schema import DataError
 from ubp_fast.profiles import Profiles
+from ubp_fast.profiles.blocks import NEAR
 from ubp_fast.progress import Progress, Steps
 
 # Of fewer clients of one class an AUROC says little.
@@ -59,7 +61,7 @@ def evaluate(
     challenge: dict[str, TaskScore] = {}
     others: dict[str, dict[str, LabelScores]] = {}
     for name, reader in readers.items():
-        results = reader.read(data, asked, config, steps.done)
+        results = reader.read(_of_reader(name, data, aligned), asked, config, steps.done)
         for task, twin in zip(chosen, twins, strict=True):
             result = results[different.index(twin)]
             if isinstance(result, TaskScore):
@@ -70,6 +72,14 @@ def evaluate(
     missing = {name: reason for name, reason in targets.missing.items() if name in config.tasks}
     remarks = {task.task.name: text for task in chosen if (text := _few(task))}
     return Scores(challenge, config, digests, len(targets.client_ids), missing, others, remarks)
+
+
+def _of_reader(name: str, data: ReaderData, profiles: Profiles) -> ReaderData:
+    """What a reader looks at: a search for neighbours the block that is made for it, where the profile has it."""
+    layout = profiles.layout
+    if name != "neighbours" or layout is None or NEAR not in [block.name for block in layout.blocks]:
+        return data
+    return replace(data, vectors=data.vectors[:, torch.from_numpy(layout.columns_of(NEAR))])
 
 
 def row_orders(client_ids: np.ndarray, config: EvaluationConfig) -> list[np.ndarray]:

@@ -8,8 +8,8 @@ from functools import lru_cache
 
 import numpy as np
 import polars as pl
-from numba import njit
 
+from ubp_fast.compiled import njit
 from ubp_fast.events.checks import CODES, bad_rows
 from ubp_fast.events.schema import NUM_CODES, DataError
 
@@ -155,7 +155,7 @@ def _digest(word: str) -> bytes:
     return hashlib.blake2b(word.encode(), digest_size=NUM_CODES).digest()
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _parse_code_bytes(text, offsets):  # pragma: no cover - compiled
     """Codes u8 [N, 16] and the index of the problem in CODE_PROBLEMS u8 [N] of each vector in a byte buffer."""
     rows = offsets.size - 1

@@ -171,6 +171,12 @@ class EventDirectory:
         """Number of events of a kind."""
         return int(self.scan(kind).select(pl.len()).collect().item())
 
+    @property
+    def last_s(self) -> int:
+        """Second of the last event of any kind."""
+        newest = [self._scan_stored(kind).select(pl.col("timestamp_s").max()) for kind in self.kinds]
+        return int(pl.concat(newest).collect()["timestamp_s"].max())  # type: ignore[arg-type]
+
     def num_batches(self, kind: str) -> int:
         """How many frames `batches` gives when it starts at the first event."""
         return -(-self.num_rows(kind) // BATCH_ROWS)
@@ -321,7 +327,7 @@ def read_events(path: Path, kind: str, timestamp_unit: str = "s") -> Iterator[pl
         rows = scan.select(pl.len()).collect().item()
         for number, raw in enumerate(in_batches(scan.select(columns), rows)):
             try:
-                yield _events(str(path), kind, raw, timestamp_unit)
+                yield canonical_events(str(path), kind, raw, timestamp_unit)
             except DataError as error:
                 if number == 0:
                     raise
@@ -330,8 +336,14 @@ def read_events(path: Path, kind: str, timestamp_unit: str = "s") -> Iterator[pl
         yield empty_frame(event_schema(kind))
 
 
-def _events(file: str, kind: str, raw: pl.DataFrame, timestamp_unit: str) -> pl.DataFrame:
+def canonical_events(file: str, kind: str, raw: pl.DataFrame, timestamp_unit: str = "s") -> pl.DataFrame:
+    """The canonical table of one in the organisers' layout (client_id, timestamp, sku | url | query).
+
+    Raises:
+        DataError: a column is missing, or as `read_events`.
+    """
     item = ITEM_COLUMN[kind]
+    require_columns(file, raw.columns, ["client_id", "timestamp", item], "rename the column")
     parse_item = parse_codes if item == "query" else parse_ids
     columns = [
         parse_ids(file, raw["client_id"]),
@@ -347,12 +359,22 @@ def read_products(path: Path) -> pl.DataFrame:
     Raises:
         DataError: as `read_events`; also a sku that occurs twice, a price outside 0..99, no rows.
     """
-    raw = read_table(path, list(PRODUCT_SCHEMA))
-    columns = [parse_ids(str(path), raw[name]) for name in ("sku", "category", "price")]
-    products = pl.DataFrame([*columns, parse_codes(str(path), raw["name"])], schema=PRODUCT_SCHEMA)
+    products = canonical_products(str(path), read_table(path, list(PRODUCT_SCHEMA)))
     if not len(products):
         raise DataError(f"{path}: table must hold products, got 0 rows; every sku in the events needs its properties")
-    check_products(str(path), products)
+    return products
+
+
+def canonical_products(file: str, raw: pl.DataFrame) -> pl.DataFrame:
+    """The canonical table of products of one in the organisers' layout.
+
+    Raises:
+        DataError: as `read_products`; no rows are fine.
+    """
+    require_columns(file, raw.columns, list(PRODUCT_SCHEMA), "rename the column")
+    columns = [parse_ids(file, raw[name]) for name in ("sku", "category", "price")]
+    products = pl.DataFrame([*columns, parse_codes(file, raw["name"])], schema=PRODUCT_SCHEMA)
+    check_products(file, products)
     return products
 
 

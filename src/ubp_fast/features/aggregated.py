@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from ubp_fast.events.schema import SKU_KINDS
 from ubp_fast.events.split import DAY_S
 from ubp_fast.features.history import Column, History, check_windows, features_of, price_table, windows_of
 from ubp_fast.features.matrix import Features
-from ubp_fast.features.popular import popular_values
+from ubp_fast.features.popular import PopularLists, popular_lists, popular_values
 from ubp_fast.store.event_store import EventStore
 
 
@@ -41,6 +41,7 @@ def aggregated_features(
     config: AggregatedConfig | None = None,
     lists_cutoff_s: int | None = None,
     directory: Path | None = None,
+    lists: Mapping[str, PopularLists] | None = None,
 ) -> Features:
     """Windowed counts of every client that needs a profile, all windows [cutoff - days, cutoff).
 
@@ -55,27 +56,37 @@ def aggregated_features(
         lists_cutoff_s: the lists of frequent values are made from events before it, `cutoff_s` when None. The same one
             for several cutoffs gives all of them the same columns; it must not be after the profiles' own cutoff.
         directory: the result is written there and mapped from there.
+        lists: kind -> frequent values that were chosen already, see `popular_lists`.
 
     Returns:
         [U, F] float32, all >= 0; clients in the order of the store.
     """
-    config, lists_s = config or AggregatedConfig(), cutoff_s if lists_cutoff_s is None else lists_cutoff_s
+    config = config or AggregatedConfig()
+    if lists is None:
+        before_s = cutoff_s if lists_cutoff_s is None else lists_cutoff_s
+        lists = {
+            kind: popular_lists(store, kind, before_s, config.top_values)
+            for kind in store.kinds
+            if kind != "search_query"
+        }
 
     def columns(history: History) -> Iterator[Column]:
         for kind in store.kinds:
-            yield from _columns(history, kind, config, lists_s)
+            yield from _columns(history, kind, config, lists)
 
     return features_of(History.of(store, cutoff_s), columns, directory, sparse=True)
 
 
-def _columns(history: History, kind: str, config: AggregatedConfig, lists_s: int) -> Iterator[Column]:
+def _columns(
+    history: History, kind: str, config: AggregatedConfig, lists: Mapping[str, PopularLists]
+) -> Iterator[Column]:
     """Per window, the named ones first and all history last; top values only inside the named windows."""
     store, of_skus = history.store, kind in SKU_KINDS
     windows_s, windows = windows_of(config.windows_days)
     tables: dict[str, Any] = {"values": lambda: price_table(store)} if of_skus else {}
     labels: tuple[str, ...] = ()
     if kind != "search_query":
-        popular = history.once(("popular", kind), lambda: popular_values(store, kind, lists_s, config.top_values))
+        popular = history.once(("popular", kind), lambda: popular_values(store, kind, lists[kind]))
         labels = popular.labels
         tables |= {"slots": popular.slots, "num_slots": len(labels)}
     distinct = ("items", "categories") if of_skus else ("items",)

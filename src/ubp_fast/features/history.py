@@ -13,6 +13,7 @@ import polars as pl
 from ubp_fast.events.schema import SKU_KINDS, LabelLists
 from ubp_fast.events.split import DAY_S
 from ubp_fast.features.matrix import Features, end_to_end
+from ubp_fast.features.scaling import DayStatistics
 from ubp_fast.features.writing import clients_at_once, in_client_blocks, in_sparse_blocks
 from ubp_fast.kernels.windowed_aggregate import WindowedAggregate, WindowedAggregator, window_aggregator
 from ubp_fast.store.event_store import TIMELINE, EventStore, KindColumns
@@ -45,6 +46,7 @@ class History:
         lists: name -> (original ids, popularity) of the label lists.
         clients: int64, rows in the store of all clients that have features.
         rows: int64 [U], those at hand.
+        day: what is compared among all clients.
         shared: what `once` has made, for all blocks of clients.
         seen: events that were looked at already, of this block.
     """
@@ -54,14 +56,17 @@ class History:
     lists: LabelLists
     clients: np.ndarray
     rows: np.ndarray
+    day: DayStatistics = field(default_factory=DayStatistics)
     shared: dict[Hashable, Any] = field(default_factory=dict)
     seen: dict[str, KindColumns] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, store: EventStore, cutoff_s: int, lists: LabelLists | None = None) -> History:
+    def of(
+        cls, store: EventStore, cutoff_s: int, lists: LabelLists | None = None, day: DayStatistics | None = None
+    ) -> History:
         """All clients of a store that need a profile."""
         relevant = np.flatnonzero(store.is_relevant)
-        return cls(store, cutoff_s, lists or {}, relevant, relevant)
+        return cls(store, cutoff_s, lists or {}, relevant, relevant, day or DayStatistics())
 
     def part(self, first: int, last: int) -> History:
         """The clients with these places among all of them."""
@@ -169,7 +174,7 @@ def features_of(
     columns: Callable[[History], Iterable[Column]],
     directory: Path | None,
     sparse: bool = False,
-    fill_missing: bool = False,
+    missing: str | None = None,
 ) -> Features:
     """The columns of all clients of a history; memory beyond the result holds a block of clients per thread.
 
@@ -178,7 +183,7 @@ def features_of(
         columns: gives the columns of the clients at hand.
         directory: the result is written there and mapped from there, in memory when None.
         sparse: leave the zeros out.
-        fill_missing: see `in_client_blocks`.
+        missing: name under which the history's day knows what stands for NaN; None: there is none.
     """
     # Nobody's columns: their names, and whatever is made once.
     named = [
@@ -198,7 +203,12 @@ def features_of(
     client_ids = np.asarray(history.store.client_ids)[history.clients]
     if sparse:
         return in_sparse_blocks(client_ids, names, units, fill, directory)
-    return in_client_blocks(client_ids, names, units, fill, directory, fill_missing=fill_missing)
+    if missing is None:
+        return in_client_blocks(client_ids, names, units, fill, directory)
+    return in_client_blocks(
+        *(client_ids, names, units, fill, directory),
+        missing=lambda measure: history.day.once((missing,), lambda: (measure(),))[0],
+    )
 
 
 def windows_of(days: tuple[int, ...]) -> tuple[tuple[int | None, ...], list[str]]:

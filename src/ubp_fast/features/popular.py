@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ubp_fast.events.labels import positions_in
 from ubp_fast.events.schema import LabelLists
 from ubp_fast.kernels.windowed_aggregate import code_counts
 from ubp_fast.store.event_store import EventStore
@@ -29,7 +30,10 @@ class PopularValues(NamedTuple):
     labels: tuple[str, ...]
 
 
-def popular_values(store: EventStore, kind: str, before_s: int, top_values: int) -> PopularValues:
+PopularLists = dict[str, np.ndarray]  # column -> original values i64, the most frequent first
+
+
+def popular_lists(store: EventStore, kind: str, before_s: int, top_values: int) -> PopularLists:
     """Most frequent values per column (sku, category, price; url) of a kind among all clients; ties: the smaller id.
 
     Args:
@@ -40,7 +44,7 @@ def popular_values(store: EventStore, kind: str, before_s: int, top_values: int)
     """
     columns = store.kind(kind)
     if columns.item is None:
-        raise ValueError(f"popular_values: kind must have items, got '{kind}'")
+        raise ValueError(f"popular_lists: kind must have items, got '{kind}'")
     num_items = store.num_urls if kind == "page_visit" else store.num_skus
     if before_s >= store.cutoff_s:
         item_counts = np.asarray(store.item_counts(kind))
@@ -48,7 +52,24 @@ def popular_values(store: EventStore, kind: str, before_s: int, top_values: int)
         item_counts = code_counts(
             columns.offsets, columns.timestamp_s, columns.item, before_s=before_s, num_codes=num_items
         )
-    return most_frequent(_tables(store, kind), item_counts, top_values)
+    return {
+        name: originals[_largest(_counts(dense_of_item, originals, item_counts), originals, top_values)]
+        for name, (dense_of_item, originals) in _tables(store, kind).items()
+    }
+
+
+def popular_values(store: EventStore, kind: str, lists: PopularLists) -> PopularValues:
+    """Slots of a store's items of a kind in lists that were made from it or from another store."""
+    slots: list[np.ndarray] = []
+    labels: list[str] = []
+    for name, (dense_of_item, originals) in _tables(store, kind).items():
+        values = lists[name]
+        position = positions_in(values, originals)
+        position[:FIRST_ID] = -1
+        slot_of_dense = np.where(position >= 0, position + len(labels), -1).astype(np.int32)
+        slots.append(slot_of_dense if dense_of_item is None else slot_of_dense[dense_of_item])
+        labels += [f"{name}_{value}" for value in values.tolist()]
+    return _side_by_side(slots, labels)
 
 
 def most_frequent(
@@ -61,17 +82,27 @@ def most_frequent(
     slots: list[np.ndarray] = []
     labels: list[str] = []
     for name, (dense_of_item, originals) in tables.items():
-        counts, order = item_counts, originals if first_seen is None else first_seen
-        if dense_of_item is not None:
-            counts = np.bincount(dense_of_item, weights=item_counts, minlength=len(originals)).astype(np.int64)
-            if first_seen is not None:
-                order = np.full(len(originals), np.iinfo(np.int64).max)
-                np.minimum.at(order, dense_of_item, first_seen)
+        counts = _counts(dense_of_item, originals, item_counts)
+        order = originals if first_seen is None else first_seen
+        if dense_of_item is not None and first_seen is not None:
+            order = np.full(len(originals), np.iinfo(np.int64).max)
+            np.minimum.at(order, dense_of_item, first_seen)
         top = _largest(counts, order, top_values)
         slot_of_dense = np.full(len(originals), -1, np.int32)
         slot_of_dense[top] = len(labels) + np.arange(len(top))
         slots.append(slot_of_dense if dense_of_item is None else slot_of_dense[dense_of_item])
         labels += [f"{name}_{value}" for value in originals[top].tolist()]
+    return _side_by_side(slots, labels)
+
+
+def _counts(dense_of_item: np.ndarray | None, originals: np.ndarray, item_counts: np.ndarray) -> np.ndarray:
+    """How often each dense id of a column occurred, i64."""
+    if dense_of_item is None:
+        return item_counts
+    return np.bincount(dense_of_item, weights=item_counts, minlength=len(originals)).astype(np.int64)
+
+
+def _side_by_side(slots: list[np.ndarray], labels: list[str]) -> PopularValues:
     # A single column may be millions of urls: it is not copied.
     return PopularValues(slots[0][:, None] if len(slots) == 1 else np.stack(slots, axis=1), tuple(labels))
 

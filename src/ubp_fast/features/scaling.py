@@ -1,13 +1,18 @@
-"""Scales of columns: `moments` and `standardised`, a few rows at a time; `MinMaxScaler`, fitted once for all."""
+"""Scales of columns: `moments` and `standardised`, a few rows at a time; `MinMaxScaler`, fitted once for all.
+
+What is computed of a row here never depends on the rows beside it, on their number, or on threads: BLAS orders its sums
+by the shape of the whole matrix, so products with fitted weights go through `projected`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from numba import njit
 
 from ubp_fast.files import load_array, write_array
 
@@ -48,6 +53,51 @@ def standardised(values: Rows, mean: np.ndarray, deviation: np.ndarray) -> Itera
         inputs = values[part] - mean
         inputs *= scale
         yield part, inputs
+
+
+def projected(inputs: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """inputs @ matrix, float64 [N, F] @ [F, R]: every sum in the order of F, whatever the number of rows."""
+    out = np.zeros((len(inputs), matrix.shape[1]))
+    _project(np.ascontiguousarray(inputs, np.float64), np.ascontiguousarray(matrix, np.float64), out)
+    return out
+
+
+@njit(cache=True, nogil=True)
+def _project(inputs, matrix, out):  # pragma: no cover - compiled
+    for row in range(inputs.shape[0]):
+        for column in range(inputs.shape[1]):
+            value = inputs[row, column]
+            for target in range(matrix.shape[1]):
+                out[row, target] += value * matrix[column, target]
+
+
+class DayStatistics:
+    """What is compared among all clients of one day: means and deviations of columns, what stands for missing values.
+
+    Those of a known day are given; without, they are measured when they are asked for first, and kept.
+
+    Attributes:
+        arrays: what is known, by name.
+    """
+
+    def __init__(self, known: Mapping[str, np.ndarray] | None = None) -> None:
+        self._is_measuring = known is None
+        self.arrays: dict[str, np.ndarray] = dict(known or {})
+
+    def once(self, names: tuple[str, ...], measure: Callable[[], tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
+        """The arrays of these names; `measure` gives them when the day is not known and nobody has asked before.
+
+        Raises:
+            KeyError: a known day does not have them.
+        """
+        if self._is_measuring and names[0] not in self.arrays:
+            self.arrays.update(zip(names, measure(), strict=True))
+        return tuple(self.arrays[name] for name in names)
+
+    def moments(self, name: str, values: Rows) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and deviation float64 [F] of the columns of a matrix float [N, F]."""
+        mean, deviation = self.once((f"{name}.mean", f"{name}.deviation"), lambda: moments(values))
+        return mean, deviation
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,24 @@
 """Tastes: factors of everything that clients bought or carted, also of items that stand on no list of labels.
 
     A[u, i] = log1p(decayed events of client u with item i) / |column i|^(1/2),    A ~ U diag(s) V^T
-    tastes  = sqrt(clients) U                                                        [U, rank]
+    tastes  = sqrt(clients) A V diag(1 / s)                                          [U, rank]
 
 Columns are divided by the root of their length, or a few items that everybody buys would fill the first factors. Found
-by subspace iteration: a few products of the sparse A with a narrow matrix, so the catalogue may be of any size.
+by subspace iteration: a few products of the sparse A with a narrow matrix, so the catalogue may be of any size. A
+client's own counts and the item weights V alone make its row, also those of a client who was not there when V was
+fitted.
 Source: Halko, Martinsson, Tropp, Finding structure with randomness, 2011.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from numba import njit
 from torch import Tensor
 
 from ubp_fast.events.schema import SKU_KINDS
@@ -53,66 +57,98 @@ class TastesConfig:
             )
 
 
+def fit_tastes(store: EventStore, cutoff_s: int, config: TastesConfig | None = None) -> np.ndarray:
+    """Weights of the items, float32 [kinds, items, rank], from the events before the cutoff of all relevant clients.
+
+    Kinds are those of the configuration that the store has. The strongest factor comes first; of both signs the one is
+    taken with which the largest weight is positive. Factors of 0 where clients and items have fewer.
+    """
+    config = config or TastesConfig()
+    history = History.of(store, cutoff_s)
+    width = max(len(history.present(config.kinds)), 1) * store.num_skus
+    parts, first = [(np.zeros((2, 0), np.int64), np.zeros(0, np.float32))], 0
+    for part in history.parts(config.rank):
+        offsets, place, value = _decayed_counts(part, config)
+        client = first + np.repeat(np.arange(len(part.rows)), np.diff(offsets))
+        parts.append((np.stack((client, place)), value))
+        first += len(part.rows)
+    indices, value = (np.concatenate(arrays, axis=-1) for arrays in zip(*parts, strict=True))
+    length = np.sqrt(np.bincount(indices[1], value.astype(np.float64) ** 2, minlength=width))
+    root = np.sqrt(np.maximum(length, np.finfo(np.float32).tiny)).astype(np.float32)
+    value = value / root[indices[1]]
+    shape = (len(history.clients), width)
+    matrix = torch.sparse_coo_tensor(
+        torch.from_numpy(indices), torch.from_numpy(value), shape, check_invariants=False
+    ).coalesce()
+    weights = _weights(matrix, config.rank, config.seed)
+    weights[length > 0] /= root[length > 0, None]
+    return weights.reshape(-1, store.num_skus, config.rank)
+
+
 def taste_features(
-    store: EventStore, cutoff_s: int, config: TastesConfig | None = None, directory: Path | None = None
+    store: EventStore,
+    cutoff_s: int,
+    config: TastesConfig | None = None,
+    directory: Path | None = None,
+    weights: np.ndarray | None = None,
 ) -> Features:
-    """The factors of every client that needs a profile; they are fitted on these clients' events before the cutoff.
+    """The factors of every client that needs a profile, from its events before the cutoff.
 
     Args:
         store: event store.
         cutoff_s: seconds since 1970 UTC.
         config: kinds, rank, half-life.
         directory: the result is written there and mapped from there.
+        weights: what `fit_tastes` gave, float32 [kinds, items of the store, rank]; None: they are fitted here.
 
     Returns:
-        [U, rank] float32, each column of mean square 1, the strongest first; of both signs the one is taken with which
-        the largest item weight is positive. Columns of 0 where clients and items have fewer factors. Clients in the
-        order of the store; one without events has zeros.
+        [U, rank] float32; among the clients of the fit each column has mean square 1. Clients in the order of the
+        store; one without events, or with none that the weights know, has zeros.
     """
     config = config or TastesConfig()
-    history = History.of(store, cutoff_s)
-    factors = _factors(_decayed_counts(history, config), config.rank, config.seed)
+    if weights is None:
+        weights = fit_tastes(store, cutoff_s, config)
+    of_place = weights.reshape(-1, config.rank)
 
-    def columns(part: History) -> list[Column]:
-        rows = np.searchsorted(history.clients, part.rows)
-        return [Column(tuple(f"taste_{factor}" for factor in range(config.rank)), "", factors[rows])]
+    def columns(part: History) -> Iterator[Column]:
+        found = np.zeros((len(part.rows), config.rank))
+        _fold_in(*_decayed_counts(part, config), of_place, found)
+        yield Column(tuple(f"taste_{factor}" for factor in range(config.rank)), "", found.astype(np.float32))
 
-    return features_of(history, columns, directory)
+    return features_of(History.of(store, cutoff_s), columns, directory)
 
 
-def _decayed_counts(history: History, config: TastesConfig) -> Tensor:
-    """A as a coalesced sparse tensor float32 [U, kinds * items]."""
-    kinds = history.present(config.kinds)
-    num_items = history.store.num_skus
+def _decayed_counts(part: History, config: TastesConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The rows of A before its columns are divided: offsets i64 [U + 1]; ascending columns i64, values float32."""
+    num_items, kinds = part.store.num_skus, part.present(config.kinds)
     width = max(len(kinds), 1) * num_items
-    places, values = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
-    first = 0
-    for part in history.parts(config.rank):
-        for number, kind in enumerate(kinds):
-            events = part.events(kind)
-            assert events.item is not None
-            client = first + np.repeat(np.arange(len(part.rows)), np.diff(events.offsets))
-            seen = np.flatnonzero(events.timestamp_s < history.cutoff_s)
-            age_days = (history.cutoff_s - events.timestamp_s[seen].astype(np.int64)) / DAY_S
-            place = client[seen] * width + number * num_items + events.item[seen]
-            different, which = np.unique(place, return_inverse=True)
-            decayed = np.bincount(which, 0.5 ** (age_days / config.half_life_days), minlength=len(different))
-            places.append(different)
-            values.append(np.log1p(decayed).astype(np.float32))
-        first += len(part.rows)
-    place, value = np.concatenate(places), np.concatenate(values)
-    column = place % width
-    length = np.sqrt(np.bincount(column, value.astype(np.float64) ** 2, minlength=width))
-    value /= np.sqrt(np.maximum(length, np.finfo(np.float32).tiny))[column].astype(np.float32)
-    indices = torch.from_numpy(np.stack((place // width, column)))
-    shape = (len(history.clients), width)
-    return torch.sparse_coo_tensor(indices, torch.from_numpy(value), shape, check_invariants=False).coalesce()
+    places, weights = [np.zeros(0, np.int64)], [np.zeros(0)]
+    for number, kind in enumerate(kinds):
+        events = part.events(kind)
+        assert events.item is not None
+        client = np.repeat(np.arange(len(part.rows)), np.diff(events.offsets))
+        seen = np.flatnonzero(events.timestamp_s < part.cutoff_s)
+        age_days = (part.cutoff_s - events.timestamp_s[seen].astype(np.int64)) / DAY_S
+        places.append(client[seen] * width + number * num_items + events.item[seen])
+        weights.append(0.5 ** (age_days / config.half_life_days))
+    different, which = np.unique(np.concatenate(places), return_inverse=True)
+    decayed = np.bincount(which, np.concatenate(weights), minlength=len(different))
+    offsets = np.searchsorted(different, np.arange(len(part.rows) + 1) * width)
+    return offsets, different % width, np.log1p(decayed).astype(np.float32)
 
 
-def _factors(matrix: Tensor, rank: int, seed: int) -> np.ndarray:
-    """sqrt(rows) * left singular vectors, float32 [rows, rank]."""
+@njit(cache=True, nogil=True)
+def _fold_in(offsets, places, values, weights, found):  # pragma: no cover - compiled
+    for client in range(offsets.size - 1):
+        for entry in range(offsets[client], offsets[client + 1]):
+            for factor in range(weights.shape[1]):
+                found[client, factor] += values[entry] * weights[places[entry], factor]
+
+
+def _weights(matrix: Tensor, rank: int, seed: int) -> np.ndarray:
+    """sqrt(rows) * right singular vectors / singular values, float32 [columns, rank]."""
     rows, columns = matrix.shape
-    found = np.zeros((rows, rank), np.float32)
+    found = np.zeros((columns, rank), np.float32)
     width = min(rank + SPARE_FACTORS, rows, columns)
     if not width or not matrix._nnz():
         return found
@@ -126,6 +162,5 @@ def _factors(matrix: Tensor, rank: int, seed: int) -> np.ndarray:
     kept = min(rank, int((values > values[0] * 1e-5).sum()))
     weights = right @ turn[:kept].T
     sign = torch.sign(weights.gather(0, weights.abs().argmax(dim=0, keepdim=True)))
-    # A client's own counts alone decide its row: nothing is exactly 0.
-    found[:, :kept] = torch.sparse.mm(matrix, weights * sign * (rows**0.5 / values[:kept])).numpy()
+    found[:, :kept] = (weights * sign * (rows**0.5 / values[:kept])).numpy()
     return found

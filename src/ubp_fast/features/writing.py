@@ -36,7 +36,7 @@ def in_client_blocks(
     fill: Fill,
     directory: Path | None = None,
     dtype: str = "float32",
-    fill_missing: bool = False,
+    missing: Callable[[Callable[[], np.ndarray]], np.ndarray] | None = None,
 ) -> FeatureMatrix:
     """The matrix whose rows first..last are what `fill(block, first, last)` writes over float32 zeros.
 
@@ -49,8 +49,8 @@ def in_client_blocks(
         fill: called from several threads.
         directory: values are written there and never held in memory as a whole; the result is mapped from there.
         dtype: "float32" or "float16"; what float16 cannot hold becomes +-65,504, never infinite.
-        fill_missing: what is NaN, because a client lacks what its column measures, becomes the mean of the column's
-            other values, 0 without any.
+        missing: gives what stands for NaN, where a client lacks what a column measures, float32 [F]; it is called with
+            a function that gives the mean of each column's other values, 0 without any. None: there is no NaN.
     """
     shape = (len(client_ids), len(names))
     step = clients_at_once(shape[1])
@@ -80,8 +80,12 @@ def in_client_blocks(
                 values[first : first + len(block)] = stored
             free.append(block.base)
     path = None if file is None else file.complete()
-    if fill_missing and names:
-        _fill_missing(values if path is None else np.load(path, mmap_mode="r+", allow_pickle=False), step)
+    if missing is not None and names:
+        whole = values if path is None else np.load(path, mmap_mode="r+", allow_pickle=False)
+        means = missing(lambda: _known_means(whole, step))
+        for first in range(0, len(whole), step):
+            rows, columns = np.nonzero(np.isnan(whole[first : first + step]))
+            whole[first + rows, columns] = means[columns]
     made = values if path is None else load_array(path, memory_map=True)
     matrix = FeatureMatrix(client_ids, made, names, units)
     if file is not None and directory is not None:
@@ -198,18 +202,15 @@ def _in_order(make: Callable[[int], T], starts: Sequence[int]) -> Iterator[T]:
             yield waiting.popleft().result()
 
 
-def _fill_missing(values: np.ndarray, step: int) -> None:
-    """Puts the mean of a column's other values in the place of NaN."""
-    blocks = [values[first : first + step] for first in range(0, len(values), step)]
+def _known_means(values: np.ndarray, step: int) -> np.ndarray:
+    """Mean of what is not NaN in every column, 0 without any, in the dtype of the values."""
     total, number = np.zeros((2, values.shape[1]))
-    for block in blocks:
+    for first in range(0, len(values), step):
+        block = values[first : first + step]
         known = ~np.isnan(block)
         total += np.where(known, block, 0).sum(axis=0, dtype=np.float64)
         number += known.sum(axis=0)
-    mean = (total / np.maximum(number, 1)).astype(values.dtype)
-    for block in blocks:
-        rows, columns = np.nonzero(np.isnan(block))
-        block[rows, columns] = mean[columns]
+    return (total / np.maximum(number, 1)).astype(values.dtype)
 
 
 def _zeros(shape: tuple[int, int], dtype: str) -> np.ndarray:

@@ -30,7 +30,7 @@ from safetensors.numpy import load_file, save_file
 
 from ubp_fast.events.labels import LabelMatrix
 from ubp_fast.events.schema import DataError
-from ubp_fast.features.scaling import ROWS_AT_ONCE, SMALLEST_DEVIATION, Rows, moments, standardised
+from ubp_fast.features.scaling import ROWS_AT_ONCE, SMALLEST_DEVIATION, Rows, moments, projected, standardised
 from ubp_fast.files import write_atomically
 
 
@@ -111,10 +111,16 @@ class ReducedRankModel:
         self.directions = weight[:, None] * directions
         return self
 
-    def transform(self, blocks: Rows) -> np.ndarray:
-        """Directions and a one, float32 [N, R + 1], of all clients of one cutoff, blocks float [N, F].
+    def transform(self, blocks: Rows, statistics: tuple[np.ndarray, np.ndarray] | None = None) -> np.ndarray:
+        """Directions and a one, float32 [N, R + 1], of clients of one cutoff.
 
-        A row depends on the other rows only through the mean and deviation of their columns.
+        A row depends on the other rows only through the mean and deviation of their columns, not at all when these are
+        given.
+
+        Args:
+            blocks: float [N, F].
+            statistics: mean and deviation float64 [F] of the columns among all clients of the day; None: those of
+                `blocks`.
         """
         if blocks.shape[1] != len(self.directions):
             raise ValueError(
@@ -122,8 +128,8 @@ class ReducedRankModel:
                 f" got {blocks.shape[1]}"
             )
         profiles = np.ones((len(blocks), self.directions.shape[1] + 1), np.float32)
-        for part, inputs in standardised(blocks, *moments(blocks)):
-            profiles[part, :-1] = inputs @ self.directions
+        for part, inputs in standardised(blocks, *(statistics or moments(blocks))):
+            profiles[part, :-1] = projected(inputs, self.directions)
         return profiles
 
     @property

@@ -18,15 +18,16 @@ from ubp_fast.evaluation.readers import reader_named
 from ubp_fast.evaluation.scores import Spread
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import UserError
-from ubp_fast.files import OutputDirectoryError, copy_directory, load_json, write_json, write_text
+from ubp_fast.files import OutputDirectoryError, copy_directory, copy_path, load_json, write_json, write_text
 from ubp_fast.kernels import BackendUnavailable
 from ubp_fast.models.training import LOSSES_FILE
 from ubp_fast.pipeline.cache import StageCache, stage_key
 from ubp_fast.pipeline.facts import facts_of, facts_table
-from ubp_fast.pipeline.model_stages import TRAINING
+from ubp_fast.pipeline.model_stages import PROFILE_TABLE, TRAINING
 from ubp_fast.pipeline.run_directory import RunDirectory, environment
 from ubp_fast.pipeline.settings import Settings, read_settings
-from ubp_fast.pipeline.stages import Stage, plan
+from ubp_fast.pipeline.stages import LATEST, Stage, plan
+from ubp_fast.profiler.profiler import MODEL_FOLDER
 from ubp_fast.progress import RunProgress, duration
 from ubp_fast.report import RunSummary, render_report
 
@@ -34,6 +35,8 @@ from ubp_fast.report import RunSummary, render_report
 USER_ERRORS = (UserError, OutputDirectoryError, BackendUnavailable, FloatingPointError)
 USER_ERROR = 2
 INTERRUPTED = 130
+# Stage whose vectors a run shows -> folder of the run.
+PROFILE_FOLDERS = {"stacking": "profiles", f"{LATEST}stacking": "latest"}
 ScoreTable = dict[tuple[str, ...], dict[str, Spread]]
 
 
@@ -102,12 +105,12 @@ def _wanted(stages: Sequence[Stage], asked: Sequence[str] | None) -> list[Stage]
     names = {stage.name for stage in stages}
     groups = {
         "evaluate": {name for name in names if name.startswith("evaluate-")},
-        "profiles": {"stacking"},
+        "profiles": {"stacking", f"{LATEST}stacking"} & names,
         "report": names,
     }
     needed: set[str] = set()
     for name in asked:
-        chosen = groups.get(name, {name} & names)
+        chosen = groups.get(name, {name, LATEST + name} & names)
         if not chosen:
             raise UserError(f"run: stages must be among {sorted({*names, *groups})}, got '{name}'")
         needed |= chosen
@@ -133,8 +136,13 @@ def _publish(
 ) -> None:
     """Profiles, scores and report as plain files of the run directory, then a table on the screen."""
     names = {stage.name for stage in stages}
-    if "stacking" in names:
-        copy_directory(run.path / "stages" / "stacking" / "stacked", run.path / "profiles")
+    published = {name: folder for name, folder in PROFILE_FOLDERS.items() if name in names}
+    for name, folder in published.items():
+        made = run.path / "stages" / name
+        copy_directory(made / "stacked", run.path / folder)
+        copy_path(made / PROFILE_TABLE, run.path / f"{folder}.parquet")
+    if published:  # the model of the newest
+        copy_directory(run.path / "stages" / list(published)[-1] / MODEL_FOLDER, run.path / MODEL_FOLDER)
     found = _score_files(run, stages)
     if found:
         write_json(run.path / "scores.json", {component: scores.to_json() for component, scores in found.items()})
@@ -162,8 +170,8 @@ def _publish(
         console.print(_table("AUROC by reader", ("reader", "profile"), by_reader))
     for text in warnings:
         console.print(f"note      {text}", soft_wrap=True, highlight=False, markup=False)
-    if "stacking" in names:
-        console.print(f"profiles  {run.path / 'profiles'}", soft_wrap=True, highlight=False)
+    for folder in published.values():
+        console.print(f"{folder:9} {run.path / folder}", soft_wrap=True, highlight=False)
     console.print(f"report    {run.path / 'report.html'}", soft_wrap=True, highlight=False)
     spent_s = sum(seconds or 0.0 for _, seconds in timings)
     console.print(f"{len(timings)} stages, {duration(spent_s)}", highlight=False)

@@ -1,45 +1,64 @@
 """The stages that train: contrastive and multi-task models on past cutoffs, the stacking model on later ones.
 
 Each writes its model and losses into `training/`, its vectors at every later cutoff, and profiles at the last one. The
-stacking stage lays the profile's blocks side by side.
+stacking stage lays the profile's blocks side by side and writes the model of the run, with which `Profiler` does the
+same for other events.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+import polars as pl
 
 from ubp_fast.events.schema import LabelLists
 from ubp_fast.features.decayed import OF_LABEL
-from ubp_fast.features.matrix import Features, load_features
-from ubp_fast.features.scaling import MinMaxScaler
-from ubp_fast.files import load_array
+from ubp_fast.features.matrix import load_features
+from ubp_fast.features.popular import popular_lists
+from ubp_fast.features.scaling import DayStatistics, MinMaxScaler
+from ubp_fast.files import load_array, load_arrays, load_json, write_json
 from ubp_fast.models.contrastive import PROBE_LABELS, ContrastiveModel
 from ubp_fast.models.layers.event_embedding import EventSizes
 from ubp_fast.models.membership import activity_columns, membership_weights
 from ubp_fast.models.multitask import MULTITASK_LABELS, MultitaskModel
+from ubp_fast.models.near import NearModel
+from ubp_fast.models.pair_scorer import PairScorer
 from ubp_fast.models.reduced_rank import ReducedRankConfig, ReducedRankModel
 from ubp_fast.models.stacking import JoinedBlocks, StackingModel
-from ubp_fast.models.training import embed, fit, initialise
+from ubp_fast.models.training import MODEL_FILE, embed, fit, initialise
 from ubp_fast.pipeline.settings import Settings
+from ubp_fast.profiler.bundle import load_network, save_bundle
+from ubp_fast.profiler.parts import (
+    NETWORKS,
+    Block,
+    Fitted,
+    Network,
+    column_names,
+    graded_blocks,
+    graded_rank,
+    joined,
+    near_parts,
+    own_blocks,
+    parts_of,
+)
+from ubp_fast.profiler.profiler import MODEL_FOLDER
 from ubp_fast.profiles import Profiles
-from ubp_fast.profiles.blocks import Part, compose
+from ubp_fast.profiles.blocks import compose
 from ubp_fast.progress import Progress
 from ubp_fast.sequences import ViewLoader, Views, age_quantiles_days, past_cutoffs, views_at, window_labels
 from ubp_fast.store.event_store import EventStore
+from ubp_fast.store.in_memory import Vocabulary
 
 TRAINING = "training"
 INFERENCE_BATCH = 512
-MODELS = ("contrastive", "multitask")
+SCALER, OUTPUTS_FILE, TASTE_WEIGHTS = "scaler", "outputs.json", "taste_weights.npy"
+DAY_FILE, PAIRS_FILE, PROFILE_TABLE = "day.safetensors", "pairs.safetensors", "profiles.parquet"
 Inputs = Mapping[str, Path]
-OWN_BLOCKS = ("aggregated", "decayed", "static")
-# Falls slower than the singular values, for distances in which the first directions are not alone.
-GRADING = 0.75
 
 
 def make_contrastive(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
@@ -68,7 +87,8 @@ def make_contrastive(settings: Settings, inputs: Inputs, directory: Path, progre
     def loader_at(views: Views, cutoff_s: int) -> ViewLoader:
         return ViewLoader(store, views, batch_size=INFERENCE_BATCH, history_length=config.history_length)
 
-    _write_vectors("contrastive", model, loader_at, store, settings, directory)
+    network = Network(model, EventSizes.of(store))
+    _write_vectors("contrastive", network, loader_at, store, settings, inputs, directory)
 
 
 def make_multitask(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
@@ -79,9 +99,10 @@ def make_multitask(settings: Settings, inputs: Inputs, directory: Path, progress
     views = views_at(store, model_cutoffs, with_history=True)
     features = _static(store, views, inputs["features"])
     scaler = MinMaxScaler.fit(features)
-    scaler.save(directory / "scaler")
+    scaler.save(directory / SCALER)
     labels = _labels(store, views, inputs["features"], MULTITASK_LABELS)
     sizes, widths = EventSizes.of(store), _widths(labels)
+    write_json(directory / OUTPUTS_FILE, widths)
     model = initialise(lambda: MultitaskModel(config, sizes, features.shape[1], widths), settings.seed)
     loader = ViewLoader(
         store,
@@ -103,101 +124,88 @@ def make_multitask(settings: Settings, inputs: Inputs, directory: Path, progress
             features=scaler.transform(_static(store, views, inputs["features"])),
         )
 
-    _write_vectors("multitask", model, loader_at, store, settings, directory)
+    network = Network(model, sizes, scaler, widths)
+    _write_vectors("multitask", network, loader_at, store, settings, inputs, directory)
 
 
 def make_stacking(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
-    """Joins all blocks at later cutoffs than its parts learned from, and composes the final profiles."""
+    """Joins all blocks at later cutoffs than its parts learned from; writes the profiles and the model of the run."""
     store = EventStore.open(inputs["store"])
-    config = settings.stacking.config
+    recipe, config = settings.recipe, settings.stacking.config
     _, cutoffs = cutoffs_of(store, settings)
     views = views_at(store, cutoffs)
     labels = _labels(store, views, inputs["features"], config.labels)
+    strong: ReducedRankModel | StackingModel
     if isinstance(config, ReducedRankConfig):
-        is_summary = _is_summary(inputs, settings.stacking_blocks, store.cutoff_s)
-        model = ReducedRankModel(config)
-        model.fit([_joined(inputs, [cutoff_s], settings) for cutoff_s in cutoffs], labels, is_summary)
-        model.save(directory / "reduced_rank.safetensors")
-        vectors = model.transform(_joined(inputs, [store.cutoff_s], settings))
-        vectors[:, -1] = settings.layout.constant
-        columns = [*(f"direction_{column}" for column in range(vectors.shape[1] - 1)), "constant"]
+        strong = _fit_regression(config, inputs, labels, cutoffs, recipe.joined, unit_length=True)
     else:
-        vectors = _train_stacking(settings, store, inputs, labels, views, directory, progress)
-        columns = [f"activation_{column}" for column in range(vectors.shape[1])]
-    source = f"{', '.join(settings.stacking_blocks)}; labels of {len(cutoffs)} past windows"
-    strong = Part("strong", vectors, columns, None, "what says most about the next two weeks", source)
-    parts = [
+        strong = _train_stacking(settings, store, inputs, labels, views, directory, progress)
+    own, graded = own_blocks(recipe), None
+    if own:
+        base = config if isinstance(config, ReducedRankConfig) else ReducedRankConfig(labels=config.labels)
+        graded_config = replace(base, rank=graded_rank(recipe))
+        graded = _fit_regression(graded_config, inputs, labels, cutoffs, graded_blocks(recipe), unit_length=False)
+    fitted = Fitted(
+        recipe,
+        store.cutoff_s,
+        len(cutoffs),
+        Vocabulary.of(store),
+        load_lists(inputs["features"]),
+        {
+            kind: popular_lists(store, kind, store.cutoff_s, recipe.aggregated.top_values)
+            for kind in store.kinds
+            if kind != "search_query"
+        },
+        load_array(inputs["features"] / TASTE_WEIGHTS) if recipe.layout.tastes else None,
+        {name: _trained(name, settings, store, inputs) for name in NETWORKS if name in recipe.joined},
+        _scorer(settings, inputs),
         strong,
-        *_own(settings, store, inputs, labels, cutoffs, directory),
-        *_as_they_are(settings, store, inputs),
-    ]
-    halves, layout = compose(parts, settings.layout.max_width)
-    Profiles(store.client_ids[store.is_relevant], halves, layout).save(directory / "stacked")
+        graded,
+    )
+    day = DayStatistics()
+    day.arrays |= load_arrays(inputs["features"] / DAY_FILE)
+    made = partial(_block, inputs, cutoff_s=store.cutoff_s)
+    if recipe.layout.near:
+        fitted = replace(fitted, near=NearModel.fit(near_parts(fitted, made, day), recipe.layout.near_width))
+    parts = parts_of(fitted, made, day)
+    halves, layout = compose(parts, recipe.layout.max_width, day)
+    maps = inputs["events"] / "maps"
+    tables = {path.stem: pl.read_parquet(path) for path in sorted(maps.glob("*.parquet"))}
+    client_ids, own_ids = store.client_ids[store.is_relevant], None
+    if (numbers := tables.pop("client_id", None)) is not None:
+        own_ids = pl.DataFrame({"id": client_ids}).join(numbers, on="id", how="left", maintain_order="left")["value"]
+    profiles = Profiles(client_ids, halves, layout, own_ids)
+    profiles.save(directory / "stacked")
+    profiles.write_parquet(directory / PROFILE_TABLE)
+    save_bundle(directory / MODEL_FOLDER, fitted, layout, day, tables)
 
 
-def own_blocks(settings: Settings) -> tuple[str, ...]:
-    """Features that the profile holds themselves, and that its graded directions are made of."""
-    if not settings.layout.own and not settings.layout.graded:
-        return ()
-    return OWN_BLOCKS if settings.rich is None else (*OWN_BLOCKS, "rich")
-
-
-def _own(
-    settings: Settings,
-    store: EventStore,
+def _fit_regression(
+    config: ReducedRankConfig,
     inputs: Inputs,
     labels: dict[str, Any],
     cutoffs: Sequence[int],
-    directory: Path,
-) -> list[Part]:
-    """Graded directions of all features, and these features."""
-    names, layout = own_blocks(settings), settings.layout
-    if not names:
-        return []
-
-    def joined(cutoff_s: int) -> JoinedBlocks:
-        blocks = [_block(inputs, name, cutoff_s) for name in names]
-        return JoinedBlocks([blocks], [name == "aggregated" for name in names], unit_length=False)
-
-    stacking = settings.stacking.config
-    if not isinstance(stacking, ReducedRankConfig):
-        stacking = ReducedRankConfig(labels=stacking.labels)
-    model = ReducedRankModel(replace(stacking, rank=layout.directions))
-    model.fit([joined(cutoff_s) for cutoff_s in cutoffs], labels, _is_summary(inputs, names, store.cutoff_s))
-    model.save(directory / "graded.safetensors")
-    features, parts = joined(store.cutoff_s), []
-    if layout.graded:
-        directions = model.transform(features)[:, :-1]
-        share = model.singular_values / model.singular_values[0]
-        columns = [f"direction_{column}" for column in range(directions.shape[1])]
-        source = f"{', '.join(names)}; labels of {len(cutoffs)} past windows"
-        scale = tuple((layout.graded * share**GRADING).tolist())
-        parts.append(Part("graded", directions, columns, scale, "what says most next, as large as it says", source))
-    if layout.own:
-        columns = [f"{name}.{column}" for name in names for column in _names(inputs, name, store.cutoff_s)]
-        parts.append(Part("own", features, columns, layout.own, "the features", ", ".join(names), model.importance))
-    return parts
+    names: tuple[str, ...],
+    unit_length: bool,
+) -> ReducedRankModel:
+    """The regression of past windows' labels on some blocks."""
+    blocks = [joined(partial(_block, inputs, cutoff_s=cutoff_s), names, unit_length) for cutoff_s in cutoffs]
+    return ReducedRankModel(config).fit(blocks, labels, _is_summary(inputs, names, cutoffs[0]))
 
 
-def _as_they_are(settings: Settings, store: EventStore, inputs: Inputs) -> list[Part]:
-    """Tastes, rhythm and the vectors of trained models."""
-    what = {
-        "tastes": ("factors of all items", "decayed counts of every item"),
-        "rhythm": ("when, how often, how much at once, at what price, how much of it new", "times, items and prices"),
-    }
-    parts = []
-    for name, (text, source) in what.items():
-        if getattr(settings.layout, name):
-            values = JoinedBlocks([[_block(inputs, name, store.cutoff_s)]], [False])
-            columns = _names(inputs, name, store.cutoff_s)
-            parts.append(Part(name, values, columns, getattr(settings.layout, name), text, source))
-    models = [name for name in settings.stacking_blocks if name in MODELS]
-    if models and settings.layout.learned:
-        values = JoinedBlocks([[_block(inputs, name, store.cutoff_s) for name in models]], [False] * len(models))
-        columns = [f"{name}.{column}" for name in models for column in _names(inputs, name, store.cutoff_s)]
-        text = "vectors of the trained models"
-        parts.append(Part("learned", values, columns, settings.layout.learned, text, ", ".join(models)))
-    return parts
+def _scorer(settings: Settings, inputs: Inputs) -> PairScorer | None:
+    """That of the features' folder, where one was learned."""
+    path = inputs["features"] / PAIRS_FILE
+    return PairScorer.of_arrays(load_arrays(path), settings.pairs) if path.exists() else None
+
+
+def _trained(name: str, settings: Settings, store: EventStore, inputs: Inputs) -> Network:
+    """A network from the folder of its stage."""
+    scaler, outputs = None, None
+    if name == "multitask":
+        scaler, outputs = MinMaxScaler.load(inputs[name] / SCALER), load_json(inputs[name] / OUTPUTS_FILE)
+    path = inputs[name] / TRAINING / MODEL_FILE
+    return load_network(path, settings.recipe, EventSizes.of(store), scaler, outputs)
 
 
 def _train_stacking(
@@ -208,24 +216,21 @@ def _train_stacking(
     views: Views,
     directory: Path,
     progress: Progress,
-) -> np.ndarray:
-    """The winner's stacking network: its activations at the profiles' cutoff."""
+) -> StackingModel:
+    """The winner's stacking network."""
     config, training = settings.stacking.config, settings.stacking.training
+    names = settings.stacking_blocks
     # Rows in the order of the views.
-    joined = _joined(inputs, cutoffs_of(store, settings)[1], settings)
-    model = initialise(lambda: StackingModel(config, joined.shape[1], _widths(labels)), settings.seed)
-    model.fit_scaling(joined)
+    cutoffs = cutoffs_of(store, settings)[1]
+    blocks = [[_block(inputs, name, cutoff_s) for name in names] for cutoff_s in cutoffs]
+    features = JoinedBlocks(blocks, [name == "aggregated" for name in names])
+    model = initialise(lambda: StackingModel(config, features.shape[1], _widths(labels)), settings.seed)
+    model.fit_scaling(features)
     loader = ViewLoader(
-        None, views, batch_size=training.batch_size, features=joined, labels=labels, shuffle_seed=settings.seed
+        None, views, batch_size=training.batch_size, features=features, labels=labels, shuffle_seed=settings.seed
     )
     fit(model, loader, settings.stacking.optimizer, training, directory / TRAINING, progress)
-    final = ViewLoader(
-        None,
-        views_at(store, [store.cutoff_s]),
-        batch_size=INFERENCE_BATCH,
-        features=_joined(inputs, [store.cutoff_s], settings),
-    )
-    return embed(model, final)
+    return model
 
 
 def cutoffs_of(store: EventStore, settings: Settings) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -265,45 +270,35 @@ def _static(store: EventStore, views: Views, features: Path) -> np.ndarray:
 
 def _write_vectors(
     name: str,
-    model: torch.nn.Module,
+    network: Network,
     loader_at: Callable[[Views, int], ViewLoader],
     store: EventStore,
     settings: Settings,
+    inputs: Inputs,
     directory: Path,
 ) -> None:
+    """At the stacking cutoffs in batches, which only a regression looks at; at the last one as whoever comes later."""
     _, stacking = cutoffs_of(store, settings)
-    for cutoff_s in (*stacking, store.cutoff_s):
-        vectors = embed(model, loader_at(views_at(store, [cutoff_s]), cutoff_s))
+    for cutoff_s in stacking:
+        vectors = embed(network.model, loader_at(views_at(store, [cutoff_s]), cutoff_s))
         np.save(directory / f"vectors-{cutoff_s}.npy", vectors)
-    _profiles(store, vectors).save(directory / name)
+    views = views_at(store, [store.cutoff_s])
+    static = None if network.scaler is None else _static(store, views, inputs["features"])
+    vectors = network.vectors(store, store.cutoff_s, static)
+    np.save(directory / f"vectors-{store.cutoff_s}.npy", vectors)
+    Profiles(store.client_ids[store.is_relevant], vectors).to_float16().save(directory / name)
 
 
-def _profiles(store: EventStore, vectors: np.ndarray) -> Profiles:
-    return Profiles(store.client_ids[store.is_relevant], vectors).to_float16()
-
-
-def _joined(inputs: Inputs, cutoffs: Sequence[int], settings: Settings) -> JoinedBlocks:
-    """What `stacking.blocks` names about the relevant clients at some cutoffs, side by side."""
-    blocks = [[_block(inputs, name, cutoff_s) for name in settings.stacking_blocks] for cutoff_s in cutoffs]
-    return JoinedBlocks(blocks, [name == "aggregated" for name in settings.stacking_blocks])
-
-
-def _block(inputs: Inputs, name: str, cutoff_s: int) -> np.ndarray | Features:
-    if name in MODELS:
+def _block(inputs: Inputs, name: str, cutoff_s: int) -> Block:
+    if name in NETWORKS:
         return np.load(inputs[name] / f"vectors-{cutoff_s}.npy", mmap_mode="r", allow_pickle=False)
     return load_features(inputs["features"] / f"{name}-{cutoff_s}")
-
-
-def _names(inputs: Inputs, name: str, cutoff_s: int) -> list[str]:
-    """Names of a block's columns; a model's vectors are numbered."""
-    block = _block(inputs, name, cutoff_s)
-    return list(map(str, range(block.shape[1]))) if isinstance(block, np.ndarray) else list(block.names)
 
 
 def _is_summary(inputs: Inputs, blocks: Sequence[str], cutoff_s: int) -> np.ndarray:
     """Bool [F], columns of some blocks side by side that sum a client up instead of counting one label."""
     found = []
     for name in blocks:
-        columns = _names(inputs, name, cutoff_s)
+        columns = column_names(_block(inputs, name, cutoff_s))
         found += [name == "static" or (name == "decayed" and OF_LABEL not in column) for column in columns]
     return np.array(found)

@@ -13,13 +13,16 @@ from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 
 from ubp_fast.events.schema import UserError
 from ubp_fast.events.sources.sql import without_password
+from ubp_fast.events.sources.table import Table
 from ubp_fast.files import file_digest
 from ubp_fast.pipeline.cache import digest
+from ubp_fast.profiler.reading import seconds_of
+from ubp_fast.profiler.recipe import Recipe
 from ubp_fast.profiles.blocks import LayoutConfig
 
 COMPONENTS = ("stacked", "contrastive", "multitask", "features", "profile_features", "baseline_log1p", "baseline_raw")
 DEFAULT_COMPONENTS = ("stacked", "baseline_log1p")
-BLOCKS = ("contrastive", "multitask", "aggregated", "decayed", "rich")
+BLOCKS = ("contrastive", "multitask", "aggregated", "decayed", "scores", "rich")
 DATA_SUFFIXES = (".parquet", ".npy", ".csv", ".gz")
 
 
@@ -66,9 +69,10 @@ class Settings:
         rich: the rich feature set, None without one.
         layout: scales of the profile's blocks.
         stacking_blocks: what the stacking model joins, in this order.
+        components: what is scored, some of `COMPONENTS` in their order; nothing when empty.
         submission: folder of vectors to score instead of ours.
         common_clients: score everything on the clients that the submission and the baselines share.
-        components: what is scored, some of `COMPONENTS` in their order.
+        latest: "end" of the data or a moment (seconds), whose vectors are made beside the backtest's; None: no others.
     """
 
     name: str
@@ -84,6 +88,7 @@ class Settings:
     rich: Any
     rhythm: Any
     tastes: Any
+    pairs: Any
     layout: LayoutConfig
     contrastive: ModelSettings
     multitask: ModelSettings
@@ -95,6 +100,25 @@ class Settings:
     components: tuple[str, ...]
     submission: Path | None
     common_clients: bool
+    latest: int | str | None = None
+
+    @property
+    def recipe(self) -> Recipe:
+        """What of it decides the vectors."""
+        return Recipe(
+            aggregated=self.aggregated,
+            decayed=self.decayed,
+            rhythm=self.rhythm,
+            tastes=self.tastes,
+            pairs=self.pairs,
+            rich=self.rich,
+            layout=self.layout,
+            joined=self.stacking_blocks,
+            stacking=self.stacking.config,
+            contrastive=self.contrastive.config,
+            multitask=self.multitask.config,
+            table=self.source if isinstance(self.source, Table) else None,
+        )
 
     def part(self, *names: str) -> dict[str, Any]:
         """The named groups of the plain configuration, for a stage's key."""
@@ -155,6 +179,7 @@ def read_settings(config: DictConfig) -> Settings:
         rich=_make(plain["features"].get("rich")),
         rhythm=_make(plain["features"]["rhythm"]),
         tastes=_make(plain["features"]["tastes"]),
+        pairs=_make(plain["features"]["pairs"]),
         layout=_make(plain["profile"]),
         contrastive=_model(plain["contrastive"]),
         multitask=_model(plain["multitask"]),
@@ -165,6 +190,7 @@ def read_settings(config: DictConfig) -> Settings:
         evaluation=_make(evaluation),
         components=components,
         submission=None if submission is None else Path(submission),
+        latest=_latest(plain["profiles"]["at"]),
         common_clients=common_clients,
     )
 
@@ -173,11 +199,15 @@ def _components(named: Any) -> tuple[str, ...]:
     """What is to be scored, in the order of `COMPONENTS`."""
     if named in ("default", "all"):
         return COMPONENTS if named == "all" else DEFAULT_COMPONENTS
-    if not isinstance(named, list) or not named or not set(named) <= set(COMPONENTS):
+    if not isinstance(named, list) or not set(named) <= set(COMPONENTS):
         raise UserError(
             f"run: evaluation.components must be 'default', 'all' or a list of some of {list(COMPONENTS)}, got {named}"
         )
     return tuple(component for component in COMPONENTS if component in named)
+
+
+def _latest(at: Any) -> int | str | None:
+    return at if at in (None, "end") else seconds_of(at)
 
 
 def _blocks(plain: Mapping[str, Any]) -> tuple[str, ...]:

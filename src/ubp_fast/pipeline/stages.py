@@ -2,6 +2,8 @@
 
 events -> store -> features -> contrastive, multitask -> stacking -> profiles
    └──> baselines                └─> raw_features     evaluate-<component>-<reader> -> report
+
+The row from the store to the profiles is the backtest's; `profiles.at` asks for a second one, of another moment.
 """
 
 from __future__ import annotations
@@ -25,12 +27,16 @@ from ubp_fast.features.decayed import decayed_features
 from ubp_fast.features.matrix import Features, load_features
 from ubp_fast.features.organisers import CountsConfig, count_features_once
 from ubp_fast.features.rich import rich_features
+from ubp_fast.features.scaling import DayStatistics
 from ubp_fast.features.static import static_features
-from ubp_fast.features.tastes import taste_features
+from ubp_fast.features.tastes import fit_tastes, taste_features
 from ubp_fast.features.writing import in_client_blocks
-from ubp_fast.files import write_json
+from ubp_fast.files import write_array, write_arrays, write_json
+from ubp_fast.models.pair_scorer import PairScorer
 from ubp_fast.pipeline.model_stages import (
-    MODELS,
+    DAY_FILE,
+    PAIRS_FILE,
+    TASTE_WEIGHTS,
     TRAINING,
     Inputs,
     cutoffs_of,
@@ -38,17 +44,20 @@ from ubp_fast.pipeline.model_stages import (
     make_contrastive,
     make_multitask,
     make_stacking,
-    own_blocks,
 )
 from ubp_fast.pipeline.settings import Settings
+from ubp_fast.profiler.parts import NETWORKS, graded_blocks
 from ubp_fast.profiles import Profiles, validate
 from ubp_fast.progress import Progress
-from ubp_fast.sequences import window_days
+from ubp_fast.sequences import training_cutoffs, window_days
 from ubp_fast.store.build import build_store
 from ubp_fast.store.clients import clients_of
 from ubp_fast.store.event_store import EventStore
 
+# Feature sets that compare clients with each other.
+OF_DAY = ("rich", "rhythm", "scores")
 RAW_FEATURES = ("aggregated", "decayed", "static")
+LATEST = "latest-"
 BASELINES = ("baseline_log1p", "baseline_raw")
 # Stages whose folders a scored component is read from.
 FOLDERS = {
@@ -97,14 +106,23 @@ def plan(settings: Settings) -> list[Stage]:
     if settings.submission is not None:
         scored = ("submission", *(name for name in settings.components if name in BASELINES))
         return [events, baselines, *_scores(settings, scored)]
+    latest = [] if settings.latest is None else [_latest(stage, settings) for stage in _profiles(settings)]
+    if not settings.components:  # nothing to score: a backtest only where no other profiles are asked for
+        return [events, *(latest or _profiles(settings))]
+    stages = [events, *_profiles(settings), *latest, baselines]
+    if set(settings.components) & {"features", "profile_features"}:
+        config = _features_config(settings)
+        stages.append(Stage("raw_features", ("store", "features"), config, make_raw_features, 5))
+    return stages + _scores(settings, settings.components)
+
+
+def _profiles(settings: Settings) -> list[Stage]:
+    """From events to the profiles of the backtest's cutoff."""
     common = settings.part("seed", "windows")
-    sets = _feature_sets(settings) + _profile_sets(settings)
-    features = settings.part("windows", "features") | {"sets": sets, "multitask": "multitask" in _trained(settings)}
-    joined = tuple(name for name in MODELS if name in settings.stacking_blocks)
-    stages = [
-        events,
+    joined = tuple(name for name in NETWORKS if name in settings.stacking_blocks)
+    return [
         Stage("store", ("events",), settings.part("store"), make_store, 2),
-        Stage("features", ("events", "store"), features, make_features, 8),
+        Stage("features", ("events", "store"), _features_config(settings), make_features, 8),
         *(
             Stage(name, ("store", "features"), common | settings.part(name), make, 60, (TRAINING,))
             for name, make in (("contrastive", make_contrastive), ("multitask", make_multitask))
@@ -112,36 +130,52 @@ def plan(settings: Settings) -> list[Stage]:
         ),
         Stage(
             "stacking",
-            ("store", "features", *joined),
+            ("events", "store", "features", *joined),
             common | settings.part("stacking", "profile"),
             make_stacking,
             30 if settings.stacking.training is not None else 1,
             (TRAINING,),
         ),
-        baselines,
     ]
-    if set(settings.components) & {"features", "profile_features"}:
-        stages.append(Stage("raw_features", ("store", "features"), features, make_raw_features, 5))
-    return stages + _scores(settings, settings.components)
+
+
+def _features_config(settings: Settings) -> dict[str, Any]:
+    sets = _feature_sets(settings) + _profile_sets(settings)
+    seed = settings.part("seed") if "scores" in sets else {}
+    return seed | settings.part("windows", "features") | {"sets": sets, "multitask": "multitask" in _trained(settings)}
+
+
+def _latest(stage: Stage, settings: Settings) -> Stage:
+    """A stage of the profiles once more, with everything before another moment; `LATEST` stands before its name."""
+
+    def make(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
+        make_one = make_latest_store if stage.name == "store" else stage.make
+        make_one(settings, {name.removeprefix(LATEST): path for name, path in inputs.items()}, directory, progress)
+
+    inputs = tuple(name if name == "events" else LATEST + name for name in stage.inputs)
+    config = {**stage.config, "at": settings.latest} if stage.name == "store" else stage.config
+    return replace(stage, name=LATEST + stage.name, inputs=inputs, config=config, make=make)
 
 
 def _trained(settings: Settings) -> tuple[str, ...]:
     """Models that the stacking model joins, that are scored, or that are asked for by name."""
     wanted = (*settings.stacking_blocks, *(settings.stages or ()), *settings.components)
-    return tuple(name for name in MODELS if name in wanted)
+    return tuple(name for name in NETWORKS if name in wanted)
 
 
 def _feature_sets(settings: Settings) -> list[str]:
     """Features that the stacking model, the graded directions or a trained model look at."""
-    looked_at = {*settings.stacking_blocks, *own_blocks(settings)}
+    looked_at = {*settings.stacking_blocks, *graded_blocks(settings.recipe)}
     if "multitask" in _trained(settings):
         looked_at.add("static")
-    return [name for name in ("static", "aggregated", "decayed", "rich") if name in looked_at]
+    return [name for name in ("static", "aggregated", "decayed", "scores", "rich") if name in looked_at]
 
 
 def _profile_sets(settings: Settings) -> list[str]:
     """Features that no model looks at: the profile takes them as they are."""
-    return [name for name in ("tastes", "rhythm") if getattr(settings.layout, name)]
+    sets = [name for name in ("tastes", "rhythm") if getattr(settings.layout, name)]
+    has_scores = "scores" in _feature_sets(settings) or not settings.layout.scores
+    return sets if has_scores else ["scores", *sets]
 
 
 def _scores(settings: Settings, components: Sequence[str]) -> list[Stage]:
@@ -173,6 +207,14 @@ def make_store(settings: Settings, inputs: Inputs, directory: Path, progress: Pr
     build_store(events, directory, events.split.input_end_s, **settings.plain["store"], progress=progress)
 
 
+def make_latest_store(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
+    """The same of everything before the moment that the settings name, the end of the data included."""
+    events = EventDirectory.open(inputs["events"])
+    at_s = events.last_s + 1 if settings.latest == "end" else settings.latest
+    assert isinstance(at_s, int)
+    build_store(events, directory, at_s, **settings.plain["store"], progress=progress)
+
+
 def make_features(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
     """Label lists of the newest known window, and feature matrices at every cutoff that a model looks at."""
     store = EventStore.open(inputs["store"])
@@ -185,8 +227,17 @@ def make_features(settings: Settings, inputs: Inputs, directory: Path, progress:
     for name, (ids, popularity) in lists.items():
         np.save(directory / f"{name}.npy", ids)
         np.save(directory / f"popularity_{name}.npy", popularity)
+    lists = load_lists(directory)  # in one order wherever columns are made of them
     model, stacking = cutoffs_of(store, settings)
     make = _feature_makers(settings, store, lists)
+    if settings.layout.tastes:
+        weights = fit_tastes(store, store.cutoff_s, settings.tastes)
+        write_array(directory / TASTE_WEIGHTS, weights)
+        make["tastes"] = partial(make["tastes"], weights=weights)
+    if "scores" in (*_feature_sets(settings), *_profile_sets(settings)):
+        scorer = _fit_scorer(settings, store, lists)
+        write_arrays(directory / PAIRS_FILE, scorer.arrays)
+        make["scores"] = scorer.transform
     of_multitask = model if "multitask" in _trained(settings) else ()
     wanted = [
         (name, cutoff_s)
@@ -195,9 +246,19 @@ def make_features(settings: Settings, inputs: Inputs, directory: Path, progress:
         if name == "static" or cutoff_s not in model
     ]
     wanted += [(name, store.cutoff_s) for name in _profile_sets(settings)]
+    day = DayStatistics()
     for done, (name, cutoff_s) in enumerate(wanted):
-        make[name](store, cutoff_s, directory=directory / f"{name}-{cutoff_s}")
+        kept = {"day": day} if name in OF_DAY and cutoff_s == store.cutoff_s else {}
+        make[name](store, cutoff_s, directory=directory / f"{name}-{cutoff_s}", **kept)
         progress(done + 1, len(wanted))
+    write_arrays(directory / DAY_FILE, day.arrays)
+
+
+def _fit_scorer(settings: Settings, store: EventStore, lists: LabelLists) -> PairScorer:
+    """Learned from the newest windows before the profiles' cutoff."""
+    days = settings.windows.days
+    cutoffs = training_cutoffs(store, settings.pairs.windows, newest_days=days, step_days=days)
+    return PairScorer.fit(store, cutoffs, lists, settings.pairs, settings.seed)
 
 
 def _feature_makers(settings: Settings, store: EventStore, lists: LabelLists) -> dict[str, Callable[..., Features]]:
@@ -208,7 +269,7 @@ def _feature_makers(settings: Settings, store: EventStore, lists: LabelLists) ->
         "decayed": partial(decayed_features, lists=lists, config=settings.decayed),
         "rich": partial(rich_features, lists=lists, config=settings.rich),
         "tastes": partial(taste_features, config=settings.tastes),
-        "rhythm": partial(rich_features, lists=lists, config=settings.rhythm),
+        "rhythm": partial(rich_features, lists=lists, config=settings.rhythm, name="rhythm"),
     }
 
 

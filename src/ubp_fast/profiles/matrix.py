@@ -5,24 +5,30 @@ Files of a profile directory, as in a submission to the challenge:
     client_ids.npy   i64 [U]
     embeddings.npy   float16 [U, D] (float32 for vectors that are only passed on), row i belongs to client_ids[i]
     profile.json     what the columns are, see `ubp_fast.profiles.blocks`; none beside the vectors of others
+    own_ids.parquet  where the shop's ids are text: value, the id of each row; client_ids are numbers for them
+
+`write_parquet` writes the same as one table with the shop's own ids.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 
-from ubp_fast.events.read import read_array
+from ubp_fast.events.read import read_array, read_table
 from ubp_fast.events.schema import DataError, UserError
-from ubp_fast.files import load_json, write_array, write_json
+from ubp_fast.files import load_json, published_directory, write_array, write_atomically, write_json
 from ubp_fast.profiles.blocks import MAX_DIM, Layout
 
 __all__ = ["MAX_DIM", "Profiles"]
 
 IDS_FILE, EMBEDDINGS_FILE, LAYOUT_FILE = "client_ids.npy", "embeddings.npy", "profile.json"
+OWN_IDS_FILE = "own_ids.parquet"
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 _DTYPES = (np.dtype(np.float16), np.dtype(np.float32))
 # Rows that are looked at at once: keeps the temporary copies of a 1 M x 2048 matrix small.
@@ -37,11 +43,13 @@ class Profiles:
         client_ids: i64 [U], row order of the vectors.
         embeddings: float16 or float32 [U, D].
         layout: what the D columns are, where that is known.
+        own_ids: the shop's own id of each row, where `client_ids` are numbers for them.
     """
 
     client_ids: np.ndarray
     embeddings: np.ndarray
     layout: Layout | None = None
+    own_ids: pl.Series | None = None
 
     def __post_init__(self) -> None:
         ids, vectors = self.client_ids, self.embeddings
@@ -51,6 +59,8 @@ class Profiles:
             raise ValueError(
                 f"Profiles: embeddings must be float16 or float32 [U, D], got {vectors.dtype} of shape {vectors.shape}"
             )
+        if self.own_ids is not None and len(self.own_ids) != len(ids):
+            raise ValueError(f"Profiles: own_ids must be {len(ids)} like client_ids, got {len(self.own_ids)}")
         if len(ids) != len(vectors):
             raise ValueError(f"Profiles: embeddings must have {len(ids)} rows like client_ids, got {len(vectors)}")
         if self.layout is not None and self.layout.width != vectors.shape[1]:
@@ -95,7 +105,9 @@ class Profiles:
         if np.array_equal(client_ids, self.client_ids):
             return self
         rows = self.rows_of(client_ids)
-        return replace(self, client_ids=np.asarray(client_ids, np.int64), embeddings=self.embeddings[rows])
+        own_ids = None if self.own_ids is None else self.own_ids.gather(rows)
+        ids = np.asarray(client_ids, np.int64)
+        return replace(self, client_ids=ids, embeddings=self.embeddings[rows], own_ids=own_ids)
 
     def select(self, *blocks: str) -> Profiles:
         """The columns of some blocks alone, in the profile's order.
@@ -109,7 +121,7 @@ class Profiles:
         if self.layout is None:
             raise UserError(f"profiles: {LAYOUT_FILE} must be there to select blocks, got vectors without it")
         columns = self.layout.columns_of(*blocks)
-        return Profiles(self.client_ids, self.embeddings[:, columns], self.layout.select(*blocks))
+        return replace(self, embeddings=self.embeddings[:, columns], layout=self.layout.select(*blocks))
 
     def to_float16(self) -> Profiles:
         """The same in the dtype of a submission.
@@ -159,12 +171,62 @@ class Profiles:
                     f" (client {self.client_ids[row]}); look for a diverged training or a division by zero"
                 )
         directory.mkdir(parents=True, exist_ok=True)
-        for name, array in ((IDS_FILE, self.client_ids), (EMBEDDINGS_FILE, vectors)):
-            write_array(directory / name, array)
+        write_array(directory / EMBEDDINGS_FILE, vectors)
+        self.save_beside(directory)
+
+    def save_beside(self, directory: Path) -> None:
+        """Writes what stands beside the vectors: ids and layout."""
+        write_array(directory / IDS_FILE, self.client_ids)
         if self.layout is not None:
             write_json(directory / LAYOUT_FILE, self.layout.to_json())
         else:
             (directory / LAYOUT_FILE).unlink(missing_ok=True)
+        if self.own_ids is not None and self.own_ids.dtype == pl.String:
+            table = pl.DataFrame([self.own_ids.alias("value")])
+            write_atomically(directory / OWN_IDS_FILE, table.write_parquet)
+        else:
+            (directory / OWN_IDS_FILE).unlink(missing_ok=True)
+
+    def to_frame(self, per_block: bool = False) -> pl.DataFrame:
+        """A table with the shop's own ids, `client_id`, and the vectors as fixed-size lists of float32.
+
+        Args:
+            per_block: a column for each block, named after it, instead of one column `profile`.
+
+        Raises:
+            UserError: `per_block` without a layout.
+        """
+        ids = pl.Series("client_id", self.client_ids) if self.own_ids is None else self.own_ids.alias("client_id")
+        columns: dict[str, slice | np.ndarray] = {"profile": slice(None)}
+        if per_block:
+            if self.layout is None:
+                raise UserError(f"profiles: {LAYOUT_FILE} must be there for a column per block, got vectors without it")
+            columns = {block.name: self.layout.columns_of(block.name) for block in self.layout.blocks}
+        values = {
+            name: np.ascontiguousarray(self.embeddings[:, chosen], np.float32) for name, chosen in columns.items()
+        }
+        return pl.DataFrame(
+            [ids, *(pl.Series(name, one, dtype=pl.Array(pl.Float32, one.shape[1])) for name, one in values.items())]
+        )
+
+    def write_parquet(self, path: Path, per_block: bool = False) -> None:
+        """Writes `to_frame`: a file or, of more clients than 65,536, a directory of parts; it appears when complete."""
+        starts = range(0, max(self.num_clients, 1), BLOCK_ROWS)
+        if path.is_dir():
+            shutil.rmtree(path)
+        if len(starts) == 1:
+            write_atomically(path, self.to_frame(per_block).write_parquet)
+            return
+        path.unlink(missing_ok=True)
+        with published_directory(path) as partial:
+            for number, start in enumerate(starts):
+                self._rows(start, start + BLOCK_ROWS).to_frame(per_block).write_parquet(part_file(partial, number))
+
+    def _rows(self, first: int, last: int) -> Profiles:
+        own_ids = None if self.own_ids is None else self.own_ids.slice(first, last - first)
+        return replace(
+            self, client_ids=self.client_ids[first:last], embeddings=self.embeddings[first:last], own_ids=own_ids
+        )
 
     @classmethod
     def load(cls, directory: Path | str) -> Profiles:
@@ -176,11 +238,20 @@ class Profiles:
         directory = Path(directory)
         ids, vectors = (read_array(directory / name) for name in (IDS_FILE, EMBEDDINGS_FILE))
         try:
-            return cls(ids, vectors, _layout(directory / LAYOUT_FILE))
+            return cls(ids, vectors, _layout(directory / LAYOUT_FILE), _own_ids(directory / OWN_IDS_FILE))
         except DataError:
             raise
         except ValueError as error:
             raise DataError(f"{directory}: {error}; run ubp_fast.profiles.validate on it") from error
+
+
+def part_file(directory: Path, number: int) -> Path:
+    """Name of a part of a table that is a directory."""
+    return directory / f"part-{number:05d}.parquet"
+
+
+def _own_ids(path: Path) -> pl.Series | None:
+    return read_table(path, ["value"])["value"] if path.exists() else None
 
 
 def _layout(path: Path) -> Layout | None:

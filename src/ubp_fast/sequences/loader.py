@@ -118,10 +118,10 @@ def assemble(store: EventStore, views: Views, start: np.ndarray, end: np.ndarray
             codes[chosen] = store.products.name[sku[chosen]]
     arrays = {
         "kind": kind.astype(np.int64),
-        "sku": sku,
+        "sku": store.embedding_rows("sku", sku),
         "category": store.products.category[sku].astype(np.int64),
         "price": store.products.price[sku].astype(np.int64),
-        "url": url,
+        "url": store.embedding_rows("url", url),
         "codes": codes,
         "timestamp_s": timeline.timestamp_s[rows].astype(np.int64),
         "cu_seqlens": offsets.astype(np.int32),

@@ -186,6 +186,10 @@ class EventStore:
         """Original category of every dense id, i64 [num_categories]."""
         return self._column("category_ids")
 
+    def embedding_rows(self, column: str, ids: np.ndarray) -> np.ndarray:
+        """Rows of an embedding table, int64 or int32 like `ids`, of dense ids of the column "sku" or "url"."""
+        return ids
+
     def label_of_sku(self, name: str, ids: np.ndarray) -> np.ndarray:
         """Position in a label list of every dense sku's value, i64 [num_skus]; -1 for those without a label.
 

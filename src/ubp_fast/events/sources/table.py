@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -454,12 +454,14 @@ class Table(EventRows):
     def name(self) -> str:
         return self.path if isinstance(self.path, str) else str(next(iter(self.path), "table"))
 
-    def raw(self) -> RawTable:
+    def raw(self, optional: Collection[str] = ()) -> RawTable:
+        """As `EventRows.raw`; columns that are `optional` may be missing."""
         columns = self._wanted()
 
         def wanted(names: list[str]) -> list[str]:
-            require_columns(str(self.path), names, columns, "name the column in the configuration")
-            return columns
+            present = [name for name in columns if name in names or name not in optional]
+            require_columns(str(self.path), names, present, "name the column in the configuration")
+            return present
 
         try:
             return read_files(self.path, self._file_form(), wanted, self.on_bad_rows == "drop")

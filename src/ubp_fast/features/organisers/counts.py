@@ -22,7 +22,7 @@ from ubp_fast.events.schema import NUM_CODES
 from ubp_fast.events.split import DAY_S
 from ubp_fast.features.history import History, check_windows
 from ubp_fast.features.matrix import Features
-from ubp_fast.features.popular import PopularValues, popular_values
+from ubp_fast.features.popular import PopularValues, popular_lists, popular_values
 from ubp_fast.features.writing import DTYPES, SparseWriter, in_client_blocks
 from ubp_fast.kernels.windowed_aggregate import SparseCounter, row_sums, window_aggregator
 from ubp_fast.store.event_store import EventStore, KindColumns
@@ -180,7 +180,7 @@ def _stored_kind(history: History, kind: str, config: CountsConfig) -> CountedKi
         times = (part.events(kind).timestamp_s for part in history.parts(1))
         newest = [int(before.max()) for time_s in times if len(before := time_s[time_s < cutoff_s])]
         anchor_s = max(newest, default=cutoff_s - 1)
-    popular = popular_values(store, kind, cutoff_s, config.top_values)
+    popular = popular_values(store, kind, popular_lists(store, kind, cutoff_s, config.top_values))
     return CountedKind(kind, columns, popular, anchor_s, inclusive)
 
 

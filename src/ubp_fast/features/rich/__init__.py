@@ -12,6 +12,7 @@ from ubp_fast.features.matrix import Features
 from ubp_fast.features.rich.item_blocks import Conversions, Diversity, MeanCodes, Prices
 from ubp_fast.features.rich.propensity import Propensities
 from ubp_fast.features.rich.time_blocks import Activity, Calendar, Gaps
+from ubp_fast.features.scaling import DayStatistics
 from ubp_fast.store.event_store import EventStore
 
 
@@ -41,6 +42,8 @@ def rich_features(
     lists: LabelLists,
     config: RichConfig | None = None,
     directory: Path | None = None,
+    day: DayStatistics | None = None,
+    name: str = "rich",
 ) -> Features:
     """The columns of all blocks, of every client that needs a profile, from events before the cutoff only.
 
@@ -50,10 +53,12 @@ def rich_features(
         lists: label lists as in `decayed_features`.
         config: blocks.
         directory: the result is written there and mapped from there.
+        day: what is compared among all clients: what stands for that which a client lacks, such as a price, and the
+            rates of `Propensities`. None: they are measured among the clients of the store.
+        name: of the set among the statistics of the day.
 
     Returns:
-        [U, F] float32, finite, of comparable size (logarithms and shares); clients in the order of the store. What a
-        client lacks, such as a price, is the mean of those that have it.
+        [U, F] float32, finite, of comparable size (logarithms and shares); clients in the order of the store.
     """
     blocks = (config or RichConfig()).blocks
 
@@ -61,4 +66,5 @@ def rich_features(
         for block in blocks:
             yield from block.columns(history)
 
-    return features_of(History.of(store, cutoff_s, lists), columns, directory, fill_missing=True)
+    history = History.of(store, cutoff_s, lists, day)
+    return features_of(history, columns, directory, missing=f"{name}.missing")

@@ -58,7 +58,8 @@ class Propensities:
         if not labels or "product_buy" not in history.store.kinds:
             return
         of_list = np.repeat(np.arange(len(history.lists)), [len(ids) for ids, _ in history.lists.values()])
-        rate, lift = history.once(self, lambda: self._learn(history, slots, of_list))
+        names = (f"{self}.rate", f"{self}.lift")
+        rate, lift = history.day.once(names, lambda: self._learn(history, slots, of_list))
         cells = self._cells(history, history.cutoff_s, slots, len(labels))
         chances = np.clip(rate[of_list, cells] * lift, SMALLEST, LARGEST).astype(np.float32)
         log_odds = np.log(chances) - np.log1p(-chances)

@@ -1,0 +1,158 @@
+"""`ubp-fast inspect | run | embed | evaluate | validate | leaderboard`: the command line of the package."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ubp_fast import __version__
+
+EPILOG = """examples:
+  ubp-fast inspect events.csv
+  ubp-fast run data=table data.path=events.parquet directory=runs/shop profiles.at=end
+  ubp-fast embed runs/shop --events new.parquet --at 2026-11-28 --output today.parquet
+  ubp-fast embed runs/shop --append --events saturday.parquet
+  ubp-fast evaluate VECTORS data=table data.path=events.parquet
+  ubp-fast validate VECTORS --clients relevant_clients.npy
+  ubp-fast leaderboard runs/a runs/b
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; 0, or 2 and one line when what was given is at fault."""
+    from ubp_fast.pipeline.execute import INTERRUPTED, USER_ERROR, USER_ERRORS
+
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["run"]:  # Hydra reads the rest
+        return _run(given[1:])
+    options, rest = parser().parse_known_args(given)
+    if rest and options.command != "evaluate":
+        parser().error(f"unknown arguments: {' '.join(rest)}")
+    try:
+        if options.command == "inspect":
+            from ubp_fast.events.sources.inspect import inspect
+
+            print(inspect(options.files if len(options.files) > 1 else options.files[0]))
+            return 0
+        if options.command == "embed":
+            return _embed(options)
+        if options.command == "validate":
+            return _validate(options)
+        if options.command == "leaderboard":
+            from ubp_fast.evaluation import leaderboard
+
+            return leaderboard.main([*map(str, options.runs), "--reader", options.reader])
+        return _run(["stages=[evaluate]", f"evaluation.profiles={options.profiles}", *rest])
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from here", file=sys.stderr)
+        return INTERRUPTED
+
+
+def parser() -> argparse.ArgumentParser:
+    """Commands and their options; those of `run` are Hydra's."""
+    made = argparse.ArgumentParser(
+        "ubp-fast",
+        description="Event logs in, one vector per client out.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--version", action="version", version=f"ubp_fast {__version__}")
+    commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    look = commands.add_parser("inspect", help="says what the columns of a file may be, and the command that reads it")
+    look.add_argument("files", nargs="+", help="a file, a pattern, a directory of parts, or several")
+    commands.add_parser("run", help="from event logs to evaluated profiles; settings as name=value, --help lists them")
+    embed = commands.add_parser("embed", help="vectors of any moment from the model of a run")
+    embed.add_argument("run", type=Path, help="directory of the run, or its folder model")
+    embed.add_argument("--events", required=True, help="a table like that of the run, or a directory of tables")
+    embed.add_argument("--output", type=Path, help="a new directory, or a table: NAME.parquet")
+    embed.add_argument(
+        "--append", action="store_true", help="adds new events to the run's and embeds all clients into its latest/"
+    )
+    embed.add_argument("--at", help="date or date-time (UTC); just after the newest event by default")
+    embed.add_argument("--clients", type=Path, help="ids of the clients: a text file with one per line, or .npy")
+    embed.add_argument("--blocks", help="names of the blocks wanted, separated by commas; all by default")
+    embed.add_argument("--column-per-block", action="store_true", help="one column of the table for each block")
+    evaluate = commands.add_parser("evaluate", help="scores the vectors of a directory; further arguments as of run")
+    evaluate.add_argument("profiles", type=Path, help="directory with client_ids.npy and embeddings.npy")
+    validate = commands.add_parser("validate", help="checks vectors by the organisers' rules")
+    validate.add_argument("profiles", type=Path, help="directory with client_ids.npy and embeddings.npy")
+    validate.add_argument("--clients", type=Path, help="relevant clients, .npy")
+    board = commands.add_parser("leaderboard", help="compares the scores of runs")
+    board.add_argument("runs", nargs="+", type=Path, help="run directories, or scores.json files")
+    board.add_argument("--reader", default="network", help="by whose scores; network: the challenge's")
+    return made
+
+
+def _run(overrides: Sequence[str]) -> int:
+    from ubp_fast.pipeline.command import main_as_typed as run
+
+    before, sys.argv = sys.argv, ["ubp-fast run", *overrides]
+    try:
+        run()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    finally:
+        sys.argv = before
+    return 0
+
+
+def _embed(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from ubp_fast.events.schema import UserError
+    from ubp_fast.profiler import Profiler
+    from ubp_fast.profiler.profiler import LATEST
+    from ubp_fast.progress import RunProgress
+
+    profiler = Profiler.load(options.run)
+    if options.append:
+        if options.output or options.clients or options.blocks:
+            raise UserError(
+                "embed --append: all vectors go to latest/ of the run; leave out --output, --clients, --blocks"
+            )
+        made = profiler.append(options.events, options.at)
+        print(f"profiles of {made.num_clients} clients  {profiler.directory.parent / LATEST}")
+        return 0
+    if options.output is None:
+        raise UserError("embed: --output must name a new directory or a table, got none")
+    clients = None if options.clients is None else _clients(options.clients)
+    blocks = None if options.blocks is None else options.blocks.split(",")
+    progress = RunProgress(Console(), [("embed", 1.0)])
+    with progress.display(), progress.stage("embed") as update:
+        per_block = options.column_per_block
+        number = profiler.embed_to(options.output, options.events, options.at, clients, blocks, per_block, update)
+    print(f"profiles of {number} clients  {options.output}")
+    return 0
+
+
+def _clients(path: Path) -> Any:
+    """Ids of a file; lines become integers where the events have integers."""
+    from ubp_fast.events.read import read_id_list
+    from ubp_fast.events.schema import UserError
+
+    if path.suffix == ".npy":
+        return read_id_list(path, unique=True)
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: file must hold one client id per line, got '{error}'") from error
+
+
+def _validate(options: argparse.Namespace) -> int:
+    from ubp_fast.events.read import read_id_list
+    from ubp_fast.profiles import validate
+
+    relevant = None if options.clients is None else read_id_list(options.clients, unique=True)
+    profiles = validate(options.profiles, relevant).require()
+    print(f"valid: {profiles.num_clients} clients, {profiles.dim} columns")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,316 @@
+"""From the events of some clients to the parts of their vectors: what a run does at its cutoff, and `Profiler` later.
+
+    store at a moment -> Blocks: features, vectors of networks -> parts_of: regressions, columns as they are -> compose
+
+Nothing here depends on which clients are at hand: whatever is compared among clients comes from `DayStatistics`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ubp_fast.events.schema import LabelLists
+from ubp_fast.features.aggregated import aggregated_features
+from ubp_fast.features.decayed import decayed_features
+from ubp_fast.features.matrix import Features
+from ubp_fast.features.popular import PopularLists
+from ubp_fast.features.rich import rich_features
+from ubp_fast.features.scaling import DayStatistics, MinMaxScaler
+from ubp_fast.features.static import static_features
+from ubp_fast.features.tastes import taste_features
+from ubp_fast.models.contrastive import ContrastiveModel
+from ubp_fast.models.layers.event_embedding import EventSizes
+from ubp_fast.models.multitask import MultitaskModel
+from ubp_fast.models.near import NearModel, NearPart
+from ubp_fast.models.pair_scorer import PairScorer
+from ubp_fast.models.reduced_rank import ReducedRankModel
+from ubp_fast.models.stacking import JoinedBlocks, StackingModel
+from ubp_fast.models.training import embed
+from ubp_fast.profiler.recipe import Recipe
+from ubp_fast.profiles.blocks import Part
+from ubp_fast.sequences import ViewLoader, Views, views_at
+from ubp_fast.store.event_store import EventStore
+from ubp_fast.store.in_memory import MemoryStore, Vocabulary
+
+NETWORKS = ("contrastive", "multitask")
+OWN_BLOCKS = ("aggregated", "decayed", "static")
+# Falls slower than the singular values, for distances in which the first directions are not alone.
+GRADING = 0.75
+# Directions that near vectors look at, and what each of their parts counts.
+NEAR_DIRECTIONS = 200
+NEAR_WEIGHTS = {"graded": 1.0, "level": 0.5, "scores": 1.0, "own": 0.3, "rhythm": 0.3}
+Block = np.ndarray | Features
+Made = Callable[[str], Block]
+
+
+class Network(NamedTuple):
+    """A trained model of histories.
+
+    Attributes:
+        model: it.
+        sizes: of its tables.
+        scaler: of its static features, None without any.
+        outputs: labels of each of its tasks, None without any.
+    """
+
+    model: ContrastiveModel | MultitaskModel
+    sizes: EventSizes
+    scaler: MinMaxScaler | None = None
+    outputs: Mapping[str, int] | None = None
+
+    def vectors(self, store: EventStore, cutoff_s: int, static: np.ndarray | None) -> np.ndarray:
+        """Float32 [U, E] of the relevant clients of a store; static features float32 [U, 46] where the model has any.
+
+        Client by client in one thread: kernels order their sums by the shape of a batch and the number of threads.
+        """
+        features = None if self.scaler is None or static is None else self.scaler.transform(static)
+        views = views_at(store, [cutoff_s])
+        length = self.model.config.history_length
+        return each_alone(self.model, ViewLoader(store, views, batch_size=1, history_length=length, features=features))
+
+
+def each_alone(model: torch.nn.Module, loader: ViewLoader) -> np.ndarray:
+    """`embed` in one thread, of a loader that gives one view at a time: a row depends on its own view alone."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return embed(model, loader)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Everything that was learned from the events before a cutoff.
+
+    Attributes:
+        recipe: the configuration.
+        cutoff_s: what lies before it was learned from.
+        windows: past windows whose labels the joining models learned.
+        vocabulary: ids and products of the store.
+        lists: label lists.
+        popular: kind -> lists of frequent values.
+        taste_weights: see `fit_tastes`; None where no block needs them.
+        networks: name -> trained model.
+        scorer: scores pairs of clients and labels; None where no block needs it.
+        strong: makes the strong columns.
+        graded: makes the graded directions and ranks the features; None where no block needs it.
+        near: shortens near vectors; None where no block needs it.
+    """
+
+    recipe: Recipe
+    cutoff_s: int
+    windows: int
+    vocabulary: Vocabulary
+    lists: LabelLists
+    popular: Mapping[str, PopularLists]
+    taste_weights: np.ndarray | None
+    networks: Mapping[str, Network]
+    scorer: PairScorer | None
+    strong: ReducedRankModel | StackingModel
+    graded: ReducedRankModel | None
+    near: NearModel | None = None
+
+
+def own_blocks(recipe: Recipe) -> tuple[str, ...]:
+    """Features that the profile holds themselves, and that its graded directions are made of."""
+    if not recipe.layout.own and not recipe.layout.graded and not recipe.layout.near:
+        return ()
+    return OWN_BLOCKS if recipe.rich is None else (*OWN_BLOCKS, "rich")
+
+
+def graded_blocks(recipe: Recipe) -> tuple[str, ...]:
+    """What the graded directions are made of."""
+    own = own_blocks(recipe)
+    return (*own, "scores") if own and recipe.layout.scores else own
+
+
+def graded_rank(recipe: Recipe) -> int:
+    """Directions that are fitted: those of the graded block, and those that near vectors look at."""
+    return max(recipe.layout.directions, NEAR_DIRECTIONS) if recipe.layout.near else recipe.layout.directions
+
+
+class Blocks:
+    """Features and vectors of the relevant clients of a store at a moment, each made when it is asked for first.
+
+    Args:
+        fitted: what was learned.
+        store: of the clients; in the ids of the vocabulary.
+        cutoff_s: the moment.
+        day: knows what stands for what a client lacks, or learns it from these clients.
+        directory: for matrices that do not fit into memory.
+    """
+
+    def __init__(
+        self, fitted: Fitted, store: MemoryStore, cutoff_s: int, day: DayStatistics, directory: Path | None = None
+    ) -> None:
+        self._fitted, self._store, self._cutoff_s = fitted, store, cutoff_s
+        self._day, self._directory = day, directory
+        self._made: dict[str, Block] = {}
+
+    def __call__(self, name: str) -> Block:
+        if name not in self._made:
+            self._made[name] = self._make(name)
+        return self._made[name]
+
+    def _make(self, name: str) -> Block:
+        fitted, recipe, store, cutoff_s = self._fitted, self._fitted.recipe, self._store, self._cutoff_s
+        folder = None if self._directory is None else self._directory / name
+        if name in fitted.networks:
+            network = fitted.networks[name]
+            static = None if network.scaler is None else self._features("static").rows(slice(None))
+            return network.vectors(store, cutoff_s, static)
+        if name == "static":
+            return static_features(store, cutoff_s, folder)
+        if name == "aggregated":
+            return aggregated_features(store, cutoff_s, recipe.aggregated, directory=folder, lists=fitted.popular)
+        if name == "decayed":
+            return decayed_features(store, cutoff_s, fitted.lists, recipe.decayed, folder)
+        if name == "tastes":
+            assert fitted.taste_weights is not None
+            weights = fitted.taste_weights[:, store.embedding_rows("sku", np.arange(store.num_skus))]
+            return taste_features(store, cutoff_s, recipe.tastes, folder, weights)
+        if name == "scores":
+            assert fitted.scorer is not None
+            return fitted.scorer.transform(store, cutoff_s, folder, self._day)
+        config = recipe.rhythm if name == "rhythm" else recipe.rich
+        return rich_features(store, cutoff_s, fitted.lists, config, folder, self._day, name)
+
+    def _features(self, name: str) -> Features:
+        found = self(name)
+        assert not isinstance(found, np.ndarray)
+        return found
+
+
+def joined(made: Made, names: tuple[str, ...], unit_length: bool) -> JoinedBlocks:
+    """Some blocks side by side; counts as logarithms."""
+    blocks = [made(name) for name in names]
+    return JoinedBlocks([blocks], [name == "aggregated" for name in names], unit_length)
+
+
+def parts_of(fitted: Fitted, made: Made, day: DayStatistics, blocks: tuple[str, ...] | None = None) -> list[Part]:
+    """The parts of the vectors of some clients, from left to right.
+
+    Args:
+        fitted: what was learned.
+        made: name -> features or vectors of the clients.
+        day: statistics of the day.
+        blocks: names of the wanted ones, all when None.
+    """
+    layout = fitted.recipe.layout
+    makers = {
+        "strong": _strong,
+        "graded": _graded,
+        "near": _near,
+        "scores": _as_it_is,
+        "own": _own,
+        "tastes": _as_it_is,
+        "rhythm": _as_it_is,
+        "learned": _learned,
+    }
+    wanted = [
+        name for name in makers if (name == "strong" or getattr(layout, name)) and (blocks is None or name in blocks)
+    ]
+    return [part for name in wanted for part in makers[name](fitted, made, day, name)]
+
+
+def _strong(fitted: Fitted, made: Made, day: DayStatistics, name: str) -> list[Part]:
+    inputs = joined(made, fitted.recipe.joined, unit_length=True)
+    if isinstance(fitted.strong, ReducedRankModel):
+        vectors = fitted.strong.transform(inputs, day.moments("strong.inputs", inputs))
+        vectors[:, -1] = fitted.recipe.layout.constant
+        columns = [*(f"direction_{column}" for column in range(vectors.shape[1] - 1)), "constant"]
+    else:
+        views = Views(np.arange(len(inputs)), np.full(len(inputs), fitted.cutoff_s))
+        vectors = each_alone(fitted.strong, ViewLoader(None, views, batch_size=1, features=inputs))
+        columns = [f"activation_{column}" for column in range(vectors.shape[1])]
+    what = "what says most about the next two weeks"
+    return [Part(name, vectors, columns, None, what, _source(fitted, fitted.recipe.joined))]
+
+
+def _graded(fitted: Fitted, made: Made, day: DayStatistics, name: str) -> list[Part]:
+    assert fitted.graded is not None
+    layout = fitted.recipe.layout
+    directions, share = _directions(fitted, made, day)
+    directions, share = directions[:, : layout.directions], share[: layout.directions]
+    columns = [f"direction_{column}" for column in range(directions.shape[1])]
+    scale = tuple((layout.graded * share).tolist())
+    what = "what says most next, as large as it says"
+    return [Part(name, directions, columns, scale, what, _source(fitted, graded_blocks(fitted.recipe)))]
+
+
+def _directions(fitted: Fitted, made: Made, day: DayStatistics) -> tuple[np.ndarray, np.ndarray]:
+    """All graded directions float32 [N, R], deviation 1, and how large each shall be, of the first one."""
+    assert fitted.graded is not None
+    inputs = joined(made, graded_blocks(fitted.recipe), unit_length=False)
+    directions = fitted.graded.transform(inputs, day.moments("graded.inputs", inputs))[:, :-1]
+    return directions, (fitted.graded.singular_values / fitted.graded.singular_values[0]) ** GRADING
+
+
+def near_parts(fitted: Fitted, made: Made, day: DayStatistics) -> list[NearPart]:
+    """What near vectors are made of."""
+    directions, share = _directions(fitted, made, day)
+    # Lengths are lost in angles: how far a client goes along the first direction becomes an angle to a one.
+    level = np.stack([directions[:, 0], np.ones(len(directions), np.float32)], axis=1)
+    parts = [
+        NearPart(directions, np.zeros(directions.shape[1]), 1 / share, NEAR_WEIGHTS["graded"]),
+        NearPart(level, np.zeros(2), np.ones(2), NEAR_WEIGHTS["level"]),
+    ]
+    layout = fitted.recipe.layout
+    sets = {"scores": ("scores",), "own": own_blocks(fitted.recipe), "rhythm": ("rhythm",)}
+    for name, names in sets.items():
+        if getattr(layout, name):
+            values = joined(made, names, unit_length=False)
+            parts.append(NearPart(values, *day.moments(name, values), NEAR_WEIGHTS[name]))
+    return parts
+
+
+def _near(fitted: Fitted, made: Made, day: DayStatistics, name: str) -> list[Part]:
+    assert fitted.near is not None
+    vectors = fitted.near.transform(near_parts(fitted, made, day)) * np.float32(fitted.recipe.layout.near)
+    columns = [f"near_{column}" for column in range(vectors.shape[1])]
+    what = "unit vectors whose cosine says who is alike"
+    return [Part(name, vectors, columns, None, what, "graded, scores, own, rhythm")]
+
+
+def _own(fitted: Fitted, made: Made, day: DayStatistics, name: str) -> list[Part]:
+    assert fitted.graded is not None
+    names = own_blocks(fitted.recipe)
+    columns = [f"{block}.{column}" for block in names for column in column_names(made(block))]
+    values, scale = joined(made, names, unit_length=False), fitted.recipe.layout.own
+    importance = fitted.graded.importance[: len(columns)]
+    return [Part(name, values, columns, scale, "the features", ", ".join(names), importance)]
+
+
+def _as_it_is(fitted: Fitted, made: Made, day: DayStatistics, name: str) -> list[Part]:
+    what, source = {
+        "scores": ("log odds that each listed label is bought", "own counts, recency, popularity; past windows"),
+        "tastes": ("factors of all items", "decayed counts of every item"),
+        "rhythm": ("when, how often, how much at once, at what price, how much of it new", "times, items and prices"),
+    }[name]
+    scale: float = getattr(fitted.recipe.layout, name)
+    return [Part(name, joined(made, (name,), unit_length=False), column_names(made(name)), scale, what, source)]
+
+
+def _learned(fitted: Fitted, made: Made, day: DayStatistics, name: str) -> list[Part]:
+    names = tuple(network for network in fitted.recipe.joined if network in NETWORKS)
+    if not names:
+        return []
+    columns = [f"{network}.{column}" for network in names for column in column_names(made(network))]
+    values, scale = joined(made, names, unit_length=False), fitted.recipe.layout.learned
+    return [Part(name, values, columns, scale, "vectors of the trained models", ", ".join(names))]
+
+
+def column_names(block: Block) -> list[str]:
+    """Names of a block's columns; a network's vectors are numbered."""
+    return list(map(str, range(block.shape[1]))) if isinstance(block, np.ndarray) else list(block.names)
+
+
+def _source(fitted: Fitted, names: tuple[str, ...]) -> str:
+    return f"{', '.join(names)}; labels of {fitted.windows} past windows"

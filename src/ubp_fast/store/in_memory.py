@@ -1,0 +1,297 @@
+"""Histories of some clients in memory, in the ids of a store that exists already.
+
+    frames or a store -> Histories -> of a block of clients: MemoryStore, which features and models read like any other
+
+A `MemoryStore` numbers the items of its own events only, so it costs what these cost, whatever the size of the
+catalogue. Categories and prices have the dense ids of the vocabulary; skus and urls have places in it
+(`embedding_rows`), the id "unknown" where it does not hold them. A sku that it does not hold is an item of its own
+still, with whatever is known of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from ubp_fast.events.read import EventBatch
+from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, NUM_CODES, SKU_KINDS
+from ubp_fast.store.event_store import TIMELINE, EventStore, ProductColumns
+from ubp_fast.store.ids import KnownIds
+from ubp_fast.store.spill import narrowest
+from ubp_fast.store.vocabulary import FIRST_ID, UNKNOWN
+
+ARRAYS = ("category_ids", "url_ids", *(f"products.{name}" for name in ProductColumns._fields))
+NUMBERS = ("first_timestamp_s", "num_prices", "kinds")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a store knows beyond single clients: its ids, its products, its kinds and when it begins.
+
+    Attributes:
+        arrays: the columns of the store that `ARRAYS` names.
+        numbers: what `NUMBERS` names of its header.
+    """
+
+    arrays: Mapping[str, np.ndarray]
+    numbers: Mapping[str, object]
+
+    @classmethod
+    def of(cls, store: EventStore) -> Vocabulary:
+        """That of a store."""
+        products = {f"products.{name}": column for name, column in store.products._asdict().items()}
+        arrays = {"category_ids": store.category_ids, "url_ids": store.url_ids, **products}
+        return cls({name: np.asarray(arrays[name]) for name in ARRAYS}, {name: store.header[name] for name in NUMBERS})
+
+    @cached_property
+    def skus(self) -> KnownIds:
+        return KnownIds(self.arrays["products.sku_id"][FIRST_ID:])
+
+    @cached_property
+    def urls(self) -> KnownIds:
+        return KnownIds(self.arrays["url_ids"][FIRST_ID:])
+
+    @cached_property
+    def categories(self) -> KnownIds:
+        return KnownIds(self.arrays["category_ids"][FIRST_ID:])
+
+
+class MemoryStore(EventStore):
+    """A store whose columns lie in memory; `memory_store` makes it.
+
+    Args:
+        header: as of a store.
+        columns: name -> array, as the files of a store.
+        rows: "sku" and "url" -> place in the vocabulary of every dense id, i64.
+    """
+
+    def __init__(
+        self, header: dict[str, object], columns: Mapping[str, np.ndarray], rows: Mapping[str, np.ndarray]
+    ) -> None:
+        super().__init__(Path("memory"), header)
+        self.__dict__.update(_columns=columns, _rows=rows)
+
+    def _column(self, name: str) -> np.ndarray:
+        return self.__dict__["_columns"][name]
+
+    def embedding_rows(self, column: str, ids: np.ndarray) -> np.ndarray:
+        return self.__dict__["_rows"][column][ids]
+
+
+@dataclass(frozen=True)
+class Histories:
+    """Events of clients, client by client, ascending in time.
+
+    Attributes:
+        client_ids: i64 [U], ascending.
+        kinds: kind -> offsets i64 [U + 1], timestamp_s [N], items [N] or codes [N, 16], and the original id of each
+            item, None where items are original ids.
+        products: sku, category, price (bucket), name (codes) of skus that a vocabulary may not hold; null is unknown.
+    """
+
+    client_ids: np.ndarray
+    kinds: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]]
+    products: pl.DataFrame | None = None
+
+    @classmethod
+    def of_store(cls, store: EventStore, products: pl.DataFrame | None = None) -> Histories:
+        """What a store holds of its relevant and other clients."""
+        originals = {"sku": np.asarray(store.sku_ids), "url": np.asarray(store.url_ids), "query": None}
+        kinds = {}
+        for kind in store.kinds:
+            offsets, timestamp_s, item, codes = store.kind(kind)
+            values = codes if item is None else item
+            assert values is not None
+            kinds[kind] = (offsets, timestamp_s, values, originals[ITEM_COLUMN[kind]])
+        return cls(np.asarray(store.client_ids), kinds, products)
+
+    @classmethod
+    def of_events(cls, events: Mapping[str, EventBatch], products: pl.DataFrame | None = None) -> Histories:
+        """Events in any order; those of one client and second keep theirs."""
+        clients = np.unique(np.concatenate([np.zeros(0, np.int64), *(batch.client_id for batch in events.values())]))
+        kinds = {}
+        for kind, (client_id, timestamp_s, item) in events.items():
+            order = np.lexsort((timestamp_s, client_id))
+            offsets = np.searchsorted(client_id[order], np.append(clients, np.iinfo(np.int64).max))
+            kinds[kind] = (offsets, timestamp_s[order], item[order], None)
+        return cls(clients, kinds, products)
+
+    @property
+    def last_s(self) -> int:
+        """Second of the newest event; 0 without any."""
+        return max((int(times.max()) for _, times, _, _ in self.kinds.values() if len(times)), default=0)
+
+    def merged(self, later: Histories) -> Histories:
+        """With further events; those of one client and second come after the ones that are here."""
+        clients = np.union1d(self.client_ids, later.client_ids)
+        kinds = {}
+        for kind in EVENT_KINDS:
+            if kind in self.kinds or kind in later.kinds:
+                (before, *old), (after, *new) = (one.of_clients(clients, kind) for one in (self, later))
+                offsets = before + after
+                client = [np.repeat(np.arange(len(clients)), np.diff(bounds)) for bounds in (before, after)]
+                # An old row moves by the new ones of earlier clients, a new one by the old ones up to its client's.
+                place = [np.arange(len(old[0])) + after[client[0]], np.arange(len(new[0])) + before[client[1] + 1]]
+                columns = []
+                for values, more in zip(old, new, strict=True):
+                    column = np.empty((len(values) + len(more), *values.shape[1:]), np.result_type(values, more))
+                    column[place[0]], column[place[1]] = values, more
+                    columns.append(column)
+                owner = np.repeat(np.arange(len(clients)), np.diff(offsets))
+                if ((np.diff(columns[0]) < 0) & (owner[1:] == owner[:-1])).any():
+                    order = np.lexsort((columns[0], owner))
+                    columns = [column[order] for column in columns]
+                kinds[kind] = (offsets, *columns, None)
+        tables = [one.products for one in (self, later) if one.products is not None]
+        products = tables[0] if len(tables) == 1 else None
+        if len(tables) == 2:
+            first = [pl.col(name).drop_nulls().first() for name in tables[0].columns if name != "sku"]
+            products = pl.concat(tables).group_by("sku", maintain_order=True).agg(first)
+        return Histories(clients, kinds, products)
+
+    def digest_into(self, update: Callable[[bytes], object]) -> None:
+        """Gives all bytes to a hash."""
+        update(np.ascontiguousarray(self.client_ids).tobytes())
+        for kind, arrays in self.kinds.items():
+            update(kind.encode())
+            for array in arrays:
+                if array is not None:
+                    update(np.ascontiguousarray(array).tobytes())
+        if self.products is not None:
+            for series in self.products:
+                update(np.ascontiguousarray(series.to_numpy()).tobytes())
+
+    def of_clients(self, client_ids: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Offsets i64 [N + 1], times and original items (or codes) of some clients, in their order."""
+        if kind not in self.kinds:
+            item = np.zeros((0, NUM_CODES), np.uint8) if ITEM_COLUMN[kind] == "query" else np.zeros(0, np.int64)
+            return np.zeros(len(client_ids) + 1, np.int64), np.zeros(0, np.int64), item
+        offsets, timestamp_s, item, originals = self.kinds[kind]
+        place = np.searchsorted(self.client_ids, client_ids)
+        found = place < len(self.client_ids)
+        found[found] = self.client_ids[place[found]] == client_ids[found]
+        start, end = np.zeros((2, len(client_ids)), np.int64)
+        start[found], end[found] = offsets[place[found]], offsets[place[found] + 1]
+        bounds = np.concatenate((np.zeros(1, np.int64), np.cumsum(end - start)))
+        rows = np.arange(bounds[-1]) + np.repeat(start - bounds[:-1], end - start)
+        values = np.asarray(item[rows])
+        return bounds, np.asarray(timestamp_s[rows]), values if originals is None else originals[values]
+
+
+def memory_store(histories: Histories, client_ids: np.ndarray, cutoff_s: int, vocabulary: Vocabulary) -> MemoryStore:
+    """The store of some clients' events before a cutoff.
+
+    Kinds that the vocabulary does not have are left out: nothing has learned from them.
+
+    Args:
+        histories: of any clients; one who is not there has no events.
+        client_ids: i64 [U], each once, ascending.
+        cutoff_s: seconds since 1970 UTC.
+        vocabulary: whose ids are used.
+    """
+    kinds: tuple[str, ...] = tuple(vocabulary.numbers["kinds"])  # type: ignore[arg-type]
+    first_s = int(vocabulary.numbers["first_timestamp_s"])  # type: ignore[call-overload]
+    read = {}
+    for kind in EVENT_KINDS:
+        bounds, timestamp_s, item = histories.of_clients(client_ids if kind in kinds else client_ids[:0], kind)
+        if kind not in kinds:
+            bounds = np.zeros(len(client_ids) + 1, np.int64)
+        read[kind] = _before(bounds, timestamp_s, item, cutoff_s)
+    first_event_s = min([first_s, *(int(times.min()) for _, times, _ in read.values() if len(times))])
+    dtype = narrowest(first_event_s, cutoff_s)
+    columns: dict[str, np.ndarray] = {"client_ids": client_ids, "is_relevant": np.ones(len(client_ids), bool)}
+    sku_rows, products = _products([read[kind][2] for kind in SKU_KINDS], histories.products, vocabulary)
+    url_rows, urls = _numbered(vocabulary.urls.find(read["page_visit"][2]) + FIRST_ID)
+    by_id = np.argsort(products["products.sku_id"][FIRST_ID:])
+    sku_ids = products["products.sku_id"][FIRST_ID:][by_id]
+    for kind, (offsets, timestamp_s, item) in read.items():
+        columns |= {f"{kind}.offsets": offsets, f"{kind}.timestamp_s": timestamp_s.astype(dtype)}
+        if kind in SKU_KINDS:
+            columns[f"{kind}.item"] = (by_id[np.searchsorted(sku_ids, item)] + FIRST_ID).astype(np.int32)
+        elif kind == "page_visit":
+            columns[f"{kind}.item"] = urls
+        else:
+            columns[f"{kind}.codes"] = item
+    url_ids = vocabulary.arrays["url_ids"][url_rows]
+    url_ids[:FIRST_ID] = -1
+    columns |= products | _timeline(columns, dtype)
+    columns |= {"url_ids": url_ids, "category_ids": vocabulary.arrays["category_ids"]}
+    header = {
+        "num_clients": len(client_ids),
+        "cutoff_s": cutoff_s,
+        "first_timestamp_s": first_s,
+        "kinds": list(kinds),
+        "num_skus": len(sku_rows),
+        "num_urls": len(url_rows),
+        "num_categories": len(columns["category_ids"]),
+        "num_prices": vocabulary.numbers["num_prices"],
+    }
+    return MemoryStore(header, columns, {"sku": sku_rows, "url": url_rows})
+
+
+def _before(
+    offsets: np.ndarray, timestamp_s: np.ndarray, item: np.ndarray, cutoff_s: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Without the events at and after the cutoff."""
+    kept = timestamp_s < cutoff_s
+    if kept.all():
+        return offsets, timestamp_s, item
+    return np.concatenate((np.zeros(1, np.int64), np.cumsum(kept)))[offsets], timestamp_s[kept], item[kept]
+
+
+def _numbered(place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Places in the vocabulary of the dense ids 0, 1, 2, ...; and the dense id i32 [N] of each place."""
+    known, numbers = np.unique(place, return_inverse=True)
+    is_real = known >= FIRST_ID
+    dense = np.where(is_real, np.cumsum(is_real) + FIRST_ID - 1, UNKNOWN)
+    return np.concatenate((np.arange(FIRST_ID), known[is_real])), dense[numbers].astype(np.int32)
+
+
+def _products(
+    skus: list[np.ndarray], described: pl.DataFrame | None, vocabulary: Vocabulary
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Place in the vocabulary of every dense sku, and their product table: known ones first, then the others."""
+    arrays = vocabulary.arrays
+    ids = np.unique(np.concatenate([np.zeros(0, np.int64), *skus]))
+    place = vocabulary.skus.find(ids)
+    known, others = place[place >= 0].astype(np.int64) + FIRST_ID, ids[place < 0]
+    rows = np.concatenate((np.arange(FIRST_ID), known, np.full(len(others), UNKNOWN)))
+    products = {f"products.{name}": arrays[f"products.{name}"][rows] for name in ProductColumns._fields}
+    if len(others):
+        new = slice(FIRST_ID + len(known), None)
+        products["products.sku_id"][new] = others
+        if described is not None and len(described):
+            _describe({name: column[new] for name, column in products.items()}, described, vocabulary)
+    return rows, products
+
+
+def _describe(products: dict[str, np.ndarray], described: pl.DataFrame, vocabulary: Vocabulary) -> None:
+    """Fills in what is known of skus that the vocabulary does not hold; unknown categories stay unknown."""
+    wanted = pl.DataFrame({"sku": products["products.sku_id"]})
+    found = wanted.join(described, on="sku", how="left", maintain_order="left")
+    category, price, name = (found[column].drop_nulls() for column in ("category", "price", "name"))
+    has = {column: found[column].is_not_null().to_numpy() for column in ("category", "price", "name")}
+    place = vocabulary.categories.find(category.to_numpy().astype(np.int64))
+    products["products.category"][has["category"]] = np.where(place >= 0, place + FIRST_ID, UNKNOWN)
+    highest: int = vocabulary.numbers["num_prices"] - 1  # type: ignore[operator]
+    products["products.price"][has["price"]] = np.minimum(price.to_numpy() + FIRST_ID, highest)
+    if len(name):
+        products["products.name"][has["name"]] = name.to_numpy()
+
+
+def _timeline(columns: Mapping[str, np.ndarray], dtype: type[np.signedinteger]) -> dict[str, np.ndarray]:
+    """All kinds by client and time; ties in the order of EVENT_KINDS, then of rows."""
+    offsets = np.sum([columns[f"{kind}.offsets"] for kind in EVENT_KINDS], axis=0)
+    counts = [np.diff(columns[f"{kind}.offsets"]) for kind in EVENT_KINDS]
+    client = np.concatenate([np.repeat(np.arange(len(count)), count) for count in counts])
+    times = np.concatenate([columns[f"{kind}.timestamp_s"] for kind in EVENT_KINDS])
+    kind = np.repeat(np.arange(1, len(EVENT_KINDS) + 1, dtype=np.uint8), [int(count.sum()) for count in counts])
+    row = np.concatenate([np.arange(int(count.sum())) for count in counts])
+    order = np.lexsort((times, client))
+    merged = {"offsets": offsets, "timestamp_s": times[order].astype(dtype), "kind": kind[order], "row": row[order]}
+    return {f"{TIMELINE}.{name}": column for name, column in merged.items()}

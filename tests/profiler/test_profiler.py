@@ -1,0 +1,285 @@
+"""A run's model embeds the run's own events to the run's own bytes, and any others to something sensible."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from support.runs import ALL_BLOCKS, NETWORK, run_tiny
+
+from ubp_fast.events.read import EventDirectory
+from ubp_fast.events.schema import DataError, UserError
+from ubp_fast.profiler import Profiler
+from ubp_fast.profiles import Profiles
+
+SHOP = ("data=synthetic", "data.clients=200", "data.skus=60", "data.urls=80", "stages=[profiles]")
+DAY_S = 86_400
+
+
+@pytest.fixture(
+    scope="module", params=[("features=rich", ALL_BLOCKS), (*NETWORK, ALL_BLOCKS)], ids=["closed", "network"]
+)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    code, made, printed = run_tiny(tmp_path_factory.mktemp("run"), *SHOP, *request.param)
+    assert code == 0, printed
+    return made
+
+
+@pytest.fixture(scope="module")
+def table_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pl.DataFrame]:
+    """A shop whose ids are all text."""
+    folder = tmp_path_factory.mktemp("table")
+    frame = text_events()
+    frame.write_parquet(folder / "events.parquet")
+    code, made, printed = run_tiny(folder / "runs", *TABLE, f"data.path={folder / 'events.parquet'}")
+    assert code == 0, printed
+    return made, frame
+
+
+TABLE = (
+    "data=table",
+    "data.client_column=customer",
+    "data.timestamp_column=time",
+    "data.kind_column=event",
+    "data.kinds={order: product_buy, view: page_visit, find: search_query}",
+    "data.sku_column=article",
+    "data.url_column=article",
+    "data.query_column=text",
+    "data.category_column=department",
+    "data.price_column=price",
+    "data.name_column=text",
+    "stages=[profiles]",
+)
+
+
+def text_events() -> pl.DataFrame:
+    state = np.random.default_rng(3)
+    count = 4_000
+    article = state.integers(0, 40, count)
+    kind = state.choice(["order", "view", "find"], count)
+    clients = [str(uuid.UUID(int=int(client) + 7)) for client in state.integers(0, 80, count)]
+    seconds = np.sort(state.integers(1_660_000_000, 1_660_000_000 + 110 * DAY_S, count))
+    return pl.DataFrame(
+        {
+            "customer": clients,
+            "time": pl.Series(seconds * 1_000_000).cast(pl.Datetime("us", "UTC")).dt.convert_time_zone("Asia/Tokyo"),
+            "event": kind,
+            "article": [f"A{number}" for number in article],
+            "department": [f"D{number % 7}" for number in article],
+            "price": 1.5 + article,
+            "text": [f"red shoe {number}" for number in article],
+        }
+    )
+
+
+def whole(run: Path) -> Profiles:
+    return Profiles.load(run / "profiles")
+
+
+def same(found: Profiles, wanted: Profiles, rows: np.ndarray | slice = slice(None)) -> bool:
+    return found.embeddings.tobytes() == np.ascontiguousarray(wanted.embeddings[rows]).tobytes()
+
+
+def cutoff_s(run: Path) -> int:
+    return EventDirectory.open(run / "stages" / "events").split.input_end_s
+
+
+def test_all_clients_have_the_bytes_of_the_run(run: Path) -> None:
+    found = Profiler.load(run).embed(run / "stages" / "events", cutoff_s(run))
+    assert np.array_equal(found.client_ids, whole(run).client_ids)
+    assert same(found, whole(run))
+    assert found.layout == whole(run).layout
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_neighbours_and_threads_change_nothing(run: Path, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted, state = whole(run), np.random.default_rng(0)
+    monkeypatch.setattr("ubp_fast.profiler.profiler.CLIENTS_AT_ONCE", 37)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for count in (1, 2, 5, 90):
+            rows = state.permutation(wanted.num_clients)[:count]
+            found = Profiler.load(run).embed(run / "stages" / "events", cutoff_s(run), wanted.client_ids[rows])
+            assert np.array_equal(found.client_ids, wanted.client_ids[rows])
+            assert same(found, wanted, rows)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_moved_copy_works_in_a_new_process(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "model", tmp_path / "copy")
+    text = (
+        "import numpy as np, sys; from ubp_fast.profiler import Profiler;"
+        f"found = Profiler.load(sys.argv[1]).embed(sys.argv[2], {cutoff_s(run)}, [{whole(run).client_ids[3]}]);"
+        "np.save(sys.argv[3], found.embeddings)"
+    )
+    arguments = [str(tmp_path / "copy"), str(run / "stages" / "events"), str(tmp_path / "one.npy")]
+    subprocess.run([sys.executable, "-c", text, *arguments], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert np.load(tmp_path / "one.npy").tobytes() == whole(run).embeddings[3].tobytes()
+
+
+def test_some_blocks_are_the_columns_of_all(run: Path) -> None:
+    events = run / "stages" / "events"
+    found = Profiler.load(run).embed(events, cutoff_s(run), blocks=["tastes", "strong"])
+    wanted = whole(run).select("strong", "tastes")
+    assert same(found, wanted) and found.layout == wanted.layout
+    with pytest.raises(UserError, match="blocks must be among"):
+        Profiler.load(run).embed(events, cutoff_s(run), blocks=["taste"])
+
+
+def test_nothing_from_the_moment_on_is_seen(run: Path) -> None:
+    events = EventDirectory.open(run / "stages" / "events")
+    moment, state = cutoff_s(run) + 9 * DAY_S, np.random.default_rng(5)
+    names = {"sku": "sku", "url": "url", "query": "query"}
+    tables, changed, count = {}, {}, 0
+    for kind in events.kinds:
+        frame = events.frame(kind).rename({"timestamp_s": "timestamp"})
+        past, later = frame.filter(pl.col("timestamp") < moment), frame.filter(pl.col("timestamp") >= moment)
+        item = next(name for name in names if name in frame.columns)
+        count += len(later)
+        tables[kind] = frame
+        changed[kind] = pl.concat([later.with_columns(pl.col(item).reverse(), pl.col("client_id") + 1), past])
+    assert count > 500
+    profiler = Profiler.load(run)
+    ids = state.permutation(whole(run).client_ids)[:60]
+    before = profiler.embed(tables, moment, ids)
+    assert same(profiler.embed(changed, moment, ids), before)
+    assert not same(profiler.embed(tables, moment + 5 * DAY_S, ids), before), "the days behind it count later"
+
+
+def test_own_ids_of_a_text_shop(table_run: tuple[Path, pl.DataFrame]) -> None:
+    run, frame = table_run
+    wanted = whole(run)
+    names = pl.read_parquet(run / "stages" / "events" / "maps" / "client_id.parquet")
+    own = pl.DataFrame({"id": wanted.client_ids}).join(names, on="id", how="left", maintain_order="left")["value"]
+    profiler, moment = Profiler.load(run), cutoff_s(run)
+    assert same(profiler.embed(frame, moment, own), wanted)
+    shuffled = frame.sample(fraction=1.0, shuffle=True, seed=1).sort("time", maintain_order=True)
+    later = profiler.embed(shuffled, moment)
+    assert later.own_ids is not None and later.own_ids.to_list() == sorted(own.to_list())
+    one = profiler.embed(frame.filter(pl.col("customer") == own[4]), moment, [own[4], "nobody"])
+    assert one.embeddings[0].tobytes() == wanted.embeddings[4].tobytes()
+    assert np.isfinite(one.embeddings[1]).all()
+
+
+def test_pandas_arrow_and_files_are_the_same(table_run: tuple[Path, pl.DataFrame], tmp_path: Path) -> None:
+    run, frame = table_run
+    profiler, moment = Profiler.load(run), "2022-11-20 12:00:00"
+    wanted = profiler.embed(frame, moment)
+    pandas = pytest.importorskip("pandas")
+    local = frame.with_columns(pl.col("time").dt.convert_time_zone("UTC").dt.strftime("%Y-%m-%d %H:%M:%S"))
+    local.write_csv(tmp_path / "events.csv")
+    assert same(profiler.embed(tmp_path / "events.csv", moment), wanted)
+    shop = pandas.DataFrame(local.to_dict(as_series=False))
+    shop["customer"] = [uuid.UUID(text) for text in shop["customer"]]
+    assert same(profiler.embed(shop, moment), wanted)
+
+
+def test_what_is_known_of_a_new_item_counts(table_run: tuple[Path, pl.DataFrame]) -> None:
+    run, frame = table_run
+    profiler, client = Profiler.load(run), frame["customer"][0]
+    order = frame.filter((pl.col("event") == "order") & (pl.col("customer") == client)).tail(1)
+    history = frame.filter(pl.col("customer") == client)
+    again = order.with_columns(pl.col("time") + pl.duration(hours=3))
+
+    def with_order(**columns: str) -> np.ndarray:
+        new = again.with_columns(**{name: pl.lit(value) for name, value in columns.items()})
+        return profiler.embed(pl.concat([history, new]), "2022-12-20", [client]).embeddings
+
+    unknown, known = with_order(article="NEW", department="NEVER"), with_order(article="NEW", department="D3")
+    assert not np.array_equal(unknown, known), "its department is one of the run's"
+    assert np.array_equal(with_order(article="OTHER", department="D3"), known), "its own name is nothing yet"
+
+
+def test_empty_and_incomplete_tables(table_run: tuple[Path, pl.DataFrame]) -> None:
+    run, frame = table_run
+    profiler = Profiler.load(run)
+    nobody = profiler.embed(frame.head(0), "2022-12-01", ["a", "b"])
+    assert nobody.num_clients == 2 and np.array_equal(nobody.embeddings[0], nobody.embeddings[1])
+    assert profiler.embed(frame.head(0)).num_clients == 0
+    with pytest.raises(DataError, match="column 'time' must exist"):
+        profiler.embed(frame.drop("time"))
+    with pytest.raises(DataError, match="column 'event' must exist"):
+        profiler.embed(frame.drop("event"))
+    with pytest.raises(DataError, match="rows of kind search_query must have a column for 'query'"):
+        profiler.embed(frame.drop("text"))
+    bare = frame.filter(pl.col("event") == "order").drop("text", "price", "department")
+    assert np.isfinite(profiler.embed(bare).embeddings).all()
+    with pytest.raises(DataError, match="must hold text as in the run"):
+        profiler.embed(frame.with_columns(pl.lit(5).alias("article")))
+    with pytest.raises(UserError, match="ids must be String as in the events, got Int64"):
+        profiler.embed(frame, clients=[1, 2])
+    with pytest.raises(UserError, match="at: must be seconds"):
+        profiler.embed(frame, at=3.5)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="events: must be a polars"):
+        profiler.embed([1, 2, 3])
+
+
+def test_one_client_with_a_million_events(table_run: tuple[Path, pl.DataFrame]) -> None:
+    run, frame = table_run
+    many = frame.filter(pl.col("customer") == frame["customer"][0])
+    many = pl.concat([many] * (1_000_000 // len(many) + 1))
+    found = Profiler.load(run).embed(many)
+    assert found.num_clients == 1 and np.isfinite(found.embeddings).all()
+
+
+def test_damaged_models_are_refused_by_name(run: Path, tmp_path: Path) -> None:
+    def copied(name: str) -> Path:
+        return Path(shutil.copytree(run / "model", tmp_path / name))
+
+    with pytest.raises(DataError, match=r"bundle\.json"):
+        Profiler.load(tmp_path)
+    later = copied("later")
+    info = json.loads((later / "bundle.json").read_text())
+    (later / "bundle.json").write_text(json.dumps(info | {"format": info["format"] + 1}))
+    with pytest.raises(DataError, match="a newer version of ubp_fast"):
+        Profiler.load(later)
+    foreign = copied("foreign")
+    info["recipe"]["tastes"]["class"] = "Popen"
+    (foreign / "bundle.json").write_text(json.dumps(info))
+    with pytest.raises(DataError, match="configuration must be one of this version, got 'Popen'"):
+        Profiler.load(foreign)
+    (foreign / "bundle.json").write_text('{"format": 1}')
+    with pytest.raises(DataError, match="model must be complete"):
+        Profiler.load(foreign)
+    cut = copied("cut")
+    (cut / "strong.safetensors").write_bytes((cut / "strong.safetensors").read_bytes()[:-9])
+    with pytest.raises(DataError, match=r"strong\.safetensors: file must have \d+ bytes"):
+        Profiler.load(cut)
+    turned = copied("turned")
+    data = bytearray((turned / "vocabulary.safetensors").read_bytes())
+    data[-1] ^= 1
+    (turned / "vocabulary.safetensors").write_bytes(data)
+    with pytest.raises(DataError, match=r"vocabulary\.safetensors: file must be as the run wrote it"):
+        Profiler.load(turned)
+    missing = copied("missing")
+    (missing / "lists.safetensors").unlink()
+    with pytest.raises(DataError, match=r"lists\.safetensors: file must exist"):
+        Profiler.load(missing)
+
+
+@pytest.mark.parametrize("evaluation", ["default", "off"])
+def test_profiles_of_the_end_beside_the_backtest(evaluation: str, tmp_path: Path) -> None:
+    source = (*SHOP, f"evaluation={evaluation}")
+    code, made, printed = run_tiny(tmp_path / "end", *source, "profiles.at=end")
+    assert code == 0, printed
+    profiler = Profiler.load(made)
+    events = EventDirectory.open(made / "stages" / "events")
+    assert profiler.fitted.cutoff_s == events.last_s + 1 > events.split.end_s
+    latest = Profiles.load(made / "latest")
+    assert same(profiler.embed(events.path), latest) and profiler.embed(events.path).layout == latest.layout
+    assert (made / "profiles").exists() == (evaluation == "default")
+    if evaluation == "default":
+        code, alone, _ = run_tiny(tmp_path / "alone", *source)
+        assert code == 0
+        assert same(Profiles.load(made / "profiles"), Profiles.load(alone / "profiles")), "the backtest sees no more"

@@ -1,0 +1,115 @@
+"""The command line: every command does what its Python twin does, and tells of mistakes in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from support.runs import TINY
+
+from ubp_fast.cli import main
+from ubp_fast.events.schema import UserError
+from ubp_fast.profiles import Profiles
+
+SHOP = ("data=synthetic", "data.clients=200", "data.skus=60", "data.urls=80")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    code = main(
+        ["run", *TINY, *SHOP, f"root={root}", f"directory={root / 'shop'}", "evaluation=off", "profiles.at=end"]
+    )
+    assert code == 0
+    return root / "shop"
+
+
+def test_embed_gives_the_vectors_of_the_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    events = ["--events", str(run / "stages" / "events")]
+    assert main(["embed", str(run), *events, "--output", str(tmp_path / "today")]) == 0
+    assert "profiles of 200 clients" in capsys.readouterr().out
+    wanted = Profiles.load(run / "latest")
+    assert np.array_equal(Profiles.load(tmp_path / "today").embeddings, wanted.embeddings)
+    (tmp_path / "clients.txt").write_text("".join(f"{client}\n" for client in wanted.client_ids[[7, 3]]))
+    more = ["--clients", str(tmp_path / "clients.txt"), "--blocks", "strong", "--column-per-block"]
+    assert main(["embed", str(run), *events, *more, "--output", str(tmp_path / "two.parquet")]) == 0
+    table = pl.read_parquet(tmp_path / "two.parquet")
+    assert table.columns == ["client_id", "strong"]
+    assert table["client_id"].to_list() == wanted.client_ids[[7, 3]].tolist()
+    assert np.array_equal(pl.read_parquet(run / "latest.parquet")["client_id"].to_numpy(), wanted.client_ids)
+
+
+def test_validate_and_evaluate(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", str(run / "latest")]) == 0
+    assert "valid: 200 clients" in capsys.readouterr().out
+    data = [*TINY, *SHOP, f"root={tmp_path}", f"directory={tmp_path / 'scores'}"]
+    assert (
+        main(["evaluate", str(run / "latest"), "evaluation.common_clients=true", *data, "evaluation.readers=[linear]"])
+        == 0
+    )
+    assert (tmp_path / "scores" / "scores.json").exists()
+    assert main(["leaderboard", str(tmp_path / "scores"), "--reader", "linear"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["embed", "RUN", "--events", "nothing.csv", "--output", "OUT"], "nothing.csv: table must exist"),
+        (["embed", "nowhere", "--events", "x", "--output", "OUT"], "a model must hold a complete bundle.json"),
+        (["embed", "RUN", "--events", "RUN/stages/events", "--output", "OUT", "--at", "soon"], "must be a date-time"),
+        (["embed", "RUN", "--events", "RUN/stages/events", "--output", "OUT", "--blocks", "x"], "blocks must be among"),
+        (
+            ["embed", "RUN", "--events", "RUN/stages/events", "--output", "OUT", "--clients", "no.txt"],
+            "no.txt: file must",
+        ),
+        (["validate", "nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: list[str], message: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {"RUN": str(run), "RUN/stages/events": str(run / "stages" / "events"), "OUT": str(tmp_path / "out")}
+    assert main([places.get(argument, argument) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["validate", "somewhere", "--what"])
+    assert stop.value.code == 2 and "unknown arguments: --what" in capsys.readouterr().err
+
+
+def test_python_does_the_same(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import ubp_fast
+
+    settings = dict(setting.split("=", 1) for setting in (*TINY, *SHOP)) | {
+        "evaluation": "off",
+        "evaluation.tasks": ["churn"],
+        "profiles.at": "end",
+        "root": tmp_path / "it's here",
+        "directory": None,
+    }
+    made = ubp_fast.run(settings, quiet=True)
+    assert made.parent == tmp_path / "it's here" and capsys.readouterr().out == ""
+    found = ubp_fast.Profiler.load(made).embed(made / "stages" / "events")
+    assert np.array_equal(found.embeddings, ubp_fast.Profiles.load(run / "latest").embeddings)
+    with pytest.raises(UserError, match=r"Could not override 'data\.clinets'"):
+        ubp_fast.run(["data=synthetic", "data.clinets=5"])
+    with pytest.raises(UserError, match="got the text"):
+        ubp_fast.run("data=synthetic")
+    with pytest.raises(AttributeError, match="no attribute 'profiler_'"):
+        _ = ubp_fast.profiler_
+
+
+def test_inspect_says_what_a_file_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "orders.csv"
+    file.write_text("customer;bought at;article\n7;2024-01-31 10:00;3\n8;2024-02-01 11:00;4\n")
+    assert main(["inspect", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert "data.client_column=customer" in printed and "bought at" in printed
+    assert main(["inspect", str(tmp_path / "none.csv")]) == 2
+    assert "none.csv" in capsys.readouterr().err
