@@ -414,7 +414,8 @@ def _without_vector(file: str, rows: pl.DataFrame, input_end_s: int) -> list[str
     if not late:
         return []
     clients = "1 client comes" if late == 1 else f"{late} clients come"
-    return [f"{file}: {clients} first at or after {utc_text(input_end_s)}, the moment of the profiles: no vector"]
+    moment = f"{utc_text(input_end_s)}, the moment of the profiles"
+    return [f"{file}: {clients} first at or after {moment}: no vector; profiles.at=end makes vectors of all"]
 
 
 @dataclass(frozen=True)
