@@ -93,7 +93,7 @@ def test_a_client_who_comes_after_the_moment_of_the_profiles(tmp_path: Path) -> 
     assert 99 not in Profiles.load(tmp_path / "run/profiles").client_ids
     assert notes(tmp_path) == [
         f"{tmp_path}/events.parquet: 1 client comes first at or after 2024-03-13 00:00:00, the moment of the profiles:"
-        " no vector"
+        " no vector; profiles.at=end makes vectors of all"
     ]
 
 

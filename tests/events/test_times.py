@@ -101,6 +101,13 @@ MIDNIGHT_S = 1_706_659_200
         ("2024-01-31 10:30 AM", HALF_PAST_S),
         ("Wed, 31 Jan 2024 10:30:00 GMT", HALF_PAST_S),
         ("Wed Jan 31 10:30:00 +0000 2024", HALF_PAST_S),
+        ("Wednesday, January 31, 2024 10:30 AM", HALF_PAST_S),
+        ("Wed Jan 31 2024 11:30:00 GMT+0100 (CET)", HALF_PAST_S),
+        ("31/Jan/2024:10:30:00 +0000", HALF_PAST_S),
+        ("2024-01-31 10:30:00 +0000 UTC", HALF_PAST_S),
+        ("2024-01-31T11:30:00+01:00[Europe/Warsaw]", HALF_PAST_S),
+        ("2024-01-31T11:30[Europe/Warsaw]", HALF_PAST_S),
+        ("24-01-31", MIDNIGHT_S),
         ("1706697000", HALF_PAST_S),
         ("1706697000.94", HALF_PAST_S),
         ("1706697000123", HALF_PAST_S),
@@ -170,8 +177,10 @@ def test_two_readings_are_refused_with_both() -> None:
     times = seconds(["12/1/2010 8:26", "13/1/2010 8:26"])
     assert times.seconds[0] == int(datetime(2010, 1, 12, 8, 26, tzinfo=timezone.utc).timestamp())
     assert "day first, as '13/1/2010 8:26' leaves no other way" in times.note
-    with pytest.raises(DataError, match="is no date or no date"):
-        seconds(["13/13/2010"])
+    with pytest.raises(DataError, match=r"got '12-01-10', which is 2010-01-12 .* or 2010-12-01 .* or 2012-01-10 "):
+        seconds(["12-01-10"])
+    assert seconds(["13/13/2010", "31/1/2010", "13/1/2010"]).seconds.is_null().to_list() == [True, False, False]
+    assert seconds(["13/13/2010"]).seconds.to_list() == [None]
     given = seconds(["12/1/2010 8:26", "x"], format="%m/%d/%Y %H:%M")
     assert given.seconds.to_list() == [int(datetime(2010, 12, 1, 8, 26, tzinfo=timezone.utc).timestamp()), None]
     assert given.rule == "hold a time written %m/%d/%Y %H:%M"

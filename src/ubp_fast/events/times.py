@@ -47,10 +47,15 @@ _CLOCKS = ("%H:%M:%S%.f", "%H:%M", "%H%M%S", "%H%M")
 _CLOCKS_12 = ("%I:%M:%S %p", "%I:%M %p", "%I:%M:%S%p", "%I:%M%p")
 _ZONES = ("%#z", " %#z")
 _OFFSETS = ("%z", "%#z", "%:z")
-_WEEKDAYS = ("%a, ", "%a ")
+_WEEKDAYS = ("%A, ", "%A ")
 _NAMED_ZONE = re.compile(r"^(.*\d(?::\d\d)*(?:\.\d+)?(?: ?[AaPp][Mm]\b)?) ?([A-Za-z][A-Za-z_/+\-0-9]*)$")
 _TWO_WAYS = r"^(\d{1,2})([/.\-])(\d{1,2})[/.\-](\d{4}|\d{2})(?:$|[ T,])"
-_HOUR_ALONE = r"^(\d{4}-?\d\d-?\d\d[T ]\d\d)(Z|[+\-].*)?$"
+# Spellings that are brought to usual ones: an hour alone, an offset with a name behind it, a zone in brackets.
+_UNUSUAL = (
+    (r"^(\d{4}-?\d\d-?\d\d[T ]\d\d)(Z|[+\-]\d.*)?$", "${1}:00${2}"),
+    (r"([+\-]\d\d:?\d\d)(?: [A-Z]{2,5}| \(.*\)|\[.*\])$", "${1}"),
+    (r"\[([\w/+\-]+)\]$", " ${1}"),
+)
 _NUMBER = r"^[+-]?\d+(?:\.\d*)?(?:[eE][+-]?\d+)?$"
 
 
@@ -252,11 +257,7 @@ def _guess(file: str, name: str, numbers: pl.Series) -> tuple[str, str | None]:
     known = numbers.drop_nulls()
     if not len(known):
         return "s", None
-    next_year = datetime.now(timezone.utc).year + 1
-    first_s, end_s = (
-        int(datetime(year, 1, 1, tzinfo=timezone.utc).timestamp()) for year in (FIRST_YEAR, next_year + 1)
-    )
-
+    first_s, end_s = _plausible_s()
     least = len(known) - (max(1, len(known) // 100) if len(known) >= LEAST_FOR_OUTLIERS else 0)
 
     def fits(seconds: pl.Series) -> bool:
@@ -275,7 +276,7 @@ def _guess(file: str, name: str, numbers: pl.Series) -> tuple[str, str | None]:
         return "s", spelled[0]
     low, high = (str(known[int(place)]) for place in (known.arg_min() or 0, known.arg_max() or 0))
     raise DataError(
-        f"{file}: column '{name}' must hold numbers that are times from {FIRST_YEAR} to {next_year} in one unit, got"
+        f"{file}: column '{name}' must hold numbers that are times from {FIRST_YEAR} to next year in one unit, got"
         f" {low} to {high}, which are none in s, ms, us, ns or days since 1970, nor dates like 20240131; set"
         " data.timestamp_unit, or for days counted from a day of your own data.timestamp_unit=d"
         " data.timestamp_origin=2024-01-01"
@@ -316,8 +317,9 @@ def _formats() -> tuple[str, ...]:
     zoned = [form + zone for form, zone in itertools.product(timed, _ZONES)]
     noon = [f"{day} {clock}" for day, clock in itertools.product(_ISO_DATES + _OTHER_DATES, _CLOCKS_12)]
     other = list(_OTHER_DATES) + [f"{day} {clock}" for day, clock in itertools.product(_OTHER_DATES, _CLOCKS[:2])]
-    weekday = [start + form for start, form in itertools.product(_WEEKDAYS, other + timed)]
-    weekday += [f"%a %B %d %H:%M:%S{zone} %Y" for zone in ("", " %#z", " UTC")]
+    weekday = [start + form for start, form in itertools.product(_WEEKDAYS, other + timed + noon)]
+    weekday += [f"%A %B %d %H:%M:%S{zone} %Y" for zone in ("", " %#z", " UTC")]
+    weekday += ["%A %B %d %Y %H:%M:%S GMT%#z", "%d/%B/%Y:%H:%M:%S %#z"]
     late = [form + zone for form, zone in itertools.product(other + weekday, _ZONES) if "%H" in form]
     usual = ["%Y-%m-%d %H:%M:%S", "%Y-%m-%dT%H:%M:%S"]
     return tuple(dict.fromkeys([*usual, *plain, *zoned, *noon, *other, *weekday, *late, "%Y-%m", "%Y/%m"]))
@@ -330,7 +332,9 @@ def _of_text(file: str, text: pl.Series, form: TimeForm) -> Times:
         return Times(_named(seconds))
     note, tried = "", set[tuple[str, str | None]]()
     while len(left := (seconds.is_null() & text.is_not_null()).arg_true()):
-        rest = text.gather(left).str.replace(_HOUR_ALONE, "${1}:00${2}")
+        rest = text.gather(left)
+        for pattern, usual in _UNUSUAL:
+            rest = rest.str.replace(pattern, usual)
         some = rest.gather_every(max(len(rest) // FORMS_LOOKED_FOR, 1))
         found = next((found for value in some if (found := _form_of(value)) not in (None, *tried)), None)
         if found is None:
@@ -393,32 +397,54 @@ def _read_as(text: pl.Series, pattern: str, zone: str | None, clock: str | None)
 def _two_ways(file: str, text: pl.Series, two_ways: pl.Series) -> tuple[pl.Series, str]:
     """Dates such as 12/1/2010: the column must leave one reading.
 
+    Returns:
+        Seconds of every row, null where it is no such date, and what decided.
+
     Raises:
-        DataError: both or none fit; names both.
+        DataError: several readings fit; names them.
     """
     shown = text.filter(two_ways)
-    groups = shown.str.extract_groups(_TWO_WAYS).struct.unnest()
-    first, second = (groups[:, column].cast(pl.Int64) for column in (0, 2))
-    mark, year = groups[0, 1], "%Y" if len(groups[0, 3]) == 4 else "%y"
-    tail = shown[0][re.match(_TWO_WAYS, shown[0]).end(4) :]  # type: ignore[union-attr]
-    clock = next((form for form in ("", *_tails()) if _fits_tail(tail, form)), "")
-    day_first, month_first = (f"%{a}{mark}%{b}{mark}{year}{clock}" for a, b in (("d", "m"), ("m", "d")))
-    is_day_first, is_month_first = bool((second <= 12).all()), bool((first <= 12).all())
-    if is_day_first == is_month_first:
-        example = shown[0]
-        readings = [
-            utc_text(int(found[0])) if not (found := _strptime(pl.Series([example]), form)).null_count() else "no date"
-            for form in (day_first, month_first)
-        ]
-        raise DataError(
-            f"{file}: column '{text.name}' must hold times that can be read in one way, got '{example}', which is"
-            f" {readings[0]} or {readings[1]}; set data.timestamp_format='{day_first}' (day first) or"
-            f" data.timestamp_format='{month_first}' (month first)"
+    first = re.match(_TWO_WAYS, shown[0])
+    assert first is not None
+    mark, year = first[2], "%Y" if len(first[4]) == 4 else "%y"
+    clock = next((form for form in ("", *_tails()) if _fits_tail(shown[0][first.end(4) :], form)), "")
+    orders = {"day first": ("%d", "%m", year), "month first": ("%m", "%d", year)}
+    if year == "%y":
+        orders["year first"] = (year, "%m", "%d")
+    forms = {order: mark.join(codes) + clock for order, codes in orders.items()}
+    read = {order: _in_years(_strptime(text, form), year) for order, form in forms.items()}
+    fitting = {order: len(text) - seconds.null_count() for order, seconds in read.items()}
+    best = [order for order in read if fitting[order] == max(fitting.values())]
+    if len(best) == 1 or not max(fitting.values()):
+        others = [read[order] for order in read if order != best[0]]
+        row = next(
+            (row for row in read[best[0]].is_not_null().arg_true() if any(one[row] is None for one in others)), 0
         )
-    chosen = day_first if is_day_first else month_first
-    decided = "day first" if is_day_first else "month first"
-    row = int((second if not is_day_first else first).arg_max())  # type: ignore[arg-type]
-    return _strptime(text, chosen), f"read as {chosen}, {decided}, as '{shown[row]}' leaves no other way"
+        note = f"read as {forms[best[0]]}, {best[0]}, as '{text[row]}' leaves no other way"
+        return read[best[0]], note if max(fitting.values()) else ""
+    example = text[int(read[best[0]].is_not_null().arg_true()[0])]
+    seconds = [_strptime(pl.Series([example]), forms[order])[0] for order in best]
+    readings = ["no date" if second is None else utc_text(second) for second in seconds]
+    settings = [f"data.timestamp_format='{forms[order]}' ({order})" for order in best]
+    raise DataError(
+        f"{file}: column '{text.name}' must hold times that can be read in one way, got '{example}', which is"
+        f" {' or '.join(readings)}; set {' or '.join(settings)}"
+    )
+
+
+def _in_years(seconds: pl.Series, year: str) -> pl.Series:
+    """Times whose year has two digits lie from 1990 to next year, or are null."""
+    if year == "%Y":
+        return seconds
+    first_s, end_s = _plausible_s()
+    return pl.select(pl.when((seconds >= first_s) & (seconds < end_s)).then(seconds)).to_series()
+
+
+def _plausible_s() -> tuple[int, int]:
+    """From the beginning of 1990 to the end of next year."""
+    next_year = datetime.now(timezone.utc).year + 1
+    first, end = (datetime(year, 1, 1, tzinfo=timezone.utc).timestamp() for year in (FIRST_YEAR, next_year + 1))
+    return int(first), int(end)
 
 
 def _tails() -> tuple[str, ...]:

@@ -256,7 +256,7 @@ def make_features(settings: Settings, inputs: Inputs, directory: Path, progress:
 
 def _fit_scorer(settings: Settings, store: EventStore, lists: LabelLists) -> PairScorer:
     """Learned from the newest windows before the profiles' cutoff."""
-    days = settings.windows.days
+    days = window_days(store, settings.windows.days)
     cutoffs = training_cutoffs(store, settings.pairs.windows, newest_days=days, step_days=days)
     return PairScorer.fit(store, cutoffs, lists, settings.pairs, settings.seed)
 

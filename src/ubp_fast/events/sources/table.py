@@ -408,12 +408,14 @@ class EventRows:
 
 def _without_vector(file: str, rows: pl.DataFrame, input_end_s: int) -> list[str]:
     """What is said of clients who come first after the moment of the profiles."""
-    first_s = rows.group_by("client_id").agg(pl.col("timestamp_s").min())["timestamp_s"]
-    late = int((first_s >= input_end_s).sum())
+    is_late = pl.col("timestamp_s") >= input_end_s
+    behind = rows.filter(is_late)["client_id"].unique()
+    late = len(behind) - rows.filter(~is_late & pl.col("client_id").is_in(behind.implode()))["client_id"].n_unique()
     if not late:
         return []
     clients = "1 client comes" if late == 1 else f"{late} clients come"
-    return [f"{file}: {clients} first at or after {utc_text(input_end_s)}, the moment of the profiles: no vector"]
+    moment = f"{utc_text(input_end_s)}, the moment of the profiles"
+    return [f"{file}: {clients} first at or after {moment}: no vector; profiles.at=end makes vectors of all"]
 
 
 @dataclass(frozen=True)
