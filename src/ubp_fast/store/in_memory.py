@@ -20,12 +20,14 @@ import polars as pl
 
 from ubp_fast.events.read import EventBatch
 from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, NUM_CODES, SKU_KINDS
-from ubp_fast.store.event_store import TIMELINE, EventStore, ProductColumns
+from ubp_fast.store.event_store import TIMELINE, EventStore, ProductColumns, Timeline
 from ubp_fast.store.ids import KnownIds
-from ubp_fast.store.spill import narrowest
+from ubp_fast.store.spill import Events, merge, narrowest
 from ubp_fast.store.vocabulary import FIRST_ID, UNKNOWN
 
 ARRAYS = ("category_ids", "url_ids", *(f"products.{name}" for name in ProductColumns._fields))
+# Fewer events than this part of a vocabulary are sorted, more are marked in it.
+DENSE_SHARE = 8
 NUMBERS = ("first_timestamp_s", "num_prices", "kinds")
 
 
@@ -190,7 +192,7 @@ def memory_store(histories: Histories, client_ids: np.ndarray, cutoff_s: int, vo
 
     Args:
         histories: of any clients; one who is not there has no events.
-        client_ids: i64 [U], each once, ascending.
+        client_ids: i64 [U], each once; the order of the result.
         cutoff_s: seconds since 1970 UTC.
         vocabulary: whose ids are used.
     """
@@ -205,21 +207,20 @@ def memory_store(histories: Histories, client_ids: np.ndarray, cutoff_s: int, vo
     first_event_s = min([first_s, *(int(times.min()) for _, times, _ in read.values() if len(times))])
     dtype = narrowest(first_event_s, cutoff_s)
     columns: dict[str, np.ndarray] = {"client_ids": client_ids, "is_relevant": np.ones(len(client_ids), bool)}
-    sku_rows, products = _products([read[kind][2] for kind in SKU_KINDS], histories.products, vocabulary)
-    url_rows, urls = _numbered(vocabulary.urls.find(read["page_visit"][2]) + FIRST_ID)
-    by_id = np.argsort(products["products.sku_id"][FIRST_ID:])
-    sku_ids = products["products.sku_id"][FIRST_ID:][by_id]
-    for kind, (offsets, timestamp_s, item) in read.items():
-        columns |= {f"{kind}.offsets": offsets, f"{kind}.timestamp_s": timestamp_s.astype(dtype)}
-        if kind in SKU_KINDS:
-            columns[f"{kind}.item"] = (by_id[np.searchsorted(sku_ids, item)] + FIRST_ID).astype(np.int32)
-        elif kind == "page_visit":
-            columns[f"{kind}.item"] = urls
-        else:
-            columns[f"{kind}.codes"] = item
+    skus = [read[kind][2] for kind in SKU_KINDS]
+    sku_rows, dense_skus, products = _products(np.concatenate(skus), histories.products, vocabulary)
+    url_place = vocabulary.urls.find(read["page_visit"][2]).astype(np.int64) + FIRST_ID
+    url_rows, urls = _numbered(url_place, len(vocabulary.arrays["url_ids"]))
+    items = dict(zip(SKU_KINDS, np.split(dense_skus, np.cumsum([len(values) for values in skus])[:-1]), strict=True))
+    items |= {"page_visit": urls, "search_query": read["search_query"][2]}
+    events = [Events(offsets, times.astype(dtype), items[kind]) for kind, (offsets, times, _) in read.items()]
+    for kind, (offsets, timestamp_s, item) in zip(EVENT_KINDS, events, strict=True):
+        name = "codes" if ITEM_COLUMN[kind] == "query" else "item"
+        columns |= {f"{kind}.offsets": offsets, f"{kind}.timestamp_s": timestamp_s, f"{kind}.{name}": item}
+    timeline = Timeline(*merge(events, [0] * len(events)))
+    columns |= products | {f"{TIMELINE}.{name}": column for name, column in timeline._asdict().items()}
     url_ids = vocabulary.arrays["url_ids"][url_rows]
     url_ids[:FIRST_ID] = -1
-    columns |= products | _timeline(columns, dtype)
     columns |= {"url_ids": url_ids, "category_ids": vocabulary.arrays["category_ids"]}
     header = {
         "num_clients": len(client_ids),
@@ -244,30 +245,37 @@ def _before(
     return np.concatenate((np.zeros(1, np.int64), np.cumsum(kept)))[offsets], timestamp_s[kept], item[kept]
 
 
-def _numbered(place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Places in the vocabulary of the dense ids 0, 1, 2, ...; and the dense id i32 [N] of each place."""
-    known, numbers = np.unique(place, return_inverse=True)
-    is_real = known >= FIRST_ID
-    dense = np.where(is_real, np.cumsum(is_real) + FIRST_ID - 1, UNKNOWN)
-    return np.concatenate((np.arange(FIRST_ID), known[is_real])), dense[numbers].astype(np.int32)
+def _numbered(place: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Places in a vocabulary of so many of the dense ids 0, 1, 2, ...; and the dense id i32 [N] of each place."""
+    if len(place) * DENSE_SHARE < size:
+        known, numbers = np.unique(place, return_inverse=True)
+        is_real = known >= FIRST_ID
+        dense = np.where(is_real, np.cumsum(is_real) + FIRST_ID - 1, UNKNOWN).astype(np.int32)
+        return np.concatenate((np.arange(FIRST_ID), known[is_real])), dense[numbers]
+    is_seen = np.zeros(size, bool)
+    is_seen[place] = True
+    is_seen[:FIRST_ID] = True
+    return np.flatnonzero(is_seen), (np.cumsum(is_seen, dtype=np.int32) - 1)[place]
 
 
 def _products(
-    skus: list[np.ndarray], described: pl.DataFrame | None, vocabulary: Vocabulary
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Place in the vocabulary of every dense sku, and their product table: known ones first, then the others."""
+    skus: np.ndarray, described: pl.DataFrame | None, vocabulary: Vocabulary
+) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Place in the vocabulary of every dense sku, known ones first; the dense sku i32 [N] of each; product table."""
     arrays = vocabulary.arrays
-    ids = np.unique(np.concatenate([np.zeros(0, np.int64), *skus]))
-    place = vocabulary.skus.find(ids)
-    known, others = place[place >= 0].astype(np.int64) + FIRST_ID, ids[place < 0]
-    rows = np.concatenate((np.arange(FIRST_ID), known, np.full(len(others), UNKNOWN)))
+    place = vocabulary.skus.find(skus).astype(np.int64) + FIRST_ID
+    rows, dense = _numbered(place, len(arrays["products.sku_id"]))
+    is_new = place < FIRST_ID
+    others, numbers = np.unique(skus[is_new], return_inverse=True)
+    new = slice(len(rows), None)
+    dense[is_new] = len(rows) + numbers
+    rows = np.concatenate((rows, np.full(len(others), UNKNOWN)))
     products = {f"products.{name}": arrays[f"products.{name}"][rows] for name in ProductColumns._fields}
     if len(others):
-        new = slice(FIRST_ID + len(known), None)
         products["products.sku_id"][new] = others
         if described is not None and len(described):
             _describe({name: column[new] for name, column in products.items()}, described, vocabulary)
-    return rows, products
+    return rows, dense, products
 
 
 def _describe(products: dict[str, np.ndarray], described: pl.DataFrame, vocabulary: Vocabulary) -> None:
@@ -282,16 +290,3 @@ def _describe(products: dict[str, np.ndarray], described: pl.DataFrame, vocabula
     products["products.price"][has["price"]] = np.minimum(price.to_numpy() + FIRST_ID, highest)
     if len(name):
         products["products.name"][has["name"]] = name.to_numpy()
-
-
-def _timeline(columns: Mapping[str, np.ndarray], dtype: type[np.signedinteger]) -> dict[str, np.ndarray]:
-    """All kinds by client and time; ties in the order of EVENT_KINDS, then of rows."""
-    offsets = np.sum([columns[f"{kind}.offsets"] for kind in EVENT_KINDS], axis=0)
-    counts = [np.diff(columns[f"{kind}.offsets"]) for kind in EVENT_KINDS]
-    client = np.concatenate([np.repeat(np.arange(len(count)), count) for count in counts])
-    times = np.concatenate([columns[f"{kind}.timestamp_s"] for kind in EVENT_KINDS])
-    kind = np.repeat(np.arange(1, len(EVENT_KINDS) + 1, dtype=np.uint8), [int(count.sum()) for count in counts])
-    row = np.concatenate([np.arange(int(count.sum())) for count in counts])
-    order = np.lexsort((times, client))
-    merged = {"offsets": offsets, "timestamp_s": times[order].astype(dtype), "kind": kind[order], "row": row[order]}
-    return {f"{TIMELINE}.{name}": column for name, column in merged.items()}
