@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from ubp_fast.events.schema import UserError
 from ubp_fast.events.sources.table import Table
 from ubp_fast.pipeline.cache import digest, file_digest
+from ubp_fast.profiler.bundle import model_folder
 from ubp_fast.profiler.reading import seconds_of
 from ubp_fast.profiler.recipe import Recipe
 from ubp_fast.profiles.blocks import LayoutConfig
@@ -21,7 +22,7 @@ from ubp_fast.profiles.blocks import LayoutConfig
 COMPONENTS = ("stacked", "contrastive", "multitask", "features", "profile_features", "baseline_log1p", "baseline_raw")
 DEFAULT_COMPONENTS = ("stacked", "baseline_log1p")
 BLOCKS = ("contrastive", "multitask", "aggregated", "decayed", "rich")
-DATA_SUFFIXES = (".parquet", ".npy", ".csv", ".gz")
+DATA_SUFFIXES = (".parquet", ".npy", ".csv", ".gz", ".safetensors", ".json")
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Settings:
         layout: scales of the profile's blocks.
         stacking_blocks: what the stacking model joins, in this order.
         components: what is scored, some of `COMPONENTS` in their order; nothing when empty.
+        align_to: model of an earlier run, in whose space the newest vectors shall be; None: in one of their own.
         latest: "end" of the data or a moment (seconds), whose vectors are made beside the backtest's; None: no others.
     """
 
@@ -95,6 +97,7 @@ class Settings:
     components: tuple[str, ...]
     submission: Path | None
     latest: int | str | None = None
+    align_to: Path | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -171,6 +174,7 @@ def read_settings(config: DictConfig) -> Settings:
         components=components,
         submission=None if submission is None else Path(submission),
         latest=_latest(plain["profiles"]["at"]),
+        align_to=None if plain["profiles"]["align_to"] is None else model_folder(Path(plain["profiles"]["align_to"])),
     )
 
 
