@@ -54,8 +54,8 @@ def _ratio_cells(case: dict[str, Any], item: dict[str, Any]) -> tuple[str, str, 
 def headline(named: str, root: Path) -> str:
     """A table of single figures from several results.
 
-    Each line of `named` is `FILE: FIGURE` or, for what `components.py` wrote, `FILE: TASK of ROW over ROW`. Of several
-    rivals of a figure the strongest is shown.
+    Each line of `named` is `FILE: FIGURE` or, for what `components.py` wrote, `FILE: TASK of ROW over ROW`, and for
+    `readers.py` `FILE: READER of ROW over ROW`. Of several rivals of a figure the strongest is shown.
 
     Raises:
         ValueError: a file does not hold what its line names.
@@ -66,6 +66,8 @@ def headline(named: str, root: Path) -> str:
         stored = json.loads((root / path).read_text(encoding="utf-8"))
         if "rows" in stored:
             cells = _lead_cells(stored["rows"], wanted)
+        elif "readers" in stored:
+            cells = _reader_cells(stored, wanted)
         else:
             items = [(case, item) for case in stored["cases"].values() for item in case.get("ratios", ())]
             found = [(case, item) for case, item in items if item["figure"] == wanted]
@@ -84,6 +86,27 @@ def _lead_cells(rows: dict[str, Any], wanted: str) -> tuple[str, str, str, str, 
     lead = entries[0]["mean"] - entries[1]["mean"]
     name, other = names.split(" over ")
     return f"AUROC, {task}: {name}", _score(entries[0]), other, _score(entries[1]), f"{lead:+.3f}"
+
+
+def _reader_cells(report: dict[str, Any], wanted: str) -> tuple[str, str, str, str, str] | None:
+    reader, _, names = wanted.partition(" of ")
+    rows, named = report["readers"].get(reader, {}), names.split(" over ")
+    if len(named) != 2 or not set(named) <= set(rows):
+        return None
+    ours, theirs = (_mean(rows[name], _different_tasks(report)) for name in named)
+    data = f"{report['data']}, " if "data" in report else ""
+    figure = f"AUROC, {data}{reader}, mean of tasks: {named[0]}"
+    return figure, f"{ours:.4f}", named[1], f"{theirs:.4f}", f"{ours - theirs:+.4f}"
+
+
+def _different_tasks(report: dict[str, Any]) -> list[str]:
+    """Tasks of `readers.py`; churn stands for conversion where both ask the same."""
+    first = next(iter(report["readers"].values()))["profile"]
+    return [task for task in first if task != "conversion" or first["churn"] != first["conversion"]]
+
+
+def _mean(row: dict[str, Any], tasks: list[str]) -> float:
+    return float(np.mean([row[task]["mean"] for task in tasks]))
 
 
 def _score(entry: dict[str, Any]) -> str:
@@ -155,6 +178,23 @@ def components_markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def readers_markdown(report: dict[str, Any]) -> str:
+    """What `readers.py` wrote as a table: AUROC by reader, and how far the profile is ahead of each row in the mean.
+
+    Labels and row orders are the same for all rows of a reader.
+    """
+    tasks = _different_tasks(report)
+    names = " | ".join(task.removeprefix("propensity_") for task in tasks)
+    lines = [f"| reader | reads | {names} | mean | profile leads by |", "|---" * (len(tasks) + 4) + "|"]
+    for reader, rows in report["readers"].items():
+        for name, row in rows.items():
+            mean = _mean(row, tasks)
+            lead = "" if name == "profile" else f"{_mean(rows['profile'], tasks) - mean:+.4f}"
+            cells = [f"{row[task]['mean']:.4f}" for task in tasks]
+            lines.append(f"| {reader} | {name} | {' | '.join(cells)} | {mean:.4f} | {lead} |")
+    return "\n".join(lines)
+
+
 def _is_level(row: dict[str, Any], best: dict[str, Any], task: str) -> bool:
     ours, theirs = (np.mean(one["auroc"][task], axis=0) for one in (row, best))
     shared = min(len(ours), len(theirs))
@@ -177,7 +217,10 @@ def rewrite(text: str, root: Path) -> str:
         else:
             stored = json.loads((root / named.strip()).read_text(encoding="utf-8"))
             make = {"benchmarks": markdown, "breakdown": breakdown}[kind]
-            table = components_markdown(stored) if "rows" in stored else make(stored["cases"])
+            if "readers" in stored:
+                table = readers_markdown(stored)
+            else:
+                table = components_markdown(stored) if "rows" in stored else make(stored["cases"])
         return f"{opening[: opening.index('-->') + 3]}\n\n{table}\n\n<!-- end -->"
 
     return re.sub(r"<!-- (benchmarks|breakdown|headline):\s+(.*?) ?-->.*?<!-- end -->", table_of, text, flags=re.S)

@@ -17,7 +17,7 @@ from ubp_fast.features.static import static_features
 from ubp_fast.models.layers.event_embedding import EventSizes
 from ubp_fast.models.multitask import MultitaskConfig, MultitaskModel
 from ubp_fast.models.training import LOSSES_FILE, TrainingConfig, fit, initialise
-from ubp_fast.sequences import TARGET_WINDOW_S, ViewLoader, training_cutoffs, views_at, window_labels
+from ubp_fast.sequences import ViewLoader, training_cutoffs, views_at, window_labels
 from ubp_fast.store.build import build_store
 from ubp_fast.store.event_store import EventStore
 
@@ -41,7 +41,7 @@ def curve(store: EventStore, events: EventDirectory, directory: Path, updates: s
     """Losses along one training."""
     (cutoff_s,) = training_cutoffs(store, 1)
     views = views_at(store, [cutoff_s], with_history=True)
-    labels = window_labels(store, views, make_label_lists(events, cutoff_s - TARGET_WINDOW_S, cutoff_s))
+    labels = window_labels(store, views, make_label_lists(events, cutoff_s - store.target_days * 86_400, cutoff_s))
     features = static_features(store, cutoff_s).rows(views.row)
     features = features / np.maximum(features.max(axis=0), 1)
     loader = ViewLoader(

@@ -210,7 +210,7 @@ def _run(overrides: Sequence[str], folder: str, root: Path) -> Path:
     """Makes the stage that `folder` belongs to; the run's directory."""
     stage = folder.split("/")[0]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("run", overrides=[*overrides, f"stages=[{stage}]", f"root={root}"])
+        config = compose("run", overrides=["profile=strong", *overrides, f"stages=[{stage}]", f"root={root}"])
     return run_stages(read_settings(config), Console(quiet=True))
 
 

@@ -45,7 +45,10 @@ def test_validate_and_evaluate(run: Path, tmp_path: Path, capsys: pytest.Capture
     assert main(["validate", str(run / "latest")]) == 0
     assert "valid: 200 clients" in capsys.readouterr().out
     data = [*TINY, *SHOP, f"root={tmp_path}", f"directory={tmp_path / 'scores'}"]
-    assert main(["evaluate", str(run / "latest"), *data, "evaluation.readers=[linear]"]) == 0
+    assert (
+        main(["evaluate", str(run / "latest"), "evaluation.common_clients=true", *data, "evaluation.readers=[linear]"])
+        == 0
+    )
     assert (tmp_path / "scores" / "scores.json").exists()
     assert main(["leaderboard", str(tmp_path / "scores"), "--reader", "linear"]) == 0
 
@@ -100,3 +103,13 @@ def test_python_does_the_same(run: Path, tmp_path: Path, capsys: pytest.CaptureF
         ubp_fast.run("data=synthetic")
     with pytest.raises(AttributeError, match="no attribute 'profiler_'"):
         _ = ubp_fast.profiler_
+
+
+def test_inspect_says_what_a_file_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "orders.csv"
+    file.write_text("customer;bought at;article\n7;2024-01-31 10:00;3\n8;2024-02-01 11:00;4\n")
+    assert main(["inspect", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert "data.client_column=customer" in printed and "bought at" in printed
+    assert main(["inspect", str(tmp_path / "none.csv")]) == 2
+    assert "none.csv" in capsys.readouterr().err

@@ -18,11 +18,16 @@ from ubp_fast.evaluation import EvaluationConfig
 from ubp_fast.evaluation.evaluator import row_orders
 from ubp_fast.evaluation.tasks import TASKS
 from ubp_fast.events.schema import UserError
+from ubp_fast.pipeline.command_line import as_typed
 from ubp_fast.pipeline.settings import read_settings
 from ubp_fast.pipeline.stages import plan
 from ubp_fast.profiles import Profiles
 
-REQUIRED = {"challenge": ("data.dir=somewhere",), "table": ("data.path=events.parquet",)}
+REQUIRED = {
+    "challenge": ("data.dir=somewhere",),
+    "table": ("data.path=events.parquet",),
+    "sql": ("data.uri=sqlite:///shop.db", "data.query=events"),
+}
 ENTRY = {
     "data": "data",
     "compute": "compute",
@@ -83,7 +88,7 @@ def test_yaml_repeats_the_constructors_defaults() -> None:
     objects.append(read_settings(composed("features=rich")).rich)
     for option in options("data"):
         objects.append(read_settings(composed(f"data={option}", *REQUIRED.get(option, ()))).source)
-    required = {"dir": "somewhere", "path": "events.parquet"}
+    required = {"dir": "somewhere", "path": "events.parquet", "uri": "sqlite:///shop.db", "query": "events"}
     for value in objects:
         needed = {item.name: required[item.name] for item in dataclasses.fields(value) if item.name in required}
         assert differences(value, type(value)(**needed), type(value).__name__) == []
@@ -214,6 +219,35 @@ def test_wrong_value_is_named(override: str, message: str | None) -> None:
     with pytest.raises(UserError, match=message) as caught:
         read_settings(composed(override))
     assert "\n" not in str(caught.value)
+
+
+def test_a_setting_that_must_be_given_is_named() -> None:
+    with pytest.raises(UserError, match=r"^run: data.path must be given, got none; add data.path=\.\.\. to"):
+        read_settings(composed("data=table"))
+
+
+@pytest.mark.parametrize(
+    ("typed", "value"),
+    [
+        ("data.path=ü.parquet", "ü.parquet"),
+        ("data.path=day=1.parquet", "day=1.parquet"),
+        ("data.path=/x y/a (1).csv", "/x y/a (1).csv"),
+        ("data.path=a,b.csv", "a,b.csv"),
+        ("data.path=it's", "it's"),
+        ("data.path=[a,b]", ["a", "b"]),
+        ("data.path='a=b'", "a=b"),
+        ("data.path=plain.csv", "plain.csv"),
+        ("data.path=;", ";"),
+        ("data.path=n > 0 AND country = 'UK'", "n > 0 AND country = 'UK'"),
+    ],
+)
+def test_values_work_as_they_are_typed(typed: str, value: object) -> None:
+    assert composed("data=table", *as_typed([typed])).data.path == value
+
+
+def test_other_arguments_stay_as_they_are() -> None:
+    arguments = ["--config-dir=my folder", "data=table", "~experiment", "+data.x=1", "stages=[a]", "model@stacking=x"]
+    assert as_typed(arguments) == arguments
 
 
 def test_name_of_a_run_follows_what_matters() -> None:

@@ -35,7 +35,10 @@ def synthetic_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_run_directory_is_complete(synthetic_run: Path) -> None:
     names = {path.name for path in synthetic_run.iterdir()}
-    assert names == {"config.yaml", "environment.json", "model", "profiles", "report.html", "scores.json", "stages"}
+    assert names == {
+        *("config.yaml", "environment.json", "model", "profiles", "profiles.parquet", "report.html", "scores.json"),
+        "stages",
+    }
     scores = json.loads((synthetic_run / "scores.json").read_text())
     assert list(scores) == ["stacked", "baseline_log1p"]
     assert scores["stacked"]["config"]["readers"] == ["network", "linear", "boosting", "neighbours"]
@@ -57,7 +60,7 @@ def test_profiles_pass_the_organisers_rules(synthetic_run: Path) -> None:
     layout = Profiles.load(synthetic_run / "profiles").layout
     assert layout is not None and layout.width == profiles.dim > 500
     named = {block.name: block for block in layout.blocks}
-    assert list(named) == ["strong", "graded", "own", "tastes", "rhythm", "learned"]
+    assert list(named) == ["strong", "graded", "near", "scores", "own", "tastes", "rhythm", "learned"]
     assert len(named["strong"].columns) == 7 and named["strong"].columns[-1] == "constant"
     assert (profiles.embeddings[:, 6] == 1).all()
     assert "contrastive.0" in named["learned"].columns and "aggregated.product_buy_count_7d" in named["own"].columns
@@ -104,7 +107,7 @@ def test_rich_features_reach_the_profile(synthetic_run: Path, tmp_path: Path) ->
     code, run, _ = run_tiny(tmp_path, *SYNTHETIC, "features=rich", "stages=[profiles]")
     assert code == 0
     kinds = {path.name.split("-")[0] for path in (run / "stages" / "features").iterdir() if path.is_dir()}
-    assert kinds == {"static", "aggregated", "decayed", "rich", "rhythm", "tastes"}
+    assert kinds == {"static", "aggregated", "decayed", "scores", "rich", "rhythm", "tastes"}
     rich, plain = (Profiles.load(directory / "profiles") for directory in (run, synthetic_run))
     assert rich.num_clients == plain.num_clients and rich.dim > plain.dim
     assert np.isfinite(rich.embeddings).all()
@@ -114,7 +117,7 @@ def test_rich_features_reach_the_profile(synthetic_run: Path, tmp_path: Path) ->
 
 def test_blocks_are_left_out_by_their_scale(tmp_path: Path) -> None:
     source = tuple(part for part in SYNTHETIC if part != ALL_BLOCKS)
-    none = [f"profile.{name}=0" for name in ("graded", "own", "tastes", "rhythm")]
+    none = [f"profile.{name}=0" for name in ("graded", "near", "scores", "own", "tastes", "rhythm")]
     code, run, _ = run_tiny(tmp_path, *source, *none, "stages=[profiles]")
     assert code == 0
     assert Profiles.load(run / "profiles").dim == 7
@@ -175,7 +178,8 @@ def test_a_table_without_categories_has_no_category_task(tmp_path: Path, capsys:
     skus = random_state.integers(0, 40, count)
     rows = pl.DataFrame({"client_id": random_state.integers(0, 80, count), "timestamp": times, "sku": skus})
     rows.with_columns(price=1.0 + pl.col("sku")).write_parquet(tmp_path / "events.parquet")
-    source = ("data=table", f"data.path={tmp_path / 'events.parquet'}", "data.price_column=price")
+    named = ("data.price_column=price", "data.timestamp_unit=s")
+    source = ("data=table", f"data.path={tmp_path / 'events.parquet'}", *named)
     tasks = "evaluation.tasks=[churn,propensity_category,propensity_price]"
     code, run, printed = run_tiny(tmp_path / "runs", *source, tasks, "evaluation.readers=[linear]")
     assert code == 0, capsys.readouterr().err
@@ -294,7 +298,7 @@ def test_probes_are_recorded_and_change_no_vector(synthetic_run: Path, tmp_path:
     ("override", "message"),
     [
         ("data.days=20", "Synthetic: days must be at least 29, got 20"),
-        ("data.days=40", "training_cutoffs: the store must reach back more than newest_days = 28 days"),
+        ("data.days=40", "training_cutoffs: the store must reach back more than newest_days = 14 days"),
         ("store.shard=[3,2]", "build_store: shard must be (index, count)"),
         ("multitask.config.encoder.heads=7", "EncoderLayer: heads must divide the width"),
     ],

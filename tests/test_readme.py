@@ -69,6 +69,24 @@ def test_the_breakdown_of_a_step(bars: Any, tmp_path: Path) -> None:
         assert text.startswith("before <!-- breakdown") and text.endswith("<!-- end --> after") and "old" not in text
 
 
+def test_readers_are_compared_over_tasks_that_differ(bars: Any, tmp_path: Path) -> None:
+    def row(*means: float) -> dict[str, Any]:
+        tasks = dict(zip(("churn", "conversion", "propensity_sku"), means, strict=True))
+        return {task: {"mean": mean, "standard_error": None, "samples": [mean]} for task, mean in tasks.items()}
+
+    rows = {"profile": row(0.8, 0.8, 0.7), "features": row(0.7, 0.7, 0.79)}
+    report = {"data": "a shop", "readers": {"linear": rows, "network": {"profile": rows["profile"]}}}
+    (tmp_path / "r.json").write_text(json.dumps(report), encoding="utf-8")
+    table = bars.rewrite("<!-- benchmarks: r.json -->\n\nold\n\n<!-- end -->", tmp_path)
+    assert "| linear | profile | 0.8000 | 0.7000 | 0.7500 |  |" in table
+    assert "| linear | features | 0.7000 | 0.7900 | 0.7450 | +0.0050 |" in table
+    figures = bars.headline("r.json: linear of profile over features", tmp_path)
+    wanted = "| AUROC, a shop, linear, mean of tasks: profile | 0.7500 | features | 0.7450 | +0.0050 |"
+    assert wanted in figures
+    with pytest.raises(ValueError, match="must hold 'linear of profile over nothing'"):
+        bars.headline("r.json: linear of profile over nothing", tmp_path)
+
+
 def test_a_headline_shows_the_strongest_rival(bars: Any, tmp_path: Path) -> None:
     timings = {
         name: {"rounds": 9, "median_ms": value} for name, value in (("ubp_fast", 2.0), ("slow", 8.0), ("fast", 3.0))

@@ -1,4 +1,4 @@
-"""`ubp-fast run | embed | evaluate | validate | leaderboard`: the command line of the package."""
+"""`ubp-fast inspect | run | embed | evaluate | validate | leaderboard`: the command line of the package."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from ubp_fast import __version__
 
 EPILOG = """examples:
+  ubp-fast inspect events.csv
   ubp-fast run data=table data.path=events.parquet directory=runs/shop profiles.at=end
   ubp-fast embed runs/shop --events new.parquet --at 2026-11-28 --output today.parquet
   ubp-fast embed runs/shop --append --events saturday.parquet
@@ -31,6 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest and options.command != "evaluate":
         parser().error(f"unknown arguments: {' '.join(rest)}")
     try:
+        if options.command == "inspect":
+            from ubp_fast.events.sources.inspect import inspect
+
+            print(inspect(options.files if len(options.files) > 1 else options.files[0]))
+            return 0
         if options.command == "embed":
             return _embed(options)
         if options.command == "validate":
@@ -58,6 +64,8 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--version", action="version", version=f"ubp_fast {__version__}")
     commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    look = commands.add_parser("inspect", help="says what the columns of a file may be, and the command that reads it")
+    look.add_argument("files", nargs="+", help="a file, a pattern, a directory of parts, or several")
     commands.add_parser("run", help="from event logs to evaluated profiles; settings as name=value, --help lists them")
     embed = commands.add_parser("embed", help="vectors of any moment from the model of a run")
     embed.add_argument("run", type=Path, help="directory of the run, or its folder model")
@@ -82,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _run(overrides: Sequence[str]) -> int:
-    from ubp_fast.pipeline.command import main as run
+    from ubp_fast.pipeline.command import main_as_typed as run
 
     before, sys.argv = sys.argv, ["ubp-fast run", *overrides]
     try:

@@ -8,6 +8,7 @@ safetensors.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -58,6 +59,15 @@ def write_json(path: Path, value: object) -> None:
 def load_json(path: Path) -> Any:
     """Reads a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def file_digest(path: Path) -> str:
+    """Hex digest of a file's content."""
+    state = hashlib.blake2b(digest_size=8)
+    with path.open("rb") as handle:
+        while block := handle.read(1 << 20):
+            state.update(block)
+    return state.hexdigest()
 
 
 def write_array(path: Path, array: np.ndarray) -> None:

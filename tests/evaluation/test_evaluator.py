@@ -11,6 +11,7 @@ from ubp_fast.evaluation import TASKS, EvaluationConfig, Metrics, Targets, build
 from ubp_fast.evaluation.evaluator import row_orders
 from ubp_fast.evaluation.readers import network
 from ubp_fast.evaluation.readers.network import NetworkData, training_cost
+from ubp_fast.events.labels import LabelMatrix
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import DataError
 from ubp_fast.events.sources.challenge import Challenge
@@ -93,6 +94,25 @@ def test_equal_tasks_are_trained_once(profiles, targets, trainings):
     assert len(trainings) == 5
     assert scores.tasks["churn"] == scores.tasks["conversion"]
     assert steps[-1] == (5 * training_cost(len(everyone), EvaluationConfig()),) * 2
+
+
+def test_labels_of_few_or_one_class_are_told(profiles, targets, trainings):
+    """A task of one class is not trained; one with a handful of positives is, with a warning."""
+    conversion = targets.tasks["conversion"]
+    rows = len(profiles.client_ids)
+    nobody = LabelMatrix(np.zeros(rows + 1, np.int64), np.zeros(0, np.int32), 1)
+    three = LabelMatrix(np.minimum(np.arange(rows + 1), 3), np.zeros(3, np.int32), 1)
+    tasks = {
+        "conversion": replace(conversion, validation=nobody),
+        "churn": replace(targets.tasks["churn"], included=np.ones(rows, bool), validation=three),
+    }
+    steps: list[tuple[int, int]] = []
+    config = EvaluationConfig(tasks=("conversion", "churn"))
+    scores = evaluate(profiles, replace(targets, tasks=tasks), config, progress=lambda *pair: steps.append(pair))
+    assert len(trainings) == 1 and steps[-1][0] == steps[-1][1]
+    assert scores.tasks["conversion"].score is None and scores.tasks["churn"].score is not None
+    assert list(scores.remarks) == ["churn"]
+    assert scores.remarks["churn"].startswith("the label has fewer than 10 clients of one class")
 
 
 def test_seeded_orders_do_not_depend_on_the_submitted_order(profiles, targets, trainings, events):

@@ -55,6 +55,24 @@ def test_mean_and_standard_error_over_row_orders():
     assert task([0.5]).standard_error is None
 
 
+def test_labels_of_one_class_count_in_the_challenges_score_alone():
+    """Its rule takes them as 0; beside it stands the mean of the others, and a task without any other has no score."""
+    orders = ((Metrics(0.6, None, None),), (Metrics(0.45, None, None),))
+    found = TaskScore(orders, num_labels=4, skipped=1)
+    assert found.best == (0.6, 0.45)
+    assert found.aurocs == (pytest.approx(0.8), pytest.approx(0.6))
+    assert found.warnings == (
+        "1 of 4 labels have one class in the validation window: the challenge's rule counts them as 0 in the score, the"
+        " mean AUROC of the others is 0.7000",
+    )
+    nothing = TaskScore(((), ()), num_labels=1, skipped=1)
+    assert nothing.score is None and nothing.aurocs == (None, None)
+    (warning,) = nothing.warnings
+    assert "there is no score" in warning
+    kept = Scores.from_json(scores(("a", "b"), churn=nothing, propensity_sku=found).to_json())
+    assert kept.tasks == {"churn": nothing, "propensity_sku": found}
+
+
 def test_no_client_is_no_score():
     found = task([])
     assert found.score is None

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from datetime import date, datetime, timedelta, timezone
+from datetime import datetime, timezone
 
 import numpy as np
 import polars as pl
@@ -9,67 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ubp_fast.events.checks import CODES
-from ubp_fast.events.parse import parse_codes, parse_ids, parse_timestamps
+from ubp_fast.events.parse import parse_codes, parse_ids
 from ubp_fast.events.schema import DataError
 
 GOOD = "[" + " ".join(str(code) for code in range(16)) + "]"
 DAY = datetime(2022, 11, 9, 23, 59, 58)
 DAY_S = int(DAY.replace(tzinfo=timezone.utc).timestamp())
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "2022-11-09 23:59:58",
-        "2022-11-09T23:59:58",
-        "2022-11-09 23:59:58.999",
-        " 2022-11-09T23:59:58.250Z ",
-        "2022-11-10 01:59:58+02:00",
-    ],
-)
-def test_text_times(text: str) -> None:
-    column = pl.Series("t", ["1970-01-01 00:00:01", text])  # formats may be mixed
-    assert parse_timestamps("f", column).to_list() == [1, DAY_S]
-
-
-@pytest.mark.parametrize("unit", ["ms", "us", "ns"])
-def test_datetimes_round_down_also_before_1970(unit: str) -> None:
-    column = pl.Series([DAY + timedelta(milliseconds=999), datetime(1969, 12, 31, 23, 59, 59, 500_000)])
-    assert parse_timestamps("f", column.cast(pl.Datetime(unit))).to_list() == [DAY_S, -1]  # type: ignore[arg-type]
-
-
-def test_time_zones_become_utc() -> None:
-    column = pl.Series([DAY]).dt.replace_time_zone("Europe/Warsaw")
-    assert parse_timestamps("f", column).to_list() == [DAY_S - 3600]
-
-
-def test_dates_and_integers() -> None:
-    assert parse_timestamps("f", pl.Series([date(1970, 1, 3)])).to_list() == [2 * 86_400]
-    assert parse_timestamps("f", pl.Series([DAY_S], dtype=pl.UInt32)).to_list() == [DAY_S]
-    assert parse_timestamps("f", pl.Series([DAY_S * 1000 + 999]), "ms").to_list() == [DAY_S]
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        (
-            ["2022-11-09 00:00:00", "soon", "2022-02-30 00:00:00"],
-            "hold a time, got 'soon' in row 1 \\(2 bad rows of 3\\)",
-        ),
-        (["2022-11-09 00:00:00", None], "hold a time, got None in row 1"),
-        (["2022-11-09 00:00:00 tomorrow"], "hold a time"),
-        ([DAY_S * 1000], "years 1900..2199, got .* in row 0 .* check the unit of the column \\(read as 's'\\)"),
-        ([1.5e9], "text, datetime or integer, got Float64"),
-    ],
-)
-def test_bad_times(values: list, message: str) -> None:
-    with pytest.raises(DataError, match=f"shop.parquet: column 'timestamp' must .*{message}"):
-        parse_timestamps("shop.parquet", pl.Series("timestamp", values))
-
-
-def test_unknown_unit() -> None:
-    with pytest.raises(ValueError, match=r"unit must be one of .* got 'min'"):
-        parse_timestamps("f", pl.Series([1]), "min")
 
 
 def test_ids_of_any_integer_dtype() -> None:

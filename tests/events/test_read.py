@@ -117,14 +117,6 @@ def test_text_that_is_no_parquet(tmp_path: Path) -> None:
         read_table(path)
 
 
-def test_csv_columns_in_the_order_asked_for(tmp_path: Path) -> None:
-    path = tmp_path / "a.csv"
-    path.write_text("a;b;c\n1;x;2\n")
-    assert read_table(path, ["c", "a"], separator=";").to_dicts() == [{"c": 2, "a": 1}]
-    with pytest.raises(DataError, match="column 'd' must exist"):
-        read_table(path, ["d"], separator=";")
-
-
 def test_an_empty_or_missing_table_makes_the_kind_absent(shop: Shop, tmp_path: Path) -> None:
     Challenge(str(shop(page_visit=lambda t: t.head(0), search_query=None))).prepare(tmp_path / "events")
     events = EventDirectory.open(tmp_path / "events")

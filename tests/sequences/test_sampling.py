@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from support.shops import DAY_S, END_S, START_S, make_store
 
-from ubp_fast.sequences import Views, age_quantiles_days, training_cutoffs, views_at
+from ubp_fast.sequences import Views, age_quantiles_days, past_cutoffs, training_cutoffs, views_at
 from ubp_fast.sequences.sampling import epoch_order, rows_at, token_rows
 from ubp_fast.store.event_store import EventStore
 
@@ -33,10 +35,20 @@ def test_training_cutoffs_leave_room_for_the_windows(store: EventStore) -> None:
         training_cutoffs(store, 0)
 
 
+def test_past_cutoffs_are_fewer_where_the_history_is_short(store: EventStore) -> None:
+    assert past_cutoffs(store, 2, 1, 14) == (tuple(END_S - days * DAY_S for days in (28, 42)), (END_S - 14 * DAY_S,))
+    model, stacking = past_cutoffs(store, 50, 50, 14)
+    assert len(model) == 1 and len(stacking) > 2
+    assert model[0] == stacking[-1] - 14 * DAY_S > store.first_timestamp_s
+    assert past_cutoffs(store, 1, 1, 60) == ((), (END_S - 60 * DAY_S,))
+    short = replace(store, header={**store.header, "target_days": 5})
+    assert past_cutoffs(short, 1, 2, 14) == ((END_S - 15 * DAY_S,), (END_S - 5 * DAY_S, END_S - 10 * DAY_S))
+
+
 def test_cutoffs_outside_the_store_are_refused(store: EventStore) -> None:
     with pytest.raises(ValueError, match=f"store's cutoff {END_S}, got {END_S + 1}"):
         views_at(store, [END_S + 1])
-    with pytest.raises(ValueError, match="at least one moment"):
+    with pytest.raises(ValueError, match="must hold a past window"):
         views_at(store, [])
 
 

@@ -28,7 +28,8 @@ TINY = (
     "evaluation.tasks=[churn]",
     "evaluation.epochs=1",
     "compute.threads=1",
-    "profile=blocks",
+    "features.pairs.pairs=2000",
+    "features.pairs.epochs=1",
 )
 
 # Everything that can be joined, where the demo joins decayed counts only.

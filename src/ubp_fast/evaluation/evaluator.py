@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,7 +13,11 @@ from ubp_fast.evaluation.scores import Scores
 from ubp_fast.evaluation.tasks import Targets, TaskTargets
 from ubp_fast.events.schema import DataError
 from ubp_fast.profiles import Profiles
+from ubp_fast.profiles.blocks import NEAR
 from ubp_fast.progress import Progress, Steps
+
+# Of fewer clients of one class an AUROC says little.
+LEAST_CLIENTS = 10
 
 
 def evaluate(
@@ -56,7 +61,7 @@ def evaluate(
     challenge: dict[str, TaskScore] = {}
     others: dict[str, dict[str, LabelScores]] = {}
     for name, reader in readers.items():
-        results = reader.read(data, asked, config, steps.done)
+        results = reader.read(_of_reader(name, data, aligned), asked, config, steps.done)
         for task, twin in zip(chosen, twins, strict=True):
             result = results[different.index(twin)]
             if isinstance(result, TaskScore):
@@ -65,7 +70,16 @@ def evaluate(
                 others.setdefault(name, {})[task.task.name] = result
     digests = tuple(_digest(targets.client_ids[order]) for order in orders)
     missing = {name: reason for name, reason in targets.missing.items() if name in config.tasks}
-    return Scores(challenge, config, digests, len(targets.client_ids), missing, others)
+    remarks = {task.task.name: text for task in chosen if (text := _few(task))}
+    return Scores(challenge, config, digests, len(targets.client_ids), missing, others, remarks)
+
+
+def _of_reader(name: str, data: ReaderData, profiles: Profiles) -> ReaderData:
+    """What a reader looks at: a search for neighbours the block that is made for it, where the profile has it."""
+    layout = profiles.layout
+    if name != "neighbours" or layout is None or NEAR not in [block.name for block in layout.blocks]:
+        return data
+    return replace(data, vectors=data.vectors[:, torch.from_numpy(layout.columns_of(NEAR))])
 
 
 def row_orders(client_ids: np.ndarray, config: EvaluationConfig) -> list[np.ndarray]:
@@ -90,6 +104,21 @@ def _twins(tasks: list[TaskTargets]) -> list[int]:
         next(earlier for earlier in range(position + 1) if earlier == position or tasks[earlier].same_as(task))
         for position, task in enumerate(tasks)
     ]
+
+
+def _few(task: TaskTargets) -> str:
+    """What is said of labels that hardly any client has, or hardly any lacks; "" when there are none."""
+    labels = task.validation.take(np.flatnonzero(task.included))
+    counts = labels.column_counts()
+    smaller = np.minimum(counts, labels.num_rows - counts)
+    few = int(((smaller > 0) & (smaller < LEAST_CLIENTS)).sum())
+    if not few:
+        return ""
+    labels_have = "the label has" if labels.num_labels == 1 else f"{few} of {labels.num_labels} labels have"
+    return (
+        f"{labels_have} fewer than {LEAST_CLIENTS} clients of one class in the validation window, an AUROC of so few is"
+        " mostly chance"
+    )
 
 
 def _to_device(vectors: np.ndarray, device: torch.device) -> torch.Tensor:

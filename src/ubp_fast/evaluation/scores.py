@@ -35,6 +35,7 @@ class Scores:
         num_clients: rows of the submission.
         missing: tasks that were asked for but left out, and why.
         others: the other readers' scores: reader -> task -> scores.
+        remarks: what to know before trusting the scores of a task, or of all ("clients"), whoever reads.
     """
 
     tasks: dict[str, TaskScore]
@@ -43,6 +44,7 @@ class Scores:
     num_clients: int
     missing: Mapping[str, str] = field(default_factory=dict)
     others: Mapping[str, Mapping[str, LabelScores]] = field(default_factory=dict)
+    remarks: Mapping[str, str] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Spread]:
         """Task -> (challenge's score, standard error over row orders); None where there is none."""
@@ -97,6 +99,7 @@ class Scores:
             "config": {**asdict(self.config), "tasks": list(self.config.tasks), "readers": list(self.config.readers)},
             "orders": list(self.order_digests),
             "missing_tasks": dict(self.missing),
+            "remarks": dict(self.remarks),
             "tasks": {name: _task_to_json(task) for name, task in self.tasks.items()},
             "readers": {
                 reader: {name: _labels_to_json(task) for name, task in tasks.items()}
@@ -114,7 +117,11 @@ class Scores:
         if value.get("format") not in READABLE:
             raise DataError(f"Scores: format must be 1 or {FORMAT}, got {value.get('format')}; evaluate again")
         tasks = {
-            name: TaskScore(tuple(tuple(map(_metrics_from_json, order["epochs"])) for order in task["orders"]))
+            name: TaskScore(
+                tuple(tuple(map(_metrics_from_json, order["epochs"])) for order in task["orders"]),
+                task.get("labels", 1),
+                task.get("skipped_labels", 0),
+            )
             for name, task in value["tasks"].items()
         }
         others = {
@@ -125,7 +132,9 @@ class Scores:
         if not isinstance(missing, Mapping):
             missing = dict.fromkeys(missing, NO_LABELS)
         config = EvaluationConfig(**value["config"])
-        return cls(tasks, config, tuple(value["orders"]), value["clients"], dict(missing), others)
+        return cls(
+            tasks, config, tuple(value["orders"]), value["clients"], dict(missing), others, value.get("remarks", {})
+        )
 
 
 def _task_to_json(task: TaskScore) -> dict[str, Any]:
@@ -137,6 +146,8 @@ def _task_to_json(task: TaskScore) -> dict[str, Any]:
         "score": task.score,
         "standard_error": task.standard_error,
         "auroc": mean_and_error(task.aurocs)[0],
+        "labels": task.num_labels,
+        "skipped_labels": task.skipped,
         "orders": orders,
         "warnings": list(task.warnings),
     }

@@ -34,8 +34,23 @@ def empty_frame(schema: dict[str, pl.DataType]) -> pl.DataFrame:
     return pl.DataFrame(schema=schema)
 
 
+class MissingColumnError(DataError):
+    """A table lacks a column; `columns` are those that it has."""
+
+    def __init__(self, message: str, columns: list[str]) -> None:
+        super().__init__(message)
+        self.columns = columns
+
+
 def bad_rows(
-    file: str, column: str, rule: str, bad: pl.Series, values: pl.Series, remedy: str, detail: str = ""
+    file: str,
+    column: str,
+    rule: str,
+    bad: pl.Series,
+    values: pl.Series,
+    remedy: str,
+    detail: str = "",
+    row: int | None = None,
 ) -> DataError:
     """The error for a column in which the rows marked in `bad` break `rule`.
 
@@ -47,13 +62,15 @@ def bad_rows(
         values: the column as read, to show the first bad value.
         remedy: what to do about it.
         detail: why the first bad value is bad, where that is not plain.
+        row: number of the first bad row in the file, where that is not its place in `bad`.
     """
     first = int(bad.arg_true()[0])
     count = int(bad.sum())
-    shown = _shown(values[first]) + (f" ({detail})" if detail else "")
+    got = shown(values[first]) + (f" ({detail})" if detail else "")
     rows = "1 bad row" if count == 1 else f"{count} bad rows"
     return DataError(
-        f"{file}: column '{column}' must {rule}, got {shown} in row {first} ({rows} of {len(bad)}); {remedy}"
+        f"{file}: column '{column}' must {rule}, got {got} in row {first if row is None else row}"
+        f" ({rows} of {len(bad)}); {remedy}"
     )
 
 
@@ -61,11 +78,12 @@ def require_columns(file: str, present: list[str], wanted: list[str], remedy: st
     """Checks that every wanted column exists.
 
     Raises:
-        DataError: names the first missing column and the columns that are there.
+        MissingColumnError: names the first missing column and the columns that are there.
     """
     for column in wanted:
         if column not in present:
-            raise DataError(f"{file}: column '{column}' must exist, got columns {present}; {remedy}")
+            message = f"{file}: column '{column}' must exist, got columns {present}; {remedy}"
+            raise MissingColumnError(message, present)
 
 
 def require_unique(file: str, column: str, values: pl.Series, remedy: str) -> None:
@@ -96,7 +114,7 @@ def require_canonical(file: str, frame: pl.DataFrame, schema: dict[str, pl.DataT
             )
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A value for a message, cut to a length that leaves the message readable."""
     text = repr(value.to_list()) if isinstance(value, pl.Series) else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ubp_fast.events.schema import DataError, LabelLists
+from ubp_fast.events.split import utc_text
 
 if TYPE_CHECKING:
     import polars as pl
@@ -86,8 +87,8 @@ def make_label_lists(directory: EventDirectory, start_s: int, end_s: int, num_la
     window = directory.purchases(start_s, end_s)
     if not len(window):
         raise DataError(
-            f"{directory.path}/product_buy: timestamp_s must reach into [{start_s}, {end_s}), where the labels are"
-            " chosen, got 0 purchases in it; bring label lists or choose an earlier end"
+            f"product_buy: purchases must lie between {utc_text(start_s)} and {utc_text(end_s)}, the window that tells"
+            " what tasks ask for, got 0 purchases in it; bring events of that time, or choose another data.end"
         )
     before = directory.scan("product_buy").filter(pl.col("timestamp_s") < start_s).select("sku").collect()
     return label_lists(window, before, num_labels)

@@ -1,4 +1,4 @@
-"""Foreign columns -> canonical ones: timestamps, ids, code vectors, text. Every value is checked, in linear time."""
+"""Foreign columns -> canonical ones: ids, code vectors, text. Every value is checked, in linear time."""
 
 from __future__ import annotations
 
@@ -8,21 +8,11 @@ from functools import lru_cache
 
 import numpy as np
 import polars as pl
-from numba import njit
 
+from ubp_fast.compiled import njit
 from ubp_fast.events.checks import CODES, bad_rows
-from ubp_fast.events.schema import NUM_CODES, DataError, UserError
-from ubp_fast.events.split import DAY_S
+from ubp_fast.events.schema import NUM_CODES, DataError
 
-# Dates outside these years come from a wrong unit (milliseconds read as seconds), not from a shop.
-EARLIEST_S, LATEST_S = -2_208_988_800, 7_258_118_400  # 1900-01-01, 2200-01-01
-UNIT_PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
-TEXT_FORMATS = (
-    "%Y-%m-%d %H:%M:%S%.f",
-    "%Y-%m-%dT%H:%M:%S%.f",
-    "%Y-%m-%dT%H:%M:%S%.f%#z",
-    "%Y-%m-%d %H:%M:%S%.f%#z",
-)
 TEXTS_AT_A_TIME = 1 << 15
 _WORD = re.compile(r"\w+")
 CODE_PROBLEMS = (
@@ -32,65 +22,6 @@ CODE_PROBLEMS = (
     f"it does not hold {NUM_CODES} codes",
     "a code is outside 0..255",
 )
-
-
-def parse_timestamps(file: str, column: pl.Series, unit: str = "s") -> pl.Series:
-    """Seconds since 1970 UTC, fractions rounded down.
-
-    Args:
-        file: name for messages.
-        column: text 'YYYY-MM-DD HH:MM:SS' (also with T, fraction, time zone), datetime of any unit (without a time zone
-            it is taken as UTC), date, or integers.
-        unit: unit of integers: "s", "ms", "us" or "ns".
-
-    Returns:
-        i64 series, name `timestamp_s`.
-
-    Raises:
-        DataError: wrong dtype, null, unparsable, or outside the years 1900..2199.
-    """
-    if unit not in UNIT_PER_SECOND:
-        raise UserError(f"{file}: timestamp unit must be one of {list(UNIT_PER_SECOND)}, got '{unit}'")
-    dtype = column.dtype
-    if dtype == pl.String:
-        seconds = _seconds_of_text(column)
-    elif isinstance(dtype, pl.Datetime):
-        seconds = column.to_physical() // UNIT_PER_SECOND[dtype.time_unit]
-    elif dtype == pl.Date:
-        seconds = column.to_physical().cast(pl.Int64) * DAY_S
-    elif dtype.is_integer():
-        seconds = column.cast(pl.Int64, strict=False) // UNIT_PER_SECOND[unit]
-    else:
-        raise DataError(
-            f"{file}: column '{column.name}' must be text, datetime or integer, got {dtype};"
-            " write times as 'YYYY-MM-DD HH:MM:SS' or as integer seconds"
-        )
-    if seconds.null_count():
-        remedy = "write times as 'YYYY-MM-DD HH:MM:SS' and remove rows without a time"
-        raise bad_rows(file, column.name, "hold a time", seconds.is_null(), column, remedy)
-    outside = (seconds < EARLIEST_S) | (seconds >= LATEST_S)
-    if outside.any():
-        remedy = f"check the unit of the column (read as '{unit}')" if dtype.is_integer() else "correct the rows"
-        raise bad_rows(file, column.name, "lie in the years 1900..2199", outside, column, remedy)
-    return seconds.alias("timestamp_s")
-
-
-def _seconds_of_text(column: pl.Series) -> pl.Series:
-    """Tries each format on what the formats before it left; null where none fits."""
-    text = column.str.strip_chars()
-    seconds = _parse_text(text, "%Y-%m-%d %H:%M:%S")
-    for pattern in TEXT_FORMATS:
-        left = seconds.is_null().arg_true()
-        if not len(left):
-            break
-        seconds = seconds.scatter(left, _parse_text(text.gather(left), pattern))
-    return seconds
-
-
-def _parse_text(text: pl.Series, pattern: str) -> pl.Series:
-    zone = "UTC" if pattern.endswith("z") else None
-    times = text.str.to_datetime(pattern, time_unit="us", time_zone=zone, strict=False, exact=True)
-    return times.to_physical() // UNIT_PER_SECOND["us"]
 
 
 def parse_ids(file: str, column: pl.Series) -> pl.Series:
@@ -224,7 +155,7 @@ def _digest(word: str) -> bytes:
     return hashlib.blake2b(word.encode(), digest_size=NUM_CODES).digest()
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _parse_code_bytes(text, offsets):  # pragma: no cover - compiled
     """Codes u8 [N, 16] and the index of the problem in CODE_PROBLEMS u8 [N] of each vector in a byte buffer."""
     rows = offsets.size - 1

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +32,8 @@ from ubp_fast.events.checks import (
     require_columns,
     require_unique,
 )
-from ubp_fast.events.parse import parse_codes, parse_ids, parse_timestamps
+from ubp_fast.events.formats import readable
+from ubp_fast.events.parse import parse_codes, parse_ids
 from ubp_fast.events.schema import (
     EVENT_KINDS,
     ITEM_COLUMN,
@@ -44,7 +44,8 @@ from ubp_fast.events.schema import (
     DataError,
     LabelLists,
 )
-from ubp_fast.events.split import Split
+from ubp_fast.events.split import TARGET_DAYS, Split
+from ubp_fast.events.times import parse_timestamps
 from ubp_fast.files import load_array, load_json
 
 DATASET_FILE = "dataset.json"
@@ -205,6 +206,11 @@ class EventDirectory:
         return _with_codes(self._scan_stored(PRODUCT_TABLE), PRODUCT_SCHEMA).select(columns).collect()
 
     @property
+    def target_days(self) -> int:
+        """Length of a target window in days: 14, or fewer where the source shortened it to fit a short history."""
+        return int(self.info.get("target_days", TARGET_DAYS))
+
+    @property
     def relevant_clients(self) -> np.ndarray | None:
         """Clients that need a profile, i64 in the source's order, or None when the source names none."""
         path = self.path / "relevant_clients.npy"
@@ -285,38 +291,24 @@ def _slice(scan: pl.LazyFrame, start: int) -> pl.DataFrame:
     return scan.slice(start, BATCH_ROWS).collect()
 
 
-def read_table(path: Path, columns: list[str] | None = None, separator: str = ",") -> pl.DataFrame:
-    """Reads a Parquet file or a directory of Parquet files, or a CSV file when its name ends in .csv or .csv.gz.
+def read_table(path: Path, columns: list[str] | None = None) -> pl.DataFrame:
+    """Reads a Parquet file or a directory of Parquet files.
 
     Args:
         path: the file or directory.
         columns: the columns wanted, in this order; None reads all.
-        separator: of a CSV file.
 
     Raises:
         DataError: no such file, not readable (truncated, another format), or a column is missing.
     """
     files = parquet_files(path)
-    is_csv = path.name.endswith((".csv", ".csv.gz"))
-    with _complete(path, "CSV" if is_csv else "Parquet"):
-        frame = pl.read_csv(path, separator=separator, infer_schema_length=None) if is_csv else pl.scan_parquet(files)
+    with readable(path, "parquet"):
+        frame = pl.scan_parquet(files)
         if columns is not None:
-            present = frame.lazy().collect_schema().names()
+            present = frame.collect_schema().names()
             require_columns(str(path), present, columns, "rename the column or name it in the configuration")
             frame = frame.select(columns)
-        return frame.lazy().collect()
-
-
-@contextmanager
-def _complete(path: Path, kind: str) -> Iterator[None]:
-    """What goes wrong while a file is read becomes an error that names it."""
-    try:
-        yield
-    except (pl.exceptions.PolarsError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise DataError(
-            f"{path}: file must be a complete {kind} file, got '{reason}'; it may be truncated: copy or make it again"
-        ) from error
+        return frame.collect()
 
 
 def read_events(path: Path, kind: str, timestamp_unit: str = "s") -> Iterator[pl.DataFrame]:
@@ -329,7 +321,7 @@ def read_events(path: Path, kind: str, timestamp_unit: str = "s") -> Iterator[pl
         DataError: see `read_table`, `parse_ids`, `parse_timestamps`, `parse_codes`.
     """
     columns = ["client_id", "timestamp", ITEM_COLUMN[kind]]
-    with _complete(path, "Parquet"):
+    with readable(path, "parquet"):
         scan = pl.scan_parquet(parquet_files(path))
         require_columns(str(path), scan.collect_schema().names(), columns, "rename the column")
         rows = scan.select(pl.len()).collect().item()

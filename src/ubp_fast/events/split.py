@@ -14,8 +14,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
+from ubp_fast.events.schema import DataError
+
 DAY_S = 86_400
 TARGET_DAYS = 14
+# Two target windows, one past window to learn from, and as long a history before it.
+WINDOWS_OF_A_LOG = 4
+LEAST_TARGET_DAYS = 5
 
 
 @dataclass(frozen=True)
@@ -69,3 +74,21 @@ def split_at(last_purchase_s: int, target_days: int = TARGET_DAYS) -> Split:
     """
     input_end_s = floor_day(last_purchase_s - (2 * target_days - 1) * DAY_S)
     return Split(input_end_s, input_end_s + target_days * DAY_S, last_purchase_s)
+
+
+def fitting_days(first_s: int, last_purchase_s: int) -> int:
+    """Length of the target windows in days: the challenge's 14, or fewer where the log is short.
+
+    Raises:
+        DataError: the log is shorter than three weeks.
+    """
+    days = -(-(last_purchase_s - first_s) // DAY_S)
+    target_days = min(TARGET_DAYS, days // WINDOWS_OF_A_LOG)
+    if target_days < LEAST_TARGET_DAYS:
+        least = WINDOWS_OF_A_LOG * LEAST_TARGET_DAYS
+        raise DataError(
+            f"events: the history must span at least {least} days up to the last purchase, got {days} (from"
+            f" {utc_text(first_s)} to {utc_text(last_purchase_s)}); two target windows, a past window to learn from and"
+            " what lies before it have to fit into it: bring a longer history"
+        )
+    return target_days

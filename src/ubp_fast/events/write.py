@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ import numpy as np
 import polars as pl
 
 from ubp_fast.events.checks import PRODUCT_SCHEMA, PURCHASE_SCHEMA, bad_rows, event_schema, require_canonical
-from ubp_fast.events.parse import parse_timestamps
 from ubp_fast.events.read import BATCH_ROWS, DATASET_FILE, FORMAT, TARGET_PURCHASES, check_products, stored_form
-from ubp_fast.events.schema import EVENT_KINDS, LABEL_LISTS, PRODUCT_TABLE, SKU_KINDS, DataError, LabelLists, UserError
-from ubp_fast.events.split import Split, split_at, utc_text
+from ubp_fast.events.schema import EVENT_KINDS, LABEL_LISTS, PRODUCT_TABLE, SKU_KINDS, DataError, LabelLists
+from ubp_fast.events.split import TARGET_DAYS, WINDOWS_OF_A_LOG, Split, fitting_days, split_at, utc_text
+from ubp_fast.events.times import iso_seconds
 from ubp_fast.files import published_directory, write_json
 
 
@@ -26,14 +25,7 @@ def end_seconds(end: str | None) -> int | None:
     Raises:
         ValueError: not an ISO date-time.
     """
-    if end is None:
-        return None
-    try:
-        moment = datetime.fromisoformat(end)
-    except ValueError as error:
-        raise UserError(f"source: end must be a date-time like '2022-11-09 23:59:59', got '{end}'") from error
-    text = pl.Series("end", [moment if moment.tzinfo is None else moment.astimezone(timezone.utc)])
-    return int(parse_timestamps("end", text)[0])
+    return None if end is None else iso_seconds("end", end)
 
 
 class EventWriter:
@@ -111,6 +103,10 @@ class EventWriter:
         directory.mkdir(exist_ok=True)
         _write_parquet(directory / f"{name}.parquet", table)
 
+    def write_bad_rows(self, rows: pl.DataFrame) -> None:
+        """Writes the first of the rows that were left out, for the user to look at."""
+        rows.write_csv(self.directory / "bad_rows.csv")
+
     def write_label_lists(self, lists: LabelLists) -> None:
         """Writes label lists: name -> (ids, popularity)."""
         directory = self.directory / "labels"
@@ -133,6 +129,23 @@ class EventWriter:
                 " profiles are evaluated on purchases, so bring that table"
             )
         return split_at(self._last_purchase_s)
+
+    def fitting_split(self) -> Split:
+        """The split of a log of three weeks or more; windows that are shorter than the challenge's are noted.
+
+        Raises:
+            DataError: there are no purchases, or the log is shorter.
+        """
+        self.default_split()
+        assert self._last_purchase_s is not None and self._first_s is not None
+        days = fitting_days(self._first_s, self._last_purchase_s)
+        if days < TARGET_DAYS:
+            self.notes.append(
+                f"events: the history is short, target windows are {days} days instead of {TARGET_DAYS};"
+                f" {WINDOWS_OF_A_LOG * TARGET_DAYS} days of events give whole ones"
+            )
+            self._info["target_days"] = days
+        return split_at(self._last_purchase_s, days)
 
     def finish(self, split: Split, **info: object) -> None:
         """Writes dataset.json: the directory is complete.

@@ -13,9 +13,14 @@ from ubp_fast.kernels import deferred, row_sparse
 def clip_gradient_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scales all gradients so that their joint Euclidean norm is at most `max_norm`; returns the norm before.
 
-    Equals `torch.nn.utils.clip_grad_norm_`, which refuses sparse gradients. On a GPU nothing waits for the
-    device but tables in bfloat16.
+    Equals `torch.nn.utils.clip_grad_norm_`, with which the gradient of a table waits for a GPU. Here nothing does but
+    tables in bfloat16.
     """
+    with torch._C.DisableTorchFunctionSubclass():  # the gradients of tables, as they are
+        return _clip(parameters, max_norm)
+
+
+def _clip(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     gradients, sums = [], []
     for parameter in parameters:
         gradient = parameter.grad

@@ -10,6 +10,8 @@ Source: Defazio et al. 2024; weight decay has no closed form here and must be 0.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ class ScheduleFreeTable(TouchedRows[ScheduleFree, ScheduleFreeStep]):
     names = ("z", "exp_avg_sq")
 
     def _first_at_rest(self) -> Tensor:
-        return self._values
+        return self.weight
 
     def _numbers(self, group: dict[str, Any]) -> tuple[ScheduleFree, ScheduleFreeStep]:
         """From what the library keeps in a group that has just stepped."""
@@ -48,6 +50,20 @@ class ScheduleFreeTable(TouchedRows[ScheduleFree, ScheduleFreeStep]):
             bias_correction=bias_correction,
             is_adaptive=length > 4.0,
         )
+
+    @contextmanager
+    def written(self) -> Iterator[None]:
+        """The dense optimizer has a z of every row: one that never had a gradient and is written keeps its own."""
+        before = self.weight.clone() if self.has_state else None
+        yield
+        if before is not None:
+            is_new = (self.last_step < 0) & (self.weight != before.to(self.weight)).any(dim=1)
+            ids, used = is_new.nonzero()[:, 0], int(self.used)
+            slots = slice(used, used + len(ids))
+            self.slot[ids] = torch.arange(used, used + len(ids), dtype=torch.int32, device=ids.device)
+            self.state[slots, 0], self.state[slots, 1] = before[ids].to(self.state), 0.0
+            self.last_step[ids] = 0
+            self.used.add_(len(ids))
 
     def _record(self, step: ScheduleFreeStep) -> bool:
         self._kept *= max(1.0 - step.average_weight, _SMALLEST_FACTOR)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ubp_fast.kernels.checks import require
 from ubp_fast.optim.row_sparse_embedding import RowSparseEmbedding
+from ubp_fast.optim.table_weight import TableWeight, adopted
 from ubp_fast.optim.touched_rows import TouchedRows
 
 
@@ -31,13 +33,27 @@ class TableOptimizer(Optimizer):
 
     def __init__(self, params: Any, tables: Iterable[RowSparseEmbedding], **options: Any) -> None:
         super().__init__(params, **options)
+        name = type(self).__name__
         self._tables: dict[Tensor, TouchedRows] = {}
         group_of = {weight: group for group in self.param_groups for weight in group["params"]}
-        for table in tables:
-            if table.weight not in group_of:
-                raise ValueError(f"{type(self).__name__}: tables must have their weights in params, got another")
-            self._tables[table.weight] = table.touched = self._touched_rows(table.weight, group_of[table.weight])
+        weights = {table.trainable(): table for table in tables}
+        for weight in weights:
+            require(weight in group_of, name, "tables", "have their weights in params", "another")
+            if isinstance(weight, TableWeight):  # it belongs to the newest optimizer
+                weight.release()
+            self._tables[weight] = self._touched_rows(weight, group_of[weight])
         self._check_groups()
+        for weight, touched in self._tables.items():
+            TableWeight.adopt(weight, touched)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_tables": self._tables}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for weight, touched in state.get("_tables", {}).items():
+            touched.restore(weight)
+            TableWeight.adopt(weight, touched)
 
     def _touched_rows(self, weight: Tensor, group: dict[str, Any]) -> TouchedRows:
         raise NotImplementedError
@@ -49,36 +65,45 @@ class TableOptimizer(Optimizer):
     def _tables_of(self, group: dict[str, Any]) -> list[TouchedRows]:
         return [self._tables[weight] for weight in group["params"] if weight in self._tables]
 
+    @torch.compiler.disable
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step: dense parameters by the dense optimizer, tables by their touched rows.
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step: dense parameters by the dense optimizer, tables by the rows that have a gradient.
 
         Raises:
-            ValueError: a table has a dense gradient (its weight was used outside its module).
+            ValueError: another optimizer has taken a table over.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._check_groups()
-        gradients = {weight: weight.grad for weight in self._tables if weight.grad is not None}
-        if not all(gradient.is_sparse for gradient in gradients.values()):
-            raise ValueError(
-                f"{type(self).__name__}: gradients of tables must be sparse, got a dense one;"
-                " read a table only by calling its module"
-            )
+        for weight, touched in self._tables.items():
+            if adopted(weight) is not touched:
+                raise ValueError(
+                    f"{type(self).__name__}: tables must be its own, got one that was released or adopted anew"
+                )
+        gradients = self._gradients()
         try:
-            for weight in gradients:
-                weight.grad = None
+            self._set_gradients(dict.fromkeys(gradients))
             type(self)._dense_step(self)
         finally:
+            self._set_gradients(gradients)
+        with torch._C.DisableTorchFunctionSubclass():
+            for group in self.param_groups:
+                for weight in group["params"]:
+                    if weight in gradients:
+                        self._tables[weight].step(gradients[weight], group)
+        return loss
+
+    def _gradients(self) -> dict[Tensor, Tensor]:
+        with torch._C.DisableTorchFunctionSubclass():
+            return {weight: weight.grad for weight in self._tables if weight.grad is not None}
+
+    def _set_gradients(self, gradients: Mapping[Tensor, Tensor | None]) -> None:
+        with torch._C.DisableTorchFunctionSubclass():
             for weight, gradient in gradients.items():
                 weight.grad = gradient
-        for group in self.param_groups:
-            for weight in group["params"]:
-                if weight in gradients:
-                    self._tables[weight].step(gradients[weight], group)
-        return loss
 
     def state_dict(self) -> dict[str, Any]:
         """The state in the layout of the dense optimizer; that of all rows comes into being."""

@@ -16,8 +16,11 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
 from ubp_fast.kernels import deferred, row_sparse
+from ubp_fast.kernels.checks import require
 from ubp_fast.kernels.row_sparse import Adam, AdamStep, RowTable, ScheduleFree, ScheduleFreeStep
 
 _CHUNK_ROWS = 65_536
@@ -28,7 +31,8 @@ StepT = TypeVar("StepT", ScheduleFreeStep, AdamStep)
 def reserve(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of zeros whose memory comes into being where it is written; on Linux in large pages."""
     count = math.prod(shape)
-    if device.type != "cpu" or count == 0:
+    # A mode that watches what is made, such as that of fake tensors, must see it.
+    if device.type != "cpu" or count == 0 or _get_current_dispatch_mode() is not None:
         return torch.zeros(shape, dtype=dtype, device=device)
     # Private: a forked process must not write into this one's weights.
     memory = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -55,6 +59,22 @@ def round_at_random(values: Tensor, generator: torch.Generator) -> Tensor:
     return bits.view(torch.float32).masked_fill_(values.isnan(), torch.nan).bfloat16()
 
 
+def check_weight(weight: Tensor) -> None:
+    """Raises ValueError where no row-sparse optimizer can train a table with this weight."""
+    rule = "be a [N, D] tensor of numbers in float32, float64 or bfloat16"
+    is_table = weight.ndim == 2 and weight.dtype in (*row_sparse.FLOATS, torch.bfloat16) and not weight.is_meta
+    found = f"{list(weight.shape)}, {weight.dtype} on {weight.device}"
+    remedy = "convert it to one of them, or release() the table"
+    require(is_table, "RowSparseEmbedding", "weight", rule, found, remedy)
+
+
+@contextmanager
+def _outside_of_transforms() -> Iterator[None]:
+    """A table's own memory is meant, whatever transform, mode or recording the caller is inside of."""
+    with torch.inference_mode(False), torch.no_grad(), _disable_current_modes(), temporarily_clear_interpreter_stack():
+        yield
+
+
 class TouchedRows(ABC, Generic[RuleT, StepT]):
     """Two state vectors per row that ever had a gradient, each row as it was after its last step.
 
@@ -71,11 +91,47 @@ class TouchedRows(ABC, Generic[RuleT, StepT]):
     history_columns: ClassVar[tuple[int, ...]] = ()
 
     def __init__(self, weight: Tensor, rule: RuleT) -> None:
-        self.weight = weight
         self.rule: RuleT = rule
-        self.is_rounded = weight.dtype == torch.bfloat16
-        self.seed, self.roundings = int(torch.randint(2**32, ())) if self.is_rounded else 0, 0
+        self.seed, self.roundings = -1, 0
+        self._take(weight)
         self.reset()
+
+    def _take(self, weight: Tensor) -> None:
+        check_weight(weight)
+        if not weight.is_contiguous():
+            weight.data = weight.contiguous()
+        self.weight = weight.detach()  # its memory alone: it shall not keep the parameter alive
+        self.is_rounded = weight.dtype == torch.bfloat16
+        if self.is_rounded and self.seed < 0:
+            self.seed = int(torch.randint(2**32, ()))
+
+    def bind(self, weight: Tensor) -> None:
+        """Follows the parameter to other memory, another dtype or device; all rows are up to date."""
+        self._take(weight)
+        for name in ("state", "slot", "used", "last_step", "_history"):
+            setattr(self, name, getattr(self, name).to(weight.device))
+        self.state: Tensor = self.state.to(self.state_dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles hold the rows of the state that are in use, and not the weight: `restore` brings one."""
+        self.catch_up()
+        kept = {name: value for name, value in vars(self).items() if name not in ("weight", "_history")}
+        return kept | {"state": self.state[: int(self.used)].clone()}
+
+    def restore(self, weight: Tensor) -> None:
+        """Makes a copy whole: it continues with this parameter, which holds the numbers of the original."""
+        if hasattr(self, "weight"):  # it is the original: a shallow copy of its optimizer shares it
+            return
+        self._take(weight)
+        state = reserve((len(weight), *self.state.shape[1:]), self.state_dtype, weight.device)
+        state[: len(self.state)] = self.state
+        self.state = state
+        self._restart()
+
+    @contextmanager
+    def written(self) -> Iterator[None]:
+        """Around whatever writes the weight from outside, all rows being up to date."""
+        yield
 
     def reset(self) -> None:
         """Forgets everything but the weights."""
@@ -109,7 +165,7 @@ class TouchedRows(ABC, Generic[RuleT, StepT]):
     def rows(self) -> RowTable:
         """The table for the kernels."""
         history = self._history[: self.steps + 1]
-        return RowTable(self._values, self.state, self.slot, self.used, self.last_step, history)
+        return RowTable(self.weight, self.state, self.slot, self.used, self.last_step, history)
 
     @property
     def is_padded(self) -> bool:
@@ -122,7 +178,7 @@ class TouchedRows(ABC, Generic[RuleT, StepT]):
         return row_sparse.gather(rows, self.rule, places).view(*ids.shape, self.weight.shape[1])
 
     def step(self, gradient: Tensor, group: dict[str, Any]) -> None:
-        """Takes one step with a sparse gradient [N, D] and the numbers of its parameter group."""
+        """Takes one step with a gradient [N, D], sparse or dense, and the numbers of its parameter group."""
         rule, step = self._numbers(group)
         if rule != self.rule:
             self.catch_up()
@@ -141,18 +197,23 @@ class TouchedRows(ABC, Generic[RuleT, StepT]):
         """Brings all rows to the present; those of a schedule-free table move by the share `toward_z` of z - y."""
         if self.steps == 0 and toward_z == 0.0:
             return
-        for ids in self.chunks():
-            with self.changing(ids) as (rows, _):
-                row_sparse.catch_up(rows, self.rule, toward_z=toward_z)
-        if deferred.is_deferred(self.weight.device):
-            deferred.check_deferred(self.weight.device)
-        self._restart()
+        with _outside_of_transforms():
+            for ids in self.chunks():
+                with self.changing(ids) as (rows, _):
+                    row_sparse.catch_up(rows, self.rule, toward_z=toward_z)
+            if deferred.is_deferred(self.weight.device):
+                deferred.check_deferred(self.weight.device)
+            self._restart()
 
     def summed(self, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Ascending distinct ids of a sparse gradient [N, D], their sums in the dtype of the state, and how many.
+        """Ascending distinct ids of a gradient [N, D], their sums in the dtype of the state, and how many.
 
-        None for all; where `is_padded` they have the length of the batch.
+        None for all; where `is_padded` those of a sparse one have the length of the batch. Rows of zeros in a dense one
+        are rows without a gradient.
         """
+        if not gradient.is_sparse:
+            ids = (gradient != 0).any(dim=1).nonzero()[:, 0]
+            return ids, gradient[ids].to(self.state_dtype), None
         ids, sums = gradient._indices()[0], gradient._values().to(self.state_dtype)
         if self.is_padded:
             return row_sparse.reduce_padded(ids, sums)
@@ -170,7 +231,7 @@ class TouchedRows(ABC, Generic[RuleT, StepT]):
         """`rows` in the dtype of the state, those of `ids` [n] alone where it is rounded, and the places of `ids`."""
         if not self.is_rounded:
             return self.rows, ids
-        weight, slot, last_step = self._values[ids].float(), self.slot[ids], self.last_step[ids]
+        weight, slot, last_step = self.weight[ids].float(), self.slot[ids], self.last_step[ids]
         places = torch.arange(len(ids), device=ids.device)
         return self.rows._replace(weight=weight, slot=slot, last_step=last_step), places
 
@@ -182,7 +243,7 @@ class TouchedRows(ABC, Generic[RuleT, StepT]):
         if self.is_rounded:
             generator = torch.Generator(self.weight.device).manual_seed(_mixed(self.seed, self.roundings))
             self.roundings += 1
-            self._values[ids] = round_at_random(rows.weight, generator)
+            self.weight[ids] = round_at_random(rows.weight, generator)
             self.slot[ids], self.last_step[ids] = rows.slot, rows.last_step
 
     def chunks(self) -> Iterator[Tensor]:
@@ -194,10 +255,6 @@ class TouchedRows(ABC, Generic[RuleT, StepT]):
 
     def _left_behind(self) -> Tensor:
         return (self.last_step >= 0).nonzero()[:, 0]
-
-    @property
-    def _values(self) -> Tensor:
-        return self.weight.detach()
 
     def dense_state(self) -> dict[str, Tensor]:
         """Both state vectors [N, D] at the present as the dense optimizer holds them, in memory of their own.

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 
 from ubp_fast import __version__
-from ubp_fast.files import clear_directory, complete_directory, writable_directory, writing_to
+from ubp_fast.files import clear_directory, complete_directory, file_digest, writable_directory, writing_to
 
 KEY_LENGTH = 16
 
@@ -26,15 +26,6 @@ def digest(value: object) -> str:
     """Hex digest of a JSON-able value; equal values give equal digests whatever the order of their keys."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.blake2b(text.encode(), digest_size=KEY_LENGTH // 2).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """Hex digest of a file's content."""
-    state = hashlib.blake2b(digest_size=KEY_LENGTH // 2)
-    with path.open("rb") as handle:
-        while block := handle.read(1 << 20):
-            state.update(block)
-    return state.hexdigest()
 
 
 @cache

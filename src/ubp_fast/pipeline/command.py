@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from ubp_fast.events.schema import UserError
+from ubp_fast.pipeline.command_line import as_typed
 from ubp_fast.pipeline.execute import execute, run_stages
 from ubp_fast.pipeline.settings import read_settings
 
@@ -24,6 +25,12 @@ CONF = str(Path(__file__).resolve().parent.parent / "conf")
 def main(config: DictConfig) -> None:
     """Runs the stages that `config` asks for; exits with 2 and one clear line when the input is at fault."""
     sys.exit(execute(config))
+
+
+def main_as_typed() -> None:
+    """`main`, with settings as people type them."""
+    sys.argv[1:] = as_typed(sys.argv[1:])
+    main()
 
 
 def run(settings: Mapping[str, object] | Sequence[str], quiet: bool = False) -> Path:

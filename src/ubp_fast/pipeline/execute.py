@@ -18,11 +18,11 @@ from ubp_fast.evaluation.readers import reader_named
 from ubp_fast.evaluation.scores import Spread
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import UserError
-from ubp_fast.events.split import utc_text
 from ubp_fast.files import OutputDirectoryError, copy_directory, copy_path, load_json, write_json, write_text
 from ubp_fast.kernels import BackendUnavailable
 from ubp_fast.models.training import LOSSES_FILE
 from ubp_fast.pipeline.cache import StageCache, stage_key
+from ubp_fast.pipeline.facts import facts_of, facts_table
 from ubp_fast.pipeline.model_stages import PROFILE_TABLE, TRAINING
 from ubp_fast.pipeline.run_directory import RunDirectory, environment
 from ubp_fast.pipeline.settings import Settings, read_settings
@@ -75,6 +75,7 @@ def run_stages(settings: Settings, console: Console) -> Path:
             reader_named(reader)  # what is not installed is said before the work, not after it
     progress = RunProgress(console, [(stage.name, stage.cost) for stage in missing])
     timings: list[tuple[str, float | None]] = []
+    first = "store" if any(stage.name == "store" for stage in wanted) else "events"
     with progress.display():
         for stage in wanted:
             if stage not in missing:
@@ -91,6 +92,8 @@ def run_stages(settings: Settings, console: Console) -> Path:
                     )
                 timings.append((stage.name, time.monotonic() - started_s))
             run.link_stage(stage.name, cache.path(stage.name, keys[stage.name]))
+            if stage.name == first:
+                console.print(facts_table(facts_of(run.path, settings)), highlight=False)
     _publish(settings, run, wanted, timings, console)
     return run.path
 
@@ -152,7 +155,7 @@ def _publish(
         readers=readers,
         losses=_losses(run, names),
         timings=timings,
-        facts=_facts(run, settings),
+        facts=facts_of(run.path, settings),
         environment=environment(torch.get_num_threads()),
         config_text=yaml.safe_dump(dict(settings.plain), sort_keys=False, allow_unicode=True),
         warnings=warnings,
@@ -191,6 +194,7 @@ def _warnings(run: RunDirectory, scores: dict[str, Scores]) -> list[str]:
     notes = list(EventDirectory.open(folder).info["notes"]) if folder.exists() else []
     for component, one in scores.items():
         notes += [f"{task}: left out, {reason}" for task, reason in one.missing.items()]
+        notes += [f"{name}: {remark}" for name, remark in one.remarks.items()]
         notes += [f"{component}, {warning}" for warning in one.warnings()]
     return list(dict.fromkeys(notes))
 
@@ -203,25 +207,6 @@ def _losses(run: RunDirectory, names: set[str]) -> dict[str, list[dict[str, floa
             if path.exists():  # a model in closed form has no losses
                 losses[name] = load_json(path)["curve"]
     return losses
-
-
-def _facts(run: RunDirectory, settings: Settings) -> dict[str, object]:
-    folder = run.path / "stages" / "events"
-    if not folder.exists():
-        return {}
-    events = EventDirectory.open(folder)
-
-    input_end, validation_start, end = (
-        utc_text(time_s) for time_s in (events.split.input_end_s, events.split.validation_start_s, events.split.end_s)
-    )
-    return {
-        "source": events.info["source"],
-        "events": events.info["rows"],
-        "profiles see events before": input_end,
-        "readers learn from": f"{input_end} to {validation_start}",
-        "scores are of": f"{validation_start} to {end} (inclusive)",
-        "repetitions (evaluation.orders)": settings.evaluation.orders,
-    }
 
 
 def _table(title: str, names: tuple[str, ...], scores: ScoreTable) -> Table:

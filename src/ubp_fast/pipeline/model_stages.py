@@ -27,25 +27,39 @@ from ubp_fast.models.contrastive import PROBE_LABELS, ContrastiveModel
 from ubp_fast.models.layers.event_embedding import EventSizes
 from ubp_fast.models.membership import activity_columns, membership_weights
 from ubp_fast.models.multitask import MULTITASK_LABELS, MultitaskModel
+from ubp_fast.models.near import NearModel
+from ubp_fast.models.pair_scorer import PairScorer
 from ubp_fast.models.reduced_rank import ReducedRankConfig, ReducedRankModel
 from ubp_fast.models.stacking import JoinedBlocks, StackingModel
 from ubp_fast.models.training import MODEL_FILE, embed, fit, initialise
 from ubp_fast.pipeline.settings import Settings
 from ubp_fast.profiler.bundle import MODEL_FOLDER, load_network, save_bundle
-from ubp_fast.profiler.parts import NETWORKS, Block, Fitted, Network, column_names, joined, own_blocks, parts_of
+from ubp_fast.profiler.parts import (
+    NETWORKS,
+    Block,
+    Fitted,
+    Network,
+    column_names,
+    graded_blocks,
+    graded_rank,
+    joined,
+    near_parts,
+    own_blocks,
+    parts_of,
+)
 from ubp_fast.profiler.profiler import Profiler
 from ubp_fast.profiles import Profiles
 from ubp_fast.profiles.alignment import fit_alignment
 from ubp_fast.profiles.blocks import Layout, compose
 from ubp_fast.progress import Progress
-from ubp_fast.sequences import ViewLoader, Views, age_quantiles_days, training_cutoffs, views_at, window_labels
+from ubp_fast.sequences import ViewLoader, Views, age_quantiles_days, past_cutoffs, views_at, window_labels
 from ubp_fast.store.event_store import EventStore
 from ubp_fast.store.in_memory import Histories, Vocabulary
 
 TRAINING = "training"
 INFERENCE_BATCH = 512
 SCALER, OUTPUTS_FILE, TASTE_WEIGHTS = "scaler", "outputs.json", "taste_weights.npy"
-DAY_FILE, PROFILE_TABLE = "day.safetensors", "profiles.parquet"
+DAY_FILE, PAIRS_FILE, PROFILE_TABLE = "day.safetensors", "pairs.safetensors", "profiles.parquet"
 Inputs = Mapping[str, Path]
 
 
@@ -136,8 +150,8 @@ def make_stacking(
     own, graded = own_blocks(recipe), None
     if own:
         base = config if isinstance(config, ReducedRankConfig) else ReducedRankConfig(labels=config.labels)
-        graded_config = replace(base, rank=recipe.layout.directions)
-        graded = _fit_regression(graded_config, inputs, labels, cutoffs, own, unit_length=False)
+        graded_config = replace(base, rank=graded_rank(recipe))
+        graded = _fit_regression(graded_config, inputs, labels, cutoffs, graded_blocks(recipe), unit_length=False)
     fitted = Fitted(
         recipe,
         store.cutoff_s,
@@ -151,12 +165,16 @@ def make_stacking(
         },
         load_array(inputs["features"] / TASTE_WEIGHTS) if recipe.layout.tastes else None,
         {name: _trained(name, settings, store, inputs) for name in NETWORKS if name in recipe.joined},
+        _scorer(settings, inputs),
         strong,
         graded,
     )
     day = DayStatistics()
     day.arrays |= load_arrays(inputs["features"] / DAY_FILE)
-    parts = parts_of(fitted, lambda name: _block(inputs, name, store.cutoff_s), day)
+    made = partial(_block, inputs, cutoff_s=store.cutoff_s)
+    if recipe.layout.near:
+        fitted = replace(fitted, near=NearModel.fit(near_parts(fitted, made, day), recipe.layout.near_width))
+    parts = parts_of(fitted, made, day)
     halves, layout = compose(parts, recipe.layout.max_width, day)
     maps = inputs["events"] / "maps"
     tables = {path.stem: pl.read_parquet(path) for path in sorted(maps.glob("*.parquet"))}
@@ -214,6 +232,12 @@ def _fit_regression(
     return ReducedRankModel(config).fit(blocks, labels, _is_summary(inputs, names, cutoffs[0]))
 
 
+def _scorer(settings: Settings, inputs: Inputs) -> PairScorer | None:
+    """That of the features' folder, where one was learned."""
+    path = inputs["features"] / PAIRS_FILE
+    return PairScorer.of_arrays(load_arrays(path), settings.pairs) if path.exists() else None
+
+
 def _trained(name: str, settings: Settings, store: EventStore, inputs: Inputs) -> Network:
     """A network from the folder of its stage."""
     scaler, outputs = None, None
@@ -251,10 +275,7 @@ def _train_stacking(
 def cutoffs_of(store: EventStore, settings: Settings) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Cutoffs of the contrastive and multi-task models, and the later ones of the stacking model."""
     windows = settings.windows
-    newest_days = windows.days * (windows.stacking_cutoffs + 1)
-    model = training_cutoffs(store, windows.model_cutoffs, newest_days=newest_days, step_days=windows.days)
-    stacking = training_cutoffs(store, windows.stacking_cutoffs, newest_days=windows.days, step_days=windows.days)
-    return model, stacking
+    return past_cutoffs(store, windows.model_cutoffs, windows.stacking_cutoffs, windows.days)
 
 
 def _labels(store: EventStore, views: Views, features: Path, wanted: Sequence[str]) -> dict[str, Any]:

@@ -9,11 +9,13 @@ from typing import Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 
 from ubp_fast.events.schema import UserError
+from ubp_fast.events.sources.sql import without_password
 from ubp_fast.events.sources.table import Table
-from ubp_fast.pipeline.cache import digest, file_digest
+from ubp_fast.files import file_digest
+from ubp_fast.pipeline.cache import digest
 from ubp_fast.profiler.bundle import model_folder
 from ubp_fast.profiler.reading import seconds_of
 from ubp_fast.profiler.recipe import Recipe
@@ -21,7 +23,7 @@ from ubp_fast.profiles.blocks import LayoutConfig
 
 COMPONENTS = ("stacked", "contrastive", "multitask", "features", "profile_features", "baseline_log1p", "baseline_raw")
 DEFAULT_COMPONENTS = ("stacked", "baseline_log1p")
-BLOCKS = ("contrastive", "multitask", "aggregated", "decayed", "rich")
+BLOCKS = ("contrastive", "multitask", "aggregated", "decayed", "scores", "rich")
 DATA_SUFFIXES = (".parquet", ".npy", ".csv", ".gz", ".safetensors", ".json")
 
 
@@ -69,6 +71,8 @@ class Settings:
         layout: scales of the profile's blocks.
         stacking_blocks: what the stacking model joins, in this order.
         components: what is scored, some of `COMPONENTS` in their order; nothing when empty.
+        submission: folder of vectors to score instead of ours.
+        common_clients: score everything on the clients that the submission and the baselines share.
         align_to: model of an earlier run, in whose space the newest vectors shall be; None: in one of their own.
         latest: "end" of the data or a moment (seconds), whose vectors are made beside the backtest's; None: no others.
     """
@@ -86,6 +90,7 @@ class Settings:
     rich: Any
     rhythm: Any
     tastes: Any
+    pairs: Any
     layout: LayoutConfig
     contrastive: ModelSettings
     multitask: ModelSettings
@@ -96,6 +101,7 @@ class Settings:
     evaluation: Any
     components: tuple[str, ...]
     submission: Path | None
+    common_clients: bool
     latest: int | str | None = None
     align_to: Path | None = None
 
@@ -107,6 +113,7 @@ class Settings:
             decayed=self.decayed,
             rhythm=self.rhythm,
             tastes=self.tastes,
+            pairs=self.pairs,
             rich=self.rich,
             layout=self.layout,
             joined=self.stacking_blocks,
@@ -122,8 +129,11 @@ class Settings:
 
     def data_part(self) -> dict[str, Any]:
         """What decides the events: the data group and the content of every file that it names."""
-        named = (Path(value) for value in self.plain["data"].values() if isinstance(value, str))
-        return {"data": self.plain["data"], "files": {str(path): self.content(path) for path in named if path.exists()}}
+        data = self.plain["data"]
+        if hasattr(self.source, "content"):
+            return {"data": data, "content": self.source.content()}
+        named = (Path(value) for value in data.values() if isinstance(value, str))
+        return {"data": data, "files": {str(path): self.content(path) for path in named if path.exists()}}
 
     @staticmethod
     def content(path: Path) -> str:
@@ -140,14 +150,23 @@ def read_settings(config: DictConfig) -> Settings:
     Raises:
         UserError: a value that the part it belongs to refuses.
     """
-    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    try:
+        plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    except MissingMandatoryValue as error:
+        raise UserError(
+            f"run: {error.full_key} must be given, got none; add {error.full_key}=... to the command"
+        ) from error
     named = {
         name: value for name, value in plain.items() if name not in ("stages", "directory", "root", "cache", "compute")
     }
+    built = _make(plain["data"])
+    if "uri" in plain["data"]:  # what is written beside the results holds no password
+        plain["data"]["uri"] = without_password(plain["data"]["uri"])
     source = plain["data"]["_target_"].rsplit(".", 2)[-2]
     name = f"{source}-{digest(named)[:8]}"
     evaluation = dict(plain["evaluation"])
     components, submission = _components(evaluation.pop("components")), evaluation.pop("profiles")
+    common_clients = bool(evaluation.pop("common_clients"))
     stages = plain["stages"]
     return Settings(
         name=name,
@@ -156,13 +175,14 @@ def read_settings(config: DictConfig) -> Settings:
         directory=Path(plain["directory"] or Path(plain["root"]) / name),
         cache=Path(plain["cache"]),
         stages=None if stages in ("all", None) else tuple([stages] if isinstance(stages, str) else stages),
-        source=_make(plain["data"]),
+        source=built,
         windows=Windows(**plain["windows"]),
         aggregated=_make(plain["features"]["aggregated"]),
         decayed=_make(plain["features"]["decayed"]),
         rich=_make(plain["features"].get("rich")),
         rhythm=_make(plain["features"]["rhythm"]),
         tastes=_make(plain["features"]["tastes"]),
+        pairs=_make(plain["features"]["pairs"]),
         layout=_make(plain["profile"]),
         contrastive=_model(plain["contrastive"]),
         multitask=_model(plain["multitask"]),
@@ -175,6 +195,7 @@ def read_settings(config: DictConfig) -> Settings:
         submission=None if submission is None else Path(submission),
         latest=_latest(plain["profiles"]["at"]),
         align_to=None if plain["profiles"]["align_to"] is None else model_folder(Path(plain["profiles"]["align_to"])),
+        common_clients=common_clients,
     )
 
 

@@ -16,11 +16,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import polars as pl
 
 from ubp_fast.evaluation import build_targets, evaluate
 from ubp_fast.events.labels import make_label_lists
 from ubp_fast.events.read import EventDirectory
-from ubp_fast.events.schema import LabelLists
+from ubp_fast.events.schema import DataError, LabelLists
 from ubp_fast.features.aggregated import aggregated_features
 from ubp_fast.features.decayed import decayed_features
 from ubp_fast.features.matrix import Features, load_features
@@ -31,8 +32,10 @@ from ubp_fast.features.static import static_features
 from ubp_fast.features.tastes import fit_tastes, taste_features
 from ubp_fast.features.writing import in_client_blocks
 from ubp_fast.files import write_array, write_arrays, write_json
+from ubp_fast.models.pair_scorer import PairScorer
 from ubp_fast.pipeline.model_stages import (
     DAY_FILE,
+    PAIRS_FILE,
     TASTE_WEIGHTS,
     TRAINING,
     Inputs,
@@ -43,14 +46,16 @@ from ubp_fast.pipeline.model_stages import (
     make_stacking,
 )
 from ubp_fast.pipeline.settings import Settings
-from ubp_fast.profiler.parts import NETWORKS, own_blocks
+from ubp_fast.profiler.parts import NETWORKS, graded_blocks
 from ubp_fast.profiles import Profiles, validate
 from ubp_fast.progress import Progress
+from ubp_fast.sequences import training_cutoffs, window_days
 from ubp_fast.store.build import build_store
+from ubp_fast.store.clients import clients_of
 from ubp_fast.store.event_store import EventStore
 
 # Feature sets that compare clients with each other.
-OF_DAY = ("rich", "rhythm")
+OF_DAY = ("rich", "rhythm", "scores")
 RAW_FEATURES = ("aggregated", "decayed", "static")
 LATEST = "latest-"
 BASELINES = ("baseline_log1p", "baseline_raw")
@@ -139,7 +144,8 @@ def _profiles(settings: Settings, align_to: Path | None = None) -> list[Stage]:
 
 def _features_config(settings: Settings) -> dict[str, Any]:
     sets = _feature_sets(settings) + _profile_sets(settings)
-    return settings.part("windows", "features") | {"sets": sets, "multitask": "multitask" in _trained(settings)}
+    seed = settings.part("seed") if "scores" in sets else {}
+    return seed | settings.part("windows", "features") | {"sets": sets, "multitask": "multitask" in _trained(settings)}
 
 
 def _latest(stage: Stage, settings: Settings) -> Stage:
@@ -162,15 +168,17 @@ def _trained(settings: Settings) -> tuple[str, ...]:
 
 def _feature_sets(settings: Settings) -> list[str]:
     """Features that the stacking model, the graded directions or a trained model look at."""
-    looked_at = {*settings.stacking_blocks, *own_blocks(settings.recipe)}
+    looked_at = {*settings.stacking_blocks, *graded_blocks(settings.recipe)}
     if "multitask" in _trained(settings):
         looked_at.add("static")
-    return [name for name in ("static", "aggregated", "decayed", "rich") if name in looked_at]
+    return [name for name in ("static", "aggregated", "decayed", "scores", "rich") if name in looked_at]
 
 
 def _profile_sets(settings: Settings) -> list[str]:
     """Features that no model looks at: the profile takes them as they are."""
-    return [name for name in ("tastes", "rhythm") if getattr(settings.layout, name)]
+    sets = [name for name in ("tastes", "rhythm") if getattr(settings.layout, name)]
+    has_scores = "scores" in _feature_sets(settings) or not settings.layout.scores
+    return sets if has_scores else ["scores", *sets]
 
 
 def _scores(settings: Settings, components: Sequence[str]) -> list[Stage]:
@@ -180,8 +188,8 @@ def _scores(settings: Settings, components: Sequence[str]) -> list[Stage]:
 
 def _score(settings: Settings, component: str, reader: str) -> Stage:
     config = {name: settings.plain["evaluation"][name] for name in (*ALL_READERS, *OF_READER.get(reader, ()))}
-    if component == "submission":
-        assert settings.submission is not None
+    if settings.submission is not None and (component == "submission" or settings.common_clients):
+        config["common_clients"] = settings.common_clients
         config["files"] = settings.content(settings.submission)
     folders = FOLDERS.get(component, ())
 
@@ -215,7 +223,7 @@ def make_features(settings: Settings, inputs: Inputs, directory: Path, progress:
     store = EventStore.open(inputs["store"])
     lists = make_label_lists(
         EventDirectory.open(inputs["events"]),
-        store.cutoff_s - settings.windows.days * 86_400,
+        store.cutoff_s - window_days(store, settings.windows.days) * 86_400,
         store.cutoff_s,
         settings.windows.labels,
     )
@@ -229,6 +237,10 @@ def make_features(settings: Settings, inputs: Inputs, directory: Path, progress:
         weights = fit_tastes(store, store.cutoff_s, settings.tastes)
         write_array(directory / TASTE_WEIGHTS, weights)
         make["tastes"] = partial(make["tastes"], weights=weights)
+    if "scores" in (*_feature_sets(settings), *_profile_sets(settings)):
+        scorer = _fit_scorer(settings, store, lists)
+        write_arrays(directory / PAIRS_FILE, scorer.arrays)
+        make["scores"] = scorer.transform
     of_multitask = model if "multitask" in _trained(settings) else ()
     wanted = [
         (name, cutoff_s)
@@ -243,6 +255,13 @@ def make_features(settings: Settings, inputs: Inputs, directory: Path, progress:
         make[name](store, cutoff_s, directory=directory / f"{name}-{cutoff_s}", **kept)
         progress(done + 1, len(wanted))
     write_arrays(directory / DAY_FILE, day.arrays)
+
+
+def _fit_scorer(settings: Settings, store: EventStore, lists: LabelLists) -> PairScorer:
+    """Learned from the newest windows before the profiles' cutoff."""
+    days = window_days(store, settings.windows.days)
+    cutoffs = training_cutoffs(store, settings.pairs.windows, newest_days=days, step_days=days)
+    return PairScorer.fit(store, cutoffs, lists, settings.pairs, settings.seed)
 
 
 def _feature_makers(settings: Settings, store: EventStore, lists: LabelLists) -> dict[str, Callable[..., Features]]:
@@ -300,16 +319,55 @@ def _write_scores(
     settings: Settings, component: str, reader: str, inputs: Inputs, directory: Path, progress: Progress
 ) -> None:
     events = EventDirectory.open(inputs["events"])
-    if component == "submission":
-        assert settings.submission is not None
-        profiles = validate(settings.submission, events.relevant_clients).require()
-    else:
-        profiles = _component(component, inputs)
+    profiles = _submitted(settings, events) if component == "submission" else _component(component, inputs)
+    remark = ""
+    if settings.common_clients and settings.submission is not None:
+        profiles, remark = _common(settings, events, profiles)
     targets = build_targets(events, profiles.client_ids, settings.evaluation.tasks)
     config = replace(settings.evaluation, readers=(reader,))
     has_units = component in ("features", "profile_features")
     scores = evaluate(profiles, targets, config, settings.device, progress, has_units)
+    scores = replace(scores, remarks={**scores.remarks, **({"clients": remark} if remark else {})})
     write_json(directory / "scores.json", scores.to_json())
+
+
+def _submitted(settings: Settings, events: EventDirectory) -> Profiles:
+    """Somebody's vectors of the clients that the baselines are scored on, or of any where the common ones count.
+
+    Raises:
+        DataError: they break a rule of the organisers, or are of other clients.
+    """
+    assert settings.submission is not None
+    path = events.path / "maps" / "client_id.parquet"
+    names = dict(pl.read_parquet(path).select("value", "id").iter_rows()) if path.exists() else None
+    if settings.common_clients:
+        return validate(settings.submission, None, names).require()
+    verdict = validate(settings.submission, _scored_clients(events), names)
+    if any(problem.check == "not_permutation" for problem in verdict.problems):
+        message = "\n".join(problem.message for problem in verdict.problems)
+        raise DataError(f"{message}; bring all, or score everything on the common ones: evaluation.common_clients=true")
+    return verdict.require()
+
+
+def _scored_clients(events: EventDirectory) -> np.ndarray:
+    return clients_of(events, events.split.input_end_s, False, None)[0]
+
+
+def _common(settings: Settings, events: EventDirectory, profiles: Profiles) -> tuple[Profiles, str]:
+    """The profiles of the clients that the submission and the baselines share, and what is said of it.
+
+    Raises:
+        DataError: they share none.
+    """
+    submitted, scored = _submitted(settings, events).client_ids, _scored_clients(events)
+    common = submitted[np.isin(submitted, scored)]
+    if not len(common):
+        raise DataError(f"{settings.submission}: submission must hold clients of the data, got none of {len(scored)}")
+    remark = (
+        f"all scores are of the {len(common)} clients that the submission ({len(submitted)}) and the baselines"
+        f" ({len(scored)}) share"
+    )
+    return profiles.align(common), remark
 
 
 def _component(name: str, inputs: Inputs) -> Profiles:

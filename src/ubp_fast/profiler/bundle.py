@@ -4,7 +4,8 @@
     vocabulary.safetensors     ids and products
     lists.safetensors          label lists and frequent values
     tastes.safetensors         weights of the items, where a block needs them
-    strong.safetensors, graded.safetensors, contrastive.safetensors, multitask.safetensors
+    pairs.safetensors          scorer of pairs, where a block needs it
+    strong.safetensors, graded.safetensors, near.safetensors, contrastive.safetensors, multitask.safetensors
     maps/<column>.parquet      how text ids of items were numbered, edges of the price buckets
     alignment.safetensors      what turns the vectors into those of an earlier run, where asked for
     days/<seconds>.safetensors means and deviations among all clients, one file per day
@@ -38,6 +39,8 @@ from ubp_fast.files import (
 from ubp_fast.models.contrastive import ContrastiveModel
 from ubp_fast.models.layers.event_embedding import EventSizes
 from ubp_fast.models.multitask import MultitaskModel
+from ubp_fast.models.near import NearModel
+from ubp_fast.models.pair_scorer import PairScorer
 from ubp_fast.models.reduced_rank import ReducedRankConfig, ReducedRankModel
 from ubp_fast.models.stacking import StackingModel
 from ubp_fast.profiler.parts import Fitted, Network
@@ -99,6 +102,10 @@ def save_bundle(
         fitted.graded.save(directory / "graded.safetensors")
     if fitted.alignment is not None:
         write_arrays(directory / "alignment.safetensors", fitted.alignment.turns)
+    if fitted.near is not None:
+        write_arrays(directory / "near.safetensors", {"directions": fitted.near.directions})
+    if fitted.scorer is not None:
+        write_arrays(directory / "pairs.safetensors", fitted.scorer.arrays)
     save_day(directory, fitted.cutoff_s, day)
     write_json(
         directory / BUNDLE_FILE,
@@ -187,7 +194,8 @@ def _fitted(directory: Path, info: Mapping[str, Any]) -> Fitted:
         group, *rest = name.split("/")
         if group == "popular":
             popular.setdefault(rest[0], {})[rest[1]] = values
-    models, tastes = info["models"], directory / "tastes.safetensors"
+    models, files = info["models"], info["files"]
+    tastes, pairs, near = (directory / f"{name}.safetensors" for name in ("tastes", "pairs", "near"))
     strong: ReducedRankModel | StackingModel
     if isinstance(recipe.stacking, ReducedRankConfig):
         strong = ReducedRankModel.load(directory / "strong.safetensors", recipe.stacking)
@@ -202,10 +210,12 @@ def _fitted(directory: Path, info: Mapping[str, Any]) -> Fitted:
         Vocabulary(load_arrays(directory / "vocabulary.safetensors"), info["vocabulary"]),
         {name: (lists[f"labels/{name}"], lists[f"popularity/{name}"]) for name in info["label_lists"]},
         popular,
-        load_arrays(tastes)["weights"] if tastes.name in info["files"] else None,
+        load_arrays(tastes)["weights"] if tastes.name in files else None,
         {name: _network(directory, name, recipe, models[name]) for name in models if name != "strong"},
+        PairScorer.of_arrays(load_arrays(pairs), recipe.pairs) if pairs.name in files else None,
         strong,
-        ReducedRankModel.load(graded, ReducedRankConfig()) if graded.name in info["files"] else None,
+        ReducedRankModel.load(graded, ReducedRankConfig()) if graded.name in files else None,
+        NearModel(load_arrays(near)["directions"]) if near.name in files else None,
         _alignment(directory, info),
     )
 

@@ -27,6 +27,8 @@ from ubp_fast.features.tastes import taste_features
 from ubp_fast.models.contrastive import ContrastiveModel
 from ubp_fast.models.layers.event_embedding import EventSizes
 from ubp_fast.models.multitask import MultitaskModel
+from ubp_fast.models.near import NearModel, NearPart
+from ubp_fast.models.pair_scorer import PairScorer
 from ubp_fast.models.reduced_rank import ReducedRankModel
 from ubp_fast.models.stacking import JoinedBlocks, StackingModel
 from ubp_fast.models.training import embed
@@ -41,6 +43,9 @@ NETWORKS = ("contrastive", "multitask")
 OWN_BLOCKS = ("aggregated", "decayed", "static")
 # Falls slower than the singular values, for distances in which the first directions are not alone.
 GRADING = 0.75
+# Directions that near vectors look at, and what each of their parts counts.
+NEAR_DIRECTIONS = 200
+NEAR_WEIGHTS = {"graded": 1.0, "level": 0.4, "scores": 1.0, "decayed": 1.0, "rhythm": 0.3}
 Block = np.ndarray | Features
 Made = Callable[[str], Block]
 
@@ -94,8 +99,10 @@ class Fitted:
         popular: kind -> lists of frequent values.
         taste_weights: see `fit_tastes`; None where no block needs them.
         networks: name -> trained model.
+        scorer: scores pairs of clients and labels; None where no block needs it.
         strong: makes the strong columns.
         graded: makes the graded directions and ranks the features; None where no block needs it.
+        near: shortens near vectors; None where no block needs it.
         alignment: turns the vectors into those of an earlier model; None: they stay as they are.
     """
 
@@ -107,16 +114,29 @@ class Fitted:
     popular: Mapping[str, PopularLists]
     taste_weights: np.ndarray | None
     networks: Mapping[str, Network]
+    scorer: PairScorer | None
     strong: ReducedRankModel | StackingModel
     graded: ReducedRankModel | None
+    near: NearModel | None = None
     alignment: Alignment | None = None
 
 
 def own_blocks(recipe: Recipe) -> tuple[str, ...]:
     """Features that the profile holds themselves, and that its graded directions are made of."""
-    if not recipe.layout.own and not recipe.layout.graded:
+    if not recipe.layout.own and not recipe.layout.graded and not recipe.layout.near:
         return ()
     return OWN_BLOCKS if recipe.rich is None else (*OWN_BLOCKS, "rich")
+
+
+def graded_blocks(recipe: Recipe) -> tuple[str, ...]:
+    """What the graded directions are made of."""
+    own = own_blocks(recipe)
+    return (*own, "scores") if own and recipe.layout.scores else own
+
+
+def graded_rank(recipe: Recipe) -> int:
+    """Directions that are fitted: those of the graded block, and those that near vectors look at."""
+    return max(recipe.layout.directions, NEAR_DIRECTIONS) if recipe.layout.near else recipe.layout.directions
 
 
 class Blocks:
@@ -159,6 +179,9 @@ class Blocks:
             assert fitted.taste_weights is not None
             weights = fitted.taste_weights[:, store.embedding_rows("sku", np.arange(store.num_skus))]
             return taste_features(store, cutoff_s, recipe.tastes, folder, weights)
+        if name == "scores":
+            assert fitted.scorer is not None
+            return fitted.scorer.transform(store, cutoff_s, folder, self._day)
         config = recipe.rhythm if name == "rhythm" else recipe.rich
         return rich_features(store, cutoff_s, fitted.lists, config, folder, self._day, name)
 
@@ -187,6 +210,8 @@ def parts_of(fitted: Fitted, made: Made, day: DayStatistics, blocks: tuple[str, 
     makers = {
         "strong": _strong,
         "graded": _graded,
+        "near": _near,
+        "scores": _as_it_is,
         "own": _own,
         "tastes": _as_it_is,
         "rhythm": _as_it_is,
@@ -223,13 +248,46 @@ def _strong(fitted: Fitted, made: Made, day: DayStatistics, name: str) -> list[P
 
 def _graded(fitted: Fitted, made: Made, day: DayStatistics, name: str) -> list[Part]:
     assert fitted.graded is not None
-    names, model, first = own_blocks(fitted.recipe), fitted.graded, fitted.recipe.layout.graded
-    inputs = joined(made, names, unit_length=False)
-    directions = model.transform(inputs, day.moments("graded.inputs", inputs))[:, :-1]
+    layout = fitted.recipe.layout
+    directions, share = _directions(fitted, made, day)
+    directions, share = directions[:, : layout.directions], share[: layout.directions]
     columns = [f"direction_{column}" for column in range(directions.shape[1])]
-    scale = tuple((first * (model.singular_values / model.singular_values[0]) ** GRADING).tolist())
+    scale = tuple((layout.graded * share).tolist())
     what = "what says most next, as large as it says"
-    return [Part(name, directions, columns, scale, what, _source(fitted, names))]
+    return [Part(name, directions, columns, scale, what, _source(fitted, graded_blocks(fitted.recipe)))]
+
+
+def _directions(fitted: Fitted, made: Made, day: DayStatistics) -> tuple[np.ndarray, np.ndarray]:
+    """All graded directions float32 [N, R], deviation 1, and how large each shall be, of the first one."""
+    assert fitted.graded is not None
+    inputs = joined(made, graded_blocks(fitted.recipe), unit_length=False)
+    directions = fitted.graded.transform(inputs, day.moments("graded.inputs", inputs))[:, :-1]
+    return directions, (fitted.graded.singular_values / fitted.graded.singular_values[0]) ** GRADING
+
+
+def near_parts(fitted: Fitted, made: Made, day: DayStatistics) -> list[NearPart]:
+    """What near vectors are made of."""
+    directions, share = _directions(fitted, made, day)
+    # Lengths are lost in angles: how far a client goes along the first direction becomes an angle to a one.
+    level = np.stack([directions[:, 0], np.ones(len(directions), np.float32)], axis=1)
+    parts = [
+        NearPart(directions, np.zeros(directions.shape[1]), 1 / share, NEAR_WEIGHTS["graded"]),
+        NearPart(level, np.zeros(2), np.ones(2), NEAR_WEIGHTS["level"]),
+    ]
+    layout = fitted.recipe.layout
+    for name, scale in (("scores", layout.scores), ("decayed", layout.near), ("rhythm", layout.rhythm)):
+        if scale:
+            values = joined(made, (name,), unit_length=False)
+            parts.append(NearPart(values, *day.moments(name, values), NEAR_WEIGHTS[name]))
+    return parts
+
+
+def _near(fitted: Fitted, made: Made, day: DayStatistics, name: str) -> list[Part]:
+    assert fitted.near is not None
+    vectors = fitted.near.transform(near_parts(fitted, made, day)) * np.float32(fitted.recipe.layout.near)
+    columns = [f"near_{column}" for column in range(vectors.shape[1])]
+    what = "unit vectors whose cosine says who is alike"
+    return [Part(name, vectors, columns, None, what, "graded, scores, decayed, rhythm")]
 
 
 def _own(fitted: Fitted, made: Made, day: DayStatistics, name: str) -> list[Part]:
@@ -237,11 +295,13 @@ def _own(fitted: Fitted, made: Made, day: DayStatistics, name: str) -> list[Part
     names = own_blocks(fitted.recipe)
     columns = [f"{block}.{column}" for block in names for column in column_names(made(block))]
     values, scale = joined(made, names, unit_length=False), fitted.recipe.layout.own
-    return [Part(name, values, columns, scale, "the features", ", ".join(names), fitted.graded.importance)]
+    importance = fitted.graded.importance[: len(columns)]
+    return [Part(name, values, columns, scale, "the features", ", ".join(names), importance)]
 
 
 def _as_it_is(fitted: Fitted, made: Made, day: DayStatistics, name: str) -> list[Part]:
     what, source = {
+        "scores": ("log odds that each listed label is bought", "own counts, recency, popularity; past windows"),
         "tastes": ("factors of all items", "decayed counts of every item"),
         "rhythm": ("when, how often, how much at once, at what price, how much of it new", "times, items and prices"),
     }[name]

@@ -19,6 +19,7 @@ import numpy as np
 import polars as pl
 
 from ubp_fast.events.checks import PRODUCT_SCHEMA
+from ubp_fast.events.formats import RawTable
 from ubp_fast.events.read import (
     DATASET_FILE,
     EventBatch,
@@ -128,11 +129,10 @@ def read_new_events(
         tables = {name: read_table(file) for name, file in found.items() if file.exists()}
         if tables:
             return _of_tables(tables, {name: str(file) for name, file in found.items()})
-        separator = "," if table is None else table.separator
-        return _of_table(read_table(path, separator=separator), str(path), table, maps, before_s, known)
+        source = _own_names(str(path)) if table is None else replace(table, path=str(path), format=None)
+        return _of_source(source, table is None, maps, before_s, known)
     if isinstance(events, Table):
-        raw = read_table(Path(events.path), separator=events.separator)
-        return _of_table(raw, events.path, events, maps, before_s, known)
+        return _of_source(events, False, maps, before_s, known)
     if hasattr(events, "prepare"):
         with TemporaryDirectory() as folder:
             events.prepare(Path(folder) / "events")
@@ -142,7 +142,9 @@ def read_new_events(
         if unknown:
             raise UserError(f"events: tables must be named {[*EVENT_KINDS, PRODUCT_TABLE]}, got {sorted(unknown)}")
         return _of_tables({name: frame_of(one) for name, one in events.items()}, {})
-    return _of_table(frame_of(events), "events", table, maps, before_s, known)
+    frame = frame_of(events)
+    table = table or _own_names("events", frame.columns)
+    return _of_table(frame, frame.columns, replace(table, path="events"), maps, before_s, known)
 
 
 def frame_of(value: Any) -> pl.DataFrame:
@@ -228,23 +230,42 @@ def _of_tables(tables: Mapping[str, pl.DataFrame], files: Mapping[str, str]) -> 
     return _gathered(batches, products, pl.Series("client_id", [], pl.Int64))
 
 
+def _own_names(path: str, columns: Sequence[str] = TABLE_COLUMNS) -> Table:
+    """A table whose columns have our names."""
+    named: dict[str, Any] = {f"{name}_column": name for name in TABLE_COLUMNS if name in columns}
+    return Table(path=path, **named)
+
+
+def _of_source(
+    table: Table,
+    kind_is_optional: bool,
+    maps: Mapping[str, pl.DataFrame],
+    before_s: int | None,
+    known: ClientIds | None,
+) -> NewEvents:
+    """A table in files; what a product is may be left out."""
+    optional = [getattr(table, f"{name}_column") for name in OPTIONAL_COLUMNS]
+    raw = table.raw([name for name in (*optional, *(["kind"] if kind_is_optional else [])) if name is not None])
+    if kind_is_optional and "kind" not in raw.frame.columns:
+        table = replace(table, kind_column=None)
+    return _of_table(raw, raw.frame.columns, table, maps, before_s, known)
+
+
 def _of_table(
-    raw: pl.DataFrame,
-    file: str,
-    table: Table | None,
+    raw: RawTable | pl.DataFrame,
+    columns: Sequence[str],
+    table: Table,
     maps: Mapping[str, pl.DataFrame],
     before_s: int | None,
     known: ClientIds | None,
 ) -> NewEvents:
     """One table with a row per event."""
-    if table is None:
-        names = {f"{name}_column": name for name in TABLE_COLUMNS if name in raw.columns}
-        table = Table(file, **names)  # type: ignore[arg-type]
     # What a product is, and items of kinds that do not occur, may be left out.
-    absent = {
-        f"{name}_column": None for name in OPTIONAL_COLUMNS if getattr(table, f"{name}_column") not in raw.columns
+    absent: dict[str, Any] = {
+        f"{name}_column": None for name in OPTIONAL_COLUMNS if getattr(table, f"{name}_column") not in columns
     }
-    rows = replace(table, path=file, end=None, **absent).rows_of(raw)  # type: ignore[arg-type]
+    file = table.name
+    rows = replace(table, end=None, **absent).rows_of(raw)
     own = _canonical_ids(rows["client_id"])
     clients = ClientIds.of(own, known)
     rows = rows.with_columns(pl.Series("client_id", clients.find(own), dtype=pl.Int64))

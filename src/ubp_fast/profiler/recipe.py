@@ -20,6 +20,7 @@ from ubp_fast.models.layers.encoder import EncoderConfig
 from ubp_fast.models.layers.event_embedding import ConcatenatedEventConfig, ProjectedEventConfig
 from ubp_fast.models.layers.ple import PLEConfig
 from ubp_fast.models.multitask import MultitaskConfig
+from ubp_fast.models.pair_scorer import PairScorerConfig
 from ubp_fast.models.reduced_rank import ReducedRankConfig
 from ubp_fast.models.stacking import StackingConfig
 from ubp_fast.profiles.blocks import LayoutConfig
@@ -31,6 +32,7 @@ class Recipe:
 
     Attributes:
         aggregated, decayed, rhythm, tastes, rich: of the feature sets; no rich one when None.
+        pairs: of the scorer of pairs.
         layout: scales of the profile's blocks.
         joined: what the strong columns are made of.
         stacking: of the model that makes them.
@@ -42,6 +44,7 @@ class Recipe:
     decayed: DecayedConfig
     rhythm: RichConfig
     tastes: TastesConfig
+    pairs: PairScorerConfig
     rich: RichConfig | None
     layout: LayoutConfig
     joined: tuple[str, ...]
@@ -56,7 +59,7 @@ _CLASSES = {
     for one in (
         *(Recipe, Table, AggregatedConfig, DecayedConfig, RichConfig, TastesConfig, LayoutConfig),
         *(Activity, Calendar, Gaps, Baskets, Conversions, Diversity, MeanCodes, Prices, Propensities),
-        *(ReducedRankConfig, StackingConfig, ContrastiveConfig, MultitaskConfig),
+        *(ReducedRankConfig, PairScorerConfig, StackingConfig, ContrastiveConfig, MultitaskConfig),
         *(EncoderConfig, ConcatenatedEventConfig, ProjectedEventConfig, PLEConfig),
     )
 }

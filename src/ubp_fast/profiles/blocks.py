@@ -1,7 +1,9 @@
 """What a profile is made of: named blocks of columns side by side, each with a scale of its own.
 
     strong    few columns of deviation 1 that say most about what comes next: for a reader that takes few steps
-    graded    more such directions, each as large as what it says: for regressions and distances
+    graded    more such directions, each as large as what it says: for regressions
+    near      unit vectors whose angle says who is alike: for vector indexes, which take this block alone
+    scores    how likely the client buys each listed category, sku and price, as log odds
     own       the features themselves, standardised: nothing is lost to a reader that chooses scales, or needs none
     tastes    factors of everything that was bought, also of what is on no list of labels
     rhythm    when, how often, how much at once, at what price, how much of it new
@@ -10,7 +12,7 @@
 A network that takes few steps moves every weight by about its learning rate, whatever the size of the column, so only
 the strong block may be large. Readers that bring columns to one scale (regressions) or need none (trees) lose nothing
 by it: at a deviation of .0001 float16 still tells apart what differs by .0006 deviations. Distances are ruled by the
-strong block: a search for neighbours takes `Profiles.select("graded", "own")`, where both weigh about alike.
+strong block: a search for neighbours takes `Profiles.select("near")` and the cosine.
 
 `profile.json` beside the vectors describes the blocks; `Profiles.select` gives some of them.
 """
@@ -28,6 +30,8 @@ from ubp_fast.events.schema import DataError, UserError
 from ubp_fast.features.scaling import ROWS_AT_ONCE, DayStatistics, Rows, standardised
 
 MAX_DIM = 2048
+# The block that a search for neighbours takes.
+NEAR = "near"
 FORMAT = 1
 
 
@@ -39,6 +43,9 @@ class LayoutConfig:
         constant: value of the strong block's constant column; a larger one slows a network's first layer.
         directions: columns of the graded block.
         graded: of the first graded direction; the others fall with the power .75 of their singular values.
+        near: length of the near block's vectors.
+        near_width: columns of the near block.
+        scores: of the scores of pairs.
         own: of the features.
         tastes: of the factors.
         rhythm: of the columns about time and habits.
@@ -50,6 +57,9 @@ class LayoutConfig:
     constant: float = 1.0
     directions: int = 40
     graded: float = 0.002
+    near: float = 0.005
+    near_width: int = 128
+    scores: float = 0.0001
     own: float = 0.0001
     tastes: float = 0.0001
     rhythm: float = 0.0001
@@ -60,8 +70,11 @@ class LayoutConfig:
         for name, value in asdict(self).items():
             if not value >= 0:
                 raise UserError(f"LayoutConfig: {name} must be >= 0, got {value}")
-        if self.directions < 1:
-            raise UserError(f"LayoutConfig: directions must be >= 1, got {self.directions}; graded=0 leaves them out")
+        for name, scale in (("directions", "graded"), ("near_width", "near")):
+            if getattr(self, name) < 1:
+                raise UserError(
+                    f"LayoutConfig: {name} must be >= 1, got {getattr(self, name)}; {scale}=0 leaves it out"
+                )
         if self.max_width > MAX_DIM:
             raise UserError(f"LayoutConfig: max_width must be <= {MAX_DIM}, got {self.max_width}")
 

@@ -13,6 +13,7 @@ Source: Synerise/recsys2025, validator.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,16 +73,21 @@ class Validation:
         return self.profiles
 
 
-def validate(directory: Path | str, relevant_clients: np.ndarray | None = None) -> Validation:
+def validate(
+    directory: Path | str, relevant_clients: np.ndarray | None = None, names: Mapping[str, int] | None = None
+) -> Validation:
     """Checks a directory with client_ids.npy and embeddings.npy by the organisers' rules.
 
     Args:
         directory: of the submission.
         relevant_clients: i64, the ids that must be there in any order; None switches that check off, with a warning.
+        names: number of each text id of the data, so that client_ids.npy may hold text, too.
     """
     directory = Path(directory)
     ids, id_problem = _load(directory / IDS_FILE)
     vectors, vector_problem = _load(directory / EMBEDDINGS_FILE)
+    if ids is not None and ids.ndim == 1 and ids.dtype.kind == "U" and names is not None:
+        ids, id_problem = _numbered(directory / IDS_FILE, ids, names)
     if ids is not None:
         id_problem = _check_ids(directory / IDS_FILE, ids, relevant_clients)
     if vectors is not None:
@@ -103,6 +109,18 @@ def _load(path: Path) -> tuple[np.ndarray | None, Problem | None]:
         return read_array(path), None
     except ArrayError as error:
         return None, Problem(path.name, error.reason, str(error))
+
+
+def _numbered(path: Path, ids: np.ndarray, names: Mapping[str, int]) -> tuple[np.ndarray | None, Problem | None]:
+    """Text ids as the numbers that the data gave them."""
+    unknown = [row for row, name in enumerate(ids.tolist()) if name not in names]
+    if unknown:
+        message = (
+            f"{path}: text ids must be clients of the data, got {len(unknown)} unknown ones, the first"
+            f" '{ids[unknown[0]]}' in row {unknown[0]}; the data's ids look like '{next(iter(names), '')}'"
+        )
+        return None, Problem(IDS_FILE, "dtype", message)
+    return np.array([names[name] for name in ids.tolist()], np.int64), None
 
 
 def _check_ids(path: Path, ids: np.ndarray, relevant: np.ndarray | None) -> Problem | None:

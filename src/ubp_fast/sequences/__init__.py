@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from ubp_fast.sequences.batch import SequenceBatch, ViewBatch
 from ubp_fast.sequences.loader import ViewLoader, window_labels
-from ubp_fast.sequences.sampling import TARGET_WINDOW_S, Views, age_quantiles_days, training_cutoffs, views_at
+from ubp_fast.sequences.sampling import Views, age_quantiles_days, past_cutoffs, training_cutoffs, views_at, window_days
 
 __all__ = [
-    "TARGET_WINDOW_S",
     "SequenceBatch",
     "ViewBatch",
     "ViewLoader",
     "Views",
     "age_quantiles_days",
+    "past_cutoffs",
     "training_cutoffs",
     "views_at",
+    "window_days",
     "window_labels",
 ]

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ubp_fast.events.labels import LabelMatrix
 from ubp_fast.events.schema import EVENT_KINDS, NUM_CODES, LabelLists
+from ubp_fast.events.split import DAY_S
 from ubp_fast.features.scaling import Rows
 from ubp_fast.sequences.batch import SequenceBatch, ViewBatch
-from ubp_fast.sequences.sampling import TARGET_WINDOW_S, Views, epoch_order, rows_at, token_rows
+from ubp_fast.sequences.sampling import Views, epoch_order, rows_at, token_rows
 
 if TYPE_CHECKING:
     from ubp_fast.store.event_store import EventStore
@@ -32,14 +33,13 @@ def history_range(store: EventStore, views: Views, max_length: int) -> tuple[np.
     return np.maximum(end - max_length, store.timeline.offsets[views.row]), end
 
 
-def future_range(
-    store: EventStore, views: Views, max_length: int, window_s: int = TARGET_WINDOW_S
-) -> tuple[np.ndarray, np.ndarray]:
+def future_range(store: EventStore, views: Views, max_length: int) -> tuple[np.ndarray, np.ndarray]:
     """Timeline rows [start, end) of the first `max_length` events in [cutoff, cutoff + window), two int64 [N].
 
     Raises:
         ValueError: a window reaches beyond the store's cutoff, so that its events could not be known.
     """
+    window_s = store.target_days * DAY_S
     check_windows_inside(store, views, window_s)
     start = rows_at(store, "timeline", views)
     return start, np.minimum(rows_at(store, "timeline", views, window_s), start + max_length)
@@ -76,12 +76,13 @@ def window_labels(store: EventStore, views: Views, label_lists: LabelLists) -> d
     Raises:
         ValueError: a window reaches beyond the store's cutoff, or a list is about something else.
     """
-    check_windows_inside(store, views, TARGET_WINDOW_S)
+    window_s = store.target_days * DAY_S
+    check_windows_inside(store, views, window_s)
     labels: dict[str, np.ndarray | LabelMatrix] = {}
     for kind, prefix in (("product_buy", "buy"), ("add_to_cart", "add")):
         if kind not in store.kinds:
             continue
-        start, end = rows_at(store, kind, views), rows_at(store, kind, views, TARGET_WINDOW_S)
+        start, end = rows_at(store, kind, views), rows_at(store, kind, views, window_s)
         happened = end > start
         if prefix == "buy":
             labels["churn"] = (~happened).astype(np.float32)

@@ -17,7 +17,6 @@ from ubp_fast.events.split import DAY_S, TARGET_DAYS
 if TYPE_CHECKING:
     from ubp_fast.store.event_store import EventStore
 
-TARGET_WINDOW_S = TARGET_DAYS * DAY_S
 _MAX_VIEWS_FOR_QUANTILES = 20_000
 
 
@@ -49,10 +48,14 @@ def views_at(
         relevant_only: leave out clients that need no profile.
 
     Raises:
-        ValueError: no cutoff, or one after the store's.
+        DataError: no cutoff.
+        ValueError: one after the store's.
     """
     if not cutoffs_s:
-        raise ValueError("views_at: cutoffs_s must name at least one moment, got none")
+        raise DataError(
+            "views_at: the history must hold a past window that a model can learn from, got none; bring a longer"
+            " history, or take experiment=demo, which trains no such model"
+        )
     if max(cutoffs_s) > store.cutoff_s:
         raise ValueError(
             f"views_at: cutoffs_s must not be after the store's cutoff {store.cutoff_s}, got {max(cutoffs_s)};"
@@ -81,9 +84,9 @@ def training_cutoffs(
         UserError: `count` below 1, or a `newest_days` shorter than the target window.
         DataError: not a single event before the newest cutoff.
     """
-    if count < 1 or newest_days * DAY_S < TARGET_WINDOW_S:
+    if count < 1 or newest_days < store.target_days:
         raise UserError(
-            f"training_cutoffs: count must be >= 1 and newest_days >= {TARGET_WINDOW_S // DAY_S},"
+            f"training_cutoffs: count must be >= 1 and newest_days >= {store.target_days},"
             f" got {count} and {newest_days}"
         )
     newest_s = store.cutoff_s - newest_days * DAY_S
@@ -95,6 +98,40 @@ def training_cutoffs(
     cutoffs = [newest_s - step * step_days * DAY_S for step in range(count)]
     oldest_s = store.first_timestamp_s + oldest_history_days * DAY_S
     return (newest_s, *(cutoff_s for cutoff_s in cutoffs[1:] if cutoff_s >= oldest_s))
+
+
+def window_days(store: EventStore, days: int) -> int:
+    """Length of the windows that models learn from: `days`, or fewer where the target windows are short."""
+    return days if store.target_days == TARGET_DAYS else min(days, store.target_days)
+
+
+def past_cutoffs(
+    store: EventStore, model_count: int, stacking_count: int, days: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Cutoffs of the contrastive and multi-task models, and the later ones of the model that joins them.
+
+    Both are fewer where the history is short. The first are none where it ends before them, and windows are as short as
+    the store's target windows.
+
+    Args:
+        model_count: of the first, at most.
+        stacking_count: of the later ones, at most.
+        days: length of a window, and the distance of two cutoffs.
+
+    Raises:
+        DataError: no event before the newest of the later ones.
+    """
+    days = window_days(store, days)
+    history_days = min(days, store.target_days)
+    stacking = training_cutoffs(
+        store, stacking_count, newest_days=days, step_days=days, oldest_history_days=history_days
+    )
+    while len(stacking) > 1 and stacking[-1] - days * DAY_S <= store.first_timestamp_s:
+        stacking = stacking[:-1]
+    newest_days = days * (len(stacking) + 1)
+    if store.cutoff_s - newest_days * DAY_S <= store.first_timestamp_s:
+        return (), stacking
+    return training_cutoffs(store, model_count, newest_days=newest_days, step_days=days), stacking
 
 
 def epoch_order(num_views: int, seed: int, epoch: int) -> np.ndarray:

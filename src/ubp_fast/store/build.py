@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-from numba import njit
 
+from ubp_fast.compiled import njit
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, NUM_CODES, SKU_KINDS, DataError
 from ubp_fast.files import published_directory, write_json
@@ -75,6 +75,7 @@ def build_store(
         builder.save("client_ids", (clients if is_here is None else clients[is_here]).astype(np.int64))
         builder.save("is_relevant", is_relevant if is_here is None else is_relevant[is_here])
         builder.header |= {"all_clients": all_clients, "min_url_count": min_url_count}
+        builder.header |= {"target_days": events.target_days}
         builder.header |= {} if shard is None else {"shard": list(shard)}
         try:
             for kind in EVENT_KINDS:
@@ -284,7 +285,7 @@ def places_of_skus(events: EventDirectory, kind: str, skus: KnownIds, values: np
     return places
 
 
-@njit(cache=True, nogil=True)
+@njit
 def count(places, counts):  # pragma: no cover - compiled
     """Adds 1 to counts[place] for every place."""
     for place in places:

@@ -91,6 +91,7 @@ class EventStore:
         num_clients: clients U, with or without events.
         cutoff_s: every event in the store has `timestamp_s < cutoff_s`.
         first_timestamp_s: time of the earliest event in the store.
+        target_days: length of a target window in days.
         num_skus: rows of a sku embedding table; num_urls, num_categories and num_prices likewise.
     """
 
@@ -99,6 +100,7 @@ class EventStore:
     num_clients, cutoff_s, first_timestamp_s = _number("num_clients"), _number("cutoff_s"), _number("first_timestamp_s")
     num_skus, num_urls = _number("num_skus"), _number("num_urls")
     num_categories, num_prices = _number("num_categories"), _number("num_prices")
+    target_days = _number("target_days")
 
     @classmethod
     def open(cls, path: Path | str) -> EventStore:

@@ -9,7 +9,8 @@ others.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from ubp_fast.compiled import njit
 
 # A bitmap is used up to this many bits per id: 64 bits are what an entry of a hash table takes at least.
 BITS_PER_ID = 256
@@ -163,7 +164,7 @@ def _insert_all(ids: np.ndarray, keys: np.ndarray, values: np.ndarray) -> None:
     _insert(ids, np.arange(len(ids), dtype=np.int32), keys, values)
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _mixed(key):  # pragma: no cover - compiled
     """A hash of 64 bits. Source: Steele et al., Fast splittable pseudorandom number generators, 2014 (SplitMix64)."""
     mixed = np.uint64(key)
@@ -172,7 +173,7 @@ def _mixed(key):  # pragma: no cover - compiled
     return mixed ^ (mixed >> np.uint64(31))
 
 
-@njit(cache=True, nogil=True)
+@njit
 def hashes(ids):  # pragma: no cover - compiled
     """The hash u64 [N] of every id i64 [N]: the same on every machine."""
     found = np.empty(ids.size, np.uint64)
@@ -181,7 +182,7 @@ def hashes(ids):  # pragma: no cover - compiled
     return found
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _slot(key, keys, values):  # pragma: no cover - compiled
     """Place of a key in the table, or the free place where it belongs."""
     slot = np.int64(_mixed(key) & np.uint64(keys.size - 1))
@@ -190,7 +191,7 @@ def _slot(key, keys, values):  # pragma: no cover - compiled
     return slot
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _insert(ids, numbers, keys, values):  # pragma: no cover - compiled
     for index in range(ids.size):
         slot = _slot(ids[index], keys, values)
@@ -198,7 +199,7 @@ def _insert(ids, numbers, keys, values):  # pragma: no cover - compiled
         values[slot] = numbers[index]
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _fill_bits(ids, first, bits, places):  # pragma: no cover - compiled
     for index in range(ids.size - 1, -1, -1):
         offset = np.uint64(ids[index] - first)
@@ -207,7 +208,7 @@ def _fill_bits(ids, first, bits, places):  # pragma: no cover - compiled
         places[word] = index  # in the end the smallest of the word
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _rows_in_bits(ids, timestamp_s, before_s, first, bits):  # pragma: no cover - compiled
     """Without branches: most events are of clients that nobody asks for, in no order."""
     span = np.uint64(bits.size) << np.uint64(6)
@@ -223,7 +224,7 @@ def _rows_in_bits(ids, timestamp_s, before_s, first, bits):  # pragma: no cover 
     return rows[:found]
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _places_of(ids, rows, first, bits, keys, places):  # pragma: no cover - compiled
     found = np.empty(rows.size, np.int32)
     if bits.size == 0:
@@ -250,7 +251,7 @@ def _places_of(ids, rows, first, bits, keys, places):  # pragma: no cover - comp
     return found
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _number_direct(ids, rows, start, numbers, direct_counts):  # pragma: no cover - compiled
     """`_number` up to the first id that has no count of its own: as simple as the loop of nearly all data can be."""
     for index in range(start, rows.size):
@@ -262,7 +263,7 @@ def _number_direct(ids, rows, start, numbers, direct_counts):  # pragma: no cove
     return rows.size
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _number(
     ids, rows, start, numbers, direct_counts, direct_ids, size, keys, values, known, counts
 ):  # fmt: skip # pragma: no cover - compiled

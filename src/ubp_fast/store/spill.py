@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
-from ubp_fast.events.parse import EARLIEST_S
+from ubp_fast.compiled import njit
+from ubp_fast.events.times import EARLIEST_S
 
 TIME_BITS = 34  # years 1900..2199 in seconds
 MAX_CLIENTS = 1 << (63 - TIME_BITS)
@@ -166,14 +166,14 @@ def merge(
     return merged, *_merged(offsets, times, shifts, rows), rows
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _count_blocks(client_row, block_bits, counts):  # pragma: no cover - compiled
     """Adds the events of block b to counts[b + 1]."""
     for row in client_row:
         counts[(row >> block_bits) + 1] += 1
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _scatter(client_row, timestamp_s, item, block_bits, ends, keys, items):  # pragma: no cover - compiled
     """Appends every event to its block; ends[b] is where the next one of block b goes."""
     for index in range(client_row.size):
@@ -184,13 +184,13 @@ def _scatter(client_row, timestamp_s, item, block_bits, ends, keys, items):  # p
         items[place] = item[index]
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _times(keys, order, times):  # pragma: no cover - compiled
     for place in range(order.size):
         times[place] = (keys[order[place]] & ((1 << TIME_BITS) - 1)) + EARLIEST_S
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _sorted(keys, first_client, num_clients):  # pragma: no cover - compiled
     """Counts per client give every record its place; histories that are not in order of time are sorted after that."""
     offsets = np.zeros(num_clients + 1, np.int64)
@@ -213,7 +213,7 @@ def _sorted(keys, first_client, num_clients):  # pragma: no cover - compiled
     return offsets, order
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _sort_history(history, keys):  # pragma: no cover - compiled
     if history.size > INSERTION_SORT:
         history[:] = history[np.argsort(keys[history], kind="mergesort")]
@@ -227,7 +227,7 @@ def _sort_history(history, keys):  # pragma: no cover - compiled
         history[earlier] = index
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _merged(offsets, times, shifts, rows):  # pragma: no cover - compiled
     """Fills rows; returns the merged times and kinds."""
     num_kinds, num_clients = offsets.shape[0], offsets.shape[1] - 1

@@ -12,6 +12,7 @@ from ubp_fast.events.parse import hash_texts
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import DataError
 from ubp_fast.events.sources.table import Table
+from ubp_fast.events.sources.table_rows import numbers
 
 START = datetime(2023, 1, 1)
 CODES = "[" + " ".join(str(code) for code in range(16)) + "]"
@@ -156,7 +157,7 @@ def prepared_end(table: pl.DataFrame) -> int:
     [
         ("what", 3, "sold", r"column 'what' must be one of .*'liked'\], got 'sold' in row 3 \(1 bad row of 8\); map"),
         ("what", 3, None, "column 'what' must be one of .* got None in row 3"),
-        ("user", 5, None, "column 'user' must hold a value, got None in row 5"),
+        ("user", 6, None, "column 'user' must hold a value, got None in row 6"),
         ("item", 3, None, "column 'item' must hold a value, got None in row 3"),
         ("text", 4, None, "column 'text' must hold a value, got None in row 4"),
         ("when", 7, "yesterday", "column 'when' must hold a time, got 'yesterday' in row 7"),
@@ -183,14 +184,20 @@ def test_malformed_codes_are_numbered_as_in_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"client_column": "client"}, "log.parquet: column 'client' must exist, got columns .* name it in the config"),
+        (
+            {"client_column": "client"},
+            "log.parquet: column 'client' must exist, got columns .* name the column in the",
+        ),
         ({"query_column": None}, "rows of kind search_query must have a column for 'query', got none; name it with"),
         (
             {"kinds": {"bought": "ignore", "saw": "page_visit", "asked": "ignore", "liked": "ignore"}},
             "no purchases at all",
         ),
         ({"end": "2023-01-03"}, "no purchases at all"),
-        ({"price_column": "shelf"}, "price column must hold numbers, got String"),
+        (
+            {"price_column": "shelf"},
+            "'shelf' must hold numbers or nothing, got 'kitchen' in row 0 .5 bad rows of 8",
+        ),
     ],
 )
 def test_configurations_that_do_not_fit_the_table(tmp_path: Path, changes: dict, message: str) -> None:
@@ -216,9 +223,10 @@ def test_empty_table(tmp_path: Path) -> None:
         prepared(tmp_path, log().head(0))
 
 
-def test_float_ids_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="column 'user' must hold integers, got Float64"):
-        prepared(tmp_path, log().with_columns(user=pl.lit(1.0)))
+def test_ids_with_a_fraction_are_refused(tmp_path: Path) -> None:
+    values = pl.Series("user", [1.0, 2.0, 3.0, 1.5, 1.0, 1.0, 1.0, 1.0])
+    with pytest.raises(DataError, match=r"column 'user' must hold ids without a fraction, got 1.5 in row 3 .1 bad row"):
+        prepared(tmp_path, log().with_columns(values))
 
 
 def test_texts_with_the_same_words_share_codes() -> None:
@@ -233,3 +241,199 @@ def test_texts_with_the_same_words_share_codes() -> None:
     assert len(long) == 16
     assert np.unique(red_cup).size > 8
     assert codes.name == "name"
+
+
+def plain(tmp_path: Path, content: str | pl.DataFrame, **options: Any) -> EventDirectory:
+    """Purchases of a file: sixty days of client 1, and the rows given."""
+    path = tmp_path / "log"
+    if isinstance(content, str):
+        path.write_text(content)
+    else:
+        content.write_parquet(path)
+    Table(str(path), **options).prepare(tmp_path / "events")
+    return EventDirectory.open(tmp_path / "events")
+
+
+HEADER = "client_id,timestamp,sku,pieces,price\n"
+FIRST, LAST = "1,2024-01-01 00:00:00,5,1,2.50\n", "1,2024-03-01 00:00:00,5,1,2.50\n"
+
+
+def test_returns_are_no_purchases(tmp_path: Path) -> None:
+    rows = "2,2024-01-05,6,-1,2\n2,2024-01-06,6,0,2\n2,2024-01-07,7,3,2\n"
+    events = plain(tmp_path, HEADER + FIRST + rows + LAST, quantity_column="pieces")
+    assert events.frame("product_buy")["sku"].to_list() == [5, 7, 5]
+    assert [note.split(": ")[1] for note in events.info["notes"]] == [
+        "1 rows of a negative quantity are returns or cancellations, left out",
+        "1 rows of quantity 0 are left out",
+    ]
+
+
+def test_cart_events_of_a_negative_quantity_are_removals(tmp_path: Path) -> None:
+    table = log().with_columns(
+        what=pl.col("what").replace("saw", "carted"), n=pl.Series([1, -1, 1, 1, None, None, 1, 1])
+    )
+    kinds = {"bought": "product_buy", "carted": "add_to_cart", "asked": "search_query", "liked": "ignore"}
+    events = prepared(tmp_path, table, kinds=kinds, quantity_column="n")
+    assert events.info["rows"] == {"product_buy": 5, "remove_from_cart": 1, "search_query": 1}
+
+
+def test_quantities_that_are_no_numbers(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"'pieces' must hold a number, got 'two' in row 1 \(1 bad row of 3"):
+        plain(tmp_path, HEADER + FIRST + "2,2024-01-05,6,two,2\n" + LAST, quantity_column="pieces")
+
+
+def test_bad_rows_are_left_out_counted_and_shown(tmp_path: Path) -> None:
+    bad = "2,soon,6,1,2\n,2024-01-05,6,1,2\n2,2024-01-06,,1,2\n2,2024-01-06,6,1,2,9\n2,2024-01-06,6,x,2\n"
+    bad += "3,2300-01-01,6,1,2\n"
+    content = HEADER + FIRST + bad + LAST
+    options = {"quantity_column": "pieces", "on_bad_rows": "drop"}
+    events = plain(tmp_path, content, **options)
+    assert events.frame("product_buy")["client_id"].to_list() == [1, 1]
+    assert events.info["notes"] == [f"{tmp_path}/log: 6 bad rows are left out, the first are in bad_rows.csv"]
+    shown = pl.read_csv(events.path / "bad_rows.csv")
+    assert set(shown["file"]) == {str(tmp_path / "log")}
+    assert shown.select("column", "row", "line").rows() == [
+        (None, None, 6),
+        ("timestamp", 1, None),
+        ("timestamp", 5, None),
+        ("client_id", 2, None),
+        ("pieces", 4, None),
+        ("sku", 3, None),
+    ]
+    assert shown["reason"].to_list()[:2] == ["the line holds 6 values", "must hold a time"]
+
+
+def test_rows_of_a_part_are_named_by_the_part(tmp_path: Path) -> None:
+    for name, rows in (("a", FIRST), ("b", LAST + "2,soon,6,1,2\n")):
+        (tmp_path / f"{name}.csv").write_text(HEADER + rows)
+    with pytest.raises(DataError, match=r"b.csv: column 'timestamp' must hold a time, got 'soon' in row 1 \(1 bad"):
+        Table(str(tmp_path / "*.csv")).prepare(tmp_path / "events")
+
+
+def test_a_filter_takes_rows_before_they_are_checked(tmp_path: Path) -> None:
+    content = HEADER + FIRST + "2,soon,6,0,2\n7,2024-01-05,6,2,2\n" + LAST
+    events = plain(tmp_path, content, filter="pieces > 0 AND client_id <> 7")
+    assert events.frame("product_buy")["client_id"].to_list() == [1, 1]
+    assert events.info["notes"] == [f"{tmp_path}/log: data.filter leaves 2 of 4 rows out"]
+
+
+@pytest.mark.parametrize(
+    ("condition", "message"),
+    [
+        ("pieces >", "filter must be an SQL condition like 'quantity > 0', got 'pieces >'"),
+        ("pieces + 1", "filter must be true or false for every row, got 'pieces \\+ 1'"),
+        ("price LIKE '3'", "filter must fit the columns .*price.*Float64"),
+        ("pieces > 1000", "got none that data.filter lets through"),
+        ("colour = 'red'", "column 'colour' must exist"),
+    ],
+)
+def test_filters_that_do_not_work(tmp_path: Path, condition: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plain(tmp_path, HEADER + FIRST + LAST, filter=condition)
+
+
+def test_copies_of_rows(tmp_path: Path) -> None:
+    content = HEADER + FIRST + FIRST + LAST + "1,2024-03-01 00:00:00,5,1,3\n" + LAST
+    events = plain(tmp_path, content)
+    assert len(events.frame("product_buy")) == 5
+    assert "3 of 5 rows repeat an earlier one exactly, they are kept" in events.info["notes"][0]
+    (tmp_path / "priced").mkdir()
+    events = plain(tmp_path / "priced", content, duplicates="drop", price_column="price")
+    assert len(events.frame("product_buy")) == 3
+    assert "2 of 5 rows repeat an earlier one exactly, they are left out" in events.info["notes"][0]
+
+
+def test_every_row_twice_is_told(tmp_path: Path) -> None:
+    events = plain(tmp_path, HEADER + 2 * FIRST + 2 * LAST)
+    assert "every row occurs twice; 2 of 4" in events.info["notes"][0]
+
+
+def test_a_log_without_products(tmp_path: Path) -> None:
+    events = plain(tmp_path, HEADER.replace("sku", "x") + FIRST + LAST, sku_column=None)
+    assert events.frame("product_buy")["sku"].to_list() == [0, 0]
+    assert "no product column is named" in events.info["notes"][0]
+
+
+def test_leading_zeros_tell_clients_apart(tmp_path: Path) -> None:
+    events = plain(tmp_path, HEADER + FIRST.replace("1,", "007,", 1) + LAST.replace("1,", "7,", 1))
+    assert mapping(events, "client_id") == {"007": 0, "7": 1}
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        pl.Series([1.0, 2.0]),
+        pl.Series(["1", "2"]).cast(pl.Decimal(10, 2)),
+        pl.Series([1, 2], dtype=pl.UInt8),
+        pl.Series([1, 2], dtype=pl.UInt64),
+    ],
+)
+def test_ids_of_any_number(tmp_path: Path, ids: pl.Series) -> None:
+    table = pl.DataFrame({"client_id": ids, "timestamp": ["2024-01-01", "2024-03-01"], "sku": [1, 1]})
+    assert plain(tmp_path, table).frame("product_buy")["client_id"].to_list() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("ids", "names"),
+    [
+        (pl.Series([2**63, 2**64 - 1], dtype=pl.UInt64), [str(2**63), str(2**64 - 1)]),
+        (pl.Series([b"\x01\xff", b"\x02"]), ["01ff", "02"]),
+        (pl.Series(["b", "a"], dtype=pl.Categorical), ["b", "a"]),
+    ],
+)
+def test_ids_that_need_numbers(tmp_path: Path, ids: pl.Series, names: list[str]) -> None:
+    table = pl.DataFrame({"client_id": ids, "timestamp": ["2024-01-01", "2024-03-01"], "sku": [1, 1]})
+    assert list(mapping(plain(tmp_path, table), "client_id")) == names
+
+
+@pytest.mark.parametrize(
+    ("prices", "decimal"),
+    [(["2.50", "$1,000"], "."), (["2,50 €", "1.000"], ","), (["2.5", "1e3"], ".")],
+)
+def test_prices_as_people_write_them(tmp_path: Path, prices: list[str], decimal: str) -> None:
+    assert numbers(pl.Series("price", prices), decimal).to_list() == [2.5, 1000.0]
+    times = ["2024-01-01", "2024-01-02", "2024-03-01"]
+    table = pl.DataFrame({"client_id": 1, "timestamp": times, "sku": [1, 2, 2], "price": [*prices, None]})
+    assert plain(tmp_path, table, price_column="price", decimal=decimal).products()["price"].to_list() == [0, 99]
+
+
+def test_a_decimal_comma_is_asked_for(tmp_path: Path) -> None:
+    content = HEADER.replace(",", ";") + "1;2024-01-01;5;1;2,5\n1;2024-03-01;5;1;2,5\n"
+    with pytest.raises(DataError, match=r"'price' must hold numbers or nothing, got '2,5' .* set data.decimal=','"):
+        plain(tmp_path, content, price_column="price")
+
+
+def test_date_and_time_of_day_in_two_columns(tmp_path: Path) -> None:
+    content = "client_id,day,clock,sku\n1,2024-01-01,10:30,1\n1,2024-03-01,8:00,1\n"
+    events = plain(tmp_path, content, timestamp_column=["day", "clock"])
+    assert events.info["first_s"] == 1_704_067_200 + 10 * 3600 + 1800
+
+
+def test_the_shops_clock_moves_the_days(tmp_path: Path) -> None:
+    """23:30 in London is the next day in Warsaw; a text that names no zone keeps its day."""
+    times = ["2024-01-01T23:30Z", "2024-03-01T23:30Z"]
+    table = pl.DataFrame({"client_id": [1, 1], "timestamp": times, "sku": [1, 1]})
+    assert plain(tmp_path, table, timezone="Europe/Warsaw").info["first_s"] == 1_704_067_200 + 86_400 + 1800
+
+
+def test_rows_of_a_frame_are_those_of_its_file(tmp_path: Path) -> None:
+    """A frame that is handed over is no whole log: few rows, far apart, are fine."""
+    path = tmp_path / "log.parquet"
+    log().write_parquet(path)
+    table = Table(str(path), **OPTIONS)
+    assert table.rows_of(log()).equals(table.rows_of(table.raw()))
+    two = log().head(2).with_columns(when=pl.Series(["2001-01-01", "2024-01-01"]))
+    assert len(table.rows_of(two)) == 2
+    with pytest.raises(DataError, match="column 'euro' must exist"):
+        table.rows_of(two.drop("euro"))
+
+
+def test_a_time_far_behind_all_others_is_named(tmp_path: Path) -> None:
+    table = pl.DataFrame({"client_id": 1, "timestamp": range(1_704_067_200, 1_709_251_200, 86_400), "sku": 1})
+    odd = pl.concat([table[:30], pl.DataFrame({"client_id": 1, "timestamp": [4_102_358_400], "sku": 1}), table[30:]])
+    with pytest.raises(DataError, match=r"must lie near the other times.*\(76 years after.*in row 30 \(1 bad"):
+        plain(tmp_path, odd.cast(pl.Int64))
+    events = plain(tmp_path, odd.cast(pl.Int64), on_bad_rows="drop")
+    assert events.info["rows"] == {"product_buy": 60}
+    (tmp_path / "ended").mkdir()
+    assert plain(tmp_path / "ended", odd.cast(pl.Int64), end="2024-02-29").info["rows"] == {"product_buy": 60}

@@ -4,8 +4,9 @@ The nearest by cosine or by Euclidean distance, whichever ranks the labels of th
 its own neighbour. The label of the neighbours is that of the train window. Search is exact, float32, a block of clients
 against all others; of more than `MOST_ASKED` clients a seeded sample is asked about, against all.
 
-Vectors are taken as they are: scale and angle are part of a profile. Columns with units of their own (`features`) have
-neither, they are standardised.
+Vectors are taken as they are: scale and angle are part of a profile. Where a profile has a block that is made for this
+search, `evaluate` gives that block. Columns with units of their own (`features`) have neither scale nor angle, they are
+standardised.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from ubp_fast.evaluation.readers.config import EvaluationConfig
 from ubp_fast.evaluation.readers.network_linear import NetworkLinear
-from ubp_fast.evaluation.readers.reader import ReaderData, TaskScore
+from ubp_fast.evaluation.readers.reader import ReaderData, TaskScore, scorable
 from ubp_fast.evaluation.tasks import Metrics, TaskTargets
 from ubp_fast.evaluation.tasks.metrics import epoch_metrics
 from ubp_fast.events.labels import LabelMatrix
@@ -59,15 +59,25 @@ def cost(data: ReaderData, tasks: Sequence[TaskTargets], config: EvaluationConfi
 def read(
     data: ReaderData, tasks: Sequence[TaskTargets], config: EvaluationConfig, report: Callable[[int], None]
 ) -> list[TaskScore]:
-    """Trains the network on every task in every row order."""
+    """Trains the network on every task in every row order, but for tasks of which no label can be scored."""
     results: list[list[tuple[Metrics, ...]]] = [[] for _ in tasks]
+    skipped = []
+    for task in tasks:
+        labels = task.validation.take(np.flatnonzero(task.included))
+        skipped.append(labels.num_labels - len(scorable(labels)) if labels.num_rows else 0)
     for order in data.orders:
-        for result, task in zip(results, tasks, strict=True):
+        for result, task, none in zip(results, tasks, skipped, strict=True):
             rows = order[task.included[order]]
-            labels = (task.train.take(rows), task.validation.take(rows))
-            given = NetworkData(data.vectors, rows, *labels, task.popularity)
-            result.append(tuple(train_network(given, config, report)) if len(rows) else ())
-    return [TaskScore(tuple(result)) for result in results]
+            if not len(rows) or none == task.validation.num_labels:
+                report(training_cost(len(rows), config))
+                result.append(())
+                continue
+            given = NetworkData(data.vectors, rows, task.train.take(rows), task.validation.take(rows), task.popularity)
+            result.append(tuple(train_network(given, config, report)))
+    return [
+        TaskScore(tuple(result), task.validation.num_labels, none)
+        for result, task, none in zip(results, tasks, skipped, strict=True)
+    ]
 
 
 def training_cost(num_rows: int, config: EvaluationConfig) -> int:

@@ -19,6 +19,10 @@ from ubp_fast.events.schema import UserError
 
 DIGITS = 4
 EXTRAS = {"boosting": "evaluate"}
+NOT_SCORABLE = (
+    "no label has clients with it and clients without it in the validation window (all of them buy, or nobody does):"
+    " there is no score"
+)
 
 
 @dataclass(frozen=True)
@@ -44,10 +48,15 @@ class TaskScore:
     """Scores of one task by the challenge's rule: what the network gives.
 
     Attributes:
-        orders: metrics of every epoch, one tuple per row order; without clients the tuples are empty.
+        orders: metrics of every epoch, one tuple per row order; empty without clients, or where no label can be scored.
+        num_labels: length of the task's list of labels.
+        skipped: labels that cannot be scored: all clients of the validation window have them, or none has. The
+            challenge's rule counts them as 0.
     """
 
     orders: tuple[tuple[Metrics, ...], ...]
+    num_labels: int = 1
+    skipped: int = 0
 
     @property
     def best(self) -> tuple[float | None, ...]:
@@ -74,14 +83,28 @@ class TaskScore:
 
     @property
     def aurocs(self) -> tuple[float | None, ...]:
-        """AUROC of the epoch that counts in each row order; a label of one class counts 0, as the organisers do."""
+        """AUROC of the epoch that counts in each row order: the mean over the labels that can be scored."""
         best = zip(self.orders, self.best_epochs, strict=True)
-        return tuple(None if epoch is None else epochs[epoch].auroc for epochs, epoch in best)
+        return tuple(None if epoch is None else epochs[epoch].auroc * self._share for epochs, epoch in best)
+
+    @property
+    def _share(self) -> float:
+        """From the mean that counts some labels as 0 to the one without them."""
+        return self.num_labels / (self.num_labels - self.skipped) if self.skipped < self.num_labels else 1.0
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What is not a number, and where."""
+        """What is not a number, and where; labels that cannot be scored."""
+        if self.skipped == self.num_labels:
+            return (NOT_SCORABLE,)
         found = []
+        if self.skipped:
+            plain = _mean(self.aurocs)
+            found.append(
+                f"{self.skipped} of {self.num_labels} labels have one class in the validation window: the challenge's"
+                " rule counts them as 0 in the score"
+                + ("" if plain is None else f", the mean AUROC of the others is {plain:.4f}")
+            )
         for order, epochs in enumerate(self.orders):
             if not epochs:
                 found.append(f"order {order}: no client takes part, there is no score")
@@ -137,7 +160,7 @@ class LabelScores:
     def warnings(self) -> tuple[str, ...]:
         """What is left out."""
         if self.skipped == self.num_labels:
-            return ("no label has clients with it and clients without it in the validation window, there is no score",)
+            return (NOT_SCORABLE,)
         if self.skipped:
             return (f"{self.skipped} of {self.num_labels} labels have one class in the validation window, left out",)
         return ()

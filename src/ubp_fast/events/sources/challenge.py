@@ -15,10 +15,11 @@ from pathlib import Path
 import polars as pl
 
 from ubp_fast.events.checks import PURCHASE_SCHEMA, event_schema
-from ubp_fast.events.parse import parse_codes, parse_ids, parse_timestamps
+from ubp_fast.events.parse import parse_codes, parse_ids
 from ubp_fast.events.read import read_events, read_id_list, read_label_lists, read_products, read_table
 from ubp_fast.events.schema import EVENT_KINDS, PRODUCT_TABLE, DataError, UserError
 from ubp_fast.events.split import DAY_S, TARGET_DAYS, Split, floor_day, split_at
+from ubp_fast.events.times import parse_timestamps
 from ubp_fast.events.write import EventWriter, event_writer
 from ubp_fast.progress import Progress, Steps
 

@@ -22,9 +22,9 @@ import polars as pl
 
 from ubp_fast.events.checks import CODES, PRODUCT_SCHEMA, event_schema
 from ubp_fast.events.labels import label_lists
-from ubp_fast.events.parse import parse_timestamps
 from ubp_fast.events.read import EventDirectory, read_table
 from ubp_fast.events.schema import NUM_PRICE_BUCKETS, DataError
+from ubp_fast.events.times import parse_timestamps
 from ubp_fast.events.write import event_writer
 from ubp_fast.progress import Progress, Steps
 
@@ -58,7 +58,7 @@ class CompleteJourney:
             writer.write_products(product_table(transactions, products))
             steps.done()
             writer.write_events("product_buy", purchase_table(transactions), "transactions.parquet")
-            split = writer.default_split()
+            split = writer.fitting_split()
             writer.finish(split)
             purchases = EventDirectory.open(writer.directory).purchases(*split.train_window_s)
             writer.write_label_lists(label_lists(purchases))

@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from ubp_fast.compiled import njit
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import ITEM_COLUMN, NUM_CODES
 from ubp_fast.events.split import DAY_S
@@ -304,7 +304,7 @@ class _Once:
         return _Pass(num_events[self._order], items, anchor_s, np.concatenate(keys), np.concatenate(numbers))
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _recent(rows, clients, timestamp_s, from_s, num_events):  # pragma: no cover - compiled
     """Counts all events of each client; places i32 of those from a time on."""
     places = np.empty(rows.size, np.int32)
@@ -316,7 +316,7 @@ def _recent(rows, clients, timestamp_s, from_s, num_events):  # pragma: no cover
     return places[:found]
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _leave_out(rows, clients, timestamp_s, starts_s, num_events, left_out):  # pragma: no cover - compiled
     """Counts all events of each client, and those before each window."""
     for place in range(rows.size):
@@ -325,7 +325,7 @@ def _leave_out(rows, clients, timestamp_s, starts_s, num_events, left_out):  # p
             left_out[clients[place], window] += timestamp_s[rows[place]] < starts_s[window]
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _set_times(rows, clients, left_out, starts_s, num_events, timestamp_s):  # pragma: no cover - compiled
     """The start of the shortest window that has an event, a moment earlier where none has; `num_events` came before."""
     for place in range(rows.size):
@@ -338,7 +338,7 @@ def _set_times(rows, clients, left_out, starts_s, num_events, timestamp_s):  # p
         num_events[clients[place]] -= 1
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _note_first(numbers, done, first_seen):  # pragma: no cover - compiled
     """When each number was seen first, counted in events; `done` came before. -1 is none."""
     for place in range(numbers.size):
@@ -346,7 +346,7 @@ def _note_first(numbers, done, first_seen):  # pragma: no cover - compiled
             first_seen[numbers[place]] = min(first_seen[numbers[place]], done + place)
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _add_codes(rows, clients, codes, sums, num_events):  # pragma: no cover - compiled
     """Adds the codes u8 [N, 16] of some rows to their clients."""
     for place in range(rows.size):

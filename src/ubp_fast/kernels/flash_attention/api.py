@@ -21,13 +21,17 @@ Salmon et al. 2011 (Philox).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 
-from ubp_fast.kernels import backends, deferred
-from ubp_fast.kernels.checks import require, require_dtype, require_same
+from ubp_fast.kernels import backends, deferred, transforms
+from ubp_fast.kernels.checks import integer, number, require, require_dtype, require_same, require_tensors, to_autocast
 from ubp_fast.kernels.flash_attention import _cuda, _native, _triton, reference
 from ubp_fast.kernels.flash_attention.reference import UNBOUNDED, Problem, lse_dtype
 
@@ -46,12 +50,12 @@ def flash_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    cu_seqlens: Tensor,
-    cu_seqlens_key: Tensor | None = None,
+    cu_seqlens: Tensor | Sequence[int] | np.ndarray,
+    cu_seqlens_key: Tensor | Sequence[int] | np.ndarray | None = None,
     *,
     causal: bool = False,
     window: int | tuple[int | None, int | None] | None = None,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     time_bias: Tensor | None = None,
     timestamp_s: Tensor | None = None,
     timestamp_key_s: Tensor | None = None,
@@ -66,16 +70,19 @@ def flash_attention(
     the place of query i of q among k keys is i + k - q, and causal hides the keys after it.
 
     Args:
-        query: [T, H, D], float32, bfloat16, float16 or float64, 1 <= D <= 256; any strides.
+        query: [T, H, D], float32, bfloat16, float16 or float64, 1 <= D <= 256; any strides. Under `torch.autocast`
+            query, key and value become its dtype, as in `scaled_dot_product_attention` (float64 stays).
         key: [S, H, D], dtype and device of query.
         value: [S, H, D], dtype and device of query.
         cu_seqlens: integer [B + 1]: query rows of sequence b are cu_seqlens[b] .. cu_seqlens[b + 1] - 1. Starts at 0,
-            never decreases, ends at T; sequences may be empty.
+            never decreases, ends at T; sequences may be empty. A list, an array or a tensor on any device; one of
+            int32 or int64 on the device of query is taken without a copy.
         cu_seqlens_key: integer [B + 1] for key and value, ends at S. None: the same as cu_seqlens (self attention).
         causal: hide keys that come after the query.
         window: (left, right): hide keys more than `left` before or `right` after the place of the query; None in a slot
             bounds nothing, one number stands for both.
-        scale: factor of the scores, 1 / sqrt(D) when None.
+        scale: factor of the scores, 1 / sqrt(D) when None. A tensor of one element gets its gradient; it is multiplied
+            into the query, which rounds to the query's dtype.
         time_bias: float32 [H, buckets] (float64 beside float64), 1 <= buckets <= 106: added to the scaled scores by the
             time between query and key, two buckets per octave of 1 + seconds; 64 buckets tell 68 years apart. Wants
             timestamp_s. Has a gradient.
@@ -91,31 +98,77 @@ def flash_attention(
     Returns:
         [T, H, D] in the dtype of query. The same in every run and for any number of threads, bit by bit.
 
+    Derivatives beyond a plain backward (second ones, forward mode, transforms of `torch.func`, batched gradients) are
+    those of the reference, which "auto" takes for them: in the dtype of the inputs, with the scores of all sequences in
+    memory. A backend that is named refuses them. `torch.vmap` cannot map over the offsets.
+
     Raises:
         ValueError: shapes, devices, offsets or numbers break the rules above. On a CUDA device nothing waits for the
             values of offsets: wrong ones give rows that hold anything, and a later call raises (`check_deferred`).
         TypeError: a dtype breaks them.
         BackendUnavailable: the named backend does not exist, or not for these tensors.
     """
-    cu_seqlens_key = cu_seqlens if cu_seqlens_key is None else cu_seqlens_key
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+        require_tensors(OP, query=query, key=key, value=value)
+    query, key, value = to_autocast(query, key, value)
+    if time_bias is not None and torch.is_autocast_enabled(query.device.type) and time_bias.dtype != torch.float64:
+        time_bias = time_bias.float()
+    cu_seqlens = _offsets("cu_seqlens", cu_seqlens, query.device)
+    is_self = cu_seqlens_key is None
+    cu_seqlens_key = cu_seqlens if is_self else _offsets("cu_seqlens_key", cu_seqlens_key, query.device)
     _check(query, key, value, cu_seqlens, cu_seqlens_key)
     left, right = _bounds(window, causal)
-    scale = 1.0 / math.sqrt(query.shape[2]) if scale is None else float(scale)
+    if isinstance(scale, Tensor):
+        require(scale.numel() == 1 and scale.is_floating_point(), OP, "scale", "be one floating number", scale)
+        query, scale = query * scale.reshape(()), 1.0
+    scale = 1.0 / math.sqrt(query.shape[2]) if scale is None else number(OP, "scale", scale)
     require(abs(scale) <= torch.finfo(torch.float32).max, OP, "scale", "be finite in float32", scale)
     timestamp_key_s = timestamp_s if timestamp_key_s is None else timestamp_key_s
     _check_times(query, key, time_bias, timestamp_s, timestamp_key_s)
-    options = (left, right, scale, float(dropout_p), backend)
-    times = (time_bias, timestamp_s, timestamp_key_s)
-    output, _ = _forward_op(
-        query, key, value, cu_seqlens, cu_seqlens_key, *times, _seed(dropout_p, seed, query.device), *options
-    )
+    tensors = (query, key, value, cu_seqlens, cu_seqlens_key, time_bias, timestamp_s, timestamp_key_s)
+    dropout_p = number(OP, "dropout_p", dropout_p)
+    options = (left, right, scale, dropout_p, backend)
+    if transforms.is_transforming():
+        return _transformed(*tensors, _seed(dropout_p, seed, query.device, is_drawn=False), *options)
+    output, _ = _forward_op(*tensors, _seed(dropout_p, seed, query.device), *options)
     return output
+
+
+def _offsets(name: str, offsets: Any, device: torch.device) -> Tensor:
+    """As a tensor of int32 or int64 on the device; values are checked inside of the operator."""
+    if not isinstance(offsets, Tensor):
+        try:
+            offsets = torch.as_tensor(offsets)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"{OP}: {name} must be integers, got {type(offsets).__name__}") from None
+    if offsets.dtype not in (torch.int32, torch.int64):
+        is_integer = not (offsets.is_floating_point() or offsets.is_complex() or offsets.dtype == torch.bool)
+        if not is_integer and offsets.numel():
+            raise TypeError(f"{OP}: {name} must be integers, got {offsets.dtype}")
+        offsets = offsets.long()
+    return offsets if offsets.device == device else offsets.to(device)
+
+
+@torch.compiler.disable
+def _transformed(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, cu_seqlens_key: Tensor, *arguments: Any
+) -> Tensor:
+    """The reference, through which transforms of PyTorch see its operations."""
+    *arguments, backend = arguments  # type: ignore[assignment]
+    transforms.require_reference(OP, backend)
+    offsets = [transforms.untransformed(part) for part in (cu_seqlens, cu_seqlens_key)]
+    for name, part, rows in zip(("cu_seqlens", "cu_seqlens_key"), offsets, (query, key), strict=True):
+        require(not is_batchedtensor(part), OP, name, "be the same for all that vmap maps over", "mapped ones")
+        with transforms.outside_of_transforms():  # inside nobody may look at a value
+            _check_offsets(name, part, rows.shape[0])
+    return reference.attention(_as_problem(query, key, value, *offsets, *arguments))[0]
 
 
 def _bounds(window: int | tuple[int | None, int | None] | None, causal: bool) -> tuple[int, int]:
     """Keys seen to the left and right, -1 for all."""
-    sides = window if isinstance(window, (tuple, list)) else (window, window)
-    is_sound = len(sides) == 2 and all(side is None or (isinstance(side, int) and side >= 0) for side in sides)
+    both = window if isinstance(window, (tuple, list)) else (window, window)
+    sides = [None if side is None else integer(OP, "window", side) for side in both]
+    is_sound = len(sides) == 2 and all(side is None or side >= 0 for side in sides)
     require(is_sound, OP, "window", "be (left, right), each a number >= 0 or None", window)
     left, right = (UNBOUNDED if side is None else min(side, 2**31 - 1) for side in sides)
     return left, 0 if causal else right
@@ -140,11 +193,11 @@ def _check_times(
         require_dtype(OP, name, times, (torch.int64,))
         require(times.device == query.device, OP, name, f"be on the device of query, {query.device}", times.device)
         # Formatted only when it is raised, as in _check.
-        if times.ndim != 1 or len(times) != len(rows):
+        if times.ndim != 1 or times.shape[0] != rows.shape[0]:
             require(False, OP, name, f"have one entry for each of {len(rows)} rows", list(times.shape))
 
 
-def _seed(dropout_p: float, seed: int | Tensor | None, device: torch.device) -> Tensor | None:
+def _seed(dropout_p: float, seed: int | Tensor | None, device: torch.device, is_drawn: bool = True) -> Tensor | None:
     """Int64 [1] where something is dropped, else None; made on the device, which nothing waits for."""
     require(0.0 <= dropout_p < 1.0, OP, "dropout_p", "be in [0, 1)", dropout_p)
     if isinstance(seed, Tensor):
@@ -152,34 +205,33 @@ def _seed(dropout_p: float, seed: int | Tensor | None, device: torch.device) -> 
         require(seed.numel() == 1, OP, "seed", "have one element", list(seed.shape))
         return seed.reshape(1) if dropout_p > 0.0 else None
     if seed is not None:
+        seed = integer(OP, "seed", seed)
         require(-(2**63) <= seed < 2**63, OP, "seed", "be an integer of 64 bits", seed)
     if dropout_p == 0.0:
         return None
     if seed is None:
+        require(is_drawn, OP, "seed", "be given to dropout inside of a transform", None)
         return torch.randint(2**63 - 1, (1,), device=device)
     return torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, cu_seqlens_key: Tensor) -> None:
+    """Messages are formatted only when they are raised: formatting a size makes torch.compile specialise on it."""
     require(query.ndim == 3, OP, "query", "have shape [T, H, D]", list(query.shape))
     heads, width = query.shape[1:]
     require(1 <= width <= MAX_WIDTH, OP, "query", f"have a width D in 1..{MAX_WIDTH}", width)
     require_dtype(OP, "query", query, FLOATS)
-    require(
-        key.ndim == 3 and key.shape[1:] == query.shape[1:],
-        OP,
-        "key",
-        f"have shape [S, H, D] = [S, {heads}, {width}] like query",
-        list(key.shape),
-    )
-    require(value.shape == key.shape, OP, "value", f"have shape {list(key.shape)} like key", list(value.shape))
+    if key.ndim != 3 or key.shape[2] != width or key.shape[1] != heads:
+        rule, remedy = f"have shape [S, H, D] = [S, {heads}, {width}] like query", ""
+        if key.ndim == 3 and 1 <= key.shape[1] < heads and heads % key.shape[1] == 0:
+            remedy = f"repeat heads of key and value with .repeat_interleave({heads // key.shape[1]}, dim=1)"
+        require(False, OP, "key", rule, list(key.shape), remedy)
+    if value.shape != key.shape:
+        require(False, OP, "value", f"have shape {list(key.shape)} like key", list(value.shape))
     require_same(OP, "query", query, key=key, value=value)
     for name, offsets in (("cu_seqlens", cu_seqlens), ("cu_seqlens_key", cu_seqlens_key)):
-        require_dtype(OP, name, offsets, (torch.int32, torch.int64))
-        require(offsets.ndim == 1 and len(offsets) >= 1, OP, name, "have shape [B + 1]", list(offsets.shape))
-        require(offsets.device == query.device, OP, name, f"be on the device of query, {query.device}", offsets.device)
-    # The message is formatted only when it is raised: formatting a size makes torch.compile specialise on it.
-    if len(cu_seqlens) != len(cu_seqlens_key):
+        require(offsets.ndim == 1 and offsets.shape[0] >= 1, OP, name, "have shape [B + 1]", list(offsets.shape))
+    if cu_seqlens.shape != cu_seqlens_key.shape:
         rule = f"have {len(cu_seqlens)} entries like cu_seqlens"
         require(False, OP, "cu_seqlens_key", rule, len(cu_seqlens_key))
 
@@ -256,8 +308,16 @@ def _problem(
     is_self = cu_seqlens_key is cu_seqlens and len(key) == len(query)
     offsets_key = offsets if is_self else _checked_offsets("cu_seqlens_key", cu_seqlens_key, len(key), is_backward)
     seed = None if seed is None else seed.to(query.device, non_blocking=True)
+    times = (time_bias, timestamp_s, timestamp_key_s, seed)
+    return _as_problem(query, key, value, offsets, offsets_key, *times, left, right, scale, dropout_p)
+
+
+def _as_problem(
+    query, key, value, cu_seqlens, cu_seqlens_key, time_bias, timestamp_s, timestamp_key_s, seed,
+    left, right, scale, dropout_p,
+) -> Problem:  # fmt: skip
     times = (time_bias, timestamp_s, timestamp_key_s)
-    return Problem(query, key, value, offsets, offsets_key, left, right, scale, *times, dropout_p, seed)
+    return Problem(query, key, value, cu_seqlens, cu_seqlens_key, left, right, scale, *times, dropout_p, seed)
 
 
 def _implementation(backend: str, problem: Problem) -> ModuleType:
@@ -287,6 +347,16 @@ def _backward(ctx, grad_output, _):
     nothing = (None,) * 14
     if grad_output is None:
         return nothing
+    if torch.is_grad_enabled() or transforms.is_transforming():
+        *options, backend = ctx.options
+        transforms.require_reference(OP, backend)
+        found = transforms.differentiable_gradients(
+            lambda *inputs: reference.attention(_as_problem(*inputs, *options))[0],
+            ctx.saved_tensors[2:],
+            ctx.needs_input_grad,
+            grad_output,
+        )
+        return (*found, *nothing[len(found) :])
     *gradients, grad_bias = _backward_op(grad_output, *ctx.saved_tensors, *ctx.options)
     found = (*gradients, None, None, grad_bias, *nothing[6:])
     return tuple(part if need else None for part, need in zip(found, ctx.needs_input_grad, strict=True))

@@ -29,8 +29,10 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 
-from ubp_fast.kernels import backends, deferred
+from ubp_fast.kernels import backends, deferred, transforms
+from ubp_fast.kernels.checks import number, require_same, require_tensors, to_autocast
 from ubp_fast.kernels.nt_xent import _cuda, _native, _triton, reference
 from ubp_fast.kernels.nt_xent.reference import Problem
 
@@ -60,7 +62,8 @@ def nt_xent(
     `F.cross_entropy(F.normalize(left) @ F.normalize(right).T / temperature, torch.arange(N))`.
 
     Args:
-        left: [N, E], float32, bfloat16, float16 or float64, N >= 0, 1 <= E <= 2048.
+        left: [N, E], float32, bfloat16, float16 or float64, N >= 0, 1 <= E <= 2048. Under `torch.autocast` both sides
+            become its dtype (float64 stays).
         right: [N, E], dtype and device of left.
         temperature: > 0 and finite; a number, or a floating tensor with one element, which then gets its gradient; on
             the device of the rows, or its gradient has to wait for the device.
@@ -82,16 +85,39 @@ def nt_xent(
         0-d loss: float32, float64 for float64 inputs. 0 (gradients 0) if no row is valid or all weights are 0.
         Without `normalize`, similarities beyond the range of the dtype overflow as in any matrix product.
 
+    Derivatives beyond a plain backward (second ones, forward mode, transforms of `torch.func`, batched gradients) are
+    those of the reference, which "auto" takes for them, with its N x N matrices. A backend that is named refuses them.
+    Under `torch.vmap` values are not checked.
+
     Raises:
         ValueError: shapes, temperature or weight break the rules above, or a valid row is not finite (named). One pass
             over the [N, E] inputs. On a CUDA device nothing waits for it: a later call raises (`check_deferred`).
         TypeError: a dtype breaks the rules above.
         BackendUnavailable: the named backend does not exist, or not for this problem.
     """
+    if not (isinstance(left, Tensor) and isinstance(right, Tensor)):
+        require_tensors("nt_xent", left=left, right=right)
+    left, right = to_autocast(left, right)
     _check_arguments(left, right, negatives, weight, valid, ids)
     tau = _temperature_tensor(temperature, left.device)
+    if transforms.is_transforming():
+        return _transformed(left, right, tau, negatives, weight, valid, ids, normalize, backend)
     loss, _ = _nt_xent(left, right, tau, negatives, weight, valid, ids, normalize, backend)
     return loss
+
+
+@torch.compiler.disable
+def _transformed(left, right, temperature, negatives, weight, valid, ids, normalize, backend) -> Tensor:
+    """The reference, through which transforms of PyTorch see its operations."""
+    transforms.require_reference("nt_xent", backend)
+    values = [
+        None if part is None else transforms.untransformed(part) for part in (left, right, temperature, weight, valid)
+    ]
+    with transforms.outside_of_transforms():  # inside nobody may look at a value
+        if not any(part is not None and is_batchedtensor(part) for part in values):
+            _check_values(*values)  # type: ignore[arg-type]
+    problem = _problem(left, right, temperature, negatives, weight, valid, ids, normalize)
+    return reference.forward(problem)[0]
 
 
 def _check_arguments(
@@ -107,15 +133,16 @@ def _check_arguments(
         raise ValueError(f"nt_xent: left must have a width E in 1..{MAX_WIDTH}, got {left.shape[1]}")
     if left.dtype not in FLOATS:
         raise TypeError(f"nt_xent: left must be float32, float64, bfloat16 or float16, got {left.dtype}")
-    if right.dtype != left.dtype:
-        raise TypeError(f"nt_xent: right must have the dtype of left, {left.dtype}, got {right.dtype}")
+    require_same("nt_xent", "left", left, right=right)
     if negatives not in NEGATIVES:
         raise ValueError(f"nt_xent: negatives must be one of {list(NEGATIVES)}, got '{negatives}'")
     for name, rows in (("weight", weight), ("valid", valid), ("ids", ids)):
-        if rows is not None and rows.shape != left.shape[:1]:
+        if rows is None:
+            continue
+        require_tensors("nt_xent", **{name: rows})
+        if rows.shape != left.shape[:1]:
             raise ValueError(f"nt_xent: {name} must have shape [N] = [{left.shape[0]}], got {list(rows.shape)}")
-    for name, rows in (("right", right), ("weight", weight), ("valid", valid), ("ids", ids)):
-        if rows is not None and rows.device != left.device:
+        if rows.device != left.device:
             raise ValueError(f"nt_xent: {name} must be on the device of left, {left.device}, got {rows.device}")
     if weight is not None and not weight.is_floating_point():
         raise TypeError(f"nt_xent: weight must be floating, got {weight.dtype}")
@@ -136,8 +163,9 @@ def _temperature_tensor(temperature: float | Tensor, device: torch.device) -> Te
                 f" got shape {list(temperature.shape)}, {temperature.dtype}"
             )
         return temperature.reshape(())
-    _check_temperature(float(temperature))
-    return torch.full((), float(temperature), dtype=torch.float64, device=device)
+    temperature = number("nt_xent", "temperature", temperature)
+    _check_temperature(temperature)
+    return torch.full((), temperature, dtype=torch.float64, device=device)
 
 
 def _check_temperature(value: float) -> None:
@@ -249,9 +277,17 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad, _):
     row_losses, left, right, temperature, weight, valid, ids = ctx.saved_tensors
-    gradients = _nt_xent_backward(
-        grad, row_losses, left, right, temperature, ctx.negatives, weight, valid, ids, ctx.normalize, ctx.backend
-    )
+    more = (ctx.negatives, weight, valid, ids, ctx.normalize)
+    if torch.is_grad_enabled() or transforms.is_transforming():
+        transforms.require_reference("nt_xent", ctx.backend)
+        gradients = transforms.differentiable_gradients(
+            lambda *inputs: reference.forward(_problem(*inputs, *more))[0],
+            (left, right, temperature),
+            ctx.needs_input_grad,
+            grad,
+        )
+    else:
+        gradients = _nt_xent_backward(grad, row_losses, left, right, temperature, *more, ctx.backend)
     wanted = (gradient if need else None for gradient, need in zip(gradients, ctx.needs_input_grad, strict=False))
     return (*wanted, None, None, None, None, None, None)
 

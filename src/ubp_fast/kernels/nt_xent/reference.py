@@ -58,12 +58,16 @@ def unsupported(problem: Problem) -> str | None:
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Loss (0-d) and the row losses [N] ([2N] for symmetric and simclr), in the dtype of the loss and in float64."""
+    """Loss (0-d) and the row losses [N] ([2N] for symmetric and simclr), in the dtype of the loss and in float64.
+
+    Differentiable as often as is wanted.
+    """
     left, right = (_prepare(rows, problem) for rows in (problem.left, problem.right))
     losses = []
     for direction in _directions(left.rows, right.rows, problem):
         gap = _gaps(direction, problem.temperature)
-        peak = gap.amax(dim=1).clamp_min(0) if gap.numel() else gap.sum(dim=1)
+        # The loss does not depend on the peak, so none of its derivatives does.
+        peak = gap.detach().amax(dim=1).clamp_min(0) if gap.numel() else gap.sum(dim=1)
         inner = torch.expm1(-peak) + torch.exp(gap - peak[:, None]).sum(dim=1)
         losses.append((peak + torch.log1p(inner)).to(problem.row_weight.dtype))
     row_losses = torch.cat(losses)
@@ -140,10 +144,12 @@ def _prepare(rows: Tensor, problem: Problem) -> _Rows:
         rows = rows.masked_fill(~problem.valid[:, None], 0)
     if not problem.normalize:
         return _Rows(rows, None, None)
-    # Dividing by the largest magnitude first keeps the sum of squares inside the range of every dtype.
-    scale = _or_one(rows.abs().amax(dim=1, keepdim=True))
+    rows = rows.masked_fill((rows == 0).all(dim=1, keepdim=True), 0)  # they have no derivatives
+    # Dividing by the largest magnitude first keeps the sum of squares inside the range of every dtype; the unit row
+    # does not depend on it.
+    scale = _or_one(rows.detach().abs().amax(dim=1, keepdim=True))
     scaled = rows / scale
-    length = _or_one(scaled.square().sum(dim=1, keepdim=True).sqrt())
+    length = _or_one(scaled.square().sum(dim=1, keepdim=True)).sqrt()
     return _Rows(scaled / length, scale, length)
 
 

@@ -37,6 +37,7 @@ from ubp_fast.kernels import backends
 from ubp_fast.kernels.checks import require, require_dtype, require_same
 from ubp_fast.kernels.row_sparse import _native, _triton, reference
 from ubp_fast.kernels.row_sparse.reference import Adam, AdamStep, RowTable, Rule, ScheduleFree, ScheduleFreeStep, Step
+from ubp_fast.kernels.transforms import require_constant
 
 OP = "row_sparse"
 FLOATS = (torch.float32, torch.float64)
@@ -135,6 +136,7 @@ def update(
     is_gradient = ids.ndim == 1 and list(gradient.shape) == shape
     require(is_gradient, OP, "gradient", f"have shape {shape}", list(gradient.shape))
     require_same(OP, "weight", table.weight, gradient=gradient)
+    require_constant(OP, "gradient", gradient, "use .detach()")
     wanted = RULES[kind][1]
     require(isinstance(step, wanted), OP, "step", f"be of {wanted.__name__} like the rule", type(step).__name__)
     if count is not None:
@@ -182,6 +184,7 @@ def _check(table: RowTable, rule: Rule) -> str:
     for name, tensor in zip(table._fields, table, strict=True):
         require(tensor.device == weight.device, OP, name, f"be on {weight.device} like weight", tensor.device)
         require(tensor.is_contiguous(), OP, name, "be contiguous", list(tensor.stride()))
+    require_constant(OP, "weight", weight, "take RowSparseEmbedding")
     is_rule = 0 < rule.beta2 < 1 and rule.eps > 0 and (not isinstance(rule, Adam) or 0 <= rule.beta1 < 1)
     require(is_rule, OP, "rule", "have 0 <= beta1 < 1, 0 < beta2 < 1 and eps > 0", tuple(rule))
     return "adam" if isinstance(rule, Adam) else "schedule_free"
@@ -194,6 +197,7 @@ def _check_ids(ids: Tensor, like: Tensor) -> None:
 
 def _check_entries(ids: Tensor, gradient: Tensor) -> None:
     require_dtype(OP, "gradient", gradient, FLOATS)
+    require_constant(OP, "gradient", gradient, "use .detach()")
     _check_ids(ids, gradient)
     is_entries = gradient.ndim == 2 and ids.ndim == 1 and len(gradient) == len(ids)
     shapes = f"{list(gradient.shape)} for {list(ids.shape)}"

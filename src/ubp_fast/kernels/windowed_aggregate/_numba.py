@@ -18,10 +18,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-import numba
 import numpy as np
 import torch
 
+from ubp_fast.compiled import njit
 from ubp_fast.kernels.windowed_aggregate.reference import Problem
 
 FINE_BITS = 12
@@ -63,9 +63,9 @@ def forward(
     def work(first: int, last: int) -> None:
         if not any(others):
             starts_s = prepared[6]
-            _count(first, last, *inputs[:4], starts_s, *lives, totals, counts)  # type: ignore[call-arg]
+            _count(first, last, *inputs[:4], starts_s, *lives, totals, counts)
             return
-        _aggregate(first, last, *inputs, problem.anchor_s, problem.limit_s, *results)  # type: ignore[call-arg]
+        _aggregate(first, last, *inputs, problem.anchor_s, problem.limit_s, *results)
 
     over_clients(problem.offsets, work, threads)
     return results
@@ -94,7 +94,7 @@ def first_fault(offsets: np.ndarray, timestamp_s: np.ndarray, codes: np.ndarray,
     faults: list[tuple[int, int]] = []
 
     def work(first: int, last: int) -> None:
-        faults.append(_first_fault(first, last, *inputs, num_codes))  # type: ignore[call-arg]
+        faults.append(_first_fault(first, last, *inputs, num_codes))
 
     over_clients(offsets, work)
     bad_code, falls = (min((row for row in rows if row >= 0), default=-1) for rows in zip(*faults, strict=True))
@@ -127,7 +127,7 @@ def read_only(array: np.ndarray) -> np.ndarray:
     return view
 
 
-@numba.njit(cache=True, nogil=True)
+@njit
 def _first_fault(first, last, offsets, timestamp_s, codes, num_codes):
     bad_code, falls = np.int64(-1), np.int64(-1)
     # Whole runs of clients first: a history is too short for the CPU's vectors. Times may fall where a client begins.
@@ -151,7 +151,7 @@ def _first_fault(first, last, offsets, timestamp_s, codes, num_codes):
     return bad_code, falls
 
 
-@numba.njit(cache=True, nogil=True)
+@njit
 def _num_falls(later, earlier):
     falls = 0
     for place in range(later.size):
@@ -159,7 +159,7 @@ def _num_falls(later, earlier):
     return falls
 
 
-@numba.njit(cache=True, nogil=True)
+@njit
 def _num_outside(codes, num_codes):
     outside = 0
     for code in codes:
@@ -167,7 +167,7 @@ def _num_outside(codes, num_codes):
     return outside
 
 
-@numba.njit(cache=True, nogil=True)
+@njit
 def end_of_history(timestamp_s, start, end, limit_s):
     """First row in [start, end) with timestamp_s >= limit_s."""
     if start == end or timestamp_s[end - 1] < limit_s:
@@ -181,7 +181,7 @@ def end_of_history(timestamp_s, start, end, limit_s):
     return start
 
 
-@numba.njit(cache=True, nogil=True)
+@njit
 def _add_bands(array):
     """[W, C] in place: from the events of each band to those of each window."""
     for window in range(1, array.shape[0]):
@@ -189,7 +189,7 @@ def _add_bands(array):
             array[window, column] += array[window - 1, column]
 
 
-@numba.njit(cache=True, nogil=True)
+@njit
 def _decay(
     start, end, timestamp_s, codes, slots, half_lives_s, coarse, fine, anchor_s, decayed_totals, decayed_counts
 ):  # fmt: skip
@@ -208,7 +208,7 @@ def _decay(
                     decayed_counts[half_life, slots[code, column]] += weight
 
 
-@numba.njit(cache=True, nogil=True)
+@njit
 def _add_groups(code, band, mark, groups, group_start, gains, seen, grouped, distinct, entropy):
     """One event in its groups: a new one is counted, sum c ln c follows."""
     for column in range(groups.shape[1]):
@@ -229,7 +229,7 @@ def _add_groups(code, band, mark, groups, group_start, gains, seen, grouped, dis
             entropy[band, column] += (count + 1) * np.log(count + 1) - count * np.log(count)
 
 
-@numba.njit(cache=True, nogil=True)
+@njit
 def _one_client(
     mark, start, end, timestamp_s, codes, slots, groups, values, group_start, starts_s, periods_s, gains,
     seen, grouped, period_seen, totals, counts, distinct, distinct_times, sums, entropy,
@@ -263,7 +263,7 @@ def _one_client(
         _add_bands(counts)
 
 
-@numba.njit(cache=True, nogil=True)
+@njit
 def _aggregate(
     first, last, offsets, timestamp_s, codes, slots, groups, values, group_start, starts_s, half_lives_s, coarse, fine,
     periods_s, gains, anchor_s, limit_s, totals, counts, distinct, distinct_times, sums, decayed_totals,
@@ -305,7 +305,7 @@ def _aggregate(
         _finish_entropy(grouped, distinct[client], entropy[client])
 
 
-@numba.njit(cache=True, nogil=True)
+@njit
 def _count(
     first, last, offsets, timestamp_s, codes, slots, starts_s, anchor_s, limit_s, first_age_s, last_age_s, num_events,
     totals, counts,
@@ -341,7 +341,7 @@ def _count(
                     counts[client, window, slot] += counts[client, window - 1, slot]
 
 
-@numba.njit(cache=True, nogil=True)
+@njit
 def _finish_entropy(grouped, distinct, entropy):
     """From sum c ln c to ln n - (sum c ln c) / n, in place; exactly 0 for a single group."""
     for window in range(grouped.shape[0]):

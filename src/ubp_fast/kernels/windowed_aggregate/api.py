@@ -33,6 +33,8 @@ import torch
 from torch import Tensor
 
 from ubp_fast.kernels import backends
+from ubp_fast.kernels.checks import integer, number
+from ubp_fast.kernels.transforms import require_constant
 from ubp_fast.kernels.windowed_aggregate.reference import ALL_HISTORY, Problem
 
 IMPLEMENTATIONS = backends.Lazy(__package__, numba="_numba", reference="reference")
@@ -135,16 +137,28 @@ def windowed_aggregate(
     are_tensors = {isinstance(array, Tensor) for array in arrays if array is not None}
     if len(are_tensors) > 1:
         raise TypeError("windowed_aggregate: arrays must be all NumPy or all tensors, got both")
-    if None in windows_s[:-1]:
-        raise ValueError(f"windowed_aggregate: windows_s must have None only as the last one, got {list(windows_s)}")
-    windows = [ALL_HISTORY if window is None else int(window) for window in windows_s]
-    half_lives, periods = [float(value) for value in half_lives_s], [int(value) for value in periods_s]
-    scalars = (int(anchor_s), windows, int(num_slots), half_lives, periods, bool(include_anchor), backend)
+    scalars = (*_scalars(anchor_s, windows_s, num_slots, half_lives_s, periods_s), bool(include_anchor), backend)
     if are_tensors == {True}:
         if out is not None:
             raise TypeError("windowed_aggregate: out must come with NumPy arrays, got tensors")
+        if isinstance(values, Tensor):
+            require_constant("windowed_aggregate", "values", values, "use .detach()")
         return WindowedAggregate(*_windowed_aggregate(*arrays, *scalars))
     return WindowedAggregate(*_run(*arrays, *scalars, out))
+
+
+def _scalars(
+    anchor_s: Any, windows_s: Any, num_slots: Any, half_lives_s: Any, periods_s: Any
+) -> tuple[int, list[int], int, list[float], list[int]]:
+    """As numbers of Python, whose values are checked later."""
+    op = "windowed_aggregate"
+    windows = [None if window is None else integer(op, "windows_s", window) for window in windows_s]
+    if None in windows[:-1]:
+        raise ValueError(f"{op}: windows_s must have None only as the last one, got {windows}")
+    half_lives = [number(op, "half_lives_s", value) for value in half_lives_s]
+    periods = [integer(op, "periods_s", value) for value in periods_s]
+    lengths = [ALL_HISTORY if window is None else window for window in windows]
+    return integer(op, "anchor_s", anchor_s), lengths, integer(op, "num_slots", num_slots), half_lives, periods
 
 
 class WindowedAggregator:
@@ -197,12 +211,8 @@ def window_aggregator(
     backend: str = "auto",
 ) -> WindowedAggregator:
     """`windowed_aggregate` of NumPy arrays, checked and ready to be called for any block of clients."""
-    windows = [ALL_HISTORY if window is None else int(window) for window in windows_s]
-    half_lives, periods = [float(value) for value in half_lives_s], [int(value) for value in periods_s]
-    problem = checked_problem(
-        offsets, timestamp_s, codes, slots, groups, values,
-        int(anchor_s), windows, int(num_slots), half_lives, periods, bool(include_anchor),
-    )  # fmt: skip
+    scalars = _scalars(anchor_s, windows_s, num_slots, half_lives_s, periods_s)
+    problem = checked_problem(offsets, timestamp_s, codes, slots, groups, values, *scalars, bool(include_anchor))
     return WindowedAggregator(problem, backend)
 
 

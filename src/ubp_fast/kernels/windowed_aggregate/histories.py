@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from ubp_fast.compiled import njit
 from ubp_fast.kernels.windowed_aggregate._numba import end_of_history, over_clients, read_only
 
 
@@ -32,7 +32,7 @@ def code_counts(
 
     def work(first: int, last: int) -> None:
         counts = free.pop() if free else np.zeros(num_codes, np.int32)
-        bad_rows.append(_count(first, last, *inputs, before_s, counts))  # type: ignore[call-arg]
+        bad_rows.append(_count(first, last, *inputs, before_s, counts))
         free.append(counts)
 
     over_clients(offsets, work)
@@ -59,11 +59,11 @@ def row_sums(
     clients = len(offsets) - 1
     sums, num_events = np.zeros((clients, rows.shape[1]), np.int64), np.zeros(clients, np.int64)
     inputs = [read_only(array) for array in (offsets, timestamp_s, rows)]
-    _sum(0, clients, *inputs, before_s, sums, num_events)  # type: ignore[call-arg]
+    _sum(0, clients, *inputs, before_s, sums, num_events)
     return sums, num_events
 
 
-@numba.njit(cache=True, nogil=True)
+@njit
 def _count(first, last, offsets, timestamp_s, codes, before_s, counts):
     """Adds to counts; returns a row whose code does not fit, or -1."""
     for client in range(first, last):
@@ -75,7 +75,7 @@ def _count(first, last, offsets, timestamp_s, codes, before_s, counts):
     return -1
 
 
-@numba.njit(cache=True, nogil=True)
+@njit
 def _sum(first, last, offsets, timestamp_s, rows, before_s, sums, num_events):
     for client in range(first, last):
         end = end_of_history(timestamp_s, offsets[client], offsets[client + 1], before_s)

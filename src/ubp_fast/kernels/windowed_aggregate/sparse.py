@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numba
 import numpy as np
 
+from ubp_fast.compiled import njit
 from ubp_fast.kernels.windowed_aggregate._numba import end_of_history, over_clients, read_only
 from ubp_fast.kernels.windowed_aggregate.api import checked_problem
 from ubp_fast.kernels.windowed_aggregate.reference import ALL_HISTORY
@@ -60,19 +60,19 @@ class SparseCounter:
         over_clients(problem.offsets, self._measure)
 
     def _measure(self, first: int, last: int) -> None:
-        _lengths(first, last, *self._inputs, *self._limits, self.lengths, self.num_events)  # type: ignore[call-arg]
+        _lengths(first, last, *self._inputs, *self._limits, self.lengths, self.num_events)
 
     def fill(self, places: np.ndarray, first_column: int, indices: np.ndarray, counts: np.ndarray) -> None:
         """Writes the entries of row u to places[u], places[u] + 1, ... of indices (plus `first_column`) and counts."""
 
         def work(first: int, last: int) -> None:
             targets = (self.lengths, places, first_column, indices, counts)
-            _fill(first, last, *self._inputs, *self._limits, *targets)  # type: ignore[call-arg]
+            _fill(first, last, *self._inputs, *self._limits, *targets)
 
         over_clients(self._inputs[0], work)
 
 
-@numba.njit(cache=True, nogil=True)
+@njit
 def _lengths(first, last, offsets, timestamp_s, codes, slots, starts_s, limit_s, num_slots, lengths, num_events):
     """Number of entries of each row."""
     num_windows = starts_s.size
@@ -95,7 +95,7 @@ def _lengths(first, last, offsets, timestamp_s, codes, slots, starts_s, limit_s,
         lengths[client] = entries
 
 
-@numba.njit(cache=True, nogil=True)
+@njit
 def _sort(slots):
     """Ascending, in place; most clients have a handful, for which insertion beats the general sort."""
     if slots.size > 24:
@@ -109,7 +109,7 @@ def _sort(slots):
         slots[place] = slot
 
 
-@numba.njit(cache=True, nogil=True)
+@njit
 def _fill(
     first, last, offsets, timestamp_s, codes, slots, starts_s, limit_s, num_slots, lengths, places, first_column,
     indices, counts,

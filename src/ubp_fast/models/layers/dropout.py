@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+from ubp_fast.compiled import njit
 
 _WORDS = 2**16
 
@@ -22,7 +23,7 @@ _WORDS = 2**16
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-@numba.njit(nogil=True, cache=True)
+@njit
 def _choose(values: np.ndarray, words: np.ndarray, least: int, output: np.ndarray) -> None:
     for at in range(values.size):
         output[at] = values[at] if words[at] >= least else 0

@@ -1,0 +1,196 @@
+"""Pair scores: against the network written out, what they learn, leaks, blocks, threads, seeds, and files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.shops import END_S, NUM_SKUS, make_store
+
+from ubp_fast.events.schema import LabelLists, UserError
+from ubp_fast.events.split import DAY_S
+from ubp_fast.features import writing
+from ubp_fast.features.scaling import DayStatistics
+from ubp_fast.files import load_arrays, write_arrays
+from ubp_fast.models.pair_scorer import OF_SKUS, PairScorer, PairScorerConfig
+from ubp_fast.store.event_store import EventStore
+
+CONFIG = PairScorerConfig(pairs=6000, epochs=4, batch_size=256)
+CUTOFFS = tuple(END_S - days * DAY_S for days in (14, 28, 42))
+KINDS = ("product_buy", "add_to_cart")
+
+
+def lists(*columns: str) -> LabelLists:
+    values = {"category": np.arange(7, 12), "sku": np.arange(NUM_SKUS)[::-1].copy(), "price": np.arange(10)}
+    return {f"propensity_{name}": (values[name], np.ones(len(values[name]))) for name in columns}
+
+
+ALL = lists("category", "sku", "price")
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> EventStore:
+    return make_store(tmp_path_factory.mktemp("pairs"), clients=150)
+
+
+@pytest.fixture(scope="module")
+def scorer(shop: EventStore) -> PairScorer:
+    return PairScorer.fit(shop, CUTOFFS, ALL, CONFIG)
+
+
+def scores(scorer: PairScorer, store: EventStore, cutoff_s: int = END_S) -> np.ndarray:
+    return scorer.transform(store, cutoff_s).rows(slice(None))
+
+
+def counts_of(store: EventStore, client: int, cutoff_s: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Decayed counts of a client event by event: kind -> [half-lives, skus]; and the inputs about the client."""
+    found, activity = {}, []
+    for kind in KINDS:
+        columns = store.kind(kind)
+        rows = range(columns.offsets[client], columns.offsets[client + 1])
+        events = [(int(columns.timestamp_s[row]), int(columns.item[row])) for row in rows]  # type: ignore[index]
+        events = [(time_s, item) for time_s, item in events if time_s < cutoff_s]
+        found[kind] = np.zeros((3, store.num_skus))
+        ages = np.array([(cutoff_s - time_s) / DAY_S for time_s, _ in events])
+        for number, days in enumerate(CONFIG.half_lives_days):
+            for age, (_, item) in zip(ages, events, strict=True):
+                found[kind][number, item] += 0.5 ** (age / days)
+        never = (cutoff_s - store.first_timestamp_s) / DAY_S
+        days = np.array([time_s // DAY_S for time_s, _ in events])
+        activity += [(0.5 ** (ages / half_life)).sum() for half_life in CONFIG.activity_half_lives_days]
+        activity += [ages.min(initial=never) if len(ages) else never, ages.max(initial=0) if len(ages) else never]
+        activity += [len(np.unique(days[ages <= length])) for length in (14, 30, 90, np.inf)]
+    return found, np.log1p(activity)
+
+
+def test_scores_are_those_of_the_network_written_out(shop: EventStore, scorer: PairScorer) -> None:
+    cutoff_s = END_S - 7 * DAY_S
+    found = scores(scorer, shop, cutoff_s)
+    column = list(scorer.names).index("propensity_sku_13")
+    arrays = {name: array.astype(np.float64) for name, array in scorer.groups["propensity_sku"].arrays.items()}
+    is_sku, category = np.asarray(shop.sku_ids) == 13, np.asarray(shop.products.category)
+    is_category = category == category[is_sku][0]
+    counted = [counts_of(shop, client, cutoff_s) for client in range(shop.num_clients)]
+    popularity = []
+    for kind in KINDS:
+        mean = np.mean([counts[kind][:, is_sku].sum(axis=1) for counts, _ in counted], axis=0)
+        popularity += [*np.log(mean + 1e-6), np.log(mean + 1e-6)[0] - np.log(mean + 1e-6)[2]]
+    for client in (0, 3, 5, 77):
+        counts, activity = counted[client]
+        pair, changes, of_category = [], [], []
+        for kind in KINDS:
+            own, all_items = counts[kind][:, is_sku].sum(axis=1), counts[kind].sum(axis=1)
+            for count, total in zip(own, all_items, strict=True):
+                share = min(count / max(total, 0.05), 1)
+                pair += [np.log1p(count), np.sqrt(np.log1p(count)), np.sqrt(share), float(np.log1p(count) > 0.02)]
+            changes.append(np.log1p(own[0]) - np.log1p(own[2]))
+            for count in counts[kind][:, is_category].sum(axis=1):
+                of_category += [np.log1p(count), np.sqrt(np.log1p(count))]
+        inputs = {"client": activity, "label": np.array(popularity), "pair": np.array(pair + changes + of_category)}
+        hidden = arrays["bias_1"].copy()
+        for name, values in inputs.items():
+            scaled = ((values - arrays[f"{name}_mean"]) * arrays[f"{name}_scale"]).clip(-5, 5)
+            hidden += scaled @ arrays[f"{name}_weight"]
+        hidden = np.maximum(np.maximum(hidden, 0) @ arrays["weight_2"] + arrays["bias_2"], 0)
+        expected = hidden @ arrays["weight_3"] + arrays["bias_3"][0]
+        assert found[client, column] == pytest.approx(expected, abs=1e-4)
+
+
+def test_what_a_client_likes_scores_higher(shop: EventStore, scorer: PairScorer) -> None:
+    """A client of the shop buys skus with sku % 5 == client % 5 alone, and categories are sku % 5 + 7."""
+    found, names = scores(scorer, shop), scorer.names
+    assert len(names) == 55 and names[0] == "propensity_category_7" and names[5] == f"propensity_sku_{NUM_SKUS - 1}"
+    busy = np.diff(shop.kind("product_buy").offsets) > 5
+    client = np.flatnonzero(busy)
+    for prefix, of_label in (
+        ("propensity_category_", lambda value: value - 7),
+        ("propensity_sku_", lambda value: value),
+    ):
+        columns = [number for number, name in enumerate(names) if name.startswith(prefix)]
+        liked = np.array([of_label(int(names[column].split("_")[-1])) % 5 for column in columns]) == client[:, None] % 5
+        own = found[np.ix_(client, columns)]
+        ranks = own.ravel().argsort().argsort()
+        is_liked = liked.ravel()
+        area = (ranks[is_liked].mean() - (is_liked.sum() - 1) / 2) / (~is_liked).sum()
+        assert area > 0.95
+    rate = 1 / (1 + np.exp(-found[:, [name.startswith("propensity_sku") for name in names]]))
+    later = shop.kind("product_buy").timestamp_s >= END_S - 14 * DAY_S
+    bought = later.sum() / found.shape[0] / NUM_SKUS
+    assert rate.mean() == pytest.approx(bought, rel=0.5), "log odds must belong to real rates, whatever was drawn"
+
+
+def test_nothing_from_the_cutoff_on_is_seen(shop: EventStore, tmp_path: Path) -> None:
+    cutoff_s = END_S - 14 * DAY_S
+    changed = make_store(tmp_path, clients=150, scrambled_from_s=cutoff_s)
+    assert not np.array_equal(changed.kind("product_buy").item, shop.kind("product_buy").item)
+    ours, theirs = (PairScorer.fit(store, CUTOFFS[1:], ALL, CONFIG) for store in (shop, changed))
+    for name, array in ours.arrays.items():
+        np.testing.assert_array_equal(theirs.arrays[name], array)
+    np.testing.assert_array_equal(scores(theirs, changed, cutoff_s), scores(ours, shop, cutoff_s))
+
+
+def test_blocks_of_clients_do_not_matter(
+    shop: EventStore, scorer: PairScorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = scores(scorer, shop)
+    for name in ("BLOCK_CLIENTS", "SMALLEST_BLOCK"):
+        monkeypatch.setattr(writing, name, 7)
+    np.testing.assert_array_equal(scorer.transform(shop, END_S, tmp_path / "scores").rows(slice(None)), whole)
+
+
+def test_a_known_day_tells_how_popular_labels_are(shop: EventStore, scorer: PairScorer) -> None:
+    day = DayStatistics()
+    whole = scorer.transform(shop, END_S, day=day).rows(slice(None))
+    again = scorer.transform(shop, END_S, day=DayStatistics(day.arrays)).rows(slice(None))
+    np.testing.assert_array_equal(again, whole)
+    moved = DayStatistics({name: array + 1 for name, array in day.arrays.items()})
+    assert np.abs(scorer.transform(shop, END_S, day=moved).rows(slice(None)) - whole).max() > 0.01
+
+
+def test_the_same_seed_gives_the_same_weights_on_any_number_of_threads(shop: EventStore, scorer: PairScorer) -> None:
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3 - min(threads, 2))
+        again, other = (PairScorer.fit(shop, CUTOFFS, ALL, CONFIG, seed) for seed in (0, 1))
+    finally:
+        torch.set_num_threads(threads)
+    assert again.arrays.keys() == scorer.arrays.keys()
+    assert all(np.array_equal(again.arrays[name], array) for name, array in scorer.arrays.items())
+    assert not np.array_equal(scores(other, shop), scores(scorer, shop))
+
+
+def test_files_hold_all_of_it(shop: EventStore, scorer: PairScorer, tmp_path: Path) -> None:
+    write_arrays(tmp_path / "pairs.safetensors", scorer.arrays)
+    read = PairScorer.of_arrays(load_arrays(tmp_path / "pairs.safetensors"), CONFIG)
+    assert read.names == scorer.names
+    np.testing.assert_array_equal(scores(read, shop), scores(scorer, shop))
+
+
+def test_lists_and_kinds_may_be_missing(tmp_path: Path) -> None:
+    store = make_store(tmp_path, kinds=("product_buy",), clients=80)
+    without = PairScorer.fit(store, CUTOFFS, lists("sku"), CONFIG)
+    assert list(without.groups) == ["propensity_sku"] and OF_SKUS not in without.lists
+    assert np.isfinite(scores(without, store)).all()
+
+
+def test_a_list_that_nobody_buys_from_has_no_scores(shop: EventStore) -> None:
+    unknown: LabelLists = {"propensity_sku": (np.array([900, 901]), np.ones(2)), **lists("price")}
+    found = PairScorer.fit(shop, CUTOFFS, unknown, CONFIG)
+    assert list(found.groups) == ["propensity_price"]
+    assert found.transform(shop, END_S).shape == (150, 10)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"kinds": ("page_visit",)}, "kinds"),
+        ({"pairs": 0}, "pairs"),
+        ({"half_lives_days": (0.0,)}, "half_lives_days"),
+        ({"hidden": (8, 0)}, "hidden"),
+    ],
+)
+def test_bad_settings_are_named(settings: dict[str, object], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        PairScorerConfig(**settings)  # type: ignore[arg-type]
