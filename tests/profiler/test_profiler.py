@@ -283,3 +283,31 @@ def test_profiles_of_the_end_beside_the_backtest(evaluation: str, tmp_path: Path
         code, alone, _ = run_tiny(tmp_path / "alone", *source)
         assert code == 0
         assert same(Profiles.load(made / "profiles"), Profiles.load(alone / "profiles")), "the backtest sees no more"
+
+
+def test_a_new_run_in_the_space_of_an_old_one(tmp_path: Path) -> None:
+    source = (*SHOP, ALL_BLOCKS, "evaluation=off")
+    code, old, printed = run_tiny(tmp_path / "old", *source, "profiles.at=2022-10-01")
+    assert code == 0, printed
+    later = (*source, "seed=3", "features.tastes.seed=3", "profiles.at=2022-10-29")
+    code, new, printed = run_tiny(tmp_path / "new", *later, f"profiles.align_to={old}")
+    assert code == 0, printed
+    events, ids = new / "stages" / "events", Profiles.load(new / "latest").client_ids
+    assert Profiles.load(new / "latest").layout == Profiles.load(old / "latest").layout
+    found = Profiler.load(new).embed(events, "2022-10-29", ids)
+    assert same(found, Profiles.load(new / "latest")), "the model turns as the run did"
+    some = Profiler.load(new).embed(events, "2022-10-29", ids[5:9], blocks=["strong", "tastes"])
+    assert same(some, found.select("strong", "tastes"), slice(5, 9))
+    code, alone, _ = run_tiny(tmp_path / "alone", *later)
+    assert code == 0
+    there = Profiler.load(old).embed(events, "2022-10-29", ids).select("strong", "tastes", "learned").embeddings
+    here = found.select("strong", "tastes", "learned").embeddings
+    unaligned = Profiles.load(alone / "latest").select("strong", "tastes", "learned").embeddings
+
+    def distance(vectors: np.ndarray) -> float:
+        scale = np.maximum(there.std(axis=0, dtype=np.float64), 1e-9)
+        return float(np.square((vectors.astype(np.float64) - there) / scale).mean())
+
+    assert distance(here) < 0.8 * distance(unaligned)
+    code, _, _ = run_tiny(tmp_path / "back", *source, "profiles.at=2022-09-20", f"profiles.align_to={new}")
+    assert code == 2, "what is older must not learn from what came later"

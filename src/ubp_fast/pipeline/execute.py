@@ -27,7 +27,7 @@ from ubp_fast.pipeline.model_stages import PROFILE_TABLE, TRAINING
 from ubp_fast.pipeline.run_directory import RunDirectory, environment
 from ubp_fast.pipeline.settings import Settings, read_settings
 from ubp_fast.pipeline.stages import LATEST, Stage, plan
-from ubp_fast.profiler.profiler import MODEL_FOLDER
+from ubp_fast.profiler.bundle import MODEL_FOLDER
 from ubp_fast.progress import RunProgress, duration
 from ubp_fast.report import RunSummary, render_report
 

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from ubp_fast.events.schema import LabelLists
+from ubp_fast.events.schema import LabelLists, UserError
+from ubp_fast.events.split import utc_text
 from ubp_fast.features.decayed import OF_LABEL
 from ubp_fast.features.matrix import load_features
 from ubp_fast.features.popular import popular_lists
@@ -32,7 +33,7 @@ from ubp_fast.models.reduced_rank import ReducedRankConfig, ReducedRankModel
 from ubp_fast.models.stacking import JoinedBlocks, StackingModel
 from ubp_fast.models.training import MODEL_FILE, embed, fit, initialise
 from ubp_fast.pipeline.settings import Settings
-from ubp_fast.profiler.bundle import load_network, save_bundle
+from ubp_fast.profiler.bundle import MODEL_FOLDER, load_network, save_bundle
 from ubp_fast.profiler.parts import (
     NETWORKS,
     Block,
@@ -46,13 +47,14 @@ from ubp_fast.profiler.parts import (
     own_blocks,
     parts_of,
 )
-from ubp_fast.profiler.profiler import MODEL_FOLDER
+from ubp_fast.profiler.profiler import Profiler
 from ubp_fast.profiles import Profiles
-from ubp_fast.profiles.blocks import compose
+from ubp_fast.profiles.alignment import fit_alignment
+from ubp_fast.profiles.blocks import Layout, compose
 from ubp_fast.progress import Progress
 from ubp_fast.sequences import ViewLoader, Views, age_quantiles_days, past_cutoffs, views_at, window_labels
 from ubp_fast.store.event_store import EventStore
-from ubp_fast.store.in_memory import Vocabulary
+from ubp_fast.store.in_memory import Histories, Vocabulary
 
 TRAINING = "training"
 INFERENCE_BATCH = 512
@@ -128,8 +130,13 @@ def make_multitask(settings: Settings, inputs: Inputs, directory: Path, progress
     _write_vectors("multitask", network, loader_at, store, settings, inputs, directory)
 
 
-def make_stacking(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
-    """Joins all blocks at later cutoffs than its parts learned from; writes the profiles and the model of the run."""
+def make_stacking(
+    settings: Settings, inputs: Inputs, directory: Path, progress: Progress, align_to: Path | None = None
+) -> None:
+    """Joins all blocks at later cutoffs than its parts learned from; writes the profiles and the model of the run.
+
+    With `align_to`, an earlier run, the vectors are turned into those that its model gives.
+    """
     store = EventStore.open(inputs["store"])
     recipe, config = settings.recipe, settings.stacking.config
     _, cutoffs = cutoffs_of(store, settings)
@@ -171,6 +178,10 @@ def make_stacking(settings: Settings, inputs: Inputs, directory: Path, progress:
     halves, layout = compose(parts, recipe.layout.max_width, day)
     maps = inputs["events"] / "maps"
     tables = {path.stem: pl.read_parquet(path) for path in sorted(maps.glob("*.parquet"))}
+    if align_to is not None:
+        old = Profiler.load(align_to)
+        _require_same_numbers(old, tables)
+        fitted, halves, layout = _aligned(fitted, halves, layout, store, old, directory)
     client_ids, own_ids = store.client_ids[store.is_relevant], None
     if (numbers := tables.pop("client_id", None)) is not None:
         own_ids = pl.DataFrame({"id": client_ids}).join(numbers, on="id", how="left", maintain_order="left")["value"]
@@ -178,6 +189,34 @@ def make_stacking(settings: Settings, inputs: Inputs, directory: Path, progress:
     profiles.save(directory / "stacked")
     profiles.write_parquet(directory / PROFILE_TABLE)
     save_bundle(directory / MODEL_FOLDER, fitted, layout, day, tables)
+
+
+def _aligned(
+    fitted: Fitted, vectors: np.ndarray, layout: Layout, store: EventStore, old: Profiler, directory: Path
+) -> tuple[Fitted, np.ndarray, Layout]:
+    """The model, its vectors and their layout in the space of an earlier run; says how near they come."""
+    if old.fitted.cutoff_s > store.cutoff_s:
+        raise UserError(
+            f"profiles.align_to: the old run must end before the new profiles ({utc_text(store.cutoff_s)}), got"
+            f" {utc_text(old.fitted.cutoff_s)}; its model has seen what these must not"
+        )
+    client_ids = np.asarray(store.client_ids)[np.asarray(store.is_relevant)]
+    there = old.of_histories(Histories.of_store(store), client_ids, store.cutoff_s)
+    alignment, explained = fit_alignment(vectors, layout, there, old.layout)
+    write_json(directory / "alignment.json", {"explained_variance": explained})
+    return replace(fitted, alignment=alignment), alignment.apply(vectors), old.layout
+
+
+def _require_same_numbers(old: Profiler, tables: Mapping[str, pl.DataFrame]) -> None:
+    """Text ids are numbered as they appear: another beginning of the log numbers them otherwise."""
+    for name, known in old.maps.items():
+        if "value" in known.columns and name in tables:
+            both = known.join(tables[name], on="value", suffix="_new").filter(pl.col("id") != pl.col("id_new"))
+            if len(both):
+                raise UserError(
+                    f"profiles.align_to: '{name}' must have the numbers of the old run, got other ones for {len(both)}"
+                    " texts; begin the log where that of the old run begins"
+                )
 
 
 def _fit_regression(

@@ -16,6 +16,7 @@ from ubp_fast.events.sources.sql import without_password
 from ubp_fast.events.sources.table import Table
 from ubp_fast.files import file_digest
 from ubp_fast.pipeline.cache import digest
+from ubp_fast.profiler.bundle import model_folder
 from ubp_fast.profiler.reading import seconds_of
 from ubp_fast.profiler.recipe import Recipe
 from ubp_fast.profiles.blocks import LayoutConfig
@@ -23,7 +24,7 @@ from ubp_fast.profiles.blocks import LayoutConfig
 COMPONENTS = ("stacked", "contrastive", "multitask", "features", "profile_features", "baseline_log1p", "baseline_raw")
 DEFAULT_COMPONENTS = ("stacked", "baseline_log1p")
 BLOCKS = ("contrastive", "multitask", "aggregated", "decayed", "scores", "rich")
-DATA_SUFFIXES = (".parquet", ".npy", ".csv", ".gz")
+DATA_SUFFIXES = (".parquet", ".npy", ".csv", ".gz", ".safetensors", ".json")
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Settings:
         components: what is scored, some of `COMPONENTS` in their order; nothing when empty.
         submission: folder of vectors to score instead of ours.
         common_clients: score everything on the clients that the submission and the baselines share.
+        align_to: model of an earlier run, in whose space the newest vectors shall be; None: in one of their own.
         latest: "end" of the data or a moment (seconds), whose vectors are made beside the backtest's; None: no others.
     """
 
@@ -101,6 +103,7 @@ class Settings:
     submission: Path | None
     common_clients: bool
     latest: int | str | None = None
+    align_to: Path | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -191,6 +194,7 @@ def read_settings(config: DictConfig) -> Settings:
         components=components,
         submission=None if submission is None else Path(submission),
         latest=_latest(plain["profiles"]["at"]),
+        align_to=None if plain["profiles"]["align_to"] is None else model_folder(Path(plain["profiles"]["align_to"])),
         common_clients=common_clients,
     )
 

@@ -106,18 +106,21 @@ def plan(settings: Settings) -> list[Stage]:
     if settings.submission is not None:
         scored = ("submission", *(name for name in settings.components if name in BASELINES))
         return [events, baselines, *_scores(settings, scored)]
-    latest = [] if settings.latest is None else [_latest(stage, settings) for stage in _profiles(settings)]
+    newest = _profiles(settings, settings.align_to)
+    latest = [] if settings.latest is None else [_latest(stage, settings) for stage in newest]
+    backtest = _profiles(settings) if latest else newest
     if not settings.components:  # nothing to score: a backtest only where no other profiles are asked for
-        return [events, *(latest or _profiles(settings))]
-    stages = [events, *_profiles(settings), *latest, baselines]
+        return [events, *(latest or backtest)]
+    stages = [events, *backtest, *latest, baselines]
     if set(settings.components) & {"features", "profile_features"}:
         config = _features_config(settings)
         stages.append(Stage("raw_features", ("store", "features"), config, make_raw_features, 5))
     return stages + _scores(settings, settings.components)
 
 
-def _profiles(settings: Settings) -> list[Stage]:
-    """From events to the profiles of the backtest's cutoff."""
+def _profiles(settings: Settings, align_to: Path | None = None) -> list[Stage]:
+    """From events to the profiles of the backtest's cutoff, in the space of an earlier run if one is named."""
+    aligned = {} if align_to is None else {"align_to": settings.content(align_to)}
     common = settings.part("seed", "windows")
     joined = tuple(name for name in NETWORKS if name in settings.stacking_blocks)
     return [
@@ -131,8 +134,8 @@ def _profiles(settings: Settings) -> list[Stage]:
         Stage(
             "stacking",
             ("events", "store", "features", *joined),
-            common | settings.part("stacking", "profile"),
-            make_stacking,
+            common | settings.part("stacking", "profile") | aligned,
+            partial(make_stacking, align_to=align_to),
             30 if settings.stacking.training is not None else 1,
             (TRAINING,),
         ),

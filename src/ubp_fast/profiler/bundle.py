@@ -7,6 +7,7 @@
     pairs.safetensors          scorer of pairs, where a block needs it
     strong.safetensors, graded.safetensors, near.safetensors, contrastive.safetensors, multitask.safetensors
     maps/<column>.parquet      how text ids of items were numbered, edges of the price buckets
+    alignment.safetensors      what turns the vectors into those of an earlier run, where asked for
     days/<seconds>.safetensors means and deviations among all clients, one file per day
 
 Nothing is executed that a file holds, and nothing points outside of the folder: a copy works wherever it is.
@@ -44,12 +45,19 @@ from ubp_fast.models.reduced_rank import ReducedRankConfig, ReducedRankModel
 from ubp_fast.models.stacking import StackingModel
 from ubp_fast.profiler.parts import Fitted, Network
 from ubp_fast.profiler.recipe import Recipe, from_plain, to_plain
+from ubp_fast.profiles.alignment import Alignment
 from ubp_fast.profiles.blocks import Layout
 from ubp_fast.store.in_memory import Vocabulary
 
 BUNDLE_FILE, DAYS, MAPS = "bundle.json", "days", "maps"
+MODEL_FOLDER = "model"
 FORMAT = 1
 PACKAGES = ("ubp_fast", "torch", "numpy", "numba", "polars", "safetensors")
+
+
+def model_folder(run: Path) -> Path:
+    """The folder of a bundle: a run's `model`, or the folder itself."""
+    return run / MODEL_FOLDER if not (run / BUNDLE_FILE).exists() and (run / MODEL_FOLDER).is_dir() else run
 
 
 def save_bundle(
@@ -92,6 +100,8 @@ def save_bundle(
         write_tensors(directory / "strong.safetensors", fitted.strong.state_dict())
     if fitted.graded is not None:
         fitted.graded.save(directory / "graded.safetensors")
+    if fitted.alignment is not None:
+        write_arrays(directory / "alignment.safetensors", fitted.alignment.turns)
     if fitted.near is not None:
         write_arrays(directory / "near.safetensors", {"directions": fitted.near.directions})
     if fitted.scorer is not None:
@@ -109,6 +119,7 @@ def save_bundle(
             "label_lists": list(fitted.lists),
             "models": models,
             "layout": layout.to_json(),
+            "before_alignment": None if fitted.alignment is None else fitted.alignment.own.to_json(),
             "files": {
                 str(path.relative_to(directory)): _fingerprint(path)
                 for path in sorted([*directory.glob("*.safetensors"), *directory.glob(f"{MAPS}/*.parquet")])
@@ -205,7 +216,15 @@ def _fitted(directory: Path, info: Mapping[str, Any]) -> Fitted:
         strong,
         ReducedRankModel.load(graded, ReducedRankConfig()) if graded.name in files else None,
         NearModel(load_arrays(near)["directions"]) if near.name in files else None,
+        _alignment(directory, info),
     )
+
+
+def _alignment(directory: Path, info: Mapping[str, Any]) -> Alignment | None:
+    if info["before_alignment"] is None:
+        return None
+    own, layout = (Layout.from_json(info[name], BUNDLE_FILE) for name in ("before_alignment", "layout"))
+    return Alignment(own, layout, load_arrays(directory / "alignment.safetensors"))
 
 
 def _network(directory: Path, name: str, recipe: Recipe, shape: Mapping[str, Any]) -> Network:

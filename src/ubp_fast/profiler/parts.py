@@ -33,7 +33,8 @@ from ubp_fast.models.reduced_rank import ReducedRankModel
 from ubp_fast.models.stacking import JoinedBlocks, StackingModel
 from ubp_fast.models.training import embed
 from ubp_fast.profiler.recipe import Recipe
-from ubp_fast.profiles.blocks import Part
+from ubp_fast.profiles.alignment import Alignment
+from ubp_fast.profiles.blocks import Layout, Part, compose
 from ubp_fast.sequences import ViewLoader, Views, views_at
 from ubp_fast.store.event_store import EventStore
 from ubp_fast.store.in_memory import MemoryStore, Vocabulary
@@ -102,6 +103,7 @@ class Fitted:
         strong: makes the strong columns.
         graded: makes the graded directions and ranks the features; None where no block needs it.
         near: shortens near vectors; None where no block needs it.
+        alignment: turns the vectors into those of an earlier model; None: they stay as they are.
     """
 
     recipe: Recipe
@@ -116,6 +118,7 @@ class Fitted:
     strong: ReducedRankModel | StackingModel
     graded: ReducedRankModel | None
     near: NearModel | None = None
+    alignment: Alignment | None = None
 
 
 def own_blocks(recipe: Recipe) -> tuple[str, ...]:
@@ -218,6 +221,15 @@ def parts_of(fitted: Fitted, made: Made, day: DayStatistics, blocks: tuple[str, 
         name for name in makers if (name == "strong" or getattr(layout, name)) and (blocks is None or name in blocks)
     ]
     return [part for name in wanted for part in makers[name](fitted, made, day, name)]
+
+
+def vectors_of(fitted: Fitted, made: Made, day: DayStatistics, layout: Layout) -> np.ndarray:
+    """Vectors float16 [N, D] of clients, in the blocks of a layout: that of the model or a part of it."""
+    names = tuple(block.name for block in layout.blocks)
+    alignment = fitted.alignment
+    own = layout if alignment is None else alignment.own.select(*names)
+    vectors, _ = compose(parts_of(fitted, made, day, names), day=day, layout=own)
+    return vectors if alignment is None else alignment.apply(vectors, layout)
 
 
 def _strong(fitted: Fitted, made: Made, day: DayStatistics, name: str) -> list[Part]:

@@ -18,16 +18,16 @@ from ubp_fast.events.schema import UserError
 from ubp_fast.events.split import utc_text
 from ubp_fast.features.scaling import DayStatistics
 from ubp_fast.profiler.bulk import write_in_parts
-from ubp_fast.profiler.bundle import BUNDLE_FILE, load_bundle, load_day, load_maps, save_day
+from ubp_fast.profiler.bundle import BUNDLE_FILE, load_bundle, load_day, load_maps, model_folder, save_day
 from ubp_fast.profiler.history import History
-from ubp_fast.profiler.parts import Blocks, Fitted, parts_of
+from ubp_fast.profiler.parts import Blocks, Fitted, vectors_of
 from ubp_fast.profiler.reading import own_ids, read_new_events, seconds_of
 from ubp_fast.profiles import Profiles
-from ubp_fast.profiles.blocks import Layout, compose
+from ubp_fast.profiles.blocks import Layout
 from ubp_fast.progress import Progress
 from ubp_fast.store.in_memory import Histories, memory_store
 
-MODEL_FOLDER, LATEST = "model", "latest"
+LATEST = "latest"
 # Clients whose features are in memory at once.
 CLIENTS_AT_ONCE = 1_024
 
@@ -58,9 +58,7 @@ class Profiler:
         Raises:
             DataError: no model there, one of another format, or damaged.
         """
-        directory = Path(run)
-        if not (directory / BUNDLE_FILE).exists() and (directory / MODEL_FOLDER).is_dir():
-            directory = directory / MODEL_FOLDER
+        directory = model_folder(Path(run))
         return cls(directory, *load_bundle(directory), load_maps(directory))
 
     def embed(
@@ -139,6 +137,13 @@ class Profiler:
         write_in_parts(*(Path(output), job.identity, job.numbers, job.own_ids, job.layout, make), per_block, progress)
         return len(job.numbers)
 
+    def of_histories(self, histories: Histories, client_ids: np.ndarray, at_s: int) -> np.ndarray:
+        """Vectors float16 [N, D] of clients i64 [N] at a moment, from histories by their numbers."""
+        ids = pl.Series("client_id", client_ids)
+        job = _Job(self, histories, at_s, load_day(self.directory, at_s), self.layout, client_ids, ids)
+        starts = range(0, len(client_ids), CLIENTS_AT_ONCE)
+        return np.concatenate([job.vectors(client_ids[first : first + CLIENTS_AT_ONCE]) for first in starts])
+
     def append(self, events: Any, at: int | str | date | datetime | None = None) -> Profiles:
         """Adds events to those that the run has seen, and embeds all clients anew, into `latest/` of the run.
 
@@ -168,7 +173,7 @@ class Profiler:
             made = Blocks(
                 self.fitted, memory_store(now.histories, numbers, at_s, self.fitted.vocabulary), at_s, day, Path(folder)
             )
-            vectors, _ = compose(parts_of(self.fitted, made, day), day=day, layout=self.layout)
+            vectors = vectors_of(self.fitted, made, day, self.layout)
         profiles = Profiles(numbers, vectors, self.layout, own)
         save_day(self.directory, at_s, day)
         profiles.save(run / LATEST)
@@ -229,8 +234,7 @@ class _Job:
         fitted = self.profiler.fitted
         store = memory_store(self.histories, client_ids, self.at_s, fitted.vocabulary)
         made = Blocks(fitted, store, self.at_s, self.day)
-        names = tuple(block.name for block in self.layout.blocks)
-        return compose(parts_of(fitted, made, self.day, names), day=self.day, layout=self.layout)[0]
+        return vectors_of(fitted, made, self.day, self.layout)
 
     @property
     def identity(self) -> str:
