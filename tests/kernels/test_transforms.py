@@ -22,6 +22,7 @@ from ubp_fast.kernels import BackendUnavailable, flash_attention, nt_xent, row_s
 from ubp_fast.kernels.row_sparse import Adam, AdamStep, RowTable
 
 KERNELS = ("flash_attention", "nt_xent", "row_sparse", "windowed_aggregate")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what PyTorch itself imports
 operations = Operations("operation on tensors", *KERNELS)
 right, refused = operations.is_right, operations.is_refused
 OFFSETS = torch.tensor([0, 2, 2, 5])
@@ -77,7 +78,6 @@ def differentiates(kernel: str) -> None:
 
 
 @right("`torch.func`: grad, jvp, jacrev, jacfwd, hessian, vmap", "flash_attention", "nt_xent")
-@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def transforms(kernel: str) -> None:
     for function, (first, *others) in problems(kernel):
         loss = lambda part: function(part, *others).square().sum()  # noqa: B023, E731
@@ -295,7 +295,6 @@ def fakes(kernel: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "kernel"), list(operations.right))
-@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore::DeprecationWarning")  # of what PyTorch itself imports
 def test_right(name: str, kernel: str) -> None:
     operations.right[name, kernel](kernel)
 
@@ -308,15 +307,6 @@ def test_refused_by_name(name: str, kernel: str) -> None:
     ) as found:
         operation(kernel)
     assert "\n" not in str(found.value)
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # PyTorch's own, where a graph ends
-def test_a_transform_inside_of_a_graph() -> None:
-    """It runs outside of the graph as a whole."""
-    torch._dynamo.reset()
-    query, key, value = attended()
-    slope = grad(lambda part: flash_attention(part, key, value, OFFSETS).square().sum())
-    torch.testing.assert_close(torch.compile(slope, backend="eager")(query), slope(query))
 
 
 def test_rows_of_zeros_have_no_derivatives() -> None:

@@ -35,7 +35,7 @@ def is_transforming() -> bool:
     Kernels compute numbers; a transform goes through the plain reference, which consists of PyTorch's operations.
     """
     if torch.compiler.is_compiling():
-        return maybe_current_level() is not None  # else a constant; a transform runs outside of the graph as a whole
+        return maybe_current_level() is not None  # None is a constant to it; anything else ends the graph
     return (
         peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0

@@ -149,7 +149,6 @@ def _offsets(name: str, offsets: Any, device: torch.device) -> Tensor:
     return offsets if offsets.device == device else offsets.to(device)
 
 
-@torch.compiler.disable
 def _transformed(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, cu_seqlens_key: Tensor, *arguments: Any
 ) -> Tensor:

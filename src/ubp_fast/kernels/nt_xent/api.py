@@ -106,7 +106,6 @@ def nt_xent(
     return loss
 
 
-@torch.compiler.disable
 def _transformed(left, right, temperature, negatives, weight, valid, ids, normalize, backend) -> Tensor:
     """The reference, through which transforms of PyTorch see its operations."""
     transforms.require_reference("nt_xent", backend)
