@@ -37,7 +37,7 @@ TEXT_TIMES: dict[str, tuple[int, dict[str, str]]] = {
     "%d-%b-%Y %H:%M:%S": (1, {}),
     "%B %d, %Y": (86_400, {}),
     "%m/%d/%Y %H:%M": (60, {}),  # the fifteenth of March leaves one reading
-    "%d.%m.%y": (86_400, {}),
+    "%d.%m.%y": (86_400, {"timestamp_format": "%d.%m.%y"}),  # the year may stand first, too
     "%d/%m/%Y %H:%M:%S": (1, {"timestamp_format": "%d/%m/%Y %H:%M:%S"}),
     "%H:%M %d|%m|%Y": (60, {"timestamp_format": "%H:%M %d|%m|%Y"}),
 }
