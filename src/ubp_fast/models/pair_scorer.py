@@ -58,7 +58,8 @@ class PairScorerConfig:
         activity_half_lives_days: of the client's activity.
         windows: past windows at most that the scorer learns from.
         clients: drawn in every window at most.
-        pairs: of a list, that the network learns from; a third as many of them bought, where there are so many.
+        pairs: of a list, that the network learns from, at most those there are; a third as many of them bought, where
+            there are so many.
         hidden: units of the two hidden layers.
         epochs: passes over the pairs.
         batch_size: pairs per step.
@@ -361,7 +362,7 @@ def _draw(
     random: np.random.Generator,
 ) -> tuple[np.ndarray, ...]:
     """Pairs of one window: inputs of pair, client and label, whether bought, and for how many pairs each one stands."""
-    share = max(config.pairs // windows, 1)
+    share = max(min(config.pairs // windows, label.num_rows * label.num_labels), 1)
     row, column = np.repeat(np.arange(label.num_rows), np.diff(label.indptr)), label.indices.astype(np.int64)
     kept = random.permutation(len(row))[: max(share // 3, 1)]
     others = random.integers(0, label.num_rows, share), random.integers(0, label.num_labels, share)
