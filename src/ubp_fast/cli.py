@@ -1,4 +1,4 @@
-"""`ubp-fast inspect | run | embed | evaluate | validate | leaderboard`: the command line of the package."""
+"""`ubp-fast inspect | run | embed | evaluate | validate | leaderboard | forget`: the command line of the package."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ EPILOG = """examples:
   ubp-fast evaluate VECTORS data=table data.path=events.parquet
   ubp-fast validate VECTORS --clients relevant_clients.npy
   ubp-fast leaderboard runs/a runs/b
+  ubp-fast forget runs/shop --clients ids.txt
 """
 
 
@@ -39,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if options.command == "embed":
             return _embed(options)
+        if options.command == "forget":
+            return _forget(options)
         if options.command == "validate":
             return _validate(options)
         if options.command == "leaderboard":
@@ -86,6 +89,9 @@ def parser() -> argparse.ArgumentParser:
     board = commands.add_parser("leaderboard", help="compares the scores of runs")
     board.add_argument("runs", nargs="+", type=Path, help="run directories, or scores.json files")
     board.add_argument("--reader", default="network", help="by whose scores; network: the challenge's")
+    leave = commands.add_parser("forget", help="removes clients from a run, and searches its files for them")
+    leave.add_argument("run", type=Path, help="directory of the run")
+    leave.add_argument("--clients", type=Path, required=True, help="their ids: a text file with one per line, or .npy")
     return made
 
 
@@ -142,6 +148,19 @@ def _clients(path: Path) -> Any:
         return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: file must hold one client id per line, got '{error}'") from error
+
+
+def _forget(options: argparse.Namespace) -> int:
+    from ubp_fast.profiler import forget
+
+    done = forget(options.run, _clients(options.clients))
+    print(f"{done.clients} clients are forgotten: no file of {options.run} holds their ids")
+    if done.removed:
+        print("removed, also for other runs that share the cache:", *done.removed, sep="\n  ")
+    print(
+        f"the model had learned from them: {', '.join(done.learned_from)}; run again without them for one that has not"
+    )
+    return 0
 
 
 def _validate(options: argparse.Namespace) -> int:

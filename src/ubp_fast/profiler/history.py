@@ -101,6 +101,20 @@ class History:
             wanted=wanted,
         )
 
+    def without(self, numbers: np.ndarray) -> History:
+        """Without some clients, by their numbers."""
+        clients = self.clients
+        if clients is not None:
+            kept = ~np.isin(clients.numbers, numbers)
+            clients = ClientIds(clients.own.filter(pl.Series(kept)), clients.numbers[kept])
+        return replace(
+            self,
+            histories=self.histories.without(numbers),
+            clients=clients,
+            number=self.number + 1,
+            wanted=self.wanted[~np.isin(self.wanted, numbers)],
+        )
+
     def population(self) -> tuple[np.ndarray, pl.Series]:
         """Numbers int64 and own ids of all that need a vector, by own id: in whatever order they came."""
         if self.clients is None:

@@ -156,6 +156,11 @@ class Histories:
             products = pl.concat(tables).group_by("sku", maintain_order=True).agg(first)
         return Histories(clients, kinds, products)
 
+    def without(self, client_ids: np.ndarray) -> Histories:
+        """Without these clients i64; their items stay described."""
+        kept = self.client_ids[~np.isin(self.client_ids, client_ids)]
+        return Histories(kept, {kind: (*self.of_clients(kept, kind), None) for kind in self.kinds}, self.products)
+
     def digest_into(self, update: Callable[[bytes], object]) -> None:
         """Gives all bytes to a hash."""
         update(np.ascontiguousarray(self.client_ids).tobytes())
