@@ -15,7 +15,8 @@ from ubp_fast.events.labels import LabelMatrix
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import DataError
 from ubp_fast.events.sources.challenge import Challenge
-from ubp_fast.profiles import Profiles
+from ubp_fast.profiles import Layout, Profiles
+from ubp_fast.profiles.blocks import Block
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -151,6 +152,19 @@ def test_profiles_are_aligned_by_client(profiles, targets, trainings):
     flipped = Profiles(profiles.client_ids[::-1].copy(), profiles.embeddings[::-1].copy())
     evaluate(flipped, targets, EvaluationConfig(tasks=("conversion",)))
     np.testing.assert_array_equal(trainings[0].vectors.numpy(), profiles.embeddings)
+
+
+def test_neighbours_take_the_block_that_is_made_for_them(profiles, targets):
+    width = profiles.dim
+    noise = np.random.default_rng(0).normal(size=(profiles.num_clients, 3)).astype(np.float32) * 100
+    blocks = [Block(name, 1.0, "", "", tuple(map(str, range(size)))) for name, size in (("strong", 3), ("near", width))]
+    vectors = np.concatenate([noise, profiles.embeddings.astype(np.float32)], axis=1)
+    config = EvaluationConfig(readers=("linear", "neighbours"), tasks=("churn", "propensity_sku"))
+    both = Profiles(profiles.client_ids, vectors, Layout(tuple(blocks)))
+    found, alone = (evaluate(one, targets, config).others for one in (both, profiles))
+    blind = evaluate(Profiles(profiles.client_ids, vectors), targets, config).others
+    assert found["neighbours"] == alone["neighbours"] != blind["neighbours"]
+    assert found["linear"] == blind["linear"] != alone["linear"]
 
 
 def test_vectors_of_width_zero_are_refused(profiles, targets):

@@ -182,6 +182,11 @@ def test_a_list_that_nobody_buys_from_has_no_scores(shop: EventStore) -> None:
     assert found.transform(shop, END_S).shape == (150, 10)
 
 
+def test_nothing_to_learn_from_is_no_column(shop: EventStore) -> None:
+    unknown: LabelLists = {"propensity_sku": (np.array([900, 901]), np.ones(2))}
+    assert scores(PairScorer.fit(shop, CUTOFFS, unknown, CONFIG), shop).shape == (150, 0)
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [

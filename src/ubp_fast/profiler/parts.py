@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,6 +49,7 @@ NEAR_DIRECTIONS = 200
 NEAR_WEIGHTS = {"graded": 1.0, "level": 0.4, "scores": 1.0, "decayed": 1.0, "rhythm": 0.3}
 Block = np.ndarray | Features
 Made = Callable[[str], Block]
+Directions = tuple[np.ndarray, np.ndarray]
 
 
 class Network(NamedTuple):
@@ -207,10 +209,11 @@ def parts_of(fitted: Fitted, made: Made, day: DayStatistics, blocks: tuple[str, 
         blocks: names of the wanted ones, all when None.
     """
     layout = fitted.recipe.layout
-    makers = {
+    directions = cache(lambda: _directions(fitted, made, day))
+    makers: dict[str, Callable[..., list[Part]]] = {
         "strong": _strong,
-        "graded": _graded,
-        "near": _near,
+        "graded": partial(_graded, directions),
+        "near": partial(_near, directions),
         "scores": _as_it_is,
         "own": _own,
         "tastes": _as_it_is,
@@ -246,18 +249,17 @@ def _strong(fitted: Fitted, made: Made, day: DayStatistics, name: str) -> list[P
     return [Part(name, vectors, columns, None, what, _source(fitted, fitted.recipe.joined))]
 
 
-def _graded(fitted: Fitted, made: Made, day: DayStatistics, name: str) -> list[Part]:
+def _graded(found: Callable[[], Directions], fitted: Fitted, made: Made, day: DayStatistics, name: str) -> list[Part]:
     assert fitted.graded is not None
     layout = fitted.recipe.layout
-    directions, share = _directions(fitted, made, day)
-    directions, share = directions[:, : layout.directions], share[: layout.directions]
+    directions, share = (values[..., : layout.directions] for values in found())
     columns = [f"direction_{column}" for column in range(directions.shape[1])]
     scale = tuple((layout.graded * share).tolist())
     what = "what says most next, as large as it says"
     return [Part(name, directions, columns, scale, what, _source(fitted, graded_blocks(fitted.recipe)))]
 
 
-def _directions(fitted: Fitted, made: Made, day: DayStatistics) -> tuple[np.ndarray, np.ndarray]:
+def _directions(fitted: Fitted, made: Made, day: DayStatistics) -> Directions:
     """All graded directions float32 [N, R], deviation 1, and how large each shall be, of the first one."""
     assert fitted.graded is not None
     inputs = joined(made, graded_blocks(fitted.recipe), unit_length=False)
@@ -265,9 +267,11 @@ def _directions(fitted: Fitted, made: Made, day: DayStatistics) -> tuple[np.ndar
     return directions, (fitted.graded.singular_values / fitted.graded.singular_values[0]) ** GRADING
 
 
-def near_parts(fitted: Fitted, made: Made, day: DayStatistics) -> list[NearPart]:
-    """What near vectors are made of."""
-    directions, share = _directions(fitted, made, day)
+def near_parts(
+    fitted: Fitted, made: Made, day: DayStatistics, found: Callable[[], Directions] | None = None
+) -> list[NearPart]:
+    """What near vectors are made of; `found` gives the directions where they are there already."""
+    directions, share = _directions(fitted, made, day) if found is None else found()
     # Lengths are lost in angles: how far a client goes along the first direction becomes an angle to a one.
     level = np.stack([directions[:, 0], np.ones(len(directions), np.float32)], axis=1)
     parts = [
@@ -282,9 +286,9 @@ def near_parts(fitted: Fitted, made: Made, day: DayStatistics) -> list[NearPart]
     return parts
 
 
-def _near(fitted: Fitted, made: Made, day: DayStatistics, name: str) -> list[Part]:
+def _near(found: Callable[[], Directions], fitted: Fitted, made: Made, day: DayStatistics, name: str) -> list[Part]:
     assert fitted.near is not None
-    vectors = fitted.near.transform(near_parts(fitted, made, day)) * np.float32(fitted.recipe.layout.near)
+    vectors = fitted.near.transform(near_parts(fitted, made, day, found)) * np.float32(fitted.recipe.layout.near)
     columns = [f"near_{column}" for column in range(vectors.shape[1])]
     what = "unit vectors whose cosine says who is alike"
     return [Part(name, vectors, columns, None, what, "graded, scores, decayed, rhythm")]
