@@ -13,6 +13,7 @@ SOURCE = Path(__file__).resolve().parent.parent / "src" / "ubp_fast"
 ORDER = (
     "compiled",
     "files",
+    "interruption",
     "progress",
     "events",
     "store",

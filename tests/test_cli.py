@@ -97,7 +97,7 @@ def test_python_does_the_same(run: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert made.parent == tmp_path / "it's here" and capsys.readouterr().out == ""
     found = ubp_fast.Profiler.load(made).embed(made / "stages" / "events")
     assert np.array_equal(found.embeddings, ubp_fast.Profiles.load(run / "latest").embeddings)
-    with pytest.raises(UserError, match=r"Could not override 'data\.clinets'"):
+    with pytest.raises(UserError, match=r"there is no setting 'data\.clinets', did you mean data\.clients"):
         ubp_fast.run(["data=synthetic", "data.clinets=5"])
     with pytest.raises(UserError, match="got the text"):
         ubp_fast.run("data=synthetic")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ubp_fast import __version__
+from ubp_fast.interruption import run_interruptibly
 
 EPILOG = """examples:
   ubp-fast inspect events.csv
@@ -23,10 +24,13 @@ EPILOG = """examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; 0, or 2 and one line when what was given is at fault."""
-    from ubp_fast.pipeline.execute import INTERRUPTED, USER_ERROR, USER_ERRORS
+    """Runs one command; 0, 2 and one line when what was given is at fault, 130 or 143 when a signal ended it."""
+    return run_interruptibly(lambda: _main(list(sys.argv[1:] if arguments is None else arguments)))
 
-    given = list(sys.argv[1:] if arguments is None else arguments)
+
+def _main(given: list[str]) -> int:
+    from ubp_fast.pipeline.execute import USER_ERROR, USER_ERRORS
+
     if given[:1] == ["run"]:  # Hydra reads the rest
         return _run(given[1:])
     options, rest = parser().parse_known_args(given)
@@ -52,9 +56,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues from here", file=sys.stderr)
-        return INTERRUPTED
 
 
 def parser() -> argparse.ArgumentParser:
@@ -96,16 +97,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _run(overrides: Sequence[str]) -> int:
-    from ubp_fast.pipeline.command import main_as_typed as run
+    from ubp_fast.pipeline.command import main_as_typed
 
     before, sys.argv = sys.argv, ["ubp-fast run", *overrides]
     try:
-        run()
-    except SystemExit as stop:
+        return main_as_typed()
+    except SystemExit as stop:  # of Hydra's own options
         return int(stop.code or 0)
     finally:
         sys.argv = before
-    return 0
 
 
 def _embed(options: argparse.Namespace) -> int:

@@ -7,18 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import hydra
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from ubp_fast.events.schema import UserError
-from ubp_fast.pipeline.command_line import as_typed
-from ubp_fast.pipeline.execute import execute, run_stages
+from ubp_fast.pipeline.command_line import CONF, as_typed, composed
+from ubp_fast.pipeline.execute import USER_ERROR, execute, run_stages
 from ubp_fast.pipeline.settings import read_settings
-
-CONF = str(Path(__file__).resolve().parent.parent / "conf")
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="run")
@@ -27,10 +22,22 @@ def main(config: DictConfig) -> None:
     sys.exit(execute(config))
 
 
-def main_as_typed() -> None:
-    """`main`, with settings as people type them."""
-    sys.argv[1:] = as_typed(sys.argv[1:])
-    main()
+def main_as_typed() -> int:
+    """Runs the settings of the command line as people type them; the exit code.
+
+    Hydra's own options, such as `--help` and `--cfg`, go to Hydra.
+    """
+    given = as_typed(sys.argv[1:])
+    if any(argument.startswith("-") for argument in given):
+        sys.argv[1:] = given
+        main()
+        return 0
+    try:
+        config = composed(given)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    return execute(config)
 
 
 def run(settings: Mapping[str, object] | Sequence[str], quiet: bool = False) -> Path:
@@ -51,13 +58,7 @@ def run(settings: Mapping[str, object] | Sequence[str], quiet: bool = False) -> 
         raise UserError(f"run: settings must be a dict or a list of 'name=value', got the text '{settings}'")
     if isinstance(settings, Mapping):
         settings = [f"{name}={_written(value)}" for name, value in settings.items()]
-    try:
-        GlobalHydra.instance().clear()  # Hydra keeps one configuration per process
-        with hydra.initialize_config_dir(CONF, version_base="1.3"):
-            config = hydra.compose("run", overrides=list(settings))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(f"run: {str(error).strip().splitlines()[0]}") from error
-    return run_stages(read_settings(config), Console(quiet=quiet))
+    return run_stages(read_settings(composed(settings)), Console(quiet=quiet))
 
 
 def _written(value: object) -> str:

@@ -19,6 +19,7 @@ from ubp_fast.evaluation.scores import Spread
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import UserError
 from ubp_fast.files import OutputDirectoryError, copy_directory, copy_path, load_json, write_json, write_text
+from ubp_fast.interruption import run_interruptibly
 from ubp_fast.kernels import BackendUnavailable
 from ubp_fast.models.training import LOSSES_FILE
 from ubp_fast.pipeline.cache import StageCache, stage_key
@@ -34,7 +35,6 @@ from ubp_fast.report import RunSummary, render_report
 # What a message alone explains. Anything else is a mistake of ours and keeps its traceback.
 USER_ERRORS = (UserError, OutputDirectoryError, BackendUnavailable, FloatingPointError)
 USER_ERROR = 2
-INTERRUPTED = 130
 # Stage whose vectors a run shows -> folder of the run.
 PROFILE_FOLDERS = {"stacking": "profiles", f"{LATEST}stacking": "latest"}
 ScoreTable = dict[tuple[str, ...], dict[str, Spread]]
@@ -44,19 +44,19 @@ def execute(config: DictConfig, console: Console | None = None) -> int:
     """Runs a composed configuration to its end.
 
     Returns:
-        Exit code: 0; 2 when the input or the configuration is at fault (one line on stderr says what); 130 when
-        interrupted. Whatever was finished is found again by the next run.
+        Exit code: 0; 2 when the input or the configuration is at fault (one line on stderr says what); 130 after
+        Ctrl-C, 143 after SIGTERM. Whatever was finished is found again by the next run.
     """
-    console = console or Console()
-    try:
-        run_stages(read_settings(config), console)
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues from here", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+
+    def work() -> int:
+        try:
+            run_stages(read_settings(config), console or Console())
+        except USER_ERRORS as error:
+            print(f"error: {error}", file=sys.stderr)
+            return USER_ERROR
+        return 0
+
+    return run_interruptibly(work)
 
 
 def run_stages(settings: Settings, console: Console) -> Path:

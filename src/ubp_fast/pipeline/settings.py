@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import torch
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 
 from ubp_fast.events.schema import UserError
@@ -24,6 +27,29 @@ from ubp_fast.profiles.blocks import LayoutConfig
 COMPONENTS = ("stacked", "contrastive", "multitask", "features", "profile_features", "baseline_log1p", "baseline_raw")
 DEFAULT_COMPONENTS = ("stacked", "baseline_log1p")
 BLOCKS = ("contrastive", "multitask", "aggregated", "decayed", "scores", "rich")
+# Types of the settings that no dataclass declares.
+PLAIN_TYPES: dict[str, Any] = {
+    "seed": int,
+    "stages": str | list[str] | None,
+    "root": str,
+    "directory": str | None,
+    "cache": str,
+    "profiles.at": str | None,
+    "profiles.align_to": str | None,
+    "store.min_url_count": int,
+    "store.all_clients": bool,
+    "store.shard": tuple[int, int] | None,
+    "windows.days": int,
+    "windows.model_cutoffs": int,
+    "windows.stacking_cutoffs": int,
+    "windows.labels": int,
+    "stacking.blocks": list[str],
+    "compute.device": str,
+    "compute.threads": int | None,
+    "evaluation.components": str | list[str],
+    "evaluation.profiles": str | None,
+    "evaluation.common_clients": bool,
+}
 DATA_SUFFIXES = (".parquet", ".npy", ".csv", ".gz", ".safetensors", ".json")
 
 
@@ -159,6 +185,7 @@ def read_settings(config: DictConfig) -> Settings:
     named = {
         name: value for name, value in plain.items() if name not in ("stages", "directory", "root", "cache", "compute")
     }
+    _require_types(plain)
     built = _make(plain["data"])
     if "uri" in plain["data"]:  # what is written beside the results holds no password
         plain["data"]["uri"] = without_password(plain["data"]["uri"])
@@ -167,7 +194,11 @@ def read_settings(config: DictConfig) -> Settings:
     evaluation = dict(plain["evaluation"])
     components, submission = _components(evaluation.pop("components")), evaluation.pop("profiles")
     common_clients = bool(evaluation.pop("common_clients"))
-    stages = plain["stages"]
+    stages, threads = plain["stages"], plain["compute"]["threads"]
+    if plain["seed"] < 0:
+        raise UserError(f"run: seed must be >= 0, got {plain['seed']}")
+    if threads is not None and threads < 1:
+        raise UserError(f"run: compute.threads must be >= 1 or null, got {threads}")
     return Settings(
         name=name,
         plain=plain,
@@ -184,12 +215,12 @@ def read_settings(config: DictConfig) -> Settings:
         tastes=_make(plain["features"]["tastes"]),
         pairs=_make(plain["features"]["pairs"]),
         layout=_make(plain["profile"]),
-        contrastive=_model(plain["contrastive"]),
-        multitask=_model(plain["multitask"]),
-        stacking=_model(plain["stacking"]),
+        contrastive=_model(plain, "contrastive"),
+        multitask=_model(plain, "multitask"),
+        stacking=_model(plain, "stacking"),
         stacking_blocks=_blocks(plain),
         device=plain["compute"]["device"],
-        threads=plain["compute"]["threads"],
+        threads=threads,
         evaluation=_make(evaluation),
         components=components,
         submission=None if submission is None else Path(submission),
@@ -211,7 +242,10 @@ def _components(named: Any) -> tuple[str, ...]:
 
 
 def _latest(at: Any) -> int | str | None:
-    return at if at in (None, "end") else seconds_of(at)
+    try:
+        return at if at in (None, "end") else seconds_of(at)
+    except UserError as error:
+        raise UserError(f"run: profiles.at must be 'end' or a date such as 2026-11-28, got '{at}'") from error
 
 
 def _blocks(plain: Mapping[str, Any]) -> tuple[str, ...]:
@@ -226,8 +260,74 @@ def _blocks(plain: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(named)
 
 
-def _model(group: Mapping[str, Any]) -> ModelSettings:
-    return ModelSettings(_make(group["config"]), _make(group["training"]), _make(group["optimizer"]))
+def _model(plain: Mapping[str, Any], name: str) -> ModelSettings:
+    group = plain[name]
+    if not isinstance(group["training"], Mapping | None):
+        raise UserError(f"run: {name}.training must be a group of settings or null, got {group['training']!r}")
+    rate = group["optimizer"].get("lr")
+    if not _fits(rate, float) or not rate > 0:
+        raise UserError(f"run: {name}.optimizer.lr must be a number > 0, got {rate!r}")
+    optimizer = _make(group["optimizer"])
+    try:
+        optimizer([torch.nn.Parameter(torch.zeros(1))])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"run: {name}.optimizer must fit {group['optimizer']['_target_']}, got: {error}") from error
+    return ModelSettings(_make(group["config"]), _make(group["training"]), optimizer)
+
+
+def _require_types(plain: Mapping[str, Any], path: str = "") -> None:
+    """Refuses a value that its field, of whatever `_target_` names, does not take.
+
+    Raises:
+        UserError: names the setting.
+    """
+    hints = _hints(plain["_target_"]) if "_target_" in plain else {}
+    for name, value in plain.items():
+        hint = PLAIN_TYPES.get(path + name) or hints.get(name, Any)
+        if isinstance(value, Mapping) and path + name not in PLAIN_TYPES:
+            _require_types(value, f"{path}{name}.")
+        elif not _fits(value, hint):
+            raise UserError(f"run: {path}{name} must be {_described(hint)}, got {value!r}")
+
+
+def _hints(target: str) -> dict[str, Any]:
+    """Declared types of what a `_target_` takes; those of other packages check themselves."""
+    return get_type_hints(found) if is_dataclass(found := get_object(target)) else {}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a plain value can stand for the type; what is not plain is left to whoever takes it."""
+    origin, inside = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in inside)
+    if origin is Literal:
+        return value in inside
+    if origin in (tuple, list, Sequence):
+        if not isinstance(value, list | tuple):
+            return False
+        each = inside[:1] * len(value) if origin is not tuple or inside[1:] == (...,) else inside
+        return len(value) == len(each) and all(map(_fits, value, each))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (str, bool):
+        return isinstance(value, hint)
+    return hint is not type(None) or value is None
+
+
+def _described(hint: Any) -> str:
+    """A type in words."""
+    origin, inside = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return " or ".join(map(_described, inside))
+    if origin is Literal:
+        return f"one of {', '.join(map(str, inside))}"
+    if origin in (tuple, list, Sequence):
+        number = "" if origin is not tuple or inside[1:] == (...,) else f"{len(inside)} times "
+        return f"a list of {number}{_described(inside[0])}"
+    words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
+    return words.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 def _make(group: Any) -> Any:

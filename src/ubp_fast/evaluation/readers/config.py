@@ -47,6 +47,8 @@ class EvaluationConfig:
             raise UserError(f"evaluation: readers must be different ones of {list(READERS)}, got {list(self.readers)}")
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"EvaluationConfig: precision must be 'fp32' or 'bf16', got '{self.precision}'")
+        if self.seed < 0:
+            raise UserError(f"evaluation: seed must be >= 0, got {self.seed}")
         for name in ("orders", "epochs", "batch_size", "labels_per_task"):
             value = getattr(self, name)
             if value is not None and value < 1:
