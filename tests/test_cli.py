@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +41,38 @@ def test_embed_gives_the_vectors_of_the_run(run: Path, tmp_path: Path, capsys: p
     assert table.columns == ["client_id", "strong"]
     assert table["client_id"].to_list() == wanted.client_ids[[7, 3]].tolist()
     assert np.array_equal(pl.read_parquet(run / "latest.parquet")["client_id"].to_numpy(), wanted.client_ids)
+
+
+def test_cache_is_listed_explained_and_pruned(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = run.parent / "cache"
+    assert main(["cache", "list", "--cache", str(cache)]) == 0
+    assert capsys.readouterr().out.count("latest-stacking-") == 1
+    assert main(["cache", "why", str(run)]) == 0
+    assert "0 of 4 stages will be made" in capsys.readouterr().out
+    copy = tmp_path / "cache"
+    shutil.copytree(cache, copy)
+    (record,) = (copy / "records").glob("store-*.json")
+    made = json.loads(record.read_text())
+    made["sources"]["version of numba"] = "0.1"
+    record.write_text(json.dumps(made))
+    (output,) = copy.glob("store-*[0-9a-f]")
+    output.rename(output.with_name("store-0000000000000000"))
+    record.rename(record.with_name("store-0000000000000000.json"))
+    other = tmp_path / "shop"
+    (other / "stages").mkdir(parents=True)
+    (other / "stages" / "latest-store").symlink_to(output.with_name("store-0000000000000000"))
+    config = (run / "config.yaml").read_text().replace(f"cache: {cache}", f"cache: {copy}")
+    (other / "config.yaml").write_text(config)
+    assert main(["cache", "why", str(other)]) == 0
+    assert "latest-store: numba is" in (explained := capsys.readouterr().out)
+    assert ", was 0.1" in explained
+    assert main(["cache", "prune", "--cache", str(copy), "--older-than", "1"]) == 0
+    assert "removed 0 of 4 outputs" in capsys.readouterr().out
+    assert main(["cache", "prune", "--cache", str(copy)]) == 0
+    assert "removed 4 of 4 outputs" in capsys.readouterr().out
+    assert not list(copy.glob("*-*"))
+    assert main(["cache", "list", "--cache", str(tmp_path / "none")]) == 2
+    assert main(["cache", "why"]) == 2
 
 
 def test_validate_and_evaluate(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

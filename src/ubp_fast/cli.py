@@ -1,4 +1,4 @@
-"""`ubp-fast inspect | run | embed | evaluate | validate | leaderboard | forget`: the command line of the package."""
+"""`ubp-fast COMMAND`: the command line of the package."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ EPILOG = """examples:
   ubp-fast validate VECTORS --clients relevant_clients.npy
   ubp-fast leaderboard runs/a runs/b
   ubp-fast forget runs/shop --clients ids.txt
+  ubp-fast cache list
+  ubp-fast cache why runs/shop
+  ubp-fast cache prune --older-than 30
 """
 
 
@@ -46,6 +49,8 @@ def _main(given: list[str]) -> int:
             return _embed(options)
         if options.command == "forget":
             return _forget(options)
+        if options.command == "cache":
+            return _cache(options)
         if options.command == "validate":
             return _validate(options)
         if options.command == "leaderboard":
@@ -93,6 +98,12 @@ def parser() -> argparse.ArgumentParser:
     leave = commands.add_parser("forget", help="removes clients from a run, and searches its files for them")
     leave.add_argument("run", type=Path, help="directory of the run")
     leave.add_argument("--clients", type=Path, required=True, help="their ids: a text file with one per line, or .npy")
+    store = commands.add_parser("cache", help="what the stages of runs have left on disk")
+    store.add_argument("what", choices=("list", "why", "prune"), help="size, age and runs of every output; why a run"
+        " makes stages again; deletes what no run shows")  # fmt: skip
+    store.add_argument("run", nargs="?", type=Path, help="why: directory of the run")
+    store.add_argument("--cache", type=Path, default=Path("runs/cache"), help="its directory, runs/cache by default")
+    store.add_argument("--older-than", type=float, default=0.0, metavar="DAYS", help="prune: only what is as old")
     return made
 
 
@@ -161,6 +172,55 @@ def _forget(options: argparse.Namespace) -> int:
         f"the model had learned from them: {', '.join(done.learned_from)}; run again without them for one that has not"
     )
     return 0
+
+
+def _cache(options: argparse.Namespace) -> int:
+    import time
+
+    from omegaconf import DictConfig, OmegaConf
+    from rich.console import Console
+    from rich.table import Table
+
+    from ubp_fast.events.schema import UserError
+    from ubp_fast.pipeline.cache import StageCache, digest
+    from ubp_fast.pipeline.execute import again, identified
+    from ubp_fast.pipeline.settings import read_settings
+    from ubp_fast.pipeline.stages import plan
+
+    if options.what == "why":
+        config = None if options.run is None else options.run / "config.yaml"
+        if config is None or not config.is_file():
+            raise UserError(f"cache why: RUN must be the directory of a run, got {options.run}")
+        settings = read_settings(DictConfig(OmegaConf.load(config)))
+        cache, made = StageCache(settings.cache), identified(plan(settings))
+        missing = {name: one for name, one in made.items() if not cache.has(name, digest(one))}
+        reasons = again(options.run, cache, missing)
+        for name in missing:
+            print(f"{name}: {'; '.join(reasons.get(name, ['was not made yet']))}")
+        print(f"{len(missing)} of {len(made)} stages will be made")
+        return 0
+    if not options.cache.is_dir():
+        raise UserError(f"cache: --cache must name the cache of runs, got {options.cache}, which is no directory")
+    cache = StageCache(options.cache)
+    outputs = cache.outputs()
+    if options.what == "prune":
+        oldest_s = time.time() - options.older_than * 86_400
+        doomed = [output for output in outputs if not output.runs and output.used_s <= oldest_s]
+        for output in doomed:
+            cache.remove(output)
+        print(f"removed {len(doomed)} of {len(outputs)} outputs, {_megabytes(sum(one.size for one in doomed))}")
+        return 0
+    table = Table("output", "size", "age", "runs", title=f"{options.cache}", title_justify="left")
+    for output in outputs:
+        age = f"{(time.time() - output.used_s) / 86_400:.1f} days"
+        table.add_row(output.path.name, _megabytes(output.size), age, "\n".join(map(str, output.runs)) or "-")
+    Console().print(table)
+    print(f"{len(outputs)} outputs, {_megabytes(sum(output.size for output in outputs))}")
+    return 0
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
 
 
 def _validate(options: argparse.Namespace) -> int:

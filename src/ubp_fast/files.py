@@ -51,6 +51,17 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
+def flatten(config: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    flat: dict[str, object] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
 def write_json(path: Path, value: object) -> None:
     """Writes strict JSON: a NaN is a ValueError."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")

@@ -5,12 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from ubp_fast.events.schema import UserError
 from ubp_fast.files import OutputDirectoryError
-from ubp_fast.pipeline.cache import (
-    StageCache,
-    digest,
-    stage_key,
-)
+from ubp_fast.pipeline.cache import StageCache, differences, digest, made_of
+from ubp_fast.pipeline.run_directory import RunDirectory
 
 
 def test_digest_ignores_key_order_but_not_values() -> None:
@@ -18,12 +16,44 @@ def test_digest_ignores_key_order_but_not_values() -> None:
     assert digest({"a": 1}) != digest({"a": 2})
 
 
-def test_key_depends_on_name_config_and_inputs() -> None:
-    key = stage_key("store", {"cutoff": 1}, {"events": "x"})
-    assert key == stage_key("store", {"cutoff": 1}, {"events": "x"})
-    assert key != stage_key("features", {"cutoff": 1}, {"events": "x"})
-    assert key != stage_key("store", {"cutoff": 2}, {"events": "x"})
-    assert key != stage_key("store", {"cutoff": 1}, {"events": "y"})
+def test_key_depends_on_all_that_it_is_made_of() -> None:
+    base = made_of("store", {"cutoff": 1}, {"events": "x"}, {"version of numpy": "2"})
+    others = [
+        made_of("features", {"cutoff": 1}, {"events": "x"}, {"version of numpy": "2"}),
+        made_of("store", {"cutoff": 2}, {"events": "x"}, {"version of numpy": "2"}),
+        made_of("store", {"cutoff": 1}, {"events": "y"}, {"version of numpy": "2"}),
+        made_of("store", {"cutoff": 1}, {"events": "x"}, {"version of numpy": "3"}),
+    ]
+    assert len({digest(one) for one in (base, *others)}) == 5
+
+
+def test_reasons_name_what_differs() -> None:
+    before = made_of(
+        "a", {"x": {"y": 1}}, {"in": "1"}, {"version of numba": "0.67.0", "source of m": "s", "source of n": "t"}
+    )
+    now = made_of("a", {"x": {"y": 2}}, {"in": "2"}, {"version of numba": "0.68.1", "source of m": "u"})
+    assert differences(before, now) == ["x.y is 2, was 1", "numba is 0.68.1, was 0.67.0", "m, n changed"]
+    assert differences(before, before | {"inputs": {"in": "2"}}) == ["made from in, which changed"]
+    assert differences(before, before) == []
+
+
+def test_outputs_are_listed_and_pruned(tmp_path: Path) -> None:
+    cache = StageCache(tmp_path / "cache")
+    for key, size in (("1", 10), ("2", 30)):
+        cache.record("a", key, {"of": key})
+        cache.build("a", key, lambda folder, size=size: (folder / "x").write_bytes(bytes(size)))  # type: ignore[misc]
+    run = RunDirectory(tmp_path / "run", {"seed": 1})
+    run.link_stage("a", cache.path("a", "1"))
+    cache.note_user(run.path)
+    shown, other = sorted(cache.outputs(), key=lambda output: output.path.name)
+    assert (shown.size, shown.runs, other.size, other.runs) == (10, ((tmp_path / "run").resolve(),), 30, ())
+    assert cache.recorded((run.path / "stages" / "a").resolve()) == {"of": "1"}
+    with cache._locked(other.path), pytest.raises(UserError, match="is being made by a run"):
+        cache.remove(other)
+    cache.remove(other)
+    assert not cache.has("a", "2")
+    assert cache.recorded(other.path) is None
+    assert [output.path.name for output in cache.outputs()] == ["a-1"]
 
 
 def test_output_is_made_once(tmp_path: Path) -> None:

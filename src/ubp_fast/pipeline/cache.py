@@ -1,9 +1,11 @@
 """Outputs of the stages on disk: found again by what they were made from, complete or not there at all.
 
-A stage's key is a hash of its name, its configuration, the keys of its inputs and the package's own source. A stage
-writes into `<name>-<key>.partial`; when it returns, the folder is flushed to disk and renamed to `<name>-<key>`. A
-process killed at any moment therefore leaves either a complete output or a partial folder that the next run clears (or
-resumes from, for training stages, which keep their checkpoints there).
+A stage's key is a hash of its name, its configuration, the keys of its inputs, the source that it reaches and the
+versions of the libraries that it uses (`identity`). What a key stands for is kept in `records`, so that a run can say
+why a stage is made again; `users` knows which runs show which outputs. A stage writes into `<name>-<key>.partial`; when
+it returns, the folder is flushed to disk and renamed to `<name>-<key>`. A process killed at any moment therefore leaves
+either a complete output or a partial folder that the next run clears (or resumes from, for training stages, which keep
+their checkpoints there).
 """
 
 from __future__ import annotations
@@ -11,15 +13,27 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from ubp_fast import __version__
-from ubp_fast.files import clear_directory, complete_directory, file_digest, writable_directory, writing_to
+from ubp_fast.events.schema import UserError
+from ubp_fast.files import (
+    clear_directory,
+    complete_directory,
+    flatten,
+    load_json,
+    writable_directory,
+    write_json,
+    writing_to,
+)
 
 KEY_LENGTH = 16
+RECORDS, USERS = "records", "users"
+# Names in a message at most.
+SHOWN = 3
 
 
 def digest(value: object) -> str:
@@ -28,12 +42,20 @@ def digest(value: object) -> str:
     return hashlib.blake2b(text.encode(), digest_size=KEY_LENGTH // 2).hexdigest()
 
 
-@cache
-def source_digest() -> str:
-    """Digest of the package's Python files and compiled module: a changed program never reuses an old output."""
-    package = Path(__file__).resolve().parent.parent
-    parts = {str(path.relative_to(package)): file_digest(path) for path in sorted(package.rglob("*.py"))}
-    return digest({"version": __version__, "files": parts})
+class Output(NamedTuple):
+    """What a stage has left in the cache.
+
+    Attributes:
+        path: its folder; ".partial" at the end where the stage did not finish.
+        size: bytes.
+        used_s: when it was last written, seconds since 1970.
+        runs: directories of the runs that show it.
+    """
+
+    path: Path
+    size: int
+    used_s: float
+    runs: tuple[Path, ...]
 
 
 class StageCache:
@@ -46,6 +68,58 @@ class StageCache:
         """Where the complete output of a stage lies, or will lie."""
         return self.directory / f"{name}-{key}"
 
+    def record(self, name: str, key: str, made_of: Mapping[str, object]) -> None:
+        """Keeps what the key stands for."""
+        folder = self.directory / RECORDS
+        folder.mkdir(exist_ok=True)
+        write_json(folder / f"{name}-{key}.json", dict(made_of))
+
+    def recorded(self, folder: Path) -> dict[str, Any] | None:
+        """What an output was made of; None where nobody knows."""
+        path = self.directory / RECORDS / f"{folder.name}.json"
+        return load_json(path) if path.is_file() else None
+
+    def note_user(self, run: Path) -> None:
+        """Remembers a run that shows outputs of this cache."""
+        folder = self.directory / USERS
+        folder.mkdir(exist_ok=True)
+        write_json(folder / f"{digest(str(run.resolve()))}.json", {"run": str(run.resolve())})
+
+    def outputs(self) -> list[Output]:
+        """All complete and partial outputs, the largest first."""
+        users: dict[str, list[Path]] = {}
+        for path in sorted((self.directory / USERS).glob("*.json")):
+            run = Path(load_json(path)["run"])
+            for link in (run / "stages").glob("*"):
+                if link.is_symlink() and link.resolve().parent == self.directory.resolve():
+                    users.setdefault(link.resolve().name, []).append(run)
+        found = []
+        for folder in self.directory.iterdir():
+            if folder.is_dir() and folder.name not in (RECORDS, USERS):
+                files = [path.lstat() for path in folder.rglob("*") if path.is_file()]
+                used_s = max([folder.stat().st_mtime, *(one.st_mtime for one in files)])
+                size = sum(one.st_size for one in files)
+                found.append(Output(folder, size, used_s, tuple(users.get(folder.name, ()))))
+        return sorted(found, key=lambda output: (-output.size, output.path.name))
+
+    def remove(self, output: Output) -> None:
+        """Deletes an output; a run that shows it makes it anew.
+
+        Raises:
+            UserError: somebody is making it.
+        """
+        name = output.path.name.removesuffix(".partial")
+        lock = self.directory / f".{name}.lock"
+        with lock.open("w") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"cache: {output.path} is being made by a run; wait for it, or stop it") from error
+            doomed = output.path.with_name(f".{output.path.name}.doomed")
+            output.path.rename(doomed)  # at once, so that nobody finds half of it
+            shutil.rmtree(doomed)
+            (self.directory / RECORDS / f"{output.path.name}.json").unlink(missing_ok=True)
+
     def has(self, name: str, key: str) -> bool:
         """True when the output is complete."""
         return self.path(name, key).is_dir()
@@ -55,7 +129,7 @@ class StageCache:
 
         Args:
             name: stage name.
-            key: its key, see `stage_key`.
+            key: its key, the digest of `made_of`.
             make: fills an empty directory (but for `keep`).
             keep: names inside a partial output that survive an interrupted run, such as a folder of checkpoints;
                 they stay in the complete output.
@@ -81,12 +155,35 @@ class StageCache:
         # The lock file stays: removing it while another process waits on it would let a third one in.
 
 
-def stage_key(name: str, config: Mapping[str, object], inputs: Mapping[str, str]) -> str:
-    """Key of a stage's output.
+def made_of(
+    name: str, config: Mapping[str, object], inputs: Mapping[str, str], sources: Mapping[str, str]
+) -> dict[str, object]:
+    """What a stage's output follows from; its digest is the stage's key.
 
     Args:
         name: stage name.
         config: everything from the configuration that can change the output.
         inputs: key of every input, by name.
+        sources: digests and versions, see `identity.made_by`.
     """
-    return digest({"stage": name, "config": dict(config), "inputs": dict(inputs), "source": source_digest()})
+    return {"stage": name, "config": dict(config), "inputs": dict(inputs), "sources": dict(sources)}
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Why an output is made again, one text each; inputs that are new are left to the stages that make them."""
+    old, new = flatten(before["config"]), flatten(now["config"])
+    found = [f"{key} is {new.get(key)!r}, was {old.get(key)!r}" for key in sorted(old.keys() | new.keys())
+             if old.get(key) != new.get(key)]  # fmt: skip
+    old, new = before["sources"], now["sources"]
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    for key in changed:
+        kind, _, what = key.partition(" of ")
+        if kind == "version":
+            found.append(f"{what} is {new.get(key, 'gone')}, was {old.get(key, 'not used')}")
+    modules = [key.partition(" of ")[2] for key in changed if key.startswith("source")]
+    if modules:
+        more = f" and {len(modules) - SHOWN} more" if len(modules) > SHOWN else ""
+        found.append(f"{', '.join(modules[:SHOWN])}{more} changed")
+    old, new = before["inputs"], now["inputs"]
+    again = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    return found + ([f"made from {', '.join(again)}, which changed"] if again and not found else [])

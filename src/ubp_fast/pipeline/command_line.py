@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ubp_fast.events.schema import UserError
 from ubp_fast.events.sources.inspect import quoted
-from ubp_fast.pipeline.run_directory import flatten
+from ubp_fast.files import flatten
 
 CONF = str(Path(__file__).resolve().parent.parent / "conf")
 NEAREST = 3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,8 +22,9 @@ from ubp_fast.files import OutputDirectoryError, copy_directory, copy_path, load
 from ubp_fast.interruption import run_interruptibly
 from ubp_fast.kernels import BackendUnavailable
 from ubp_fast.models.training import LOSSES_FILE
-from ubp_fast.pipeline.cache import StageCache, stage_key
+from ubp_fast.pipeline.cache import StageCache, differences, digest, made_of
 from ubp_fast.pipeline.facts import facts_of, facts_table
+from ubp_fast.pipeline.identity import made_by
 from ubp_fast.pipeline.model_stages import PROFILE_TABLE, TRAINING
 from ubp_fast.pipeline.run_directory import RunDirectory, environment
 from ubp_fast.pipeline.settings import Settings, read_settings
@@ -68,8 +69,12 @@ def run_stages(settings: Settings, console: Console) -> Path:
     cache = StageCache(settings.cache)
     stages = plan(settings)
     wanted = _wanted(stages, settings.stages)
-    keys = _keys(stages)
+    made = identified(stages)
+    keys = {name: digest(parts) for name, parts in made.items()}
     missing = [stage for stage in wanted if not cache.has(stage.name, keys[stage.name])]
+    for name, reasons in again(run.path, cache, {stage.name: made[stage.name] for stage in missing}).items():
+        console.print(f"{name} again: {'; '.join(reasons)}", soft_wrap=True, highlight=False, markup=False)
+    cache.note_user(run.path)
     for reader in settings.evaluation.readers:
         if any(stage.name.endswith(f"-{reader}") for stage in missing):
             reader_named(reader)  # what is not installed is said before the work, not after it
@@ -82,6 +87,7 @@ def run_stages(settings: Settings, console: Console) -> Path:
                 timings.append((stage.name, None))
             else:
                 started_s = time.monotonic()
+                cache.record(stage.name, keys[stage.name], made[stage.name])
                 folders = {name: cache.path(name, keys[name]) for name in stage.inputs}
                 with progress.stage(stage.name) as update:
                     cache.build(
@@ -120,11 +126,24 @@ def _wanted(stages: Sequence[Stage], asked: Sequence[str] | None) -> list[Stage]
     return [stage for stage in stages if stage.name in needed]
 
 
-def _keys(stages: Sequence[Stage]) -> dict[str, str]:
-    keys: dict[str, str] = {}
+def identified(stages: Sequence[Stage]) -> dict[str, dict[str, object]]:
+    """Stage -> what its output follows from; the digest of that is its key."""
+    made: dict[str, dict[str, object]] = {}
     for stage in stages:
-        keys[stage.name] = stage_key(stage.name, stage.config, {name: keys[name] for name in stage.inputs})
-    return keys
+        inputs = {name: digest(made[name]) for name in stage.inputs}
+        made[stage.name] = made_of(stage.name, stage.config, inputs, made_by(stage.begins))
+    return made
+
+
+def again(run: Path, cache: StageCache, made: Mapping[str, Mapping[str, object]]) -> dict[str, list[str]]:
+    """Why stages that a run shows already are made again; those of which nothing is known are left out."""
+    found = {}
+    for name, now in made.items():
+        shown = run / "stages" / name
+        before = cache.recorded(shown.resolve()) if shown.is_symlink() else None
+        if before is not None and (reasons := differences(before, now)):
+            found[name] = reasons
+    return found
 
 
 def _publish(

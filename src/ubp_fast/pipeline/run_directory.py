@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from ubp_fast.files import OutputDirectoryError, writable_directory, write_text
+from ubp_fast.files import OutputDirectoryError, flatten, writable_directory, write_text
 
 CONFIG_FILE = "config.yaml"
 # Which stages to run, and with how many threads, are no property of the result.
@@ -36,17 +36,6 @@ class RunDirectory:
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(os.path.relpath(target.resolve(), folder.resolve()), target_is_directory=True)
         os.replace(temporary, folder / name)
-
-
-def flatten(config: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
-    flat: dict[str, object] = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 def environment(threads: int) -> dict[str, object]:

@@ -33,6 +33,7 @@ from ubp_fast.features.tastes import fit_tastes, taste_features
 from ubp_fast.features.writing import in_client_blocks
 from ubp_fast.files import write_array, write_arrays, write_json
 from ubp_fast.models.pair_scorer import PairScorer
+from ubp_fast.pipeline.identity import Place, targets
 from ubp_fast.pipeline.model_stages import (
     DAY_FILE,
     PAIRS_FILE,
@@ -86,6 +87,7 @@ class Stage:
         make: fills its folder: make(settings, folders of the inputs, own folder, progress).
         cost: rough share of a run's time; shapes the estimate of the remaining time only.
         keep: names in its folder from which an interrupted run continues.
+        reaches: more places of the source than the function itself names.
     """
 
     name: str
@@ -94,6 +96,13 @@ class Stage:
     make: Callable[[Settings, Inputs, Path, Progress], None]
     cost: float
     keep: tuple[str, ...] = ()
+    reaches: tuple[Place, ...] = ()
+
+    @property
+    def begins(self) -> tuple[Place, ...]:
+        """Where the source begins that its output follows from."""
+        function: Any = getattr(self.make, "func", self.make)
+        return ((function.__module__, function.__qualname__.partition(".")[0]), *self.reaches, *targets(self.config))
 
 
 def plan(settings: Settings) -> list[Stage]:
@@ -157,7 +166,7 @@ def _latest(stage: Stage, settings: Settings) -> Stage:
 
     inputs = tuple(name if name == "events" else LATEST + name for name in stage.inputs)
     config = {**stage.config, "at": settings.latest} if stage.name == "store" else stage.config
-    return replace(stage, name=LATEST + stage.name, inputs=inputs, config=config, make=make)
+    return replace(stage, name=LATEST + stage.name, inputs=inputs, config=config, make=make, reaches=stage.begins)
 
 
 def _trained(settings: Settings) -> tuple[str, ...]:
@@ -196,7 +205,8 @@ def _score(settings: Settings, component: str, reader: str) -> Stage:
     def make(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
         _write_scores(settings, component, reader, inputs, directory, progress)
 
-    return Stage(f"evaluate-{component}-{reader}", ("events", *folders), config, make, READER_COST[reader])
+    reaches = ((f"ubp_fast.evaluation.readers.{reader}", None),)
+    return Stage(f"evaluate-{component}-{reader}", ("events", *folders), config, make, READER_COST[reader], (), reaches)
 
 
 def make_events(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
