@@ -106,6 +106,7 @@ def nt_xent(
     return loss
 
 
+@transforms.outside_of_graphs("nt_xent in a transform of torch.func is computed outside of the graph")
 def _transformed(left, right, temperature, negatives, weight, valid, ids, normalize, backend) -> Tensor:
     """The reference, through which transforms of PyTorch see its operations."""
     transforms.require_reference("nt_xent", backend)
