@@ -26,6 +26,7 @@ ORDER = (
     "report",
     "pipeline",
     "run",
+    "doctor",
     "cli",
 )
 MODULES = sorted(SOURCE.rglob("*.py"))

@@ -1,4 +1,4 @@
-"""`ubp-fast inspect | run | embed | evaluate | validate | leaderboard | forget`: the command line of the package."""
+"""`ubp-fast inspect|run|embed|evaluate|validate|leaderboard|forget|doctor`: the command line of the package."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ EPILOG = """examples:
   ubp-fast validate VECTORS --clients relevant_clients.npy
   ubp-fast leaderboard runs/a runs/b
   ubp-fast forget runs/shop --clients ids.txt
+  ubp-fast doctor
 """
 
 
@@ -38,6 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             print(inspect(options.files if len(options.files) > 1 else options.files[0]))
             return 0
+        if options.command == "doctor":
+            from ubp_fast import doctor
+
+            return doctor.run()
         if options.command == "embed":
             return _embed(options)
         if options.command == "forget":
@@ -92,6 +97,7 @@ def parser() -> argparse.ArgumentParser:
     leave = commands.add_parser("forget", help="removes clients from a run, and searches its files for them")
     leave.add_argument("run", type=Path, help="directory of the run")
     leave.add_argument("--clients", type=Path, required=True, help="their ids: a text file with one per line, or .npy")
+    commands.add_parser("doctor", help="versions, the machine, a self-test of every kernel: what a report needs")
     return made
 
 
