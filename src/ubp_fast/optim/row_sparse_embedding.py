@@ -129,11 +129,10 @@ class RowSparseEmbedding(nn.Embedding):
     def forward(self, ids: Tensor) -> Tensor:
         """int64 or int32 [...] -> [..., D]."""
         require_dtype(OP, "ids", ids, (torch.int64, torch.int32))
-        weight = self.weight
+        weight, is_compiling = self.weight, torch.compiler.is_compiling()
         if type(weight) is TableWeight:
-            is_compiling = torch.compiler.is_compiling()
             return self._outside_of_graph(weight, ids) if is_compiling else self._rows_of_present(weight, ids)
-        if not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(weight):
+        if not is_compiling and is_functorch_wrapped_tensor(weight):
             catch_up(innermost(weight))
         return self._plain(weight, ids)
 
@@ -146,7 +145,7 @@ class RowSparseEmbedding(nn.Embedding):
         return self._rows_of_present(weight, ids)
 
     def _rows_of_present(self, weight: TableWeight, ids: Tensor) -> Tensor:
-        if is_transforming() or torch.jit.is_tracing():
+        if is_transforming() or torch._C._is_tracing():
             # There PyTorch's own lookup, after all rows have been brought to the present.
             return self._plain(weight, ids)
         is_dense = not self._answer and DistributedDataParallel._active_ddp_module is not None
