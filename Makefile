@@ -4,13 +4,16 @@ CASE ?= bench
 INSTALLED := .venv/installed
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test lint format bench wheel sanitize sanitize-cuda cuda triton
+.PHONY: demo test docs lint format bench wheel sanitize sanitize-cuda cuda triton
 
 demo: $(INSTALLED)  ## real retail purchases -> profiles, scores, report
 	$(BIN)/python -m ubp_fast.run
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+docs: $(INSTALLED)  ## the documentation as a site, in site/: strict, and without network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: $(INSTALLED)  ## reports, never edits
 	$(BIN)/ruff check .
@@ -63,5 +66,5 @@ sanitize-cuda: $(INSTALLED)  ## the emulated CUDA kernels under the same sanitiz
 
 $(INSTALLED): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	UBP_CUDA=OFF $(BIN)/pip install --quiet -c constraints.txt -e ".[demo,test,bench,lint]"
+	UBP_CUDA=OFF $(BIN)/pip install --quiet -c constraints.txt -e ".[demo,test,bench,docs,lint]"
 	touch $@
