@@ -29,8 +29,8 @@ format: $(INSTALLED)
 bench: $(INSTALLED)  ## make bench CASE=flash_attention
 	$(BIN)/python -m pytest benchmarks -k "$(CASE)"
 
-wheel: $(INSTALLED)
-	$(BIN)/pip wheel --no-deps -w dist .
+wheel: $(INSTALLED)  ## the same commit gives the same bytes
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/pip wheel --no-deps -w dist .
 
 # A plain `pip install .` builds the CUDA kernels where nvcc is found. The environment of this Makefile leaves them to
 # this target, so that a change of C++ code costs seconds. It puts them beside the CPU module.
