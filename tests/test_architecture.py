@@ -26,6 +26,7 @@ ORDER = (
     "report",
     "pipeline",
     "run",
+    "transformer",
     "doctor",
     "cli",
 )

@@ -243,6 +243,7 @@ def test_the_python_examples_run(path: Path) -> None:
         assert names["clients"].to_list() == ["bob", "ada"]
     if path.name == "vectors.md":
         assert 0.2 < names["stays"].mean() < 0.9 and 0.3 < names["auroc"] < 0.9  # bought at random
+        assert 0 < names["chance_of_one"] < 1
         assert len(names["chance_to_stay"]) == 300 and names["chance_to_stay"].std() > 0
         assert names["row"][0, 0] == 0 and names["found"]["client_id"].to_list() == names["alike"][1:].to_list()
         np.testing.assert_allclose(names["found"]["likeness"], 1 - names["distance"][0, 1:], atol=1e-5)

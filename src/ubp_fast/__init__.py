@@ -4,6 +4,7 @@ run        from event logs to profiles, scores and a model
 Profiler   vectors of any moment from the model of a run
 Profiles   vectors of clients, their blocks and files
 evaluate   scores of vectors
+ProfileTransformer   events to vectors as a step of a scikit-learn pipeline
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ _HOMES = {
     "Profiler": "ubp_fast.profiler",
     "Profiles": "ubp_fast.profiles",
     "evaluate": "ubp_fast.evaluation",
+    "ProfileTransformer": "ubp_fast.transformer",
 }
 
-__all__ = ["Profiler", "Profiles", "evaluate", "run"]
+__all__ = ["ProfileTransformer", "Profiler", "Profiles", "evaluate", "run"]
 
 
 def __getattr__(name: str) -> Any:
