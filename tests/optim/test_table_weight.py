@@ -28,7 +28,8 @@ from support.operations import Operations
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.func import functional_call, functionalize, grad, hessian, jacrev, jvp, stack_module_state, vmap
+from torch.func import functional_call, functionalize, grad, hessian, jacrev, jvp, linearize, stack_module_state, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, parameters_to_vector, prune, vector_to_parameters
 from torch.nn.utils.parametrize import register_parametrization
 from torch.optim import Optimizer
@@ -328,6 +329,15 @@ def transforms_the_weight(training: Training) -> Any:
     return found
 
 
+@right("`make_fx`, `torch.func.linearize`")
+def records(training: Training) -> Any:
+    weight, ones = training.weight, torch.ones(WIDTH, dtype=torch.float64)
+    found = [make_fx(lambda row: (weight * row).sum() + weight.T[0].sum())(ones)(ones)]
+    training.step(1, 3)
+    slope = linearize(lambda part: (part * part).sum(), training.weight)[1]
+    return [*found, slope(torch.ones_like(training.weight)), make_fx(training.model)(IDS)(IDS)]
+
+
 @right("steps of PyTorch's optimizers, also with a closure")
 def steps_otherwise(training: Training) -> None:
     parameters = list(training.model.parameters())
@@ -403,6 +413,7 @@ def reads_narrow_ids(training: Training) -> Any:
 
 @pytest.mark.parametrize(("name", "optimizer"), list(operations.right))
 @pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore:Sparse invariant checks", "ignore:The .grad attribute")
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr")  # linearize, whatever the parameter is
 def test_as_the_dense_optimizer(name: str, optimizer: str) -> None:
     ours, dense = both(optimizer)
     assert_same(

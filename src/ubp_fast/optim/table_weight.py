@@ -11,7 +11,7 @@ Not seen are reads outside of Python's functions: NumPy arrays and pointers are 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import cache, wraps
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor as _is_wrapped
 from torch._functorch import eager_transforms, vmap
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ubp_fast.kernels.checks import require
 from ubp_fast.optim.touched_rows import TouchedRows, check_weight
@@ -210,15 +211,20 @@ def catch_up(tensor: Tensor) -> None:
 
 def _weights(values: Any) -> Iterator[TableWeight]:
     """The parameters of the adopted tables among nested arguments."""
-    if isinstance(values, _OfTable):
-        weight = values._weight if isinstance(values, TableView) else values
+    for found in _of_tables(values):
+        weight = found._weight if isinstance(found, TableView) else found
         if isinstance(weight, TableWeight):  # else it was released since
             yield weight
+
+
+def _of_tables(values: Any) -> Iterator[_OfTable]:
+    if isinstance(values, _OfTable):
+        yield values
     elif isinstance(values, (list, tuple)):
         for value in values:
-            yield from _weights(value)
+            yield from _of_tables(value)
     elif isinstance(values, dict):
-        yield from _weights(tuple(values.values()))
+        yield from _of_tables(tuple(values.values()))
 
 
 @cache
@@ -251,7 +257,7 @@ def _call(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     if name in _WRITES or (name.endswith("_") and not name.endswith("__")) or "out" in kwargs:
         result = _write(func, args, kwargs)
     else:
-        result = func(*args, **kwargs)
+        result = _run(func, args, kwargs)
     for weight in tables:
         _mark(result, weight)
     return result
@@ -267,10 +273,30 @@ def _write(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         written = set(_weights((args[:1], kwargs.get("out"))))
         for weight in written:
             stack.enter_context(weight.touched.written())
-        result = func(*args, **kwargs)
+        result = _run(func, args, kwargs)
         for weight in written:
             weight.touched.bind(weight)  # `.data = ` brings memory of its own
     return result
+
+
+def _run(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    if _get_current_dispatch_mode() is None:
+        return func(*args, **kwargs)
+    with _as_plain((args, kwargs)):
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _as_plain(values: Any) -> Iterator[None]:
+    """Modes that record operations, such as that of `make_fx`, refuse tensors of other classes than PyTorch's own."""
+    classes = {found: type(found) for found in _of_tables(values)}
+    try:
+        for found, kind in classes.items():
+            found.__class__ = nn.Parameter if kind is TableWeight else Tensor  # type: ignore[assignment]
+        yield
+    finally:
+        for found, kind in classes.items():
+            found.__class__ = kind
 
 
 def _mark(result: Any, weight: TableWeight) -> None:
