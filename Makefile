@@ -4,13 +4,16 @@ CASE ?= bench
 INSTALLED := .venv/installed
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test lint format bench wheel sanitize sanitize-cuda cuda triton
+.PHONY: demo test docs lint format bench wheel sanitize sanitize-cuda cuda triton
 
 demo: $(INSTALLED)  ## real retail purchases -> profiles, scores, report
 	$(BIN)/python -m ubp_fast.run
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+docs: $(INSTALLED)  ## the documentation as a site, in site/: strict, and without network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: $(INSTALLED)  ## reports, never edits
 	$(BIN)/ruff check .
@@ -26,8 +29,8 @@ format: $(INSTALLED)
 bench: $(INSTALLED)  ## make bench CASE=flash_attention
 	$(BIN)/python -m pytest benchmarks -k "$(CASE)"
 
-wheel: $(INSTALLED)
-	$(BIN)/pip wheel --no-deps -w dist .
+wheel: $(INSTALLED)  ## the same commit gives the same bytes
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/pip wheel --no-deps -w dist .
 
 # A plain `pip install .` builds the CUDA kernels where nvcc is found. The environment of this Makefile leaves them to
 # this target, so that a change of C++ code costs seconds. It puts them beside the CPU module.
@@ -63,5 +66,5 @@ sanitize-cuda: $(INSTALLED)  ## the emulated CUDA kernels under the same sanitiz
 
 $(INSTALLED): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	UBP_CUDA=OFF $(BIN)/pip install --quiet -c constraints.txt -e ".[demo,test,bench,lint]"
+	UBP_CUDA=OFF $(BIN)/pip install --quiet -c constraints.txt -e ".[demo,test,bench,docs,lint]"
 	touch $@

@@ -27,6 +27,8 @@ ORDER = (
     "report",
     "pipeline",
     "run",
+    "transformer",
+    "doctor",
     "cli",
 )
 MODULES = sorted(SOURCE.rglob("*.py"))

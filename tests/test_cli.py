@@ -51,16 +51,16 @@ def test_cache_is_listed_explained_and_pruned(run: Path, tmp_path: Path, capsys:
     assert "0 of 4 stages will be made" in capsys.readouterr().out
     copy = tmp_path / "cache"
     shutil.copytree(cache, copy)
-    (record,) = (copy / "records").glob("store-*.json")
+    (record,) = (copy / "records").glob("latest-store-*.json")
     made = json.loads(record.read_text())
     made["sources"]["version of numba"] = "0.1"
     record.write_text(json.dumps(made))
-    (output,) = copy.glob("store-*[0-9a-f]")
-    output.rename(output.with_name("store-0000000000000000"))
-    record.rename(record.with_name("store-0000000000000000.json"))
+    (output,) = copy.glob("latest-store-*[0-9a-f]")
+    output.rename(output.with_name("latest-store-0000000000000000"))
+    record.rename(record.with_name("latest-store-0000000000000000.json"))
     other = tmp_path / "shop"
     (other / "stages").mkdir(parents=True)
-    (other / "stages" / "latest-store").symlink_to(output.with_name("store-0000000000000000"))
+    (other / "stages" / "latest-store").symlink_to(output.with_name("latest-store-0000000000000000"))
     config = (run / "config.yaml").read_text().replace(f"cache: {cache}", f"cache: {copy}")
     (other / "config.yaml").write_text(config)
     assert main(["cache", "why", str(other)]) == 0
@@ -70,7 +70,7 @@ def test_cache_is_listed_explained_and_pruned(run: Path, tmp_path: Path, capsys:
     assert "removed 0 of 4 outputs" in capsys.readouterr().out
     assert main(["cache", "prune", "--cache", str(copy)]) == 0
     assert "removed 4 of 4 outputs" in capsys.readouterr().out
-    assert not list(copy.glob("*-*"))
+    assert not list(copy.glob("[!.]*-*"))
     assert main(["cache", "list", "--cache", str(tmp_path / "none")]) == 2
     assert main(["cache", "why"]) == 2
 

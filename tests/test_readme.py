@@ -6,6 +6,9 @@ import importlib
 import json
 import re
 import shlex
+import subprocess
+import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,10 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+import yaml
 from support.runs import composed
 
-from ubp_fast import cli
+from ubp_fast import __version__, cli
 from ubp_fast.pipeline.settings import read_settings
 from ubp_fast.profiles import Profiles
 
@@ -139,6 +143,15 @@ def test_every_path_of_the_map_exists() -> None:
         assert (ROOT / path).exists(), path
 
 
+def test_versions_agree() -> None:
+    """Of the package, its newest release in the changelog, and what a paper cites."""
+    cited = yaml.safe_load(text_of(ROOT / "CITATION.cff"))
+    (version, date), *_ = re.findall(r"^## \[(\d+\.\d+\.\d+)\] - (\S+)$", text_of(ROOT / "CHANGELOG.md"), re.M)
+    assert __version__ == version == cited["version"] == metadata.version("ubp_fast")
+    assert str(cited["date-released"]) == date
+    assert metadata.metadata("ubp_fast")["License-Expression"] == cited["license"]
+
+
 def headings(path: Path) -> list[str]:
     without_code = re.sub(r"```.*?```", "", text_of(path), flags=re.S)
     return re.findall(r"^#+ (.+)$", without_code, re.M)
@@ -162,20 +175,43 @@ def test_links_resolve(path: Path) -> None:
 
 
 def test_the_readme_leads_to_every_document() -> None:
-    named = set(re.findall(r"\]\((docs/[\w-]+\.md)\)", text_of(ROOT / "README.md")))
-    assert named == {f"docs/{path.name}" for path in DOCUMENTS[1:]}
+    """By name: a package index, which shows it, too, has no other file of ours. It is short, with one picture."""
+    text = text_of(ROOT / "README.md")
+    assert set(re.findall(r"`(docs/[\w-]+\.md)`", text)) == {f"docs/{path.name}" for path in DOCUMENTS[1:]}
+    assert re.findall(r"(!?)\[[^\]]*\]\(", text) == ["!"] and len(text.encode()) <= 6000
+
+
+def test_the_site_has_every_document() -> None:
+    pages = [next(iter(page.values())) for page in yaml.safe_load(text_of(ROOT / "mkdocs.yml"))["nav"]]
+    assert sorted(pages) == sorted(path.name for path in DOCUMENTS[1:])
+
+
+def test_the_site_builds_strictly(tmp_path: Path) -> None:
+    """Links and anchors resolve, what the reference names is there, and no page asks another host for anything."""
+    pytest.importorskip("mkdocs", reason="the extra docs is not installed")
+    command = [sys.executable, "-W", "ignore", "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for page in tmp_path.rglob("*.html"):
+        loaded = re.findall(r"""<(?:link|script|img)[^>]*(?:href|src)=["']?(https?:[^"' >]+)""", text_of(page))
+        assert not loaded, (page, loaded)
+    assert "flash_attention" in text_of(tmp_path / "api" / "index.html")
 
 
 @pytest.fixture
 def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the examples find: events of a shop whose ids are text, and the table of a run."""
+    """What the examples find: events of a shop whose ids are text."""
     monkeypatch.chdir(tmp_path)
+    open_shop(["ada", "bob", "cleo", "dan"])
+
+
+def open_shop(clients: list[str]) -> None:
     state = np.random.default_rng(0)
     seconds = np.sort(state.integers(1_783_000_000, 1_783_000_000 + 120 * 86_400, 3_000))
     article = state.integers(0, 30, len(seconds))
     purchases = pl.DataFrame(
         {
-            "customer": state.choice(["ada", "bob", "cleo", "dan"], len(seconds)),
+            "customer": state.choice(clients, len(seconds)),
             "time": pl.from_epoch(pl.Series(seconds)),
             "article": [f"A{number}" for number in article],
             "price": 1.0 + article,
@@ -195,6 +231,8 @@ def test_the_python_examples_run(path: Path) -> None:
         Profiles(np.array([2, 1]), vectors, own_ids=pl.Series(["bob", "ada"])).write_parquet(
             Path("runs/shop/profiles.parquet")
         )
+    if path.name == "vectors.md":
+        open_shop([f"client {number}" for number in range(300)])
     for example in examples(path, "python"):
         exec(compile(example, path.name, "exec"), names)
     if path.name == "README.md":
@@ -203,6 +241,12 @@ def test_the_python_examples_run(path: Path) -> None:
         assert len(names["one"]) == 1
     if path.name == "data.md":
         assert names["clients"].to_list() == ["bob", "ada"]
+    if path.name == "vectors.md":
+        assert 0.2 < names["stays"].mean() < 0.9 and 0.3 < names["auroc"] < 0.9  # bought at random
+        assert 0 < names["chance_of_one"] < 1
+        assert len(names["chance_to_stay"]) == 300 and names["chance_to_stay"].std() > 0
+        assert names["row"][0, 0] == 0 and names["found"]["client_id"].to_list() == names["alike"][1:].to_list()
+        np.testing.assert_allclose(names["found"]["likeness"], 1 - names["distance"][0, 1:], atol=1e-5)
     if path.name == "kernels.md":
         require_same_as_torch(names["PackedAttention"])
 
@@ -234,6 +278,9 @@ def test_the_commands_exist(path: Path, tmp_path: Path) -> None:
             assert read_settings(composed(*overrides[3:], f"root={tmp_path}")).name
         elif words[:2] == ["ubp-fast", "run"]:
             assert read_settings(composed(*words[2:], f"root={tmp_path}")).name
+        elif words[:2] == ["pip", "install"]:
+            known = metadata.metadata("ubp_fast").get_all("Provides-Extra")
+            assert set(re.findall(r"[\w-]+", words[2])) <= {*known}, words
         elif words[0] == "ubp-fast":
             assert cli.parser().parse_args(words[1:]).command == words[1]
         else:

@@ -4,6 +4,7 @@ run        from event logs to profiles, scores and a model
 Profiler   vectors of any moment from the model of a run
 Profiles   vectors of clients, their blocks and files
 evaluate   scores of vectors
+ProfileTransformer   events to vectors as a step of a scikit-learn pipeline
 """
 
 from __future__ import annotations
@@ -11,15 +12,16 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 _HOMES = {
     "run": "ubp_fast.pipeline.command",
     "Profiler": "ubp_fast.profiler",
     "Profiles": "ubp_fast.profiles",
     "evaluate": "ubp_fast.evaluation",
+    "ProfileTransformer": "ubp_fast.transformer",
 }
 
-__all__ = ["Profiler", "Profiles", "evaluate", "run"]
+__all__ = ["ProfileTransformer", "Profiler", "Profiles", "evaluate", "run"]
 
 
 def __getattr__(name: str) -> Any:

@@ -23,6 +23,7 @@ EPILOG = """examples:
   ubp-fast cache list
   ubp-fast cache why runs/shop
   ubp-fast cache prune --older-than 30
+  ubp-fast doctor
 """
 
 
@@ -45,6 +46,10 @@ def _main(given: list[str]) -> int:
 
             print(inspect(options.files if len(options.files) > 1 else options.files[0]))
             return 0
+        if options.command == "doctor":
+            from ubp_fast import doctor
+
+            return doctor.run()
         if options.command == "embed":
             return _embed(options)
         if options.command == "forget":
@@ -104,6 +109,7 @@ def parser() -> argparse.ArgumentParser:
     store.add_argument("run", nargs="?", type=Path, help="why: directory of the run")
     store.add_argument("--cache", type=Path, default=Path("runs/cache"), help="its directory, runs/cache by default")
     store.add_argument("--older-than", type=float, default=0.0, metavar="DAYS", help="prune: only what is as old")
+    commands.add_parser("doctor", help="versions, the machine, a self-test of every kernel: what a report needs")
     return made
 
 

@@ -272,6 +272,19 @@ def compiles(kernel: str) -> None:
         torch.testing.assert_close(compiled(*inputs), module(*inputs))
 
 
+@right("`torch.compile` around a transform", "flash_attention", "nt_xent")
+def compiles_transforms(kernel: str) -> None:
+    function, (first, *others) = problems(kernel)[0]
+    loss = lambda part: function(part, *others).square().sum()  # noqa: E731
+    stack = torch.stack([first, 2 * first])
+    for transformed, part in ((grad(loss), first), (hessian(loss), first), (vmap(grad(loss)), stack)):
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match=f"{kernel} in a transform of torch.func .* leave fullgraph out"):
+            torch.compile(transformed, backend="aot_eager", fullgraph=True)(part)
+        torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(transformed, backend="aot_eager")(part), transformed(part))
+
+
 @right("`torch.export` with any number of rows and sequences")
 def exports(kernel: str) -> None:
     module, (small, large) = Module(kernel), small_and_large(kernel)

@@ -20,13 +20,16 @@ import numpy as np
 import pytest
 import schedulefree
 import torch
+import torch.distributed as dist
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 from support.operations import Operations
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module_state, vmap
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.func import functional_call, functionalize, grad, hessian, jacrev, jvp, linearize, stack_module_state, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, parameters_to_vector, prune, vector_to_parameters
 from torch.nn.utils.parametrize import register_parametrization
 from torch.optim import Optimizer
@@ -315,6 +318,48 @@ def transforms(training: Training) -> Any:
     return [*found, vmap(model)(torch.stack([IDS, IDS - 1])), hessian(scaled)(one), grad(closed)(one)]
 
 
+@right("the weight as an argument of `torch.func`: grad, vmap, jvp, hessian, functionalize")
+def transforms_the_weight(training: Training) -> Any:
+    function = lambda weight: (weight * weight).sum()  # noqa: E731
+    pushed = lambda weight: jvp(function, (weight,), (torch.ones_like(weight),))[1]  # noqa: E731
+    found = []
+    for transformed in (grad(function), vmap(function), pushed, hessian(function), functionalize(function)):
+        found.append(transformed(training.weight))
+        training.step(2, 3)
+    return found
+
+
+@right("`make_fx`, `torch.func.linearize`")
+def records(training: Training) -> Any:
+    weight, ones = training.weight, torch.ones(WIDTH, dtype=torch.float64)
+    found = [make_fx(lambda row: (weight * row).sum() + weight.T[0].sum())(ones)(ones)]
+    training.step(1, 3)
+    slope = linearize(lambda part: (part * part).sum(), training.weight)[1]
+    return [*found, slope(torch.ones_like(training.weight)), make_fx(training.model)(IDS)(IDS)]
+
+
+@right("steps of PyTorch's optimizers, also with a closure")
+def steps_otherwise(training: Training) -> None:
+    parameters = list(training.model.parameters())
+    kinds: list[Any] = [
+        torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+        torch.optim.RMSprop(parameters, lr=0.01),
+        *(torch.optim.AdamW(parameters, **{option: True}) for option in ("foreach", "fused")),
+    ]
+    for optimizer in kinds:
+        training.step(1, 2, before=optimizer.step)
+
+        def closure() -> Tensor:
+            training.optimizer.zero_grad()
+            loss = training.loss()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        training.steps()
+    torch.optim.LBFGS(parameters, lr=0.01, max_iter=2).step(closure)
+
+
 @right("`create_graph`, batched gradients")
 def differentiates_twice(training: Training) -> Any:
     parameters = list(training.model.parameters())
@@ -368,6 +413,7 @@ def reads_narrow_ids(training: Training) -> Any:
 
 @pytest.mark.parametrize(("name", "optimizer"), list(operations.right))
 @pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore:Sparse invariant checks", "ignore:The .grad attribute")
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr")  # linearize, whatever the parameter is
 def test_as_the_dense_optimizer(name: str, optimizer: str) -> None:
     ours, dense = both(optimizer)
     assert_same(
@@ -478,10 +524,13 @@ def work(rank, folder):
         assert torch.equal(mine, training.model[0].weight.detach())
         sharded = nn.Sequential(RowSparseEmbedding(12, 3), nn.Linear(3, 1))
         fully_shard(sharded, mesh=dist.init_device_mesh("cpu", (2,)))
-        try:
-            optimize(optimizer, sharded)
-        except ValueError as error:
-            print(error, flush=True)
+        adopted = make(optimizer, RowSparseEmbedding).model
+        mesh = dist.init_device_mesh("cpu", (2,))
+        for refused in (lambda: optimize(optimizer, sharded), lambda: fully_shard(adopted, mesh=mesh)):
+            try:
+                refused()
+            except ValueError as error:
+                print(error, flush=True)
     dist.destroy_process_group()
 
 if __name__ == "__main__":
@@ -498,6 +547,7 @@ def test_several_processes(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("RowSparseEmbedding: weight must be a parameter in one piece, got DTensor; ") == 6
+    assert done.stdout.count("RowSparseEmbedding: an adopted table must stay in one piece, got DTensor; ") == 6
 
 
 @refused("adoption on the meta device", "must be a [N, D] tensor of numbers in float32, float64 or bfloat16, got")
@@ -510,6 +560,22 @@ def adopts_parts(training: Training) -> None:
     with FakeTensorMode():
         table = RowSparseEmbedding(4, 2)
         RowSparseAdamW(table.parameters(), [table])
+
+
+@refused("sharding (FSDP, FSDP2) after adoption", "an adopted table must stay in one piece, got")
+def shards(training: Training) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for is_original in (False, True):
+            with pytest.raises(ValueError, match="must stay in one piece, got FullyShardedDataParallel; release"):
+                FullyShardedDataParallel(training.model, device_id=torch.device("cpu"), use_orig_params=is_original)
+            unadopted = nn.Sequential(RowSparseEmbedding(ROWS, WIDTH), nn.Linear(WIDTH, 1))
+            FullyShardedDataParallel(unadopted, device_id=torch.device("cpu"), use_orig_params=is_original)
+            with pytest.raises(ValueError, match="must be a parameter in one piece"):
+                optimize("AdamW", unadopted)
+        fully_shard(training.model, mesh=dist.init_device_mesh("cpu", (1,)))
+    finally:
+        dist.destroy_process_group()
 
 
 @refused("`.half()`", "must be a [N, D] tensor of numbers in float32, float64 or bfloat16, got [12, 3], torch.float16")
@@ -552,6 +618,7 @@ def replicates(training: Training) -> None:
 
 
 @pytest.mark.parametrize(("name", "optimizer"), list(operations.refused))
+@pytest.mark.filterwarnings("ignore:FSDP is switching", "ignore:The `NO_SHARD`")  # of one process
 def test_refused_by_name(name: str, optimizer: str) -> None:
     operation, message = operations.refused[name, optimizer]
     ours, _ = both(optimizer)

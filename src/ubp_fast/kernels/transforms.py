@@ -6,18 +6,18 @@ again. They want to see PyTorch's own operations.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._C import _dispatch_tls_is_dispatch_key_included, _parse_dispatch_key
+from torch._C import _are_functorch_transforms_active, _dispatch_tls_is_dispatch_key_included, _parse_dispatch_key
 from torch._C._functorch import (
     get_unwrapped,
     is_batchedtensor,
     is_functorch_wrapped_tensor,
-    maybe_current_level,
     peek_interpreter_stack,
 )
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
@@ -27,6 +27,14 @@ from ubp_fast.kernels.backends import BackendUnavailable
 from ubp_fast.kernels.checks import require
 
 _BATCHED_BACKWARD: Any = _parse_dispatch_key("VmapMode")
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
+
+
+def outside_of_graphs(reason: str) -> Callable[[FunctionT], FunctionT]:
+    """For a function that `torch.compile` calls and does not look into; where one graph is demanded it says why."""
+    has_reason = "reason" in inspect.signature(torch.compiler.disable).parameters
+    options = {"reason": f"{reason}; leave fullgraph out"} if has_reason else {}
+    return torch.compiler.disable(**options)
 
 
 def is_transforming() -> bool:
@@ -35,7 +43,7 @@ def is_transforming() -> bool:
     Kernels compute numbers; a transform goes through the plain reference, which consists of PyTorch's operations.
     """
     if torch.compiler.is_compiling():
-        return maybe_current_level() is not None  # None is a constant to it; anything else ends the graph
+        return bool(_are_functorch_transforms_active())  # the one question that it answers inside of a graph
     return (
         peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0

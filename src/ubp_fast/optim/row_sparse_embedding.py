@@ -6,7 +6,6 @@ dense optimizer would hold them now, and the gradient holds the rows of the batc
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from typing import Any
 
@@ -18,19 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ubp_fast.kernels import row_sparse
 from ubp_fast.kernels.checks import require, require_dtype
-from ubp_fast.kernels.transforms import innermost, is_transforming
-from ubp_fast.optim.table_weight import TableWeight, adopted, as_row_gradient, catch_up
+from ubp_fast.kernels.transforms import innermost, is_transforming, outside_of_graphs
+from ubp_fast.optim.table_weight import SHARDING, TableWeight, adopted, as_row_gradient, catch_up
 from ubp_fast.optim.touched_rows import TouchedRows, check_weight, reserve
 
 OP = "RowSparseEmbedding"
-
-
-# torch.compile says it where it was asked for one graph.
-_NO_GRAPH = (
-    {"reason": "a RowSparseEmbedding that an optimizer has adopted is read outside of the graph; leave fullgraph out"}
-    if "reason" in inspect.signature(torch.compiler.disable).parameters
-    else {}
-)
 
 
 class _Lookup(torch.autograd.Function):
@@ -138,11 +129,10 @@ class RowSparseEmbedding(nn.Embedding):
     def forward(self, ids: Tensor) -> Tensor:
         """int64 or int32 [...] -> [..., D]."""
         require_dtype(OP, "ids", ids, (torch.int64, torch.int32))
-        weight = self.weight
+        weight, is_compiling = self.weight, torch.compiler.is_compiling()
         if type(weight) is TableWeight:
-            is_compiling = torch.compiler.is_compiling()
             return self._outside_of_graph(weight, ids) if is_compiling else self._rows_of_present(weight, ids)
-        if not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(weight):
+        if not is_compiling and is_functorch_wrapped_tensor(weight):
             catch_up(innermost(weight))
         return self._plain(weight, ids)
 
@@ -150,17 +140,27 @@ class RowSparseEmbedding(nn.Embedding):
         vectors = embedding(ids, weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq)
         return vectors.float() if vectors.dtype == torch.bfloat16 else vectors
 
-    @torch.compiler.disable(**_NO_GRAPH)
+    @outside_of_graphs("a RowSparseEmbedding that an optimizer has adopted is read outside of the graph")
     def _outside_of_graph(self, weight: TableWeight, ids: Tensor) -> Tensor:
         return self._rows_of_present(weight, ids)
 
     def _rows_of_present(self, weight: TableWeight, ids: Tensor) -> Tensor:
-        if is_transforming() or torch.jit.is_tracing():
+        if is_transforming() or torch._C._is_tracing():
             # There PyTorch's own lookup, after all rows have been brought to the present.
             return self._plain(weight, ids)
         is_dense = not self._answer and DistributedDataParallel._active_ddp_module is not None
         ids = ids if ids.dtype == torch.int64 else ids.long()
         return _Lookup.apply(weight, weight.touched, ids, self.padding_idx, is_dense)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)  # FSDP writes past `register_parameter` where a module has none of its own
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in `nn.Module`; refused is a shard in the place of an adopted weight, which its optimizer would lose."""
+        is_whole = param is None or type(param) in (nn.Parameter, TableWeight)
+        is_adopted = type(self._parameters.get(name)) is TableWeight
+        require(is_whole or not is_adopted, OP, "an adopted table", "stay in one piece", type(param).__name__, SHARDING)
+        super().register_parameter(name, param)
 
     def catch_up(self) -> None:
         """Brings every row in the memory of `weight` to the present, for who reads it without PyTorch."""
@@ -179,9 +179,10 @@ class RowSparseEmbedding(nn.Embedding):
         """
         for name in ("max_norm", "scale_grad_by_freq"):
             require(not getattr(self, name), OP, name, "be left out", getattr(self, name), "use another optimizer")
-        is_plain = type(self.weight) in (nn.Parameter, TableWeight)
+        kind = type(self.weight)
+        is_plain = kind is TableWeight or (kind is nn.Parameter and not hasattr(self.weight, "_fsdp_flattened"))
         remedy = "a table that is sharded, fake or computed from other parameters takes an optimizer of PyTorch"
-        require(is_plain, OP, "weight", "be a parameter in one piece", type(self.weight).__name__, remedy)
+        require(is_plain, OP, "weight", "be a parameter in one piece", kind.__name__, remedy)
         check_weight(self.weight)
         return self.weight
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from itertools import chain
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import Optimizer, SparseAdam
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ubp_fast.kernels.checks import require
 from ubp_fast.optim.row_sparse_embedding import RowSparseEmbedding
@@ -43,6 +45,10 @@ class TableOptimizer(Optimizer):
                 weight.release()
             self._tables[weight] = self._touched_rows(weight, group_of[weight])
         self._check_groups()
+        self._adopt()
+
+    def _adopt(self) -> None:
+        _serve_other_optimizers()
         for weight, touched in self._tables.items():
             TableWeight.adopt(weight, touched)
 
@@ -53,7 +59,8 @@ class TableOptimizer(Optimizer):
         super().__setstate__(state)
         for weight, touched in state.get("_tables", {}).items():
             touched.restore(weight)
-            TableWeight.adopt(weight, touched)
+        if "_tables" in state:
+            self._adopt()
 
     def _touched_rows(self, weight: Tensor, group: dict[str, Any]) -> TouchedRows:
         raise NotImplementedError
@@ -137,3 +144,43 @@ class TableOptimizer(Optimizer):
                 touched.load(taken)
             else:
                 touched.reset()
+
+
+@cache
+def _serve_other_optimizers() -> None:
+    register_optimizer_step_pre_hook(_with_dense_gradients)
+
+
+def _with_dense_gradients(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    """Before the step of an optimizer that has not adopted the tables among its parameters: they get dense gradients.
+
+    Nearly all optimizers refuse sparse ones; `SparseAdam` takes no others.
+    """
+    own = optimizer._tables if isinstance(optimizer, TableOptimizer) else {}
+    tables = [
+        weight
+        for group in optimizer.param_groups
+        for weight in group["params"]
+        if type(weight) is TableWeight and weight not in own
+    ]
+    if not tables or isinstance(optimizer, SparseAdam):
+        return None
+    _make_dense(tables)
+    closure = kwargs.get("closure") or next(filter(callable, args[1:]), None)
+    if closure is None:
+        return None
+
+    def dense_closure() -> Any:
+        loss = closure()
+        _make_dense(tables)
+        return loss
+
+    swap = lambda value: dense_closure if value is closure else value  # noqa: E731
+    return tuple(map(swap, args)), {name: swap(value) for name, value in kwargs.items()}
+
+
+def _make_dense(tables: list[TableWeight]) -> None:
+    with torch._C.DisableTorchFunctionSubclass():
+        for weight in tables:
+            if weight.grad is not None and weight.grad.is_sparse:
+                weight.grad = weight.grad.to_dense()

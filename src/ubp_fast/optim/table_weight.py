@@ -5,19 +5,21 @@ weights, a tied layer or a copy, finds every row brought to the present before, 
 as a dense one would be left. Tensors that share its memory (`.data`, `detach()`, slices) do the same. Its gradient is a
 `RowGradient`, which PyTorch's clipping functions scale like a dense one.
 
-Not seen are reads outside of Python's functions: NumPy arrays and pointers are of the moment they were taken, and so is
-a parameter that is handed to a transform of `torch.func` as an argument, except in a call of its module.
+Not seen are reads outside of Python's functions: NumPy arrays and pointers are of the moment they were taken.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from functools import cache, wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor as _is_wrapped
+from torch._functorch import eager_transforms, vmap
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ubp_fast.kernels.checks import require
 from ubp_fast.optim.touched_rows import TouchedRows, check_weight
@@ -43,6 +45,7 @@ _WITHOUT_VALUES: set[Any] = {
     *(_NAMES.grad.__set__, _NAMES.grad.__delete__, _NAMES.requires_grad.__set__, _NAMES._backward_hooks.__set__),
     torch._has_compatible_shallow_copy_type,
 }
+SHARDING = "release() it before it is sharded, and make an optimizer of PyTorch after"
 _WRITES = {"__setitem__", "__set__", "set_", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__"}
 
 
@@ -88,6 +91,7 @@ class TableWeight(_OfTable, nn.Parameter):
     @staticmethod
     def adopt(weight: Tensor, touched: TouchedRows) -> None:
         """Makes one of a plain parameter, or of one that another optimizer has."""
+        _watch_transforms()
         weight.__class__ = TableWeight
         weight.touched = touched  # type: ignore[attr-defined]
 
@@ -96,6 +100,12 @@ class TableWeight(_OfTable, nn.Parameter):
         self.touched.catch_up()
         del self.touched
         self.__class__ = nn.Parameter  # type: ignore[assignment]
+
+    @property
+    def _fsdp_flattened(self) -> bool:
+        """What `FullyShardedDataParallel` asks a parameter before it takes it."""
+        found = "FullyShardedDataParallel"
+        raise ValueError(f"RowSparseEmbedding: an adopted table must stay in one piece, got {found}; {SHARDING}")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         if id(self) not in memo:
@@ -201,15 +211,40 @@ def catch_up(tensor: Tensor) -> None:
 
 def _weights(values: Any) -> Iterator[TableWeight]:
     """The parameters of the adopted tables among nested arguments."""
-    if isinstance(values, _OfTable):
-        weight = values._weight if isinstance(values, TableView) else values
+    for found in _of_tables(values):
+        weight = found._weight if isinstance(found, TableView) else found
         if isinstance(weight, TableWeight):  # else it was released since
             yield weight
+
+
+def _of_tables(values: Any) -> Iterator[_OfTable]:
+    if isinstance(values, _OfTable):
+        yield values
     elif isinstance(values, (list, tuple)):
         for value in values:
-            yield from _weights(value)
+            yield from _of_tables(value)
     elif isinstance(values, dict):
-        yield from _weights(tuple(values.values()))
+        yield from _of_tables(tuple(values.values()))
+
+
+@cache
+def _watch_transforms() -> None:
+    """`torch.func` wraps its arguments in C++ functions that ask no class; from now on tables are of the present."""
+    for module, name in (
+        (eager_transforms, "_wrap_for_grad"),
+        (eager_transforms, "_wrap_functional_tensor"),
+        (vmap, "_add_batch_dim"),
+    ):
+        setattr(module, name, _of_present(getattr(module, name)))
+
+
+def _of_present(wrap: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(wrap)
+    def of_present(tensor: Any, *arguments: Any) -> Any:
+        catch_up(tensor)
+        return wrap(tensor, *arguments)
+
+    return of_present
 
 
 @torch.compiler.disable
@@ -222,7 +257,7 @@ def _call(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     if name in _WRITES or (name.endswith("_") and not name.endswith("__")) or "out" in kwargs:
         result = _write(func, args, kwargs)
     else:
-        result = func(*args, **kwargs)
+        result = _run(func, args, kwargs)
     for weight in tables:
         _mark(result, weight)
     return result
@@ -238,10 +273,30 @@ def _write(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         written = set(_weights((args[:1], kwargs.get("out"))))
         for weight in written:
             stack.enter_context(weight.touched.written())
-        result = func(*args, **kwargs)
+        result = _run(func, args, kwargs)
         for weight in written:
             weight.touched.bind(weight)  # `.data = ` brings memory of its own
     return result
+
+
+def _run(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    if _get_current_dispatch_mode() is None:
+        return func(*args, **kwargs)
+    with _as_plain((args, kwargs)):
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _as_plain(values: Any) -> Iterator[None]:
+    """Modes that record operations, such as that of `make_fx`, refuse tensors of other classes than PyTorch's own."""
+    classes = {found: type(found) for found in _of_tables(values)}
+    try:
+        for found, kind in classes.items():
+            found.__class__ = nn.Parameter if kind is TableWeight else Tensor  # type: ignore[assignment]
+        yield
+    finally:
+        for found, kind in classes.items():
+            found.__class__ = kind
 
 
 def _mark(result: Any, weight: TableWeight) -> None:

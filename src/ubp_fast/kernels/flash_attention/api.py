@@ -149,6 +149,7 @@ def _offsets(name: str, offsets: Any, device: torch.device) -> Tensor:
     return offsets if offsets.device == device else offsets.to(device)
 
 
+@transforms.outside_of_graphs("flash_attention in a transform of torch.func is computed outside of the graph")
 def _transformed(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, cu_seqlens_key: Tensor, *arguments: Any
 ) -> Tensor:

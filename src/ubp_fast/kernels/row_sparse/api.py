@@ -132,17 +132,17 @@ def update(
     """
     kind = _check(table, rule)
     _check_ids(ids, table.weight)
-    shape = [*ids.shape, table.weight.shape[1]]
-    is_gradient = ids.ndim == 1 and list(gradient.shape) == shape
-    require(is_gradient, OP, "gradient", f"have shape {shape}", list(gradient.shape))
+    shape = (*ids.shape, table.weight.shape[1])
+    if ids.ndim != 1 or gradient.shape != shape:
+        require(False, OP, "gradient", f"have shape {list(shape)}", list(gradient.shape))
     require_same(OP, "weight", table.weight, gradient=gradient)
     require_constant(OP, "gradient", gradient, "use .detach()")
     wanted = RULES[kind][1]
     require(isinstance(step, wanted), OP, "step", f"be of {wanted.__name__} like the rule", type(step).__name__)
     if count is not None:
         require_dtype(OP, "count", count, (torch.int64,))
-        is_count = count.shape == (1,) and count.device == ids.device
-        require(is_count, OP, "count", f"have shape [1] on {ids.device}", f"{list(count.shape)} on {count.device}")
+        if count.shape != (1,) or count.device != ids.device:
+            require(False, OP, "count", f"have shape [1] on {ids.device}", f"{list(count.shape)} on {count.device}")
     _update_op(*table, kind, list(rule), ids, gradient, [float(number) for number in step], count, backend)
 
 
@@ -165,43 +165,53 @@ def catch_up(table: RowTable, rule: Rule, *, toward_z: float = 0.0, backend: str
 
 
 def _check(table: RowTable, rule: Rule) -> str:
-    """Returns the rule's name."""
+    """Returns the rule's name. Runs with every lookup and step: what a message needs is made when it is raised."""
     weight, state, history = table.weight, table.state, table.history
-    require(weight.ndim == 2, OP, "weight", "have shape [N, D]", list(weight.shape))
+    is_adam = isinstance(rule, Adam)
+    if weight.ndim != 2:
+        require(False, OP, "weight", "have shape [N, D]", list(weight.shape))
     require_dtype(OP, "weight", weight, FLOATS)
-    is_state = state.ndim == 3 and state.shape[1:] == (2, weight.shape[1])
-    require(is_state, OP, "state", f"have shape [C, 2, {weight.shape[1]}]", list(state.shape))
+    rows, width = weight.shape
+    if state.ndim != 3 or state.shape[1:] != (2, width):
+        require(False, OP, "state", f"have shape [C, 2, {width}]", list(state.shape))
     require_same(OP, "weight", weight, state=state)
     require_dtype(OP, "history", history, (torch.float64,))
-    columns = (3,) if isinstance(rule, Adam) else ()
-    is_history = history.ndim == 1 + len(columns) and len(history) >= 1 and history.shape[1:] == columns
-    require(is_history, OP, "history", f"have shape [S + 1{', 3' if columns else ''}]", list(history.shape))
+    columns = (3,) if is_adam else ()
+    if history.ndim != 1 + len(columns) or len(history) < 1 or history.shape[1:] != columns:
+        require(False, OP, "history", f"have shape [S + 1{', 3' if is_adam else ''}]", list(history.shape))
     for name, tensor in (("slot", table.slot), ("last_step", table.last_step)):
         require_dtype(OP, name, tensor, (torch.int32,))
-        require(tensor.shape == weight.shape[:1], OP, name, "have shape [N]", list(tensor.shape))
+        if tensor.shape != (rows,):
+            require(False, OP, name, "have shape [N]", list(tensor.shape))
     require_dtype(OP, "used", table.used, (torch.int64,))
-    require(table.used.shape == (1,), OP, "used", "have shape [1]", list(table.used.shape))
-    for name, tensor in zip(table._fields, table, strict=True):
-        require(tensor.device == weight.device, OP, name, f"be on {weight.device} like weight", tensor.device)
-        require(tensor.is_contiguous(), OP, name, "be contiguous", list(tensor.stride()))
+    if table.used.shape != (1,):
+        require(False, OP, "used", "have shape [1]", list(table.used.shape))
+    device = weight.device
+    for at, tensor in enumerate(table):
+        if tensor.device != device:
+            require(False, OP, table._fields[at], f"be on {device} like weight", tensor.device)
+        if not tensor.is_contiguous():
+            require(False, OP, table._fields[at], "be contiguous", list(tensor.stride()))
     require_constant(OP, "weight", weight, "take RowSparseEmbedding")
     is_rule = 0 < rule.beta2 < 1 and rule.eps > 0 and (not isinstance(rule, Adam) or 0 <= rule.beta1 < 1)
-    require(is_rule, OP, "rule", "have 0 <= beta1 < 1, 0 < beta2 < 1 and eps > 0", tuple(rule))
-    return "adam" if isinstance(rule, Adam) else "schedule_free"
+    if not is_rule:
+        require(False, OP, "rule", "have 0 <= beta1 < 1, 0 < beta2 < 1 and eps > 0", tuple(rule))
+    return "adam" if is_adam else "schedule_free"
 
 
 def _check_ids(ids: Tensor, like: Tensor) -> None:
     require_dtype(OP, "ids", ids, (torch.int64,))
-    require(ids.device == like.device, OP, "ids", f"be on {like.device}", ids.device)
+    if ids.device != like.device:
+        require(False, OP, "ids", f"be on {like.device}", ids.device)
 
 
 def _check_entries(ids: Tensor, gradient: Tensor) -> None:
     require_dtype(OP, "gradient", gradient, FLOATS)
     require_constant(OP, "gradient", gradient, "use .detach()")
     _check_ids(ids, gradient)
-    is_entries = gradient.ndim == 2 and ids.ndim == 1 and len(gradient) == len(ids)
-    shapes = f"{list(gradient.shape)} for {list(ids.shape)}"
-    require(is_entries, OP, "gradient", "have shape [T, D] for ids [T]", shapes)
+    if gradient.ndim != 2 or ids.ndim != 1 or gradient.shape[0] != ids.shape[0]:
+        shapes = f"{list(gradient.shape)} for {list(ids.shape)}"
+        require(False, OP, "gradient", "have shape [T, D] for ids [T]", shapes)
 
 
 def _implementation(backend: str, tensor: Tensor) -> ModuleType:
