@@ -169,7 +169,7 @@ def make_stacking(
         strong,
         graded,
     )
-    day = DayStatistics()
+    day = DayStatistics(num_clients=int(store.is_relevant.sum()))
     day.arrays |= load_arrays(inputs["features"] / DAY_FILE)
     made = partial(_block, inputs, cutoff_s=store.cutoff_s)
     if recipe.layout.near:

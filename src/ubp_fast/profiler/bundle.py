@@ -8,7 +8,7 @@
     strong.safetensors, graded.safetensors, near.safetensors, contrastive.safetensors, multitask.safetensors
     maps/<column>.parquet      how text ids of items were numbered, edges of the price buckets
     alignment.safetensors      what turns the vectors into those of an earlier run, where asked for
-    days/<seconds>.safetensors means and deviations among all clients, one file per day
+    days/<seconds>.safetensors means and deviations among all clients, and how many, one file per day
 
 Nothing is executed that a file holds, and nothing points outside of the folder: a copy works wherever it is.
 """
@@ -168,6 +168,11 @@ def save_day(directory: Path, cutoff_s: int, day: DayStatistics) -> None:
     """Keeps what was measured among all clients on a day, for whoever is embedded from then on."""
     (directory / DAYS).mkdir(exist_ok=True)
     write_arrays(directory / DAYS / f"{cutoff_s}.safetensors", day.arrays)
+
+
+def has_day(directory: Path, at_s: int) -> bool:
+    """Whether means and deviations of this very moment are kept."""
+    return (directory / DAYS / f"{at_s}.safetensors").exists()
 
 
 def load_day(directory: Path, at_s: int) -> DayStatistics:
