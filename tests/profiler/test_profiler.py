@@ -379,3 +379,19 @@ def test_a_new_run_in_the_space_of_an_old_one(tmp_path: Path) -> None:
     assert distance(here) < 0.8 * distance(unaligned)
     code, _, _ = run_tiny(tmp_path / "back", *source, "profiles.at=2022-09-20", f"profiles.align_to={new}")
     assert code == 2, "what is older must not learn from what came later"
+
+
+def test_what_models_keep_in_an_aligned_space(tmp_path: Path) -> None:
+    source = (*SHOP[:-1], "evaluation=default", "evaluation.readers=[linear]", "evaluation.components=[stacked]")
+    code, old, printed = run_tiny(tmp_path / "old", *source[:-3], "evaluation=off", "profiles.at=2022-09-20")
+    assert code == 0, printed
+    code, new, printed = run_tiny(tmp_path / "new", *source, "seed=3", f"profiles.align_to={old}")
+    assert code == 0, printed
+    found = json.loads((new / "stages" / "alignment" / "alignment.json").read_text())
+    areas, kept = found["auroc"]["linear"], found["kept"]["linear"]
+    assert areas["old"]["churn"] > 0.6
+    assert kept["aligned"] == pytest.approx((areas["aligned"]["churn"] - 0.5) / (areas["old"]["churn"] - 0.5))
+    assert kept["aligned"] > 0.9 and kept["aligned"] != kept["unaligned"]
+    said = f"linear: {kept['aligned']:.1%} (unaligned {kept['unaligned']:.1%})"
+    assert said in json.loads((new / "scores.json").read_text())["stacked"]["remarks"]["alignment"]
+    assert said in " ".join(printed.split()) and said in (new / "report.html").read_text()
