@@ -69,7 +69,7 @@ def test_ten_days_are_one_pass(made: tuple[Path, Mapping[str, pl.DataFrame], int
     assert Profiler.load(moved).append(day).num_clients == profiles.num_clients + (7 not in profiles.client_ids)
 
 
-@pytest.mark.parametrize("step", ["save_day", "Profiles.write_parquet", "History.save"])
+@pytest.mark.parametrize("step", ["save_day", "write_in_parts", "Profiles.write_parquet", "History.save"])
 def test_stopped_anywhere_it_goes_on(
     step: str,
     made: tuple[Path, Mapping[str, pl.DataFrame], int],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import date, datetime
 from pathlib import Path
@@ -16,6 +17,7 @@ import polars as pl
 from ubp_fast.events.schema import UserError
 from ubp_fast.events.split import utc_text
 from ubp_fast.features.scaling import DayStatistics
+from ubp_fast.files import writable_directory
 from ubp_fast.profiler.bulk import write_in_parts
 from ubp_fast.profiler.bundle import (
     BUNDLE_FILE,
@@ -108,7 +110,7 @@ class Profiler:
             DataError: events that break a rule; names column and row.
             UserError: another argument does.
         """
-        with TemporaryDirectory() as folder:
+        with TemporaryDirectory() if everybody else nullcontext("") as folder:
             job = self._job(events, at, clients, blocks)
             numbers = job.numbers
             rows: slice | np.ndarray = slice(None)
@@ -138,15 +140,16 @@ class Profiler:
 
         Args:
             output: a directory, or a table when the name ends in .parquet.
-            events, at, clients, blocks: as of `embed`.
+            events, at, clients, blocks, everybody: as of `embed`.
             per_block: a column of the table per block.
-            progress: called with (clients done, clients in all).
+            progress: called with (steps done, steps in all).
         """
         job, target = self._job(events, at, clients, blocks), Path(output)
         if len(job.numbers) != len(np.unique(job.numbers)):
             raise UserError("clients: ids must be named once to be written, got some twice; remove the repeats")
         report = progress or _silent
-        with TemporaryDirectory(dir=_existing(target.parent) if everybody else None) as folder:
+        place = writable_directory(target.parent, "the folder of the output") if everybody else None
+        with nullcontext("") if place is None else TemporaryDirectory(dir=place) as folder:
             if everybody:
                 job = self._kept(job, clients, Path(folder), _share(report, 0.0, MEASURING))
                 report = _share(report, MEASURING, 1.0) if job.made is not None else report
@@ -318,8 +321,3 @@ def _share(progress: Progress, first: float, last: float) -> Progress:
         progress(round(steps * (first + (last - first) * done / max(total, 1))), steps)
 
     return report
-
-
-def _existing(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
