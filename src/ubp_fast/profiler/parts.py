@@ -27,6 +27,7 @@ from ubp_fast.features.static import static_features
 from ubp_fast.features.tastes import taste_features
 from ubp_fast.models.contrastive import ContrastiveModel
 from ubp_fast.models.layers.event_embedding import EventSizes
+from ubp_fast.models.layers.linear import rows_alone
 from ubp_fast.models.multitask import MultitaskModel
 from ubp_fast.models.near import NearModel, NearPart
 from ubp_fast.models.pair_scorer import PairScorer
@@ -41,6 +42,10 @@ from ubp_fast.store.event_store import EventStore
 from ubp_fast.store.in_memory import MemoryStore, Vocabulary
 
 NETWORKS = ("contrastive", "multitask")
+# Clients whose histories go through a network at once.
+CLIENTS_OF_NETWORKS = 32
+# Numbers that torch computes side by side at most.
+LANES = 32
 OWN_BLOCKS = ("aggregated", "decayed", "static")
 # Falls slower than the singular values, for distances in which the first directions are not alone.
 GRADING = 0.75
@@ -72,20 +77,33 @@ class Network(NamedTuple):
     def vectors(self, store: EventStore, cutoff_s: int, static: np.ndarray | None) -> np.ndarray:
         """Float32 [U, E] of the relevant clients of a store; static features float32 [U, 46] where the model has any.
 
-        Client by client in one thread: kernels order their sums by the shape of a batch and the number of threads.
+        In one thread, and so that a client's vector does not depend on the others of its batch.
         """
         features = None if self.scaler is None or static is None else self.scaler.transform(static)
         views = views_at(store, [cutoff_s])
         length = self.model.config.history_length
-        return each_alone(self.model, ViewLoader(store, views, batch_size=1, history_length=length, features=features))
+        size = CLIENTS_OF_NETWORKS if _has_equal_rows(self.model) else 1
+        loader = ViewLoader(store, views, batch_size=size, history_length=length, features=features)
+        return each_alone(self.model, loader)
+
+
+def _has_equal_rows(model: ContrastiveModel | MultitaskModel) -> bool:
+    """Whether a row's result is the same wherever in a batch it stands, given products that are.
+
+    torch computes elementwise functions other than sums, products and maxima in vectors of numbers, and what is left of
+    a tensor one by one, with other roundings.
+    """
+    config = model.config.history if isinstance(model, ContrastiveModel) else model.config.encoder
+    return config.pooling != "lstm" and (config.activation == "relu" or config.feed_forward % LANES == 0)
 
 
 def each_alone(model: torch.nn.Module, loader: ViewLoader) -> np.ndarray:
-    """`embed` in one thread, of a loader that gives one view at a time: a row depends on its own view alone."""
+    """`embed` in one thread and with products whose rows do not depend on each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return embed(model, loader)
+        with rows_alone():
+            return embed(model, loader)
     finally:
         torch.set_num_threads(threads)
 
@@ -288,7 +306,8 @@ def _strong(fitted: Fitted, made: Made, day: DayStatistics, name: str) -> list[P
         columns = [*(f"direction_{column}" for column in range(vectors.shape[1] - 1)), "constant"]
     else:
         views = Views(np.arange(len(inputs)), np.full(len(inputs), fitted.cutoff_s))
-        vectors = each_alone(fitted.strong, ViewLoader(None, views, batch_size=1, features=inputs))
+        size = CLIENTS_OF_NETWORKS if fitted.strong.config.profile_width % LANES == 0 else 1
+        vectors = each_alone(fitted.strong, ViewLoader(None, views, batch_size=size, features=inputs))
         columns = [f"activation_{column}" for column in range(vectors.shape[1])]
     what = "what says most about the next two weeks"
     return [Part(name, vectors, columns, None, what, _source(fitted, fitted.recipe.joined))]
