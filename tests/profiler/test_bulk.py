@@ -17,8 +17,10 @@ import pytest
 from support.runs import contents, run_tiny
 
 from ubp_fast.events.schema import UserError
+from ubp_fast.features.scaling import DayStatistics
 from ubp_fast.files import OutputDirectoryError
 from ubp_fast.profiler import Profiler, bulk
+from ubp_fast.profiler.bundle import save_day
 from ubp_fast.profiles import Profiles
 
 SHOP = ("data=synthetic", "data.clients=200", "data.skus=60", "data.urls=80", "stages=[profiles]")
@@ -135,6 +137,10 @@ def test_everybody_of_a_day_is_compared_with_each_other(run: Path, tmp_path: Pat
     with pytest.raises(UserError, match="everybody: must have the events of all clients"):
         later.embed(events, "2022-10-25", some, everybody=True)
     shutil.rmtree(copy / "model" / "days")
+    (copy / "model" / "days").write_text("in the way")
+    with pytest.raises(OutputDirectoryError, match="days of the model must be a writable directory"):
+        save_day(copy / "model", 5, DayStatistics())
+    (copy / "model" / "days").unlink()
     shutil.copytree(run / "model" / "days", copy / "model" / "days")
     assert profiler.embed(events, moment, everybody=True).embeddings.tobytes() == made.embeddings.tobytes()
 

@@ -35,6 +35,7 @@ from ubp_fast.files import (
     write_atomically,
     write_json,
     write_tensors,
+    writing_to,
 )
 from ubp_fast.models.contrastive import ContrastiveModel
 from ubp_fast.models.layers.event_embedding import EventSizes
@@ -166,8 +167,9 @@ def load_maps(directory: Path) -> dict[str, pl.DataFrame]:
 
 def save_day(directory: Path, cutoff_s: int, day: DayStatistics) -> None:
     """Keeps what was measured among all clients on a day, for whoever is embedded from then on."""
-    (directory / DAYS).mkdir(exist_ok=True)
-    write_arrays(directory / DAYS / f"{cutoff_s}.safetensors", day.arrays)
+    with writing_to(directory / DAYS, "days of the model"):
+        (directory / DAYS).mkdir(exist_ok=True)
+        write_arrays(directory / DAYS / f"{cutoff_s}.safetensors", day.arrays)
 
 
 def has_day(directory: Path, at_s: int) -> bool:
