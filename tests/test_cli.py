@@ -75,6 +75,22 @@ def test_cache_is_listed_explained_and_pruned(run: Path, tmp_path: Path, capsys:
     assert main(["cache", "why"]) == 2
 
 
+def test_everybody_is_kept_and_days_are_appended(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "shop"))
+    events, before = str(copy / "stages" / "events"), len(list((copy / "model" / "days").iterdir()))
+    everybody = ["--at", "2022-11-12", "--everybody", "--output", str(tmp_path / "today")]
+    assert main(["embed", str(copy), "--events", events, *everybody]) == 0
+    assert len(list((copy / "model" / "days").iterdir())) == before + 1
+    day = pl.DataFrame({"client_id": [7], "timestamp": [1_668_300_000], "sku": [1001]})
+    (tmp_path / "day").mkdir()
+    day.write_parquet(tmp_path / "day" / "product_buy.parquet")
+    capsys.readouterr()
+    assert main(["embed", str(copy), "--append", "--events", str(tmp_path / "day")]) == 0
+    printed = capsys.readouterr().out
+    assert "append done in" in printed and str(copy / "latest") in printed
+    assert len(list((copy / "model" / "days").iterdir())) == before + 2
+
+
 def test_validate_and_evaluate(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["validate", str(run / "latest")]) == 0
     assert "valid: 200 clients" in capsys.readouterr().out
@@ -97,6 +113,14 @@ def test_validate_and_evaluate(run: Path, tmp_path: Path, capsys: pytest.Capture
         (
             ["embed", "RUN", "--events", "RUN/stages/events", "--output", "OUT", "--clients", "no.txt"],
             "no.txt: file must",
+        ),
+        (
+            ["embed", "RUN", "--events", "RUN/stages/events", "--append", "--everybody"],
+            "leave out --output, --clients, --blocks, --everybody",
+        ),
+        (
+            ["embed", "RUN", "--events", "RUN/stages/events", "--output", "OUT", "--at", "2000-01-01", "--everybody"],
+            "must have the events of all clients",
         ),
         (["validate", "nowhere"], "nowhere"),
     ],

@@ -88,6 +88,11 @@ def parser() -> argparse.ArgumentParser:
     embed.add_argument(
         "--append", action="store_true", help="adds new events to the run's and embeds all clients into its latest/"
     )
+    embed.add_argument(
+        "--everybody",
+        action="store_true",
+        help="the events are those of all clients: keeps means and deviations of this moment in the model",
+    )
     embed.add_argument("--at", help="date or date-time (UTC); just after the newest event by default")
     embed.add_argument("--clients", type=Path, help="ids of the clients: a text file with one per line, or .npy")
     embed.add_argument("--blocks", help="names of the blocks wanted, separated by commas; all by default")
@@ -135,11 +140,14 @@ def _embed(options: argparse.Namespace) -> int:
 
     profiler = Profiler.load(options.run)
     if options.append:
-        if options.output or options.clients or options.blocks:
+        if options.output or options.clients or options.blocks or options.everybody:
             raise UserError(
-                "embed --append: all vectors go to latest/ of the run; leave out --output, --clients, --blocks"
+                "embed --append: all vectors of everybody go to latest/ of the run; leave out --output, --clients,"
+                " --blocks, --everybody"
             )
-        made = profiler.append(options.events, options.at)
+        progress = RunProgress(Console(), [("append", 1.0)])
+        with progress.display(), progress.stage("append") as update:
+            made = profiler.append(options.events, options.at, update)
         print(f"profiles of {made.num_clients} clients  {profiler.directory.parent / LATEST}")
         return 0
     if options.output is None:
@@ -148,8 +156,8 @@ def _embed(options: argparse.Namespace) -> int:
     blocks = None if options.blocks is None else options.blocks.split(",")
     progress = RunProgress(Console(), [("embed", 1.0)])
     with progress.display(), progress.stage("embed") as update:
-        per_block = options.column_per_block
-        number = profiler.embed_to(options.output, options.events, options.at, clients, blocks, per_block, update)
+        given = (options.output, options.events, options.at, clients, blocks, options.column_per_block)
+        number = profiler.embed_to(*given, update, options.everybody)
     print(f"profiles of {number} clients  {options.output}")
     return 0
 

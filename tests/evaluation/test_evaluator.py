@@ -13,7 +13,7 @@ from ubp_fast.evaluation.readers import network
 from ubp_fast.evaluation.readers.network import NetworkData, training_cost
 from ubp_fast.events.labels import LabelMatrix
 from ubp_fast.events.read import EventDirectory
-from ubp_fast.events.schema import DataError
+from ubp_fast.events.schema import DataError, UserError
 from ubp_fast.events.sources.challenge import Challenge
 from ubp_fast.profiles import Layout, Profiles
 from ubp_fast.profiles.blocks import Block
@@ -170,3 +170,16 @@ def test_neighbours_take_the_block_that_is_made_for_them(profiles, targets):
 def test_vectors_of_width_zero_are_refused(profiles, targets):
     with pytest.raises(ValueError, match="got width 0"):
         evaluate(Profiles(profiles.client_ids, profiles.embeddings[:, :0]), targets, EvaluationConfig())
+
+
+def test_readers_learn_from_some_vectors_and_read_others(profiles, targets):
+    config = EvaluationConfig(tasks=("propensity_category",), readers=("linear", "boosting"))
+    wanted = evaluate(profiles, targets, config).aurocs()
+    assert evaluate(profiles, targets, config, read=profiles).aurocs() == wanted
+    mirrored = replace(profiles, embeddings=-profiles.embeddings.astype(np.float32))
+    found = evaluate(profiles, targets, config, read=mirrored).aurocs()
+    linear, mirror = wanted["linear"]["propensity_category"][0], found["linear"]["propensity_category"][0]
+    assert mirror == pytest.approx(1 - linear, abs=1e-6), "what a model of the others says, the other way round"
+    assert found["boosting"] != wanted["boosting"]
+    with pytest.raises(UserError, match=r"readers of other vectors must be among \['boosting', 'linear'\]"):
+        evaluate(profiles, targets, replace(config, readers=("network",)), read=profiles)

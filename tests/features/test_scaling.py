@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ubp_fast.features import scaling
-from ubp_fast.features.scaling import DayStatistics, MinMaxScaler, moments, projected
+from ubp_fast.features.scaling import DayStatistics, MinMaxScaler, add_product, moments, projected
 
 VALUES = np.array([[0, 0.1, 3], [1, 0.1, 4], [9, 0.1, 8]], np.float32)
 
@@ -62,3 +62,21 @@ def test_a_known_day_measures_nothing() -> None:
     np.testing.assert_array_equal(known.moments("one", values * 2)[1], deviation)
     with pytest.raises(KeyError):
         known.moments("other", values)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (4, 4, 16), (5, 7, 3), (9, 38, 33), (6, 0, 5), (0, 3, 4), (3, 130, 128)])
+def test_products_add_in_the_order_of_the_columns(dtype: type, shape: tuple[int, int, int]) -> None:
+    rows, columns, width = shape
+    state = np.random.default_rng(1)
+    inputs, matrix = (state.standard_normal(one).astype(dtype) for one in ((rows, columns), (columns, width)))
+    found, wanted = (state.standard_normal((rows, width)).astype(dtype) for _ in range(2))
+    wanted[:] = found
+    for column in range(columns):
+        wanted += inputs[:, column, None] * matrix[column]
+    together = found.copy()
+    add_product(inputs, matrix, together)
+    assert together.tobytes() == wanted.tobytes()
+    for row in range(rows):
+        add_product(inputs[row : row + 1], matrix, found[row : row + 1])
+    assert found.tobytes() == wanted.tobytes(), "whoever stands beside it"

@@ -9,6 +9,7 @@ import pytest
 
 from ubp_fast.events.labels import LabelMatrix
 from ubp_fast.features import scaling
+from ubp_fast.models import reduced_rank
 from ubp_fast.models.reduced_rank import ReducedRankConfig, ReducedRankModel
 
 
@@ -116,7 +117,8 @@ def test_rows_at_once_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rows_may_be_made_when_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole blocks were joined in memory once, several times over."""
-    monkeypatch.setattr(scaling, "ROWS_AT_ONCE", 128)
+    for module in (scaling, reduced_rank):
+        monkeypatch.setattr(module, "ROWS_AT_ONCE", 128)
     blocks, labels, _ = example()
 
     class Lazy:

@@ -50,12 +50,16 @@ def test_ten_days_are_one_pass(made: tuple[Path, Mapping[str, pl.DataFrame], int
     edges = np.linspace(start_s, end_s, DAYS + 1).astype(int)
     for first_s, last_s in itertools.pairwise(edges.tolist()):
         profiles = Profiler.load(run).append(between(tables, first_s, last_s), at=last_s)
-    Profiler.load(once).append(between(tables, start_s, end_s))
+    seen: list[float] = []
+    Profiler.load(once).append(between(tables, start_s, end_s), progress=lambda done, total: seen.append(done / total))
+    assert seen == sorted(seen) and len(seen) > 5 and seen[-1] == 1
     assert end_s - start_s > 9 * DAY_S
     assert contents(run / "latest") == contents(once / "latest")
     assert (run / "latest.parquet").read_bytes() == (once / "latest.parquet").read_bytes()
     whole = Profiler.load(run).embed(tables, end_s, profiles.client_ids)
     assert whole.embeddings.tobytes() == Profiles.load(run / "latest").embeddings.tobytes()
+    everybody = Profiler.load(shutil.copytree(made[0], tmp_path / "everybody"))
+    assert everybody.embed(tables, end_s, everybody=True).embeddings.tobytes() == whole.embeddings.tobytes()
     before = Profiles.load(made[0] / "latest")
     assert not np.array_equal(before.embeddings, profiles.align(before.client_ids).embeddings)
     assert profiles.num_clients > before.num_clients, "some came for the first time"
@@ -65,7 +69,7 @@ def test_ten_days_are_one_pass(made: tuple[Path, Mapping[str, pl.DataFrame], int
     assert Profiler.load(moved).append(day).num_clients == profiles.num_clients + (7 not in profiles.client_ids)
 
 
-@pytest.mark.parametrize("step", ["save_day", "Profiles.write_parquet", "History.save"])
+@pytest.mark.parametrize("step", ["save_day", "write_in_parts", "Profiles.write_parquet", "History.save"])
 def test_stopped_anywhere_it_goes_on(
     step: str,
     made: tuple[Path, Mapping[str, pl.DataFrame], int],

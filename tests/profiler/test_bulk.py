@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +17,10 @@ import pytest
 from support.runs import contents, run_tiny
 
 from ubp_fast.events.schema import UserError
+from ubp_fast.features.scaling import DayStatistics
 from ubp_fast.files import OutputDirectoryError
 from ubp_fast.profiler import Profiler, bulk
+from ubp_fast.profiler.bundle import save_day
 from ubp_fast.profiles import Profiles
 
 SHOP = ("data=synthetic", "data.clients=200", "data.skus=60", "data.urls=80", "stages=[profiles]")
@@ -106,6 +109,40 @@ def test_killed_at_random_moments(run: Path, tmp_path: Path) -> None:
     subprocess.run(command, env=environment, check=True, capture_output=True)
     Profiler.load(run).embed(events_of(run)).save(tmp_path / "wanted")
     assert contents(tmp_path / "today") == contents(tmp_path / "wanted")
+
+
+def test_everybody_of_a_day_is_compared_with_each_other(run: Path, tmp_path: Path) -> None:
+    copy, moment = Path(shutil.copytree(run, tmp_path / "run")), "2022-10-20"
+    events = events_of(copy)
+    profiler = Profiler.load(copy)
+    before = profiler.embed(events, moment).embeddings
+    profiler.embed_to(tmp_path / "before", events, moment)
+    assert Profiles.load(tmp_path / "before").embeddings.tobytes() == before.tobytes()
+    seen: list[float] = []
+    profiler.embed_to(
+        tmp_path / "all", events, moment, progress=lambda done, total: seen.append(done / total), everybody=True
+    )
+    assert seen == sorted(seen) and len(seen) > 5 and seen[-1] == 1
+    made = Profiles.load(tmp_path / "all")
+    assert not np.array_equal(made.embeddings, before), "the day has means of its own"
+    some = made.client_ids[[5, 2, 9]].tolist()
+    later = Profiler.load(copy)
+    assert later.embed(events, moment, some).embeddings.tobytes() == made.align(np.array(some)).embeddings.tobytes()
+    assert later.embed(events, moment, everybody=True).embeddings.tobytes() == made.embeddings.tobytes()
+    late = later.embed(events, "2022-10-21", some).embeddings
+    assert not np.array_equal(late, Profiler.load(run).embed(events, "2022-10-21", some).embeddings)
+    one = {"product_buy": pl.DataFrame({"client_id": [some[0]], "timestamp": [1_660_000_000], "sku": [1001]})}
+    with pytest.raises(UserError, match=r"everybody: must be about the \d+ clients of the day before, got 1"):
+        later.embed(one, "2022-10-25", everybody=True)
+    with pytest.raises(UserError, match="everybody: must have the events of all clients"):
+        later.embed(events, "2022-10-25", some, everybody=True)
+    shutil.rmtree(copy / "model" / "days")
+    (copy / "model" / "days").write_text("in the way")
+    with pytest.raises(OutputDirectoryError, match="days of the model must be a writable directory"):
+        save_day(copy / "model", 5, DayStatistics())
+    (copy / "model" / "days").unlink()
+    shutil.copytree(run / "model" / "days", copy / "model" / "days")
+    assert profiler.embed(events, moment, everybody=True).embeddings.tobytes() == made.embeddings.tobytes()
 
 
 def test_no_clients_and_bad_outputs(run: Path, tmp_path: Path) -> None:

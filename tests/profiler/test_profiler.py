@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 import uuid
+from contextlib import closing
+from datetime import datetime, timezone
 from pathlib import Path
+from zoneinfo import ZoneInfo
 
 import numpy as np
 import polars as pl
@@ -18,6 +22,7 @@ from support.runs import ALL_BLOCKS, NETWORK, run_tiny
 
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import DataError, UserError
+from ubp_fast.events.sources.sql import Sql
 from ubp_fast.profiler import Profiler
 from ubp_fast.profiles import Profiles
 
@@ -183,6 +188,69 @@ def test_pandas_arrow_and_files_are_the_same(table_run: tuple[Path, pl.DataFrame
     shop = pandas.DataFrame(local.to_dict(as_series=False))
     shop["customer"] = [uuid.UUID(text) for text in shop["customer"]]
     assert same(profiler.embed(shop, moment), wanted)
+    arrow = pytest.importorskip("pyarrow")
+    batches = frame.to_arrow().to_batches(max_chunksize=700)
+    assert len(batches) > 3
+    for table in (arrow.Table.from_batches(batches), arrow.RecordBatchReader.from_batches(batches[0].schema, batches)):
+        assert same(profiler.embed(table, moment), wanted)
+
+
+def test_zones_of_events_and_moments(table_run: tuple[Path, pl.DataFrame], tmp_path: Path) -> None:
+    """Events and moments may name any zone; what names none is the shop's own clock."""
+    run, frame = table_run
+    profiler = Profiler.load(run)
+    wanted = profiler.embed(frame, "2022-11-20 12:00:00")
+    there = frame.with_columns(pl.col("time").dt.convert_time_zone("America/New_York"))
+    moment = datetime(2022, 11, 20, 7, tzinfo=ZoneInfo("America/New_York"))
+    assert same(profiler.embed(there, moment), wanted)
+    assert same(profiler.embed(frame, "2022-11-20T21:00:00+09:00"), wanted)
+    local = frame.with_columns(pl.col("time").dt.convert_time_zone("Europe/Warsaw").dt.replace_time_zone(None))
+    local.write_parquet(tmp_path / "events.parquet")
+    settings = (*TABLE, f"data.path={tmp_path / 'events.parquet'}", "data.timezone=Europe/Warsaw")
+    code, made, printed = run_tiny(tmp_path / "runs", *settings)
+    assert code == 0, printed
+    shop, ids = Profiler.load(made), [frame["customer"][0]]
+    clock = shop.embed(local, "2022-11-20 13:00:00", ids)
+    assert same(shop.embed(frame, "2022-11-20 13:00:00", ids), clock), "instants move to the shop's clock"
+    assert same(shop.embed(local, datetime(2022, 11, 20, 12, tzinfo=timezone.utc), ids), clock)
+    assert not same(shop.embed(local, "2022-11-20 12:00:00", ids), clock), "the moment alone decides ages"
+
+
+def test_tables_of_the_organisers_in_a_directory(run: Path, tmp_path: Path) -> None:
+    events = EventDirectory.open(run / "stages" / "events")
+    for kind in events.kinds:
+        frame = events.frame(kind).rename({"timestamp_s": "timestamp"})
+        time = pl.from_epoch("timestamp").dt.strftime("%Y-%m-%d %H:%M:%S")
+        if "query" in frame.columns:
+            text = pl.format("[{}]", pl.col("query").cast(pl.List(pl.String)).list.join(" "))
+            frame = frame.with_columns(query=text)
+        frame.with_columns(timestamp=time).write_parquet(tmp_path / f"{kind}.parquet")
+    found = Profiler.load(run).embed(tmp_path, cutoff_s(run), whole(run).client_ids)
+    assert same(found, whole(run))
+    (tmp_path / "product_buy.parquet").write_bytes(b"PAR1 cut off")
+    with pytest.raises(DataError, match=r"product_buy\.parquet"):
+        Profiler.load(run).embed(tmp_path)
+
+
+def test_a_database_is_read_like_a_table(table_run: tuple[Path, pl.DataFrame], tmp_path: Path) -> None:
+    pytest.importorskip("adbc_driver_sqlite")
+    run, frame = table_run
+    rows = frame.with_columns(pl.col("time").dt.convert_time_zone("UTC").dt.strftime("%Y-%m-%d %H:%M:%S"))
+    with closing(sqlite3.connect(tmp_path / "shop.db")) as connection:
+        connection.execute("create table log (customer text, time text, event text, article text, department text,"
+                           " price real, text text)")  # fmt: skip
+        connection.executemany("insert into log values (?, ?, ?, ?, ?, ?, ?)", rows.rows())
+        connection.commit()
+    columns = {one.removeprefix("data.").split("=")[0]: one.split("=")[1] for one in TABLE if "_column" in one}
+    kinds = {"order": "product_buy", "view": "page_visit", "find": "search_query"}
+    moment = "2022-11-20 12:00:00"
+    source = Sql(f"sqlite:///{tmp_path / 'shop.db'}", "log", kinds=kinds, **columns)
+    assert same(Profiler.load(run).embed(source, moment), Profiler.load(run).embed(frame, moment))
+    settings = ("data=sql", f"data.uri=sqlite:///{tmp_path / 'shop.db'}", "data.query=log", *TABLE[1:])
+    code, made, printed = run_tiny(tmp_path / "runs", *settings)
+    assert code == 0, printed
+    profiler = Profiler.load(made)
+    assert same(profiler.embed(frame, moment), profiler.embed(source, moment)), "a frame with the shop's own columns"
 
 
 def test_what_is_known_of_a_new_item_counts(table_run: tuple[Path, pl.DataFrame]) -> None:
@@ -311,3 +379,19 @@ def test_a_new_run_in_the_space_of_an_old_one(tmp_path: Path) -> None:
     assert distance(here) < 0.8 * distance(unaligned)
     code, _, _ = run_tiny(tmp_path / "back", *source, "profiles.at=2022-09-20", f"profiles.align_to={new}")
     assert code == 2, "what is older must not learn from what came later"
+
+
+def test_what_models_keep_in_an_aligned_space(tmp_path: Path) -> None:
+    source = (*SHOP[:-1], "evaluation=default", "evaluation.readers=[linear]", "evaluation.components=[stacked]")
+    code, old, printed = run_tiny(tmp_path / "old", *source[:-3], "evaluation=off", "profiles.at=2022-09-20")
+    assert code == 0, printed
+    code, new, printed = run_tiny(tmp_path / "new", *source, "seed=3", f"profiles.align_to={old}")
+    assert code == 0, printed
+    found = json.loads((new / "stages" / "alignment" / "alignment.json").read_text())
+    areas, kept = found["auroc"]["linear"], found["kept"]["linear"]
+    assert areas["old"]["churn"] > 0.6
+    assert kept["aligned"] == pytest.approx((areas["aligned"]["churn"] - 0.5) / (areas["old"]["churn"] - 0.5))
+    assert kept["aligned"] > 0.9 and kept["aligned"] != kept["unaligned"]
+    said = f"linear: {kept['aligned']:.1%} (unaligned {kept['unaligned']:.1%})"
+    assert said in json.loads((new / "scores.json").read_text())["stacked"]["remarks"]["alignment"]
+    assert said in " ".join(printed.split()) and said in (new / "report.html").read_text()

@@ -11,13 +11,15 @@ import torch
 from ubp_fast.evaluation.readers import EvaluationConfig, LabelScores, ReaderData, TaskScore, reader_named
 from ubp_fast.evaluation.scores import Scores
 from ubp_fast.evaluation.tasks import Targets, TaskTargets
-from ubp_fast.events.schema import DataError
+from ubp_fast.events.schema import DataError, UserError
 from ubp_fast.profiles import Profiles
 from ubp_fast.profiles.blocks import NEAR
 from ubp_fast.progress import Progress, Steps
 
 # Of fewer clients of one class an AUROC says little.
 LEAST_CLIENTS = 10
+# Readers that may learn from some vectors and read others.
+READ_OTHERS = {"linear", "boosting"}
 
 
 def evaluate(
@@ -27,6 +29,7 @@ def evaluate(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
     has_units: bool = False,
+    read: Profiles | None = None,
 ) -> Scores:
     """Scores profiles with every reader that `config` names.
 
@@ -41,18 +44,23 @@ def evaluate(
         has_units: columns are measurements with units of their own, not a vector to be submitted: they stay float32,
             and the neighbours are those by standardised columns. Otherwise vectors are taken as a submission holds
             them, in float16.
+        read: other vectors of the same clients and width, which are scored; `profiles` are learned from. None: the
+            same. Of the readers `linear` and `boosting` know it.
 
     Raises:
         DataError: a client has no profile, a value does not fit float16, or vectors of width 0.
-        UserError: a reader needs a package that is not installed.
+        UserError: a reader needs a package that is not installed, or reads what it has learned from only.
     """
     if profiles.dim == 0:
         raise DataError("evaluate: profiles must have at least one number per client, got width 0")
     readers = {name: reader_named(name) for name in config.readers}
+    if read is not None and not set(readers) <= READ_OTHERS:
+        raise UserError(f"evaluate: readers of other vectors must be among {sorted(READ_OTHERS)}, got {list(readers)}")
     aligned = profiles.align(targets.client_ids)
     vectors = _to_device((aligned if has_units else aligned.to_float16()).embeddings, torch.device(device))
+    others_read = None if read is None else _to_device(read.align(targets.client_ids).embeddings, torch.device(device))
     orders = row_orders(targets.client_ids, config)
-    data = ReaderData(vectors, tuple(orders), _shuffle(targets.client_ids, config, 0), has_units)
+    data = ReaderData(vectors, tuple(orders), _shuffle(targets.client_ids, config, 0), has_units, others_read)
     chosen = [targets.tasks[name] for name in config.tasks if name in targets.tasks]
     twins = _twins(chosen)
     different = sorted(set(twins))

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from numba import njit
 
+from ubp_fast.compiled import njit
 from ubp_fast.files import load_array, write_array
 
 ROWS_AT_ONCE = 4_096
+# Where nothing is summed over rows: what is computed of so few stays in a cache near the core.
+CACHED_ROWS = 128
 SMALLEST_DEVIATION = 1e-6
+NUM_CLIENTS = "num_clients"
 
 
 class Rows(Protocol):
@@ -45,11 +48,13 @@ def moments(values: Rows) -> tuple[np.ndarray, np.ndarray]:
     return mean, np.sqrt(squares / len(values))
 
 
-def standardised(values: Rows, mean: np.ndarray, deviation: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+def standardised(
+    values: Rows, mean: np.ndarray, deviation: np.ndarray, rows_at_once: int = CACHED_ROWS
+) -> Iterator[tuple[slice, np.ndarray]]:
     """Rows of `values` and, float64, their columns with mean 0 and deviation 1; what hardly varies becomes 0."""
     scale = np.where(deviation > SMALLEST_DEVIATION, 1.0 / np.maximum(deviation, SMALLEST_DEVIATION), 0.0)
-    for start in range(0, len(values), ROWS_AT_ONCE):
-        part = slice(start, start + ROWS_AT_ONCE)
+    for start in range(0, len(values), rows_at_once):
+        part = slice(start, start + rows_at_once)
         inputs = values[part] - mean
         inputs *= scale
         yield part, inputs
@@ -58,17 +63,53 @@ def standardised(values: Rows, mean: np.ndarray, deviation: np.ndarray) -> Itera
 def projected(inputs: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     """inputs @ matrix, float64 [N, F] @ [F, R]: every sum in the order of F, whatever the number of rows."""
     out = np.zeros((len(inputs), matrix.shape[1]))
-    _project(np.ascontiguousarray(inputs, np.float64), np.ascontiguousarray(matrix, np.float64), out)
+    add_product(np.ascontiguousarray(inputs, np.float64), np.ascontiguousarray(matrix, np.float64), out)
     return out
 
 
-@njit(cache=True, nogil=True)
-def _project(inputs, matrix, out):  # pragma: no cover - compiled
-    for row in range(inputs.shape[0]):
-        for column in range(inputs.shape[1]):
+@njit
+def add_product(inputs, matrix, out):  # pragma: no cover - compiled
+    """out += inputs @ matrix, contiguous [N, F] @ [F, R] of one float type: every sum in the order of F.
+
+    Four rows times four columns at once, so that what is loaded serves four times, at the speed of a BLAS; the order of
+    no sum depends on it, and nothing is contracted or reordered.
+    """
+    rows, columns = inputs.shape
+    whole = rows - rows % 4
+    for row in range(0, whole, 4):
+        _add_four(inputs[row : row + 4], matrix, out[row : row + 4])
+    for row in range(whole, rows):
+        for column in range(columns):
             value = inputs[row, column]
             for target in range(matrix.shape[1]):
                 out[row, target] += value * matrix[column, target]
+
+
+@njit
+def _add_four(inputs, matrix, out):  # pragma: no cover - compiled
+    a, b, c, d = inputs[0], inputs[1], inputs[2], inputs[3]
+    out_a, out_b, out_c, out_d = out[0], out[1], out[2], out[3]
+    columns, width = matrix.shape
+    whole = columns - columns % 4
+    for k in range(0, whole, 4):
+        m0, m1, m2, m3 = matrix[k], matrix[k + 1], matrix[k + 2], matrix[k + 3]
+        a0, a1, a2, a3 = a[k], a[k + 1], a[k + 2], a[k + 3]
+        b0, b1, b2, b3 = b[k], b[k + 1], b[k + 2], b[k + 3]
+        c0, c1, c2, c3 = c[k], c[k + 1], c[k + 2], c[k + 3]
+        d0, d1, d2, d3 = d[k], d[k + 1], d[k + 2], d[k + 3]
+        for t in range(width):
+            v0, v1, v2, v3 = m0[t], m1[t], m2[t], m3[t]
+            out_a[t] = (((out_a[t] + a0 * v0) + a1 * v1) + a2 * v2) + a3 * v3
+            out_b[t] = (((out_b[t] + b0 * v0) + b1 * v1) + b2 * v2) + b3 * v3
+            out_c[t] = (((out_c[t] + c0 * v0) + c1 * v1) + c2 * v2) + c3 * v3
+            out_d[t] = (((out_d[t] + d0 * v0) + d1 * v1) + d2 * v2) + d3 * v3
+    for k in range(whole, columns):
+        m0, a0, b0, c0, d0 = matrix[k], a[k], b[k], c[k], d[k]
+        for t in range(width):
+            out_a[t] += a0 * m0[t]
+            out_b[t] += b0 * m0[t]
+            out_c[t] += c0 * m0[t]
+            out_d[t] += d0 * m0[t]
 
 
 class DayStatistics:
@@ -76,13 +117,24 @@ class DayStatistics:
 
     Those of a known day are given; without, they are measured when they are asked for first, and kept.
 
+    Args:
+        known: the arrays of a known day.
+        num_clients: of a day that is measured, to be kept beside.
+
     Attributes:
         arrays: what is known, by name.
     """
 
-    def __init__(self, known: Mapping[str, np.ndarray] | None = None) -> None:
+    def __init__(self, known: Mapping[str, np.ndarray] | None = None, num_clients: int | None = None) -> None:
         self._is_measuring = known is None
         self.arrays: dict[str, np.ndarray] = dict(known or {})
+        if num_clients is not None:
+            self.arrays[NUM_CLIENTS] = np.array([num_clients])
+
+    @property
+    def num_clients(self) -> int | None:
+        """How many clients the day had, where that is known."""
+        return int(self.arrays[NUM_CLIENTS][0]) if NUM_CLIENTS in self.arrays else None
 
     def once(self, names: tuple[str, ...], measure: Callable[[], tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
         """The arrays of these names; `measure` gives them when the day is not known and nobody has asked before.

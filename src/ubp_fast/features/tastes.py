@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
+from ubp_fast.compiled import njit
 from ubp_fast.events.schema import SKU_KINDS
 from ubp_fast.events.split import DAY_S
 from ubp_fast.features.history import Column, History, features_of
@@ -137,7 +137,7 @@ def _decayed_counts(part: History, config: TastesConfig) -> tuple[np.ndarray, np
     return offsets, different % width, np.log1p(decayed).astype(np.float32)
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _fold_in(offsets, places, values, weights, found):  # pragma: no cover - compiled
     for client in range(offsets.size - 1):
         for entry in range(offsets[client], offsets[client + 1]):

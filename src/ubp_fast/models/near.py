@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ubp_fast.features.scaling import Rows, projected, standardised
+from ubp_fast.features.scaling import CACHED_ROWS, ROWS_AT_ONCE, Rows, projected, standardised
 
 # Of the largest eigenvalue: a direction with less is made of roundings.
 SMALLEST_SHARE = 1e-12
@@ -50,7 +50,7 @@ class NearModel:
         """The `width` leading directions of all clients of a day, fewer where the parts have fewer."""
         columns = sum(part.values.shape[1] for part in parts)
         products = np.zeros((columns, columns))
-        for rows in _unit_rows(parts):
+        for rows in _unit_rows(parts, ROWS_AT_ONCE):
             products += rows.T @ rows
         values, vectors = np.linalg.eigh(products)
         leading = vectors[:, values > values[-1] * SMALLEST_SHARE][:, ::-1][:, :width]
@@ -60,14 +60,14 @@ class NearModel:
 
     def transform(self, parts: Sequence[NearPart]) -> np.ndarray:
         """Vectors float32 [N, R] of length at most one; a row depends on its own client alone."""
-        found = [projected(rows, self.directions).astype(np.float32) for rows in _unit_rows(parts)]
+        found = [projected(rows, self.directions).astype(np.float32) for rows in _unit_rows(parts, CACHED_ROWS)]
         return np.concatenate([np.zeros((0, self.directions.shape[1]), np.float32), *found])
 
 
-def _unit_rows(parts: Sequence[NearPart]) -> Iterator[np.ndarray]:
+def _unit_rows(parts: Sequence[NearPart], rows_at_once: int) -> Iterator[np.ndarray]:
     """All parts side by side, float64 [n, F], a few clients at a time."""
     total = sum(part.weight for part in parts)
-    for together in zip(*(standardised(*part[:3]) for part in parts), strict=True):
+    for together in zip(*(standardised(*part[:3], rows_at_once) for part in parts), strict=True):
         found = []
         for part, (_, rows) in zip(parts, together, strict=True):
             length = np.sqrt(projected(rows * rows, np.ones((rows.shape[1], 1))))

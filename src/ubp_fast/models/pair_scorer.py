@@ -21,17 +21,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import njit
 from torch import nn
 from torch.nn import functional
 
+from ubp_fast.compiled import njit
 from ubp_fast.events.labels import LabelMatrix
 from ubp_fast.events.schema import SKU_KINDS, LabelLists, UserError
 from ubp_fast.events.split import DAY_S
 from ubp_fast.features.history import Column, History, features_of
 from ubp_fast.features.matrix import Features
 from ubp_fast.features.popular import label_slots
-from ubp_fast.features.scaling import DayStatistics, projected
+from ubp_fast.features.scaling import DayStatistics, add_product, projected
 from ubp_fast.sequences import Views, window_labels
 from ubp_fast.store.event_store import EventStore
 
@@ -46,6 +46,8 @@ CLIP = 5.0
 SEEN = 0.02
 LEAST_ACTIVITY = 0.05
 LEAST_POPULARITY = 1e-6
+# Labels at once: what their hidden units take stays in the fastest cache.
+LABELS_AT_ONCE = 128
 
 
 @dataclass(frozen=True)
@@ -98,11 +100,15 @@ class Counts(NamedTuple):
 
     Attributes:
         own: [U, J, S] decayed counts of every slot; J = kinds x half-lives.
+        logarithms: [U, J, S] log1p of them.
+        is_seen: bool [U, S] whether any of a slot's is more than 0.
         totals: [U, J] of all items.
         activity: [U, A] how much, how long ago, on how many days.
     """
 
     own: np.ndarray
+    logarithms: np.ndarray
+    is_seen: np.ndarray
     totals: np.ndarray
     activity: np.ndarray
 
@@ -215,7 +221,9 @@ class PairScorer:
         for list_name, group in self.groups.items():
             arrays, popular = group.arrays, popularity[group.slots]
             scaled = ((popular - arrays["label_mean"]) * arrays["label_scale"]).clip(-CLIP, CLIP)
-            label_inputs[list_name] = projected(scaled, arrays["label_weight"]) + arrays["bias_1"]
+            nothing = _scaled(np.zeros_like(arrays["pair_mean"]), arrays)[None]
+            of_label = projected(scaled, arrays["label_weight"]) + projected(nothing, arrays["pair_weight"])
+            label_inputs[list_name] = np.ascontiguousarray((of_label + arrays["bias_1"]).T, np.float32)
 
         def columns(part: History) -> Iterator[Column]:
             counts = _counts(part, self.config)
@@ -226,14 +234,17 @@ class PairScorer:
         return features_of(history, columns, directory)
 
     def _scores(self, counts: Counts, group: _Group, of_label: np.ndarray) -> np.ndarray:
+        """Log odds float32 [U, L]; of_label float32 [H, L]: what labels bring of which a client knows nothing."""
         arrays = group.arrays
         scaled = ((counts.activity - arrays["client_mean"]) * arrays["client_scale"]).clip(-CLIP, CLIP)
         of_client = projected(scaled, arrays["client_weight"]).astype(np.float32)
         out = np.empty((len(of_client), len(group.slots)), np.float32)
-        weights = [arrays[key] for key in ("pair_mean", "pair_scale", "pair_weight", "weight_2", "bias_2", "weight_3")]
+        transposed = (np.ascontiguousarray(arrays[name].T) for name in ("pair_weight", "weight_2"))
         _score(
-            *(counts.own, counts.totals, group.slots, group.category_slots, len(self.config.half_lives_days)),
-            *(of_client, of_label.astype(np.float32), *weights, arrays["bias_3"][0], out),
+            *(counts.own, counts.logarithms, counts.is_seen, counts.totals),
+            *(group.slots, group.category_slots, len(self.config.half_lives_days)),
+            *(of_client, of_label, arrays["pair_mean"], arrays["pair_scale"], *transposed),
+            *(arrays["bias_2"], arrays["weight_3"], arrays["bias_3"][0], out),
         )
         return out
 
@@ -295,6 +306,11 @@ class PairScorer:
         return cls(config, lists, groups)
 
 
+def _scaled(pair: np.ndarray, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Inputs of pairs as the network takes them."""
+    return ((pair - arrays["pair_mean"]) * arrays["pair_scale"]).clip(-CLIP, CLIP)
+
+
 def _categories_of_skus(store: EventStore, lists: LabelLists) -> LabelLists:
     """The categories of the listed skus, as a list of labels; none where the data has no categories."""
     if "propensity_sku" not in lists or "propensity_category" not in lists:
@@ -347,8 +363,12 @@ def _counts(history: History, config: PairScorerConfig) -> Counts:
         found = history.aggregate("activity", kind, half_lives_s=half_lives_s, windows_s=windows_s, periods_s=(DAY_S,))
         ages = np.stack([column.values for column in history.recency(found, kind)], axis=1)
         activity.append(np.log1p(np.concatenate([found.decayed_totals, ages, found.distinct_times[:, :, 0]], axis=1)))
+    counts = np.concatenate(own, axis=1)
+    logarithms, is_seen = np.zeros_like(counts), np.zeros((len(counts), counts.shape[2]), bool)
+    _logarithms(counts, logarithms, is_seen)
     return Counts(
-        np.concatenate(own, axis=1), np.concatenate(totals, axis=1), np.concatenate(activity, axis=1, dtype=np.float32)
+        *(counts, logarithms, is_seen, np.concatenate(totals, axis=1)),
+        np.concatenate(activity, axis=1, dtype=np.float32),
     )
 
 
@@ -377,9 +397,8 @@ def _draw(
     )
     half_lives = len(config.half_lives_days)
     pair = np.empty((len(rows), _pair_width(counts.own.shape[1], half_lives, group)), np.float32)
-    _pair_inputs(
-        *(counts.own, counts.totals, rows, group.slots[columns], group.category_slots[columns], half_lives, pair)
-    )
+    slots, category_slots = group.slots[columns], group.category_slots[columns]
+    _pair_inputs(counts.own, counts.logarithms, counts.totals, rows, slots, category_slots, half_lives, pair)
     bought = np.repeat(np.array([1, 0], np.float32), [len(kept), num_negatives])
     return pair, counts.activity[rows], popularity[group.slots[columns]], bought, weight.astype(np.float32)
 
@@ -445,40 +464,54 @@ def _optimise(
             schedule.step()
 
 
-@njit(cache=True, nogil=True)
-def _pair(own, totals, slot, category_slot, half_lives, out):  # pragma: no cover - compiled
-    """Inputs of one pair: own [J, S], totals [J] of the client."""
+@njit
+def _pair(own, logarithms, totals, slot, category_slot, half_lives, out):  # pragma: no cover - compiled
+    """Inputs of one pair: own and their log1p [J, S], totals [J] of the client."""
     counts = own.shape[0]
     at = 0
     for number in range(counts):
-        count = own[number, slot]
-        logarithm = np.log1p(count)
+        logarithm = logarithms[number, slot]
         out[at] = logarithm
         out[at + 1] = np.sqrt(logarithm)
-        out[at + 2] = np.sqrt(min(count / max(totals[number], np.float32(LEAST_ACTIVITY)), np.float32(1)))
+        share = own[number, slot] / max(totals[number], np.float32(LEAST_ACTIVITY))
+        out[at + 2] = np.sqrt(min(share, np.float32(1)))
         out[at + 3] = np.float32(1) if logarithm > np.float32(SEEN) else np.float32(0)
         at += 4
     for first in range(0, counts, half_lives):
-        out[at] = np.log1p(own[first, slot]) - np.log1p(own[first + half_lives - 1, slot])
+        out[at] = logarithms[first, slot] - logarithms[first + half_lives - 1, slot]
         at += 1
     if category_slot >= 0:
         for number in range(counts):
-            logarithm = np.log1p(own[number, category_slot])
+            logarithm = logarithms[number, category_slot]
             out[at] = logarithm
             out[at + 1] = np.sqrt(logarithm)
             at += 2
 
 
-@njit(cache=True, nogil=True)
-def _pair_inputs(own, totals, rows, slots, category_slots, half_lives, out):  # pragma: no cover - compiled
+@njit
+def _logarithms(own, out, is_seen):  # pragma: no cover - compiled
+    """log1p of the counts, most of which are 0, over zeros; and which slots have any, over False."""
+    for row in range(own.shape[0]):
+        for number in range(own.shape[1]):
+            for slot in range(own.shape[2]):
+                if own[row, number, slot] != 0:
+                    out[row, number, slot] = np.log1p(own[row, number, slot])
+                    is_seen[row, slot] = True
+
+
+@njit
+def _pair_inputs(own, logarithms, totals, rows, slots, category_slots, half_lives, out):  # pragma: no cover - compiled
     for number in range(len(rows)):
         row = rows[number]
-        _pair(own[row], totals[row], slots[number], category_slots[number], half_lives, out[number])
+        slot, category_slot = slots[number], category_slots[number]
+        _pair(own[row], logarithms[row], totals[row], slot, category_slot, half_lives, out[number])
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _score(  # pragma: no cover - compiled
     own,
+    logarithms,
+    is_seen,
     totals,
     slots,
     category_slots,
@@ -494,29 +527,73 @@ def _score(  # pragma: no cover - compiled
     bias_3,
     out,
 ):
-    """The network for all pairs: the first layer is a sum of what client, label and pair bring."""
-    pair = np.empty(pair_weight.shape[0], np.float32)
-    first = np.empty(pair_weight.shape[1], np.float32)
-    second = np.empty(weight_2.shape[1], np.float32)
+    """The network for all pairs, a client's labels side by side: units [H, L], weights [units, inputs].
+
+    The first layer is a sum of what client, label and pair bring. Labels of which the client has nothing share what
+    their pair brings, and `of_label` holds it; for the others follows how theirs differs from it.
+    """
+    lower, upper = np.float32(-CLIP), np.float32(CLIP)
+    num_labels, inputs, hidden = len(slots), len(pair_mean), len(weight_2)
+    pair = np.empty(inputs, np.float32)
+    of_nothing = np.empty(inputs, np.float32)
+    for number in range(inputs):
+        of_nothing[number] = min(max(-pair_mean[number] * pair_scale[number], lower), upper)
+    known = np.empty(num_labels, np.int64)
+    first_units = np.empty(of_label.shape[0] * LABELS_AT_ONCE, np.float32)
+    second_units = np.empty(hidden * LABELS_AT_ONCE, np.float32)
     for row in range(own.shape[0]):
-        for label in range(len(slots)):
-            _pair(own[row], totals[row], slots[label], category_slots[label], half_lives, pair)
-            for unit in range(len(first)):
-                first[unit] = of_client[row, unit] + of_label[label, unit]
-            for number in range(len(pair)):
+        num_known = 0
+        for label in range(num_labels):
+            category_slot = category_slots[label]
+            if is_seen[row, slots[label]] or (category_slot >= 0 and is_seen[row, category_slot]):
+                known[num_known] = label
+                num_known += 1
+        differences = np.empty((inputs, num_known), np.float32)
+        for place in range(num_known):
+            label = known[place]
+            _pair(own[row], logarithms[row], totals[row], slots[label], category_slots[label], half_lives, pair)
+            for number in range(inputs):
                 value = (pair[number] - pair_mean[number]) * pair_scale[number]
-                value = min(max(value, np.float32(-CLIP)), np.float32(CLIP))
-                for unit in range(len(first)):
-                    first[unit] += value * pair_weight[number, unit]
-            for unit in range(len(second)):
+                differences[number, place] = min(max(value, lower), upper) - of_nothing[number]
+        of_pair = np.zeros((of_label.shape[0], num_known), np.float32)
+        add_product(pair_weight, differences, of_pair)
+        begin = 0
+        for start in range(0, num_labels, LABELS_AT_ONCE):
+            width = min(LABELS_AT_ONCE, num_labels - start)
+            first = first_units[: of_label.shape[0] * width].reshape(-1, width)
+            second = second_units[: hidden * width].reshape(-1, width)
+            end = begin
+            while end < num_known and known[end] < start + width:
+                end += 1
+            for unit in range(of_label.shape[0]):
+                _sum(of_client[row, unit], of_label[unit, start : start + width], first[unit])
+                for place in range(begin, end):
+                    first[unit, known[place] - start] += of_pair[unit, place]
+                _rectify(first[unit])
+            begin = end
+            for unit in range(hidden):
                 second[unit] = bias_2[unit]
-            for number in range(len(first)):
-                value = first[number]
-                if value > 0:
-                    for unit in range(len(second)):
-                        second[unit] += value * weight_2[number, unit]
-            total = bias_3
-            for unit in range(len(second)):
-                if second[unit] > 0:
-                    total += second[unit] * weight_3[unit]
-            out[row, label] = total
+            add_product(weight_2, first, second)
+            scores = out[row, start : start + width]
+            scores[:] = bias_3
+            for unit in range(hidden):
+                _rectify(second[unit])
+                _add(weight_3[unit], second[unit], scores)
+
+
+@njit
+def _sum(number, values, out):  # pragma: no cover - compiled
+    for place in range(len(out)):
+        out[place] = number + values[place]
+
+
+@njit
+def _rectify(values):  # pragma: no cover - compiled
+    for place in range(len(values)):
+        values[place] = max(values[place], np.float32(0))
+
+
+@njit
+def _add(weight, values, out):  # pragma: no cover - compiled
+    for place in range(len(out)):
+        out[place] += weight * values[place]

@@ -98,7 +98,7 @@ class ReducedRankModel:
         products = {name: np.zeros((width, _width(labels[name]))) for name in sorted(labels)}
         first = 0
         for values, statistics in zip(blocks, of_cutoffs, strict=True):
-            for part, inputs in standardised(values, *statistics):
+            for part, inputs in standardised(values, *statistics, ROWS_AT_ONCE):
                 inputs *= weight
                 gram += inputs.T @ inputs / num_rows
                 rows = slice(first + part.start, first + part.start + len(inputs))

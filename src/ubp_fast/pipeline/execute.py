@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from ubp_fast.pipeline.identity import made_by
 from ubp_fast.pipeline.model_stages import PROFILE_TABLE, TRAINING
 from ubp_fast.pipeline.run_directory import RunDirectory, environment
 from ubp_fast.pipeline.settings import Settings, read_settings
-from ubp_fast.pipeline.stages import LATEST, Stage, plan
+from ubp_fast.pipeline.stages import ALIGNMENT, KEPT_FILE, LATEST, Stage, plan
 from ubp_fast.profiler.bundle import MODEL_FOLDER
 from ubp_fast.progress import RunProgress, duration
 from ubp_fast.report import RunSummary, render_report
@@ -110,7 +111,7 @@ def _wanted(stages: Sequence[Stage], asked: Sequence[str] | None) -> list[Stage]
         return list(stages)
     names = {stage.name for stage in stages}
     groups = {
-        "evaluate": {name for name in names if name.startswith("evaluate-")},
+        "evaluate": {name for name in names if name.startswith("evaluate-") or name == ALIGNMENT},
         "profiles": {"stacking", f"{LATEST}stacking"} & names,
         "report": names,
     }
@@ -163,6 +164,9 @@ def _publish(
     if published:  # the model of the newest
         copy_directory(run.path / "stages" / list(published)[-1] / MODEL_FOLDER, run.path / MODEL_FOLDER)
     found = _score_files(run, stages)
+    if ALIGNMENT in names and "stacked" in found:
+        remarks = {**found["stacked"].remarks, ALIGNMENT: _kept(run)}
+        found["stacked"] = replace(found["stacked"], remarks=remarks)
     if found:
         write_json(run.path / "scores.json", {component: scores.to_json() for component, scores in found.items()})
     scores = {component: one.summary() for component, one in found.items() if one.tasks}
@@ -194,6 +198,16 @@ def _publish(
     console.print(f"report    {run.path / 'report.html'}", soft_wrap=True, highlight=False)
     spent_s = sum(seconds or 0.0 for _, seconds in timings)
     console.print(f"{len(timings)} stages, {duration(spent_s)}", highlight=False)
+
+
+def _kept(run: RunDirectory) -> str:
+    """What models of the earlier run's vectors keep on the new ones, in one sentence."""
+    kept = load_json(run.path / "stages" / ALIGNMENT / KEPT_FILE)["kept"]
+    by_reader = [f"{one}: {share['aligned']:.1%} (unaligned {share['unaligned']:.1%})" for one, share in kept.items()]
+    return (
+        "models that learned from the earlier run's vectors keep of their AUROC above .5 on the new ones"
+        f" {', '.join(by_reader) or 'what cannot be said: they have none'}"
+    )
 
 
 def _score_files(run: RunDirectory, stages: Sequence[Stage]) -> dict[str, Scores]:

@@ -49,7 +49,7 @@ from ubp_fast.profiler.parts import (
 )
 from ubp_fast.profiler.profiler import Profiler
 from ubp_fast.profiles import Profiles
-from ubp_fast.profiles.alignment import fit_alignment
+from ubp_fast.profiles.alignment import fit_alignment, without_turning
 from ubp_fast.profiles.blocks import Layout, compose
 from ubp_fast.progress import Progress
 from ubp_fast.sequences import ViewLoader, Views, age_quantiles_days, past_cutoffs, views_at, window_labels
@@ -59,6 +59,8 @@ from ubp_fast.store.in_memory import Histories, Vocabulary
 TRAINING = "training"
 INFERENCE_BATCH = 512
 SCALER, OUTPUTS_FILE, TASTE_WEIGHTS = "scaler", "outputs.json", "taste_weights.npy"
+# What stands beside vectors that were turned: those of the earlier model, and the new ones as they were.
+OLD, UNALIGNED, EXPLAINED_FILE = "old_model", "unaligned", "explained_variance.json"
 DAY_FILE, PAIRS_FILE, PROFILE_TABLE = "day.safetensors", "pairs.safetensors", "profiles.parquet"
 Inputs = Mapping[str, Path]
 
@@ -169,7 +171,7 @@ def make_stacking(
         strong,
         graded,
     )
-    day = DayStatistics()
+    day = DayStatistics(num_clients=int(store.is_relevant.sum()))
     day.arrays |= load_arrays(inputs["features"] / DAY_FILE)
     made = partial(_block, inputs, cutoff_s=store.cutoff_s)
     if recipe.layout.near:
@@ -203,7 +205,9 @@ def _aligned(
     client_ids = np.asarray(store.client_ids)[np.asarray(store.is_relevant)]
     there = old.of_histories(Histories.of_store(store), client_ids, store.cutoff_s)
     alignment, explained = fit_alignment(vectors, layout, there, old.layout)
-    write_json(directory / "alignment.json", {"explained_variance": explained})
+    write_json(directory / EXPLAINED_FILE, explained)
+    for name, values in ((OLD, there), (UNALIGNED, without_turning(alignment).apply(vectors))):
+        Profiles(client_ids, values, old.layout).save(directory / name)
     return replace(fitted, alignment=alignment), alignment.apply(vectors), old.layout
 
 

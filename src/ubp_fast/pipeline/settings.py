@@ -16,11 +16,11 @@ from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 
 from ubp_fast.events.schema import UserError
 from ubp_fast.events.sources.sql import without_password
-from ubp_fast.events.sources.table import Table
+from ubp_fast.events.sources.table import EventRows
 from ubp_fast.files import file_digest
 from ubp_fast.pipeline.cache import digest
 from ubp_fast.profiler.bundle import model_folder
-from ubp_fast.profiler.reading import seconds_of
+from ubp_fast.profiler.reading import columns_of, seconds_of
 from ubp_fast.profiler.recipe import Recipe
 from ubp_fast.profiles.blocks import LayoutConfig
 
@@ -146,7 +146,7 @@ class Settings:
             stacking=self.stacking.config,
             contrastive=self.contrastive.config,
             multitask=self.multitask.config,
-            table=self.source if isinstance(self.source, Table) else None,
+            table=columns_of(self.source) if isinstance(self.source, EventRows) else None,
         )
 
     def part(self, *names: str) -> dict[str, Any]:

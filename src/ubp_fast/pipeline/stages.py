@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,14 +32,17 @@ from ubp_fast.features.scaling import DayStatistics
 from ubp_fast.features.static import static_features
 from ubp_fast.features.tastes import fit_tastes, taste_features
 from ubp_fast.features.writing import in_client_blocks
-from ubp_fast.files import write_array, write_arrays, write_json
+from ubp_fast.files import load_json, write_array, write_arrays, write_json
 from ubp_fast.models.pair_scorer import PairScorer
 from ubp_fast.pipeline.identity import Place, targets
 from ubp_fast.pipeline.model_stages import (
     DAY_FILE,
+    EXPLAINED_FILE,
+    OLD,
     PAIRS_FILE,
     TASTE_WEIGHTS,
     TRAINING,
+    UNALIGNED,
     Inputs,
     cutoffs_of,
     load_lists,
@@ -59,6 +63,7 @@ from ubp_fast.store.event_store import EventStore
 OF_DAY = ("rich", "rhythm", "scores")
 RAW_FEATURES = ("aggregated", "decayed", "static")
 LATEST = "latest-"
+ALIGNMENT, KEPT_FILE = "alignment", "alignment.json"
 BASELINES = ("baseline_log1p", "baseline_raw")
 # Stages whose folders a scored component is read from.
 FOLDERS = {
@@ -121,6 +126,10 @@ def plan(settings: Settings) -> list[Stage]:
     if not settings.components:  # nothing to score: a backtest only where no other profiles are asked for
         return [events, *(latest or backtest)]
     stages = [events, *backtest, *latest, baselines]
+    if settings.align_to is not None and not latest:
+        config = {name: settings.plain["evaluation"][name] for name in (*ALL_READERS, *OF_READER["boosting"])}
+        reaches = (*_reader("linear"), *_reader("boosting"))
+        stages.append(Stage(ALIGNMENT, ("events", "stacking"), config, make_alignment_scores, 30, (), reaches))
     if set(settings.components) & {"features", "profile_features"}:
         config = _features_config(settings)
         stages.append(Stage("raw_features", ("store", "features"), config, make_raw_features, 5))
@@ -205,8 +214,13 @@ def _score(settings: Settings, component: str, reader: str) -> Stage:
     def make(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
         _write_scores(settings, component, reader, inputs, directory, progress)
 
-    reaches = ((f"ubp_fast.evaluation.readers.{reader}", None),)
-    return Stage(f"evaluate-{component}-{reader}", ("events", *folders), config, make, READER_COST[reader], (), reaches)
+    name, cost = f"evaluate-{component}-{reader}", READER_COST[reader]
+    return Stage(name, ("events", *folders), config, make, cost, (), _reader(reader))
+
+
+def _reader(name: str) -> tuple[Place, ...]:
+    """The source of a reader, which is imported by its name."""
+    return ((f"ubp_fast.evaluation.readers.{name}", None),)
 
 
 def make_events(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
@@ -323,6 +337,34 @@ def make_raw_features(settings: Settings, inputs: Inputs, directory: Path, progr
             np.concatenate([one.rows(slice(first, last)) for one in sets], axis=1, out=block)
 
         in_client_blocks(sets[0].client_ids, names, units, fill, directory / "values")
+
+
+def make_alignment_scores(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
+    """What models keep that have learned from the vectors of the earlier model, when they read the new ones."""
+    events = EventDirectory.open(inputs["events"])
+    folders = {"old": OLD, "aligned": "stacked", "unaligned": UNALIGNED}
+    vectors = {name: Profiles.load(inputs["stacking"] / folder) for name, folder in folders.items()}
+    targets = build_targets(events, vectors["old"].client_ids, settings.evaluation.tasks)
+    readers = tuple(name for name in ("linear", "boosting") if name == "linear" or find_spec("lightgbm") is not None)
+    config = replace(settings.evaluation, readers=readers)
+    areas: dict[str, dict[str, dict[str, float]]] = {name: {} for name in readers}
+    for done, (name, read) in enumerate(vectors.items()):
+        found = evaluate(vectors["old"], targets, config, settings.device, read=read).aurocs()
+        for reader, tasks in found.items():
+            areas[reader][name] = {task: area for task, (area, _) in tasks.items() if area is not None}
+        progress(done + 1, len(vectors))
+    kept = {
+        reader: {name: _lead(found[name]) / _lead(found["old"]) for name in ("aligned", "unaligned")}
+        for reader, found in areas.items()
+        if found["old"] and _lead(found["old"]) > 0
+    }
+    explained = load_json(inputs["stacking"] / EXPLAINED_FILE)
+    write_json(directory / KEPT_FILE, {"kept": kept, "auroc": areas, "explained_variance": explained})
+
+
+def _lead(areas: Mapping[str, float]) -> float:
+    """Mean AUROC over chance."""
+    return float(np.mean(list(areas.values()))) - 0.5
 
 
 def _write_scores(

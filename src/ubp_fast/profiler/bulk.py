@@ -21,7 +21,7 @@ from ubp_fast.profiles.matrix import BLOCK_ROWS, EMBEDDINGS_FILE, part_file
 from ubp_fast.progress import Progress
 
 PROGRESS_FILE = "progress.json"
-Make = Callable[[int, int], np.ndarray]
+Make = Callable[[int, int, Progress], np.ndarray]
 
 
 def write_in_parts(
@@ -42,7 +42,7 @@ def write_in_parts(
         client_ids: i64 [N].
         own_ids: N ids of the shop.
         layout: of the vectors.
-        make: vectors float16 of the clients first..last.
+        make: vectors float16 of the clients first..last; the third argument hears of (clients done, clients in all).
         per_block: a column of the table per block.
         progress: called with (clients done, clients in all).
 
@@ -62,9 +62,10 @@ def write_in_parts(
         done = _done(partial, identity)
         number = len(client_ids)
         values = None if is_table else _opened(partial / EMBEDDINGS_FILE, (number, layout.width), bool(done))
+        report = progress or (lambda done, total: None)
         for first in range(done, max(number, 1), BLOCK_ROWS):
             last = min(first + BLOCK_ROWS, number)
-            vectors = make(first, last)
+            vectors = make(first, last, report)
             if values is None:
                 some = Profiles(client_ids[first:last], vectors, layout, own_ids.slice(first, last - first))
                 some.write_parquet(part_file(partial, first // BLOCK_ROWS), per_block)
@@ -73,8 +74,7 @@ def write_in_parts(
                 if isinstance(values, np.memmap):  # nothing of nobody is no map
                     values.flush()
             write_json(partial / PROGRESS_FILE, {"identity": identity, "clients": last})
-            if progress is not None:
-                progress(last, number)
+            report(last, number)
         if values is not None:
             del values
             halves: np.ndarray = np.load(partial / EMBEDDINGS_FILE, mmap_mode="r", allow_pickle=False)

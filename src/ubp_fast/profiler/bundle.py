@@ -8,7 +8,7 @@
     strong.safetensors, graded.safetensors, near.safetensors, contrastive.safetensors, multitask.safetensors
     maps/<column>.parquet      how text ids of items were numbered, edges of the price buckets
     alignment.safetensors      what turns the vectors into those of an earlier run, where asked for
-    days/<seconds>.safetensors means and deviations among all clients, one file per day
+    days/<seconds>.safetensors means and deviations among all clients, and how many, one file per day
 
 Nothing is executed that a file holds, and nothing points outside of the folder: a copy works wherever it is.
 """
@@ -35,6 +35,7 @@ from ubp_fast.files import (
     write_atomically,
     write_json,
     write_tensors,
+    writing_to,
 )
 from ubp_fast.models.contrastive import ContrastiveModel
 from ubp_fast.models.layers.event_embedding import EventSizes
@@ -166,8 +167,14 @@ def load_maps(directory: Path) -> dict[str, pl.DataFrame]:
 
 def save_day(directory: Path, cutoff_s: int, day: DayStatistics) -> None:
     """Keeps what was measured among all clients on a day, for whoever is embedded from then on."""
-    (directory / DAYS).mkdir(exist_ok=True)
-    write_arrays(directory / DAYS / f"{cutoff_s}.safetensors", day.arrays)
+    with writing_to(directory / DAYS, "days of the model"):
+        (directory / DAYS).mkdir(exist_ok=True)
+        write_arrays(directory / DAYS / f"{cutoff_s}.safetensors", day.arrays)
+
+
+def has_day(directory: Path, at_s: int) -> bool:
+    """Whether means and deviations of this very moment are kept."""
+    return (directory / DAYS / f"{at_s}.safetensors").exists()
 
 
 def load_day(directory: Path, at_s: int) -> DayStatistics:

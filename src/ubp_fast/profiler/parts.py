@@ -8,7 +8,7 @@ Nothing here depends on which clients are at hand: whatever is compared among cl
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +19,7 @@ import torch
 from ubp_fast.events.schema import LabelLists
 from ubp_fast.features.aggregated import aggregated_features
 from ubp_fast.features.decayed import decayed_features
-from ubp_fast.features.matrix import Features
+from ubp_fast.features.matrix import FeatureMatrix, Features
 from ubp_fast.features.popular import PopularLists
 from ubp_fast.features.rich import rich_features
 from ubp_fast.features.scaling import DayStatistics, MinMaxScaler
@@ -27,6 +27,7 @@ from ubp_fast.features.static import static_features
 from ubp_fast.features.tastes import taste_features
 from ubp_fast.models.contrastive import ContrastiveModel
 from ubp_fast.models.layers.event_embedding import EventSizes
+from ubp_fast.models.layers.linear import rows_alone
 from ubp_fast.models.multitask import MultitaskModel
 from ubp_fast.models.near import NearModel, NearPart
 from ubp_fast.models.pair_scorer import PairScorer
@@ -35,18 +36,24 @@ from ubp_fast.models.stacking import JoinedBlocks, StackingModel
 from ubp_fast.models.training import embed
 from ubp_fast.profiler.recipe import Recipe
 from ubp_fast.profiles.alignment import Alignment
-from ubp_fast.profiles.blocks import Layout, Part, compose
+from ubp_fast.profiles.blocks import Layout, LayoutConfig, Part, compose
 from ubp_fast.sequences import ViewLoader, Views, views_at
 from ubp_fast.store.event_store import EventStore
 from ubp_fast.store.in_memory import MemoryStore, Vocabulary
 
 NETWORKS = ("contrastive", "multitask")
+# Clients whose histories go through a network at once.
+CLIENTS_OF_NETWORKS = 32
+# Numbers that torch computes side by side at most.
+LANES = 32
 OWN_BLOCKS = ("aggregated", "decayed", "static")
 # Falls slower than the singular values, for distances in which the first directions are not alone.
 GRADING = 0.75
 # Directions that near vectors look at, and what each of their parts counts.
 NEAR_DIRECTIONS = 200
 NEAR_WEIGHTS = {"graded": 1.0, "level": 0.4, "scores": 1.0, "decayed": 1.0, "rhythm": 0.3}
+# Blocks of the profile whose columns are scaled by their deviation.
+SCALED_BLOCKS = ("graded", "scores", "own", "tastes", "rhythm", "learned")
 Block = np.ndarray | Features
 Made = Callable[[str], Block]
 Directions = tuple[np.ndarray, np.ndarray]
@@ -70,20 +77,33 @@ class Network(NamedTuple):
     def vectors(self, store: EventStore, cutoff_s: int, static: np.ndarray | None) -> np.ndarray:
         """Float32 [U, E] of the relevant clients of a store; static features float32 [U, 46] where the model has any.
 
-        Client by client in one thread: kernels order their sums by the shape of a batch and the number of threads.
+        In one thread, and so that a client's vector does not depend on the others of its batch.
         """
         features = None if self.scaler is None or static is None else self.scaler.transform(static)
         views = views_at(store, [cutoff_s])
         length = self.model.config.history_length
-        return each_alone(self.model, ViewLoader(store, views, batch_size=1, history_length=length, features=features))
+        size = CLIENTS_OF_NETWORKS if _has_equal_rows(self.model) else 1
+        loader = ViewLoader(store, views, batch_size=size, history_length=length, features=features)
+        return each_alone(self.model, loader)
+
+
+def _has_equal_rows(model: ContrastiveModel | MultitaskModel) -> bool:
+    """Whether a row's result is the same wherever in a batch it stands, given products that are.
+
+    torch computes elementwise functions other than sums, products and maxima in vectors of numbers, and what is left of
+    a tensor one by one, with other roundings.
+    """
+    config = model.config.history if isinstance(model, ContrastiveModel) else model.config.encoder
+    return config.pooling != "lstm" and (config.activation == "relu" or config.feed_forward % LANES == 0)
 
 
 def each_alone(model: torch.nn.Module, loader: ViewLoader) -> np.ndarray:
-    """`embed` in one thread, of a loader that gives one view at a time: a row depends on its own view alone."""
+    """`embed` in one thread and with products whose rows do not depend on each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return embed(model, loader)
+        with rows_alone():
+            return embed(model, loader)
     finally:
         torch.set_num_threads(threads)
 
@@ -121,6 +141,15 @@ class Fitted:
     graded: ReducedRankModel | None
     near: NearModel | None = None
     alignment: Alignment | None = None
+
+
+def features_and_networks(recipe: Recipe) -> list[str]:
+    """Everything that `Blocks` makes for a whole profile."""
+    layout = recipe.layout
+    looked_at = [*recipe.joined, *own_blocks(recipe), *graded_blocks(recipe)]
+    looked_at += _near_blocks(layout) if layout.near else []
+    looked_at += [name for name in ("scores", "tastes", "rhythm") if getattr(layout, name)]
+    return list(dict.fromkeys(looked_at))
 
 
 def own_blocks(recipe: Recipe) -> tuple[str, ...]:
@@ -226,6 +255,40 @@ def parts_of(fitted: Fitted, made: Made, day: DayStatistics, blocks: tuple[str, 
     return [part for name in wanted for part in makers[name](fitted, made, day, name)]
 
 
+def measure(fitted: Fitted, made: Made, day: DayStatistics) -> None:
+    """Learns what is compared among the clients at hand; from then on `day` suffices for each of them alone."""
+    recipe = fitted.recipe
+    if isinstance(fitted.strong, ReducedRankModel):
+        day.moments("strong.inputs", joined(made, recipe.joined, unit_length=True))
+    for part in parts_of(fitted, made, day, SCALED_BLOCKS):
+        if part.scale is not None:
+            day.moments(part.name, part.values)
+    for name in _near_blocks(recipe.layout) if recipe.layout.near else ():
+        day.moments(name, joined(made, (name,), unit_length=False))
+
+
+def rows_of(made: Made, first: int, last: int) -> Made:
+    """What was made of the clients first..last alone."""
+
+    def some(name: str) -> Block:
+        block, rows = made(name), slice(first, last)
+        if isinstance(block, np.ndarray):
+            return block[rows]
+        if isinstance(block, FeatureMatrix):
+            return replace(block, client_ids=block.client_ids[rows], values=block.values[rows])
+        indptr = block.indptr[first : last + 1]
+        entries = slice(indptr[0], indptr[-1])
+        return replace(
+            block,
+            client_ids=block.client_ids[rows],
+            indptr=indptr - indptr[0],
+            indices=block.indices[entries],
+            values=block.values[entries],
+        )
+
+    return cache(some)
+
+
 def vectors_of(fitted: Fitted, made: Made, day: DayStatistics, layout: Layout) -> np.ndarray:
     """Vectors float16 [N, D] of clients, in the blocks of a layout: that of the model or a part of it."""
     names = tuple(block.name for block in layout.blocks)
@@ -243,7 +306,8 @@ def _strong(fitted: Fitted, made: Made, day: DayStatistics, name: str) -> list[P
         columns = [*(f"direction_{column}" for column in range(vectors.shape[1] - 1)), "constant"]
     else:
         views = Views(np.arange(len(inputs)), np.full(len(inputs), fitted.cutoff_s))
-        vectors = each_alone(fitted.strong, ViewLoader(None, views, batch_size=1, features=inputs))
+        size = CLIENTS_OF_NETWORKS if fitted.strong.config.profile_width % LANES == 0 else 1
+        vectors = each_alone(fitted.strong, ViewLoader(None, views, batch_size=size, features=inputs))
         columns = [f"activation_{column}" for column in range(vectors.shape[1])]
     what = "what says most about the next two weeks"
     return [Part(name, vectors, columns, None, what, _source(fitted, fitted.recipe.joined))]
@@ -278,12 +342,16 @@ def near_parts(
         NearPart(directions, np.zeros(directions.shape[1]), 1 / share, NEAR_WEIGHTS["graded"]),
         NearPart(level, np.zeros(2), np.ones(2), NEAR_WEIGHTS["level"]),
     ]
-    layout = fitted.recipe.layout
-    for name, scale in (("scores", layout.scores), ("decayed", layout.near), ("rhythm", layout.rhythm)):
-        if scale:
-            values = joined(made, (name,), unit_length=False)
-            parts.append(NearPart(values, *day.moments(name, values), NEAR_WEIGHTS[name]))
+    for name in _near_blocks(fitted.recipe.layout):
+        values = joined(made, (name,), unit_length=False)
+        parts.append(NearPart(values, *day.moments(name, values), NEAR_WEIGHTS[name]))
     return parts
+
+
+def _near_blocks(layout: LayoutConfig) -> list[str]:
+    """Features that near vectors look at beside the directions."""
+    scales = (("scores", layout.scores), ("decayed", layout.near), ("rhythm", layout.rhythm))
+    return [name for name, scale in scales if scale]
 
 
 def _near(found: Callable[[], Directions], fitted: Fitted, made: Made, day: DayStatistics, name: str) -> list[Part]:

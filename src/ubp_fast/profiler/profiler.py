@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from datetime import date, datetime
-from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,10 +17,19 @@ import polars as pl
 from ubp_fast.events.schema import UserError
 from ubp_fast.events.split import utc_text
 from ubp_fast.features.scaling import DayStatistics
+from ubp_fast.files import writable_directory
 from ubp_fast.profiler.bulk import write_in_parts
-from ubp_fast.profiler.bundle import BUNDLE_FILE, load_bundle, load_day, load_maps, model_folder, save_day
+from ubp_fast.profiler.bundle import (
+    BUNDLE_FILE,
+    has_day,
+    load_bundle,
+    load_day,
+    load_maps,
+    model_folder,
+    save_day,
+)
 from ubp_fast.profiler.history import History
-from ubp_fast.profiler.parts import Blocks, Fitted, vectors_of
+from ubp_fast.profiler.parts import Blocks, Fitted, Made, features_and_networks, measure, rows_of, vectors_of
 from ubp_fast.profiler.reading import own_ids, read_new_events, seconds_of
 from ubp_fast.profiles import Profiles
 from ubp_fast.profiles.blocks import Layout
@@ -28,6 +37,10 @@ from ubp_fast.progress import Progress
 from ubp_fast.store.in_memory import Histories, memory_store
 
 LATEST = "latest"
+# Share of the time that features and statistics of everybody take, for the progress.
+MEASURING = 0.7
+# Fewer clients than this part of the day before are not everybody.
+SMALLEST_EVERYBODY = 0.5
 # Clients whose features are in memory at once.
 CLIENTS_AT_ONCE = 1_024
 
@@ -67,6 +80,7 @@ class Profiler:
         at: int | str | date | datetime | None = None,
         clients: Sequence[Any] | np.ndarray | pl.Series | None = None,
         blocks: Sequence[str] | None = None,
+        everybody: bool = False,
     ) -> Profiles:
         """Vectors of clients from their events before a moment; nothing at or after it is looked at.
 
@@ -80,11 +94,13 @@ class Profiler:
                 "product_properties" of items that are new; a path to such a table or directory; or a source.
                 Items, categories and pages that the run has not seen count as unknown, kinds that it has not seen
                 are left out.
-            at: seconds since 1970 UTC, a date (its midnight) or a date-time, UTC without a zone. None: just after the
-                newest event.
+            at: a date (its midnight) or a date-time, without a zone by the shop's clock (`data.timezone`, UTC by
+                default); or seconds since 1970 by that clock. None: just after the newest event.
             clients: ids as in the events, in the order of the result; one without events gets a vector, too. None:
                 all that have an event before the moment, ascending.
             blocks: names of the blocks wanted, see `layout`; all when None.
+            everybody: the events are those of all clients. Means and deviations among them are measured and kept in
+                the model: from this moment on they are those that are compared with. Kept ones stay as they are.
 
         Returns:
             float16 vectors with layout. `own_ids` are the ids of the events; `client_ids` are these where they are
@@ -94,11 +110,17 @@ class Profiler:
             DataError: events that break a rule; names column and row.
             UserError: another argument does.
         """
-        job = self._job(events, at, clients, blocks)
-        parts = [job.make(first, first + CLIENTS_AT_ONCE) for first in range(0, len(job.ascending), CLIENTS_AT_ONCE)]
-        vectors = np.concatenate(parts) if parts else np.zeros((0, job.layout.width), np.float16)
-        place = np.searchsorted(job.ascending, job.numbers)
-        return Profiles(job.numbers, vectors[place], job.layout, job.own_ids)
+        with TemporaryDirectory() if everybody else nullcontext("") as folder:
+            job = self._job(events, at, clients, blocks)
+            numbers = job.numbers
+            rows: slice | np.ndarray = slice(None)
+            if everybody:
+                job = self._kept(job, clients, Path(folder), _silent)
+            else:
+                different, rows = np.unique(numbers, return_inverse=True)
+                job = replace(job, numbers=different)
+            vectors = job.make(0, len(job.numbers), _silent)[rows]
+        return Profiles(numbers, vectors, job.layout, job.own_ids)
 
     def embed_to(
         self,
@@ -109,6 +131,7 @@ class Profiler:
         blocks: Sequence[str] | None = None,
         per_block: bool = False,
         progress: Progress | None = None,
+        everybody: bool = False,
     ) -> int:
         """`embed` straight into files, see `write_in_parts`; returns the number of clients.
 
@@ -117,43 +140,45 @@ class Profiler:
 
         Args:
             output: a directory, or a table when the name ends in .parquet.
-            events, at, clients, blocks: as of `embed`.
+            events, at, clients, blocks, everybody: as of `embed`.
             per_block: a column of the table per block.
-            progress: called with (clients done, clients in all).
+            progress: called with (steps done, steps in all).
         """
-        job = self._job(events, at, clients, blocks)
-        if len(job.numbers) != len(job.ascending):
+        job, target = self._job(events, at, clients, blocks), Path(output)
+        if len(job.numbers) != len(np.unique(job.numbers)):
             raise UserError("clients: ids must be named once to be written, got some twice; remove the repeats")
-
-        def make(first: int, last: int) -> np.ndarray:
-            numbers = job.numbers[first:last]
-            order = np.argsort(numbers)
-            vectors = np.empty((len(numbers), job.layout.width), np.float16)
-            for start in range(0, len(numbers), CLIENTS_AT_ONCE):
-                some = order[start : start + CLIENTS_AT_ONCE]
-                vectors[some] = job.vectors(numbers[some])
-            return vectors
-
-        write_in_parts(*(Path(output), job.identity, job.numbers, job.own_ids, job.layout, make), per_block, progress)
+        report = progress or _silent
+        place = writable_directory(target.parent, "the folder of the output") if everybody else None
+        with nullcontext("") if place is None else TemporaryDirectory(dir=place) as folder:
+            if everybody:
+                job = self._kept(job, clients, Path(folder), _share(report, 0.0, MEASURING))
+                report = _share(report, MEASURING, 1.0) if job.made is not None else report
+            write_in_parts(target, job.identity, job.numbers, job.own_ids, job.layout, job.make, per_block, report)
         return len(job.numbers)
 
-    def of_histories(self, histories: Histories, client_ids: np.ndarray, at_s: int) -> np.ndarray:
+    def of_histories(
+        self, histories: Histories, client_ids: np.ndarray, at_s: int, blocks: Sequence[str] | None = None
+    ) -> np.ndarray:
         """Vectors float16 [N, D] of clients i64 [N] at a moment, from histories by their numbers."""
         ids = pl.Series("client_id", client_ids)
-        job = _Job(self, histories, at_s, load_day(self.directory, at_s), self.layout, client_ids, ids)
-        starts = range(0, len(client_ids), CLIENTS_AT_ONCE)
-        return np.concatenate([job.vectors(client_ids[first : first + CLIENTS_AT_ONCE]) for first in starts])
+        layout = self.layout if blocks is None else self.layout.select(*blocks)
+        job = _Job(self, histories, at_s, load_day(self.directory, at_s), layout, client_ids, ids)
+        return job.make(0, len(client_ids), _silent)
 
-    def append(self, events: Any, at: int | str | date | datetime | None = None) -> Profiles:
+    def append(
+        self, events: Any, at: int | str | date | datetime | None = None, progress: Progress | None = None
+    ) -> Profiles:
         """Adds events to those that the run has seen, and embeds all clients anew, into `latest/` of the run.
 
         Means and deviations among all clients are measured and kept: from then on they are those of that day. The
         vectors are those that whole histories give, byte for byte. Killed at any point and called again with the same
-        events, it ends with the same files; events that were appended already are not added twice.
+        events, it ends with the same files; events that were appended already are not added twice. Memory holds the
+        events, a kilobyte per client, and some thousand vectors; those of the result stay in their file.
 
         Args:
             events: those that are new, as of `embed`.
             at: the moment, after all events; None: just after the newest one.
+            progress: called with (steps done, steps in all).
 
         Raises:
             DataError: events that break a rule, or a folder that is no whole run.
@@ -164,23 +189,43 @@ class Profiler:
         new = read_new_events(events, self.fitted.recipe.table, before.maps, known=before.clients)
         now = before.with_events(new)
         last_s = now.histories.last_s
-        at_s = last_s + 1 if at is None else seconds_of(at)
+        at_s = last_s + 1 if at is None else self._seconds(at)
         if at_s <= last_s:
             raise UserError(f"at: must lie after the newest event ({utc_text(last_s)}), got {utc_text(at_s)}")
         numbers, own = now.population()
-        day = DayStatistics()
+        report = progress or _silent
+        job = _Job(self, now.histories, at_s, DayStatistics(), self.layout, numbers, own)
         with TemporaryDirectory(dir=run) as folder:
-            made = Blocks(
-                self.fitted, memory_store(now.histories, numbers, at_s, self.fitted.vocabulary), at_s, day, Path(folder)
-            )
-            vectors = vectors_of(self.fitted, made, day, self.layout)
-        profiles = Profiles(numbers, vectors, self.layout, own)
-        save_day(self.directory, at_s, day)
-        profiles.save(run / LATEST)
+            job = job.measured(Path(folder), _share(report, 0.0, MEASURING))
+            save_day(self.directory, at_s, job.day)
+            given = (job.identity, numbers, own, self.layout, job.make)
+            write_in_parts(run / LATEST, *given, progress=_share(report, MEASURING, 0.95))
+        profiles = replace(Profiles.load(run / LATEST), own_ids=own)
         profiles.write_parquet(run / f"{LATEST}.parquet")
         if now is not before:
             now.save(run)
+        report(1, 1)
         return profiles
+
+    def _kept(self, job: _Job, clients: object, folder: Path, progress: Progress) -> _Job:
+        """The job of everybody, whose means and deviations are those of the model from now on."""
+        if clients is not None or not len(job.numbers):
+            raise UserError("everybody: must have the events of all clients, got a choice of clients or no events")
+        if has_day(self.directory, job.at_s):
+            return job
+        usual = len(job.numbers) if job.day.num_clients is None else job.day.num_clients
+        if len(job.numbers) < usual * SMALLEST_EVERYBODY:
+            raise UserError(
+                f"everybody: must be about the {usual} clients of the day before, got {len(job.numbers)}; embed some"
+                " without it"
+            )
+        job = job.measured(folder, progress)
+        save_day(self.directory, job.at_s, job.day)
+        return job
+
+    def _seconds(self, at: int | str | date | datetime) -> int:
+        table = self.fitted.recipe.table
+        return seconds_of(at, None if table is None else table.timezone)
 
     def _job(
         self,
@@ -189,7 +234,7 @@ class Profiler:
         clients: Sequence[Any] | np.ndarray | pl.Series | None,
         blocks: Sequence[str] | None,
     ) -> _Job:
-        before_s = None if at is None else seconds_of(at)
+        before_s = None if at is None else self._seconds(at)
         found = read_new_events(events, self.fitted.recipe.table, self.maps, before_s)
         just_after_s = self.fitted.cutoff_s if found.last_s is None else found.last_s + 1
         at_s = just_after_s if before_s is None else before_s
@@ -210,6 +255,7 @@ class _Job:
         layout: of the vectors.
         numbers: i64 [N], of the clients in the order of the result.
         own_ids: their own ids.
+        made: their features, where these were made already.
     """
 
     profiler: Profiler
@@ -219,22 +265,36 @@ class _Job:
     layout: Layout
     numbers: np.ndarray
     own_ids: pl.Series
+    made: Made | None = None
 
-    @cached_property
-    def ascending(self) -> np.ndarray:
-        """Different clients, i64."""
-        return np.unique(self.numbers)
-
-    def make(self, first: int, last: int) -> np.ndarray:
-        """Vectors float16 of some of the ascending clients."""
-        return self.vectors(self.ascending[first:last])
-
-    def vectors(self, client_ids: np.ndarray) -> np.ndarray:
-        """Vectors float16 [N, D] of clients i64 [N], ascending."""
+    def make(self, first: int, last: int, progress: Progress) -> np.ndarray:
+        """Vectors float16 [last - first, D] of some of the clients; `progress` hears of all before the last ones."""
         fitted = self.profiler.fitted
-        store = memory_store(self.histories, client_ids, self.at_s, fitted.vocabulary)
-        made = Blocks(fitted, store, self.at_s, self.day)
-        return vectors_of(fitted, made, self.day, self.layout)
+        vectors = np.empty((last - first, self.layout.width), np.float16)
+        for start in range(first, last, CLIENTS_AT_ONCE):
+            end = min(start + CLIENTS_AT_ONCE, last)
+            if self.made is None:
+                store = memory_store(self.histories, self.numbers[start:end], self.at_s, fitted.vocabulary)
+                made: Made = Blocks(fitted, store, self.at_s, self.day)
+            else:
+                made = rows_of(self.made, start, end)
+            vectors[start - first : end - first] = vectors_of(fitted, made, self.day, self.layout)
+            if end < last:
+                progress(end, len(self.numbers))
+        return vectors
+
+    def measured(self, folder: Path, progress: Progress) -> _Job:
+        """The job with the means and deviations among all its clients, and with their features in a folder."""
+        fitted, day = self.profiler.fitted, DayStatistics(num_clients=len(self.numbers))
+        store = memory_store(self.histories, self.numbers, self.at_s, fitted.vocabulary)
+        made = Blocks(fitted, store, self.at_s, day, folder)
+        names = features_and_networks(fitted.recipe)
+        for done, name in enumerate(names):
+            progress(done, len(names) + 1)
+            made(name)
+        progress(len(names), len(names) + 1)
+        measure(fitted, made, day)
+        return replace(self, day=DayStatistics(day.arrays), made=made)
 
     @property
     def identity(self) -> str:
@@ -247,3 +307,17 @@ class _Job:
         state.update(self.numbers.tobytes())
         self.histories.digest_into(state.update)
         return state.hexdigest()
+
+
+def _silent(done: int, total: int) -> None:
+    """Progress that nobody looks at."""
+
+
+def _share(progress: Progress, first: float, last: float) -> Progress:
+    """Progress of a part of the work, from one share of the whole to another."""
+    steps = 1_000
+
+    def report(done: int, total: int) -> None:
+        progress(round(steps * (first + (last - first) * done / max(total, 1))), steps)
+
+    return report

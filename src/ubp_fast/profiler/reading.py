@@ -9,11 +9,13 @@ a source       anything that writes an event directory
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from datetime import date, datetime, timezone
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, replace
+from datetime import date, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import numpy as np
 import polars as pl
@@ -29,7 +31,7 @@ from ubp_fast.events.read import (
     read_table,
 )
 from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, NUM_CODES, PRODUCT_TABLE, DataError, UserError
-from ubp_fast.events.sources.table import PRICE_EDGES, Table
+from ubp_fast.events.sources.table import PRICE_EDGES, EventRows, Table
 from ubp_fast.events.sources.table_products import buckets, money
 from ubp_fast.events.write import end_seconds
 from ubp_fast.store.event_store import rows_before
@@ -133,6 +135,9 @@ def read_new_events(
         return _of_source(source, table is None, maps, before_s, known)
     if isinstance(events, Table):
         return _of_source(events, False, maps, before_s, known)
+    if isinstance(events, EventRows):
+        rows = events.raw()
+        return _of_table(rows, rows.frame.columns, columns_of(events), maps, before_s, known)
     if hasattr(events, "prepare"):
         with TemporaryDirectory() as folder:
             events.prepare(Path(folder) / "events")
@@ -145,6 +150,13 @@ def read_new_events(
     frame = frame_of(events)
     table = table or _own_names("events", frame.columns)
     return _of_table(frame, frame.columns, replace(table, path="events"), maps, before_s, known)
+
+
+def columns_of(source: EventRows) -> Table:
+    """How a source of rows names its columns, as a table."""
+    if isinstance(source, Table):
+        return source
+    return Table(path=source.name, **{one.name: getattr(source, one.name) for one in fields(EventRows)})
 
 
 def frame_of(value: Any) -> pl.DataFrame:
@@ -167,8 +179,12 @@ def frame_of(value: Any) -> pl.DataFrame:
     )
 
 
-def seconds_of(moment: int | str | date | datetime) -> int:
-    """Seconds since 1970 UTC of a moment; a date is its midnight, a time without a zone is UTC.
+def seconds_of(moment: int | str | date | datetime, zone: str | None = None) -> int:
+    """Seconds of a moment as events count them: since 1970 by the shop's clock.
+
+    Args:
+        moment: seconds; a date is its midnight; a time that names no zone is the shop's.
+        zone: of the shop's clock, UTC when None.
 
     Raises:
         UserError: something else.
@@ -177,8 +193,11 @@ def seconds_of(moment: int | str | date | datetime) -> int:
         raise UserError(f"at: must be seconds, a date or a date-time like '2026-11-28 12:00:00', got {moment!r}")
     if isinstance(moment, int | np.integer):
         return int(moment)
-    if isinstance(moment, datetime):
-        return int((moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp() // 1)
+    if isinstance(moment, str):
+        with suppress(ValueError):  # other texts are read, or refused, below
+            moment = datetime.fromisoformat(moment)
+    if isinstance(moment, datetime) and moment.tzinfo is not None:
+        moment = moment.astimezone(ZoneInfo(zone or "UTC")).replace(tzinfo=None)
     found = end_seconds(moment if isinstance(moment, str) else moment.isoformat())
     assert found is not None
     return found

@@ -10,7 +10,7 @@ Source: Schoenemann, A generalized solution of the orthogonal Procrustes problem
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -56,6 +56,11 @@ class Alignment:
             known = [column for column, name in enumerate(block.columns) if name in place]
             turned[:, target[known]] = values[:, [place[block.columns[column]] for column in known]]
         return turned
+
+
+def without_turning(alignment: Alignment) -> Alignment:
+    """The same columns of the same blocks as they are, for comparison."""
+    return replace(alignment, turns={name: np.eye(*turn.shape) for name, turn in alignment.turns.items()})
 
 
 def fit_alignment(new: np.ndarray, own: Layout, old: np.ndarray, layout: Layout) -> tuple[Alignment, dict[str, float]]:

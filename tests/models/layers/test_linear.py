@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ubp_fast.models.layers import linear as module
-from ubp_fast.models.layers.linear import Linear, linear
+from ubp_fast.models.layers.linear import Linear, linear, rows_alone
 
 # rows, inputs, outputs: nothing, one, odd sizes, more than one product over the rows
 CASES = [(0, 3, 5), (1, 1, 1), (7, 59, 64), (1024, 16, 3), (1025, 5, 17), (2051, 33, 100)]
@@ -78,3 +78,32 @@ def test_state_is_that_of_torch() -> None:
     layer, twin = Linear(3, 2), nn.Linear(3, 2)
     layer.load_state_dict(twin.state_dict())
     torch.testing.assert_close(layer(torch.eye(3)), twin(torch.eye(3)))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_rows_that_are_alone(case: tuple[int, int, int], has_bias: bool) -> None:
+    count, inputs, outputs = case
+    torch.manual_seed(3)
+    rows, weight = torch.randn(count, inputs), torch.randn(outputs, inputs)
+    bias = torch.randn(outputs) if has_bias else None
+    with torch.inference_mode(), rows_alone():
+        whole = linear(rows, weight, bias)
+        for size in (1, 3, 130):
+            parts = [linear(part, weight, bias) for part in rows.split(size)] if count else [whole]
+            assert torch.equal(torch.cat(parts), whole)
+    wanted = functional.linear(rows.double(), weight.double(), None if bias is None else bias.double())
+    torch.testing.assert_close(whole.double(), wanted, rtol=1e-5, atol=1e-5 * inputs**0.5)
+
+
+def test_each_weight_is_its_own_when_rows_are_alone() -> None:
+    """Transposed weights are kept by their place in memory."""
+    torch.manual_seed(4)
+    rows, weight = torch.randn(5, 6), torch.randn(6, 6)
+    with torch.inference_mode(), rows_alone():
+        for one in (weight, weight.t(), weight[:3], *(torch.randn(6, 6) for _ in range(20))):
+            torch.testing.assert_close(linear(rows, one), rows @ one.t())
+    before = linear(rows, weight)
+    weight.zero_()
+    with torch.inference_mode(), rows_alone():
+        assert not linear(rows, weight).any() and before.any(), "what another context has kept is gone"

@@ -45,10 +45,8 @@ def read(
     results: dict[int, LabelScores] = {}
     for members in by_clients(tasks):
         rows = data.shuffle[tasks[members[0]].included[data.shuffle]]
-        # Memory of NumPy's own: of a view LightGBM makes a second copy.
-        vectors = np.empty((len(rows), data.vectors.shape[1]), np.float32)
-        torch.from_numpy(vectors).copy_(data.vectors[torch.from_numpy(rows).to(data.vectors.device)])
-        trees = _Trees(vectors) if len(rows) else None
+        vectors = _rows(data.vectors, rows)
+        trees = _Trees(vectors, vectors if data.read is None else _rows(data.read, rows)) if len(rows) else None
         for member in members:
             task = tasks[member]
             train, validation = task.train.take(rows), task.validation.take(rows)
@@ -67,11 +65,18 @@ def read(
     return [results[position] for position in range(len(tasks))]
 
 
-class _Trees:
-    """Trees on the columns of some clients, binned once."""
+def _rows(vectors: torch.Tensor, rows: np.ndarray) -> np.ndarray:
+    """Float32 [n, D] in memory of NumPy's own: of a view LightGBM makes a second copy."""
+    found = np.empty((len(rows), vectors.shape[1]), np.float32)
+    torch.from_numpy(found).copy_(vectors[torch.from_numpy(rows).to(vectors.device)])
+    return found
 
-    def __init__(self, vectors: np.ndarray) -> None:
-        self._vectors = vectors
+
+class _Trees:
+    """Trees on the columns of some clients, binned once; `read` are those that are scored."""
+
+    def __init__(self, vectors: np.ndarray, read: np.ndarray) -> None:
+        self._read = read
         # A split of few values is over before a second thread has woken up; beside other processes waiting for it costs
         # fifty times the work.
         self._threads = torch.get_num_threads() if vectors.size >= THREADED_VALUES else 1
@@ -84,7 +89,7 @@ class _Trees:
             return np.zeros(len(known))
         self._data.set_label(known)
         booster = lightgbm.train(self._parameters | {"seed": seed}, self._data, TREES)
-        return np.asarray(booster.predict(self._vectors, raw_score=True, num_threads=self._threads))
+        return np.asarray(booster.predict(self._read, raw_score=True, num_threads=self._threads))
 
 
 def _num_sampled(num_labels: int, config: EvaluationConfig) -> int:

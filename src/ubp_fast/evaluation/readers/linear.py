@@ -44,7 +44,7 @@ def read(
     results: dict[int, LabelScores] = {}
     for members in by_clients(tasks):
         rows = data.shuffle[tasks[members[0]].included[data.shuffle]]
-        found = _read_together(data.vectors, rows, [tasks[member] for member in members], config.orders, report)
+        found = _read_together(data, rows, [tasks[member] for member in members], config.orders, report)
         results |= zip(members, found, strict=True)
     return [results[position] for position in range(len(tasks))]
 
@@ -74,7 +74,7 @@ class Sums:
 
 
 def _read_together(
-    vectors: torch.Tensor,
+    data: ReaderData,
     rows: np.ndarray,
     tasks: Sequence[TaskTargets],
     num_samples: int,
@@ -84,6 +84,7 @@ def _read_together(
     if len(rows) < 2 * FOLDS:
         report(FOLDS * len(OPTIONS))
         return [LabelScores((Sample((), ()),), task.train.num_labels, task.train.num_labels) for task in tasks]
+    vectors, read_vectors = data.vectors, data.vectors if data.read is None else data.read
     train = [task.train.take(rows) for task in tasks]
     bounds = np.concatenate([[0], np.cumsum([labels.num_labels for labels in train])])
     known = np.concatenate([labels.dense() for labels in train], axis=1)
@@ -110,7 +111,7 @@ def _read_together(
     predictions = {}
     for option in dict.fromkeys(chosen_options):
         predictions[option] = np.empty(known.shape, np.float32)
-        for at, predicted in _predict(vectors, rows, shift, whole, *_fit(whole, *option)):
+        for at, predicted in _predict(read_vectors, rows, shift, whole, *_fit(whole, *option)):
             predictions[option][at] = predicted
     found = []
     for position, (task, option) in enumerate(zip(tasks, chosen_options, strict=True)):

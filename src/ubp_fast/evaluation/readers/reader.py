@@ -35,12 +35,15 @@ class ReaderData:
         shuffle: i64 [U], a seeded order of the clients whatever the order of `vectors`; folds are dealt along it.
         has_units: columns are measurements in units of their own, so that lengths and angles mean something only after
             they are standardised.
+        read: float16 or float32 [U, D] on the device, which `linear` and `boosting` read after they have learned from
+            `vectors`; None: the same.
     """
 
     vectors: torch.Tensor
     orders: tuple[np.ndarray, ...]
     shuffle: np.ndarray
     has_units: bool = False
+    read: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -194,9 +194,10 @@ def _last_rows(batch: SequenceBatch) -> tuple[Tensor, Tensor]:
 def sinusoidal_positions(steps_to_end: Tensor, width: int, max_length: int) -> Tensor:
     """Sine and cosine position vectors, float32 [T, width], counted so that the last event has position max_length - 1.
 
-    Equals the positions of left-padded sequences of `max_length`. Source: Vaswani et al. 2017, 3.5.
+    Equals the positions of left-padded sequences of `max_length`, which none exceeds. Source: Vaswani et al. 2017, 3.5.
     """
-    position = (max_length - 1 - steps_to_end).float()
+    # From a table: sines of the last few numbers of a tensor are computed otherwise than those before them.
+    position = (max_length - 1 - torch.arange(max_length, device=steps_to_end.device)).float()
     rate = torch.exp(torch.arange(0, width, 2, device=position.device) * (-math.log(10_000.0) / width))
     angle = position[:, None] * rate
-    return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)[:, :width]
+    return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)[steps_to_end.long(), :width]

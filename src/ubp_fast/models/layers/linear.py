@@ -2,23 +2,57 @@
 
 The BLAS that torch links picks its kernels by the processor's maker and leaves half of an AMD core's speed unused.
 oneDNN is part of torch as well; torch itself takes it for bfloat16 only.
+
+Both order their sums by the shape of the whole matrix. Inside `rows_alone` products add up in the order of the columns,
+so that a row's result does not depend on the rows beside it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from ubp_fast.features.scaling import add_product
+
 # Rows whose part of a weight's gradient is one product: oneDNN is fastest where both factors stay in the cache.
 _ROWS_PER_PRODUCT = 1024
+# By address, shape and strides of a weight: itself, so that nothing else gets its address, and its transpose.
+_Transposed = dict[tuple[int, tuple[int, ...], tuple[int, ...]], tuple[Tensor, np.ndarray]]
+_ALONE: ContextVar[_Transposed | None] = ContextVar("rows_alone", default=None)
+
+
+@contextmanager
+def rows_alone() -> Iterator[None]:
+    """Inside, float32 products on a CPU give each row what it alone would get: no gradients, constant weights."""
+    token = _ALONE.set({})
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
+
+
+def _product_alone(rows: Tensor, weight: Tensor, bias: Tensor | None, transposed: _Transposed) -> Tensor:
+    key = (weight.data_ptr(), tuple(weight.shape), weight.stride())
+    if key not in transposed:
+        transposed[key] = (weight, weight.detach().t().contiguous().numpy())
+    out = rows.new_zeros(len(rows), len(weight)) if bias is None else bias.detach().repeat(len(rows), 1)
+    add_product(rows.detach().contiguous().numpy(), transposed[key][1], out.numpy())
+    return out
 
 
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """rows [T, K] @ weight.t() [K, N] + bias [N]; no gradient flows."""
+    transposed = _ALONE.get()
+    if transposed is not None and rows.device.type == "cpu" and rows.dtype == weight.dtype == torch.float32:
+        return _product_alone(rows, weight, bias, transposed)
     if not is_accelerated(rows):
         return functional.linear(rows, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
