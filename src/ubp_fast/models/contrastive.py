@@ -42,6 +42,7 @@ class ContrastiveConfig:
     """The contrastive model with the winner's constants."""
 
     history_length: int = 64  # last events before the cutoff; docs/winner.md 3.3
+    drop_repeats: bool = False  # of visits and searches, see `ViewLoader`; ours
     future_length: int = 64  # first events of the target window; docs/winner.md 3.3
     events: ProjectedEventConfig = field(default_factory=ProjectedEventConfig)  # event vectors; docs/winner.md 3.4
     history: EncoderConfig = field(default_factory=EncoderConfig)  # history tower; docs/winner.md 3.4

@@ -38,6 +38,7 @@ class MultitaskConfig:
     """The multi-task model with the winner's constants."""
 
     history_length: int = 64  # last events before the cutoff; docs/winner.md 4.1
+    drop_repeats: bool = True  # of visits and searches, see `ViewLoader`; docs/winner.md 4.1
     events: ConcatenatedEventConfig = field(default_factory=ConcatenatedEventConfig)  # docs/winner.md 4.3
     encoder: EncoderConfig = field(default_factory=_post_norm_encoder)  # post-norm transformer; docs/winner.md 4.3
     embedding_dropout: float = 0.2  # share dropped after adding positions; docs/winner.md 4.3

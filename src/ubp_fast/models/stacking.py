@@ -97,13 +97,18 @@ class JoinedBlocks:
         is_count: per block, take log1p and divide each row by its Euclidean length (rows of zeros stay zeros);
             docs/winner.md 5.
         unit_length: False takes the logarithm alone.
+        raw_counts: True leaves the logarithm out.
 
     Raises:
         ValueError: no block, or different numbers of rows.
     """
 
     def __init__(
-        self, cutoffs: Sequence[Sequence[np.ndarray | Features]], is_count: Sequence[bool], unit_length: bool = True
+        self,
+        cutoffs: Sequence[Sequence[np.ndarray | Features]],
+        is_count: Sequence[bool],
+        unit_length: bool = True,
+        raw_counts: bool = False,
     ) -> None:
         if not cutoffs or not cutoffs[0] or any(len(blocks) != len(is_count) for blocks in cutoffs):
             raise ValueError(
@@ -113,7 +118,8 @@ class JoinedBlocks:
         rows = [block.shape[0] for blocks in cutoffs for block in blocks]
         if len(set(rows)) != 1:
             raise ValueError(f"JoinedBlocks: blocks must have equal rows, got {rows}")
-        self._cutoffs, self._is_count, self._unit_length = cutoffs, is_count, unit_length
+        self._cutoffs, self._is_count = cutoffs, is_count
+        self._unit_length, self._raw_counts = unit_length, raw_counts
         self._num_clients = rows[0]
         self.shape = (len(cutoffs) * rows[0], sum(block.shape[1] for block in cutoffs[0]))
 
@@ -135,7 +141,7 @@ class JoinedBlocks:
         joined = []
         for block, is_count in zip(self._cutoffs[cutoff], self._is_count, strict=True):
             values = np.asarray(block[rows], np.float32) if isinstance(block, np.ndarray) else block.rows(rows)
-            if is_count:
+            if is_count and not self._raw_counts:
                 values = np.log1p(values)
             if is_count and self._unit_length:
                 length = np.linalg.norm(values, axis=1, keepdims=True)

@@ -79,6 +79,7 @@ def make_contrastive(settings: Settings, inputs: Inputs, directory: Path, progre
         views,
         batch_size=training.batch_size,
         history_length=config.history_length,
+        drop_repeats=config.drop_repeats,
         future_length=config.future_length,
         labels=labels,
         weight=weight[views.row],
@@ -111,6 +112,7 @@ def make_multitask(settings: Settings, inputs: Inputs, directory: Path, progress
         views,
         batch_size=training.batch_size,
         history_length=config.history_length,
+        drop_repeats=config.drop_repeats,
         features=scaler.transform(features),
         labels=labels,
         shuffle_seed=settings.seed,
@@ -123,6 +125,7 @@ def make_multitask(settings: Settings, inputs: Inputs, directory: Path, progress
             views,
             batch_size=INFERENCE_BATCH,
             history_length=config.history_length,
+            drop_repeats=config.drop_repeats,
             features=scaler.transform(_static(store, views, inputs["features"])),
         )
 
@@ -144,7 +147,7 @@ def make_stacking(
     labels = _labels(store, views, inputs["features"], config.labels)
     strong: ReducedRankModel | StackingModel
     if isinstance(config, ReducedRankConfig):
-        strong = _fit_regression(config, inputs, labels, cutoffs, recipe.joined, unit_length=True)
+        strong = _fit_regression(config, inputs, labels, cutoffs, recipe.joined, True, recipe.raw_counts)
     else:
         strong = _train_stacking(settings, store, inputs, labels, views, directory, progress)
     own, graded = own_blocks(recipe), None
@@ -226,9 +229,11 @@ def _fit_regression(
     cutoffs: Sequence[int],
     names: tuple[str, ...],
     unit_length: bool,
+    raw_counts: bool = False,
 ) -> ReducedRankModel:
     """The regression of past windows' labels on some blocks."""
-    blocks = [joined(partial(_block, inputs, cutoff_s=cutoff_s), names, unit_length) for cutoff_s in cutoffs]
+    made = [partial(_block, inputs, cutoff_s=cutoff_s) for cutoff_s in cutoffs]
+    blocks = [joined(one, names, unit_length, raw_counts) for one in made]
     return ReducedRankModel(config).fit(blocks, labels, _is_summary(inputs, names, cutoffs[0]))
 
 
@@ -262,7 +267,7 @@ def _train_stacking(
     # Rows in the order of the views.
     cutoffs = cutoffs_of(store, settings)[1]
     blocks = [[_block(inputs, name, cutoff_s) for name in names] for cutoff_s in cutoffs]
-    features = JoinedBlocks(blocks, [name == "aggregated" for name in names])
+    features = JoinedBlocks(blocks, [name == "aggregated" for name in names], raw_counts=settings.recipe.raw_counts)
     model = initialise(lambda: StackingModel(config, features.shape[1], _widths(labels)), settings.seed)
     model.fit_scaling(features)
     loader = ViewLoader(

@@ -36,16 +36,20 @@ class Windows:
         model_cutoffs: cutoffs of the contrastive and multi-task models, at most as many as the history allows.
         stacking_cutoffs: later cutoffs of the stacking model; the newest lies one window before the profiles' cutoff.
         labels: values per label list (category, sku, new sku, price) that the models learn to predict.
+        given_lists: take the lists of categories and skus that the organisers' directory names instead of making them;
+            in the challenge everybody was told them. Lists of other sources come from the target window and stay
+            unseen.
     """
 
     days: int = 14
     model_cutoffs: int = 4
     stacking_cutoffs: int = 1
     labels: int = 100
+    given_lists: bool = False
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if value < 1:
+            if not isinstance(value, bool) and value < 1:
                 raise UserError(f"run: windows.{name} must be >= 1, got {value}")
 
 

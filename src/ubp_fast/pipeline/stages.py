@@ -22,6 +22,7 @@ from ubp_fast.evaluation import build_targets, evaluate
 from ubp_fast.events.labels import make_label_lists
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import DataError, LabelLists
+from ubp_fast.events.sources.challenge import Challenge
 from ubp_fast.features.aggregated import aggregated_features
 from ubp_fast.features.decayed import decayed_features
 from ubp_fast.features.matrix import Features, load_features
@@ -54,6 +55,8 @@ from ubp_fast.store.build import build_store
 from ubp_fast.store.clients import clients_of
 from ubp_fast.store.event_store import EventStore
 
+# Tasks of the challenge whose labels its participants knew.
+GIVEN_LISTS = ("propensity_category", "propensity_sku")
 # Feature sets that compare clients with each other.
 OF_DAY = ("rich", "rhythm", "scores")
 RAW_FEATURES = ("aggregated", "decayed", "static")
@@ -220,13 +223,11 @@ def make_latest_store(settings: Settings, inputs: Inputs, directory: Path, progr
 
 def make_features(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
     """Label lists of the newest known window, and feature matrices at every cutoff that a model looks at."""
-    store = EventStore.open(inputs["store"])
-    lists = make_label_lists(
-        EventDirectory.open(inputs["events"]),
-        store.cutoff_s - window_days(store, settings.windows.days) * 86_400,
-        store.cutoff_s,
-        settings.windows.labels,
-    )
+    store, events = EventStore.open(inputs["store"]), EventDirectory.open(inputs["events"])
+    start_s = store.cutoff_s - window_days(store, settings.windows.days) * 86_400
+    lists = make_label_lists(events, start_s, store.cutoff_s, settings.windows.labels)
+    if settings.windows.given_lists:
+        lists |= _given_lists(settings, events)
     for name, (ids, popularity) in lists.items():
         np.save(directory / f"{name}.npy", ids)
         np.save(directory / f"popularity_{name}.npy", popularity)
@@ -255,6 +256,12 @@ def make_features(settings: Settings, inputs: Inputs, directory: Path, progress:
         make[name](store, cutoff_s, directory=directory / f"{name}-{cutoff_s}", **kept)
         progress(done + 1, len(wanted))
     write_arrays(directory / DAY_FILE, day.arrays)
+
+
+def _given_lists(settings: Settings, events: EventDirectory) -> LabelLists:
+    """What the organisers' directory asks for by name; popularity as it says, too."""
+    given = events.label_lists if isinstance(settings.source, Challenge) else None
+    return {name: values for name, values in (given or {}).items() if name in GIVEN_LISTS}
 
 
 def _fit_scorer(settings: Settings, store: EventStore, lists: LabelLists) -> PairScorer:

@@ -74,8 +74,9 @@ class Network(NamedTuple):
         """
         features = None if self.scaler is None or static is None else self.scaler.transform(static)
         views = views_at(store, [cutoff_s])
-        length = self.model.config.history_length
-        return each_alone(self.model, ViewLoader(store, views, batch_size=1, history_length=length, features=features))
+        config = self.model.config
+        lengths = {"history_length": config.history_length, "drop_repeats": config.drop_repeats}
+        return each_alone(self.model, ViewLoader(store, views, batch_size=1, features=features, **lengths))
 
 
 def each_alone(model: torch.nn.Module, loader: ViewLoader) -> np.ndarray:
@@ -193,10 +194,10 @@ class Blocks:
         return found
 
 
-def joined(made: Made, names: tuple[str, ...], unit_length: bool) -> JoinedBlocks:
-    """Some blocks side by side; counts as logarithms."""
+def joined(made: Made, names: tuple[str, ...], unit_length: bool, raw_counts: bool = False) -> JoinedBlocks:
+    """Some blocks side by side; counts as logarithms, or as they are."""
     blocks = [made(name) for name in names]
-    return JoinedBlocks([blocks], [name == "aggregated" for name in names], unit_length)
+    return JoinedBlocks([blocks], [name == "aggregated" for name in names], unit_length, raw_counts)
 
 
 def parts_of(fitted: Fitted, made: Made, day: DayStatistics, blocks: tuple[str, ...] | None = None) -> list[Part]:
@@ -236,7 +237,7 @@ def vectors_of(fitted: Fitted, made: Made, day: DayStatistics, layout: Layout) -
 
 
 def _strong(fitted: Fitted, made: Made, day: DayStatistics, name: str) -> list[Part]:
-    inputs = joined(made, fitted.recipe.joined, unit_length=True)
+    inputs = joined(made, fitted.recipe.joined, unit_length=True, raw_counts=fitted.recipe.raw_counts)
     if isinstance(fitted.strong, ReducedRankModel):
         vectors = fitted.strong.transform(inputs, day.moments("strong.inputs", inputs))
         vectors[:, -1] = fitted.recipe.layout.constant

@@ -10,6 +10,7 @@ from ubp_fast.events.schema import DataError
 from ubp_fast.events.sources.table import Table
 from ubp_fast.features.aggregated import AggregatedConfig
 from ubp_fast.features.decayed import DecayedConfig
+from ubp_fast.features.organisers import CountsConfig
 from ubp_fast.features.rich import RichConfig
 from ubp_fast.features.rich.item_blocks import Baskets, Conversions, Diversity, MeanCodes, Prices
 from ubp_fast.features.rich.propensity import Propensities
@@ -40,7 +41,7 @@ class Recipe:
         table: how the columns of the shop's own table are named, where there is one.
     """
 
-    aggregated: AggregatedConfig
+    aggregated: AggregatedConfig | CountsConfig
     decayed: DecayedConfig
     rhythm: RichConfig
     tastes: TastesConfig
@@ -53,11 +54,16 @@ class Recipe:
     multitask: MultitaskConfig
     table: Table | None = None
 
+    @property
+    def raw_counts(self) -> bool:
+        """Aggregated counts are joined as they are, not as logarithms: the winner's; docs/winner.md 5."""
+        return isinstance(self.aggregated, CountsConfig)
+
 
 _CLASSES = {
     one.__name__: one
     for one in (
-        *(Recipe, Table, AggregatedConfig, DecayedConfig, RichConfig, TastesConfig, LayoutConfig),
+        *(Recipe, Table, AggregatedConfig, CountsConfig, DecayedConfig, RichConfig, TastesConfig, LayoutConfig),
         *(Activity, Calendar, Gaps, Baskets, Conversions, Diversity, MeanCodes, Prices, Propensities),
         *(ReducedRankConfig, PairScorerConfig, StackingConfig, ContrastiveConfig, MultitaskConfig),
         *(EncoderConfig, ConcatenatedEventConfig, ProjectedEventConfig, PLEConfig),
