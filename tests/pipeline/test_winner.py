@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -12,8 +13,11 @@ from support.runs import SMALL, run_tiny
 
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.features.matrix import load_features
+from ubp_fast.features.organisers import CountsConfig, count_features_once
+from ubp_fast.profiler.profiler import Profiler
 from ubp_fast.profiles import Profiles, validate
 from ubp_fast.store.event_store import EventStore
+from ubp_fast.store.in_memory import Histories
 
 NARROW = (
     "experiment=winner",
@@ -98,6 +102,39 @@ def test_aggregated_block_is_the_organisers_counts(winner_run: Path) -> None:
     wanted = np.zeros((store.num_clients, 5))
     np.add.at(wanted, (client[recent], price[recent] // 20), 1)
     np.testing.assert_array_equal(values[:, ranges], wanted[store.is_relevant])
+
+
+def test_clients_are_in_the_order_of_the_baseline(winner_run: Path, data: Path, tmp_path: Path) -> None:
+    events = EventDirectory.open(winner_run / "stages" / "events")
+    baseline = count_features_once(events, events.split.input_end_s, CountsConfig(anchor="file_order"))
+    ids = Profiles.load(winner_run / "profiles").client_ids
+    np.testing.assert_array_equal(ids, baseline.client_ids)
+    assert (np.diff(ids) < 0).any()
+    stacked = Profiles.load(winner_run / "profiles")
+    table = pl.read_parquet(winner_run / "profiles.parquet")
+    np.testing.assert_array_equal(table["profile"].to_numpy(), stacked.embeddings.astype(np.float32))
+    # The vectors moved with their clients: the model of the run makes the same from the events alone.
+    run = winner_run / "latest"
+    profiler = Profiler.load(winner_run)
+    store = EventStore.open(winner_run / "stages" / "latest-store")
+    again = profiler.of_histories(Histories.of_store(store), np.sort(Profiles.load(run).client_ids), store.cutoff_s)
+    np.testing.assert_allclose(again, Profiles.load(run).align(np.sort(ids)).embeddings, rtol=0, atol=2e-3)
+
+
+def test_training_is_validated_on_the_window_after_it(winner_run: Path) -> None:
+    for name in ("contrastive", "multitask"):
+        (epoch,) = json.loads((winner_run / "stages" / name / "training" / "losses.json").read_text())["epochs"]
+        assert epoch["valid_score"] == pytest.approx(
+            sum(epoch[f"valid_auroc_{label}"] for label in ("churn", "buy_sku", "buy_category"))
+        )
+    assert "auroc_buy_sku" in epoch or "valid_auroc_buy_price" in epoch
+
+
+def test_vectors_of_past_cutoffs_take_two_bytes(winner_run: Path) -> None:
+    for name in ("contrastive", "multitask"):
+        files = [*(winner_run / "stages" / name).glob("vectors-*.npy")]
+        assert len(files) == 2
+        assert {np.load(path, mmap_mode="r").dtype for path in files} == {np.dtype(np.float16)}
 
 
 def test_profiles_are_the_activations_of_both_sets(winner_run: Path) -> None:

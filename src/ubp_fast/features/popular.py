@@ -66,6 +66,11 @@ def popular_lists(store: EventStore, kind: str, before_s: int, top_values: int) 
     }
 
 
+def lists_of_kinds(store: EventStore, before_s: int, top_values: int) -> dict[str, PopularLists]:
+    """`popular_lists` of every kind with items."""
+    return {kind: popular_lists(store, kind, before_s, top_values) for kind in store.kinds if kind != "search_query"}
+
+
 def popular_values(store: EventStore, kind: str, lists: PopularLists) -> PopularValues:
     """Slots of a store's items of a kind in lists that were made from it or from another store."""
     slots: list[np.ndarray] = []

@@ -29,7 +29,7 @@ _ACTIVITY = ("churn", "add")
 
 
 def _post_norm_encoder() -> EncoderConfig:
-    # The winner has one head of 412 columns; flash_attention takes at most 256 columns a head, so it is two here.
+    # The winner has one head of 412 columns, as has experiment=winner; flash_attention takes at most 256 a head.
     return EncoderConfig(heads=2, feed_forward=1536, activation="relu", norm_first=False, pooling="last")
 
 
@@ -90,9 +90,13 @@ class MultitaskModel(nn.Module):
         encoded = self.encoder(rows, history)
         return self.fusion(torch.cat([encoded, batch.features], dim=1)).float()
 
+    def label_logits(self, batch: ViewBatch) -> dict[str, Tensor]:
+        """Logits float [B, outputs] of every task, by label."""
+        return self.tasks(self(batch))
+
     def loss(self, batch: ViewBatch) -> dict[str, Tensor]:
         """One term per task, weights applied; their sum is minimised."""
-        logits = self.tasks(self(batch))
+        logits = self.label_logits(batch)
         terms: dict[str, Tensor] = {}
         for name, task_logits in logits.items():
             label = batch.labels[name]

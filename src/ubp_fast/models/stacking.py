@@ -77,14 +77,17 @@ class StackingModel(nn.Module):
         scaled = (batch.features - self.input_mean) * self.input_scale
         return functional.gelu(self.profile(scaled)).float()
 
+    def label_logits(self, batch: ViewBatch) -> dict[str, Tensor]:
+        """Logits float [B, outputs] of every task, by label."""
+        hidden = self.body(self(batch))
+        return {name: head(hidden) for name, head in self.heads.items()}
+
     def loss(self, batch: ViewBatch) -> dict[str, Tensor]:
         """One mean BCE per task; their sum is minimised."""
-        hidden = self.body(self(batch))
         terms: dict[str, Tensor] = {}
-        for name, head in self.heads.items():
-            logits = head(hidden).float()
+        for name, logits in self.label_logits(batch).items():
             label = batch.labels[name].reshape(logits.shape)
-            terms[name] = functional.binary_cross_entropy_with_logits(logits, label)
+            terms[name] = functional.binary_cross_entropy_with_logits(logits.float(), label)
         return terms
 
 

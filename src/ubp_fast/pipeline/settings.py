@@ -24,6 +24,7 @@ from ubp_fast.profiles.blocks import LayoutConfig
 COMPONENTS = ("stacked", "contrastive", "multitask", "features", "profile_features", "baseline_log1p", "baseline_raw")
 DEFAULT_COMPONENTS = ("stacked", "baseline_log1p")
 BLOCKS = ("contrastive", "multitask", "aggregated", "decayed", "scores", "rich")
+CLIENT_ORDERS = ("ids", "baseline")
 DATA_SUFFIXES = (".parquet", ".npy", ".csv", ".gz", ".safetensors", ".json")
 
 
@@ -55,11 +56,15 @@ class Windows:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """One model: its architecture, its training (None: closed form), and what makes its optimizer from parameters."""
+    """One model: its architecture, its training (None: closed form), and what makes its optimizer from parameters.
+
+    `views` is how many views a training on all clients draws, see `weighted_views`; None: it takes every one.
+    """
 
     config: Any
     training: Any
     optimizer: Callable[..., Any]
+    views: int | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,7 @@ class Settings:
         submission: folder of vectors to score instead of ours.
         common_clients: score everything on the clients that the submission and the baselines share.
         align_to: model of an earlier run, in whose space the newest vectors shall be; None: in one of their own.
+        client_order: order of the clients in profiles, "ids" or "baseline".
         latest: "end" of the data or a moment (seconds), whose vectors are made beside the backtest's; None: no others.
     """
 
@@ -106,6 +112,7 @@ class Settings:
     components: tuple[str, ...]
     submission: Path | None
     common_clients: bool
+    client_order: str = "ids"
     latest: int | str | None = None
     align_to: Path | None = None
 
@@ -125,6 +132,7 @@ class Settings:
             contrastive=self.contrastive.config,
             multitask=self.multitask.config,
             table=self.source if isinstance(self.source, Table) else None,
+            at_once=self.plain["profiles"]["at_once"],
         )
 
     def part(self, *names: str) -> dict[str, Any]:
@@ -197,6 +205,7 @@ def read_settings(config: DictConfig) -> Settings:
         evaluation=_make(evaluation),
         components=components,
         submission=None if submission is None else Path(submission),
+        client_order=_client_order(plain["profiles"]),
         latest=_latest(plain["profiles"]["at"]),
         align_to=None if plain["profiles"]["align_to"] is None else model_folder(Path(plain["profiles"]["align_to"])),
         common_clients=common_clients,
@@ -212,6 +221,15 @@ def _components(named: Any) -> tuple[str, ...]:
             f"run: evaluation.components must be 'default', 'all' or a list of some of {list(COMPONENTS)}, got {named}"
         )
     return tuple(component for component in COMPONENTS if component in named)
+
+
+def _client_order(profiles: Mapping[str, Any]) -> str:
+    order, at_once = profiles["client_order"], profiles["at_once"]
+    if order not in CLIENT_ORDERS:
+        raise UserError(f"run: profiles.client_order must be one of {list(CLIENT_ORDERS)}, got '{order}'")
+    if not isinstance(at_once, int) or at_once < 1:
+        raise UserError(f"run: profiles.at_once must be a number >= 1, got {at_once}")
+    return str(order)
 
 
 def _latest(at: Any) -> int | str | None:
@@ -231,7 +249,10 @@ def _blocks(plain: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _model(group: Mapping[str, Any]) -> ModelSettings:
-    return ModelSettings(_make(group["config"]), _make(group["training"]), _make(group["optimizer"]))
+    views = group.get("views")
+    if views is not None and views < 1:
+        raise UserError(f"run: views of a model must be >= 1 or null, got {views}")
+    return ModelSettings(_make(group["config"]), _make(group["training"]), _make(group["optimizer"]), views)
 
 
 def _make(group: Any) -> Any:

@@ -23,10 +23,10 @@ from ubp_fast.events.labels import make_label_lists
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import DataError, LabelLists
 from ubp_fast.events.sources.challenge import Challenge
-from ubp_fast.features.aggregated import aggregated_features
 from ubp_fast.features.decayed import decayed_features
 from ubp_fast.features.matrix import Features, load_features
 from ubp_fast.features.organisers import CountsConfig, count_features_once
+from ubp_fast.features.popular import lists_of_kinds
 from ubp_fast.features.rich import rich_features
 from ubp_fast.features.scaling import DayStatistics
 from ubp_fast.features.static import static_features
@@ -34,6 +34,7 @@ from ubp_fast.features.tastes import fit_tastes, taste_features
 from ubp_fast.features.writing import in_client_blocks
 from ubp_fast.files import write_array, write_arrays, write_json
 from ubp_fast.models.pair_scorer import PairScorer
+from ubp_fast.models.training import on_device
 from ubp_fast.pipeline.model_stages import (
     DAY_FILE,
     PAIRS_FILE,
@@ -47,7 +48,7 @@ from ubp_fast.pipeline.model_stages import (
     make_stacking,
 )
 from ubp_fast.pipeline.settings import Settings
-from ubp_fast.profiler.parts import NETWORKS, graded_blocks
+from ubp_fast.profiler.parts import NETWORKS, aggregated_block, graded_blocks
 from ubp_fast.profiles import Profiles, validate
 from ubp_fast.progress import Progress
 from ubp_fast.sequences import training_cutoffs, window_days
@@ -130,19 +131,30 @@ def _profiles(settings: Settings, align_to: Path | None = None) -> list[Stage]:
         Stage("store", ("events",), settings.part("store"), make_store, 2),
         Stage("features", ("events", "store"), _features_config(settings), make_features, 8),
         *(
-            Stage(name, ("store", "features"), common | settings.part(name), make, 60, (TRAINING,))
+            Stage(
+                name,
+                ("store", "features"),
+                common | settings.part(name) | _of_vectors(settings, "at_once"),
+                make,
+                60,
+                (TRAINING,),
+            )
             for name, make in (("contrastive", make_contrastive), ("multitask", make_multitask))
             if name in _trained(settings)
         ),
         Stage(
             "stacking",
             ("events", "store", "features", *joined),
-            common | settings.part("stacking", "profile") | aligned,
+            common | settings.part("stacking", "profile") | _of_vectors(settings, "client_order", "at_once") | aligned,
             partial(make_stacking, align_to=align_to),
             30 if settings.stacking.training is not None else 1,
             (TRAINING,),
         ),
     ]
+
+
+def _of_vectors(settings: Settings, *names: str) -> dict[str, Any]:
+    return {name: settings.plain["profiles"][name] for name in names}
 
 
 def _features_config(settings: Settings) -> dict[str, Any]:
@@ -275,7 +287,11 @@ def _feature_makers(settings: Settings, store: EventStore, lists: LabelLists) ->
     """Name of a feature set -> make(store, cutoff, directory=folder)."""
     return {
         "static": static_features,
-        "aggregated": partial(aggregated_features, config=settings.aggregated, lists_cutoff_s=store.cutoff_s),
+        "aggregated": partial(
+            aggregated_block,
+            config=settings.aggregated,
+            lists=lists_of_kinds(store, store.cutoff_s, settings.aggregated.top_values),
+        ),
         "decayed": partial(decayed_features, lists=lists, config=settings.decayed),
         "rich": partial(rich_features, lists=lists, config=settings.rich),
         "tastes": partial(taste_features, config=settings.tastes),
@@ -333,7 +349,7 @@ def _write_scores(
     targets = build_targets(events, profiles.client_ids, settings.evaluation.tasks)
     config = replace(settings.evaluation, readers=(reader,))
     has_units = component in ("features", "profile_features")
-    scores = evaluate(profiles, targets, config, settings.device, progress, has_units)
+    scores = evaluate(profiles, targets, config, on_device(settings.device), progress, has_units)
     scores = replace(scores, remarks={**scores.remarks, **({"clients": remark} if remark else {})})
     write_json(directory / "scores.json", scores.to_json())
 

@@ -17,12 +17,13 @@ import numpy as np
 import torch
 
 from ubp_fast.events.schema import LabelLists
-from ubp_fast.features.aggregated import aggregated_features
+from ubp_fast.features.aggregated import AggregatedConfig, aggregated_features
 from ubp_fast.features.decayed import decayed_features
 from ubp_fast.features.matrix import Features
+from ubp_fast.features.organisers import CountsConfig, count_features
 from ubp_fast.features.popular import PopularLists
 from ubp_fast.features.rich import rich_features
-from ubp_fast.features.scaling import DayStatistics, MinMaxScaler
+from ubp_fast.features.scaling import DayStatistics, MinMaxScaler, Rows, ScaledRows
 from ubp_fast.features.static import static_features
 from ubp_fast.features.tastes import taste_features
 from ubp_fast.models.contrastive import ContrastiveModel
@@ -36,6 +37,7 @@ from ubp_fast.models.training import embed
 from ubp_fast.profiler.recipe import Recipe
 from ubp_fast.profiles.alignment import Alignment
 from ubp_fast.profiles.blocks import Layout, Part, compose
+from ubp_fast.progress import Progress
 from ubp_fast.sequences import ViewLoader, Views, views_at
 from ubp_fast.store.event_store import EventStore
 from ubp_fast.store.in_memory import MemoryStore, Vocabulary
@@ -67,24 +69,51 @@ class Network(NamedTuple):
     scaler: MinMaxScaler | None = None
     outputs: Mapping[str, int] | None = None
 
-    def vectors(self, store: EventStore, cutoff_s: int, static: np.ndarray | None) -> np.ndarray:
-        """Float32 [U, E] of the relevant clients of a store; static features float32 [U, 46] where the model has any.
+    def vectors(
+        self,
+        store: EventStore,
+        cutoff_s: int,
+        static: Callable[[Views], Rows] | None,
+        at_once: int,
+        file: Path | None = None,
+        progress: Progress | None = None,
+    ) -> np.ndarray:
+        """Float16 [U, E] of the relevant clients of a store.
 
-        Client by client in one thread: kernels order their sums by the shape of a batch and the number of threads.
+        Args:
+            store: event store.
+            cutoff_s: seconds since 1970 UTC.
+            static: gives the static features of views, float32 [N, 46], not scaled; needed where the model has any.
+            at_once: see `Recipe`.
+            file: the result is written there and mapped from there.
+            progress: called as progress(batches done, batches in all).
         """
-        features = None if self.scaler is None or static is None else self.scaler.transform(static)
         views = views_at(store, [cutoff_s])
+        features = None if self.scaler is None or static is None else ScaledRows(static(views), self.scaler)
         config = self.model.config
-        lengths = {"history_length": config.history_length, "drop_repeats": config.drop_repeats}
-        return each_alone(self.model, ViewLoader(store, views, batch_size=1, features=features, **lengths))
+        loader = ViewLoader(
+            store,
+            views,
+            batch_size=at_once,
+            history_length=config.history_length,
+            drop_repeats=config.drop_repeats,
+            features=features,
+        )
+        return halves(self.model, loader, file, progress)
 
 
-def each_alone(model: torch.nn.Module, loader: ViewLoader) -> np.ndarray:
-    """`embed` in one thread, of a loader that gives one view at a time: a row depends on its own view alone."""
+def halves(
+    model: torch.nn.Module, loader: ViewLoader, file: Path | None = None, progress: Progress | None = None
+) -> np.ndarray:
+    """`embed` in float16; of a loader that gives one view at a time in one thread: a row depends on its view alone.
+
+    Kernels order their sums by the shape of a batch and the number of threads.
+    """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    if loader.batch_size == 1:
+        torch.set_num_threads(1)
     try:
-        return embed(model, loader)
+        return embed(model, loader, progress, dtype=np.float16, file=file)
     finally:
         torch.set_num_threads(threads)
 
@@ -170,12 +199,13 @@ class Blocks:
         folder = None if self._directory is None else self._directory / name
         if name in fitted.networks:
             network = fitted.networks[name]
-            static = None if network.scaler is None else self._features("static").rows(slice(None))
-            return network.vectors(store, cutoff_s, static)
+            return network.vectors(
+                store, cutoff_s, lambda _: self._features("static").rows(slice(None)), recipe.at_once
+            )
         if name == "static":
             return static_features(store, cutoff_s, folder)
         if name == "aggregated":
-            return aggregated_features(store, cutoff_s, recipe.aggregated, directory=folder, lists=fitted.popular)
+            return aggregated_block(store, cutoff_s, recipe.aggregated, fitted.popular, folder)
         if name == "decayed":
             return decayed_features(store, cutoff_s, fitted.lists, recipe.decayed, folder)
         if name == "tastes":
@@ -192,6 +222,19 @@ class Blocks:
         found = self(name)
         assert not isinstance(found, np.ndarray)
         return found
+
+
+def aggregated_block(
+    store: EventStore,
+    cutoff_s: int,
+    config: AggregatedConfig | CountsConfig,
+    lists: Mapping[str, PopularLists],
+    directory: Path | None,
+) -> Features:
+    """Aggregated features in our layout or in the organisers', by their configuration."""
+    if isinstance(config, CountsConfig):
+        return count_features(store, cutoff_s, config, directory, lists)
+    return aggregated_features(store, cutoff_s, config, directory=directory, lists=lists)
 
 
 def joined(made: Made, names: tuple[str, ...], unit_length: bool, raw_counts: bool = False) -> JoinedBlocks:
@@ -244,7 +287,7 @@ def _strong(fitted: Fitted, made: Made, day: DayStatistics, name: str) -> list[P
         columns = [*(f"direction_{column}" for column in range(vectors.shape[1] - 1)), "constant"]
     else:
         views = Views(np.arange(len(inputs)), np.full(len(inputs), fitted.cutoff_s))
-        vectors = each_alone(fitted.strong, ViewLoader(None, views, batch_size=1, features=inputs))
+        vectors = halves(fitted.strong, ViewLoader(None, views, batch_size=fitted.recipe.at_once, features=inputs))
         columns = [f"activation_{column}" for column in range(vectors.shape[1])]
     what = "what says most about the next two weeks"
     return [Part(name, vectors, columns, None, what, _source(fitted, fitted.recipe.joined))]

@@ -39,6 +39,8 @@ class Recipe:
         stacking: of the model that makes them.
         contrastive, multitask: of the networks, trained when `joined` names them.
         table: how the columns of the shop's own table are named, where there is one.
+        at_once: clients that a network takes at a time; 1: a vector has the same bytes whoever is beside it, more: to
+            rounding, many times as fast.
     """
 
     aggregated: AggregatedConfig | CountsConfig
@@ -53,6 +55,7 @@ class Recipe:
     contrastive: ContrastiveConfig
     multitask: MultitaskConfig
     table: Table | None = None
+    at_once: int = 1
 
     @property
     def raw_counts(self) -> bool:
