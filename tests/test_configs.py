@@ -18,7 +18,7 @@ from ubp_fast.evaluation import EvaluationConfig
 from ubp_fast.evaluation.evaluator import row_orders
 from ubp_fast.evaluation.tasks import TASKS
 from ubp_fast.events.schema import UserError
-from ubp_fast.pipeline.command_line import as_typed
+from ubp_fast.pipeline.command import as_typed
 from ubp_fast.pipeline.settings import read_settings
 from ubp_fast.pipeline.stages import plan
 from ubp_fast.profiles import Profiles

@@ -1,23 +1,26 @@
-"""Hydra's two ways in: the command `python -m ubp_fast.run`, and `run` for Python."""
+"""Hydra's two ways in: the command `python -m ubp_fast.run`, and `run` for Python; settings as people type them."""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from ubp_fast.events.schema import UserError
-from ubp_fast.pipeline.command_line import as_typed
+from ubp_fast.events.sources.inspect import quoted
 from ubp_fast.pipeline.execute import execute, run_stages
 from ubp_fast.pipeline.settings import read_settings
 
+_SETTING = re.compile(r"(\+{0,2}[\w.@/]+)=(.*)", re.DOTALL)
 CONF = str(Path(__file__).resolve().parent.parent / "conf")
 
 
@@ -31,6 +34,27 @@ def main_as_typed() -> None:
     """`main`, with settings as people type them."""
     sys.argv[1:] = as_typed(sys.argv[1:])
     main()
+
+
+def as_typed(arguments: Sequence[str]) -> list[str]:
+    """The arguments with `key=value` quoted where the value does not parse, such as `data.path=day=1.csv`.
+
+    A value that the configuration's grammar would take apart is a plain text.
+    """
+    parser = OverridesParser.create()
+    return [_as_typed(parser, argument) for argument in arguments]
+
+
+def _as_typed(parser: OverridesParser, argument: str) -> str:
+    found = _SETTING.fullmatch(argument)
+    if found is None:
+        return argument
+    try:
+        if not parser.parse_override(argument).is_sweep_override():
+            return argument
+    except HydraException:
+        pass
+    return f"{found[1]}={quoted(found[2])}"
 
 
 def run(settings: Mapping[str, object] | Sequence[str], quiet: bool = False) -> Path:
