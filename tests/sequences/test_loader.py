@@ -77,6 +77,35 @@ def test_repeats_of_visits_and_searches_are_left_out(tmp_path: Path) -> None:
     assert whole.history.lengths().tolist() == [12, 1, 6, 0]
 
 
+def test_pinned_batches_hold_the_same(store: EventStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[torch.Tensor] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor)
+        return tensor.clone()
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    views = views_at(store, [CUTOFF_S])
+    loader = ViewLoader(
+        store,
+        views,
+        batch_size=1000,
+        history_length=9,
+        future_length=4,
+        features=np.ones((len(views.row), 2), np.float32),
+        labels=window_labels(store, views, LISTS),
+        weight=np.ones(len(views.row)),
+    )
+    (plain,) = loader
+    assert not pinned
+    loader.pins = True
+    (batch,) = loader
+    assert len(pinned) == 2 * len(fields(SequenceBatch)) + 2 + len(plain.labels)
+    assert torch.equal(batch.history.codes, plain.history.codes)
+    assert torch.equal(batch.labels["buy_sku"], plain.labels["buy_sku"])
+    assert batch.to("meta").future.url.device.type == "meta"
+
+
 def test_history_is_the_last_events_before_the_cutoff(store: EventStore) -> None:
     views = views_at(store, [CUTOFF_S, CUTOFF_S - 10 * DAY_S])
     (batch,) = ViewLoader(store, views, batch_size=1000, history_length=9)

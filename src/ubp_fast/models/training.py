@@ -132,8 +132,8 @@ def fit(
             use_distributed_sampler=False,
             default_root_dir=str(directory),
         )
+        loader.pins = device.type == "cuda"
         trainer.fit(job, train_dataloaders=loader)
-    release_tables(model)
     if 0 <= job.best_epoch < config.epochs - 1:
         _load(model, load_tensors(directory / _best_file(job.best_epoch)))
     write_tensors(directory / MODEL_FILE, model.state_dict())
@@ -340,6 +340,9 @@ class _Job(lightning.LightningModule):
         found = {name: area for name, ranking in self._rankings.items() if (area := ranking.take()) is not None}
         score = {"valid_score": sum(found.get(name, 0.0) for name in SELECTION_LABELS)} if found else {}
         return {f"valid_auroc_{name}": area for name, area in found.items()} | score
+
+    def on_train_end(self) -> None:
+        release_tables(self.model)  # while weights and rows are on one device: what comes next moves the module
 
     def _checkpoint(self) -> None:
         state = {"identity": self.identity, "losses": self.losses, "curve": self.curve}

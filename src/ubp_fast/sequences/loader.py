@@ -193,6 +193,9 @@ class ViewLoader:
         weight: float [N], loss weights.
         shuffle_seed: None keeps the order of `views`; otherwise each epoch has its own order, see `set_epoch`.
 
+    Attributes:
+        pins: batches lie in pinned memory, from which a GPU takes them without waiting.
+
     Raises:
         ValueError: lengths that do not fit together, or a target window beyond the store's cutoff.
     """
@@ -220,7 +223,7 @@ class ViewLoader:
                 raise ValueError(f"ViewLoader: {name} must have {len(views.row)} rows like views, got {len(array)}")
         self.store, self.views, self.batch_size, self.shuffle_seed = store, views, batch_size, shuffle_seed
         self.features, self.labels, self.weight = features, dict(labels or {}), weight
-        self.epoch = 0
+        self.epoch, self.pins = 0, False
         self._history = self._future = None
         self._longest = history_length if drop_repeats else None
         if store is not None and history_length is not None:
@@ -254,13 +257,14 @@ class ViewLoader:
             rows = token_rows(first, end) if longest is None else last_different(self.store, first, end, longest)
             return assemble(self.store, views, *rows)
 
-        return ViewBatch(
+        batch = ViewBatch(
             history=packed(self._history, self._longest),
             future=packed(self._future),
             features=None if self.features is None else _float_tensor(self.features[chosen]),
             labels={name: _label_rows(label, chosen) for name, label in self.labels.items()},
             weight=None if self.weight is None else _float_tensor(self.weight[chosen]),
         )
+        return batch.map(Tensor.pin_memory) if self.pins else batch
 
     def __iter__(self) -> Iterator[ViewBatch]:
         """One epoch; the next batch is assembled in the background while the caller works on the current one."""
