@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
-from support.runs import SMALL, run_tiny
+import torch
+from schedulefree import RAdamScheduleFree
+from support.runs import SMALL, composed, run_tiny
 
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.features.matrix import load_features
 from ubp_fast.features.organisers import CountsConfig, count_features_once
+from ubp_fast.pipeline.settings import read_settings
+from ubp_fast.pipeline.stages import plan
 from ubp_fast.profiler.profiler import Profiler
 from ubp_fast.profiles import Profiles, validate
 from ubp_fast.store.event_store import EventStore
@@ -55,6 +61,55 @@ def winner_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     code, run, printed = run_tiny(tmp_path_factory.mktemp("winner"), *NARROW, *source, "profiles.at=end")
     assert code == 0, printed
     return run
+
+
+def test_published_constants_reach_the_models() -> None:
+    """docs/winner.md 3 to 6; on a GPU, too."""
+    settings = read_settings(composed("experiment=winner", "data=challenge", "data.dir=somewhere", "compute=gpu"))
+    contrastive, multitask, stacking = settings.contrastive, settings.multitask, settings.stacking
+    assert settings.stacking_blocks == ("contrastive", "multitask", "aggregated")
+    assert settings.recipe.raw_counts and settings.aggregated.price_bins == 5
+    assert (contrastive.config.temperature, contrastive.config.negatives, contrastive.config.probes) == (
+        *(0.02, "cross"),
+        True,
+    )
+    assert multitask.config.encoder.heads == 1 and multitask.config.events.width == 412
+    assert multitask.config.drop_repeats and not contrastive.config.drop_repeats
+    assert (multitask.training.epochs, multitask.training.batch_size) == (25, 128)
+    assert multitask.training.validation_views >= 1_000_000
+    weights = [torch.nn.Parameter(torch.zeros(2))]
+    assert isinstance(multitask.optimizer(weights), torch.optim.AdamW)
+    assert multitask.optimizer(weights).defaults["weight_decay"] == 0.01
+    for model in (contrastive, stacking):
+        assert isinstance(model.optimizer(weights), RAdamScheduleFree)
+        assert model.optimizer(weights).defaults["lr"] == 1e-3
+    assert stacking.config.labels == ("churn", "buy_sku", "buy_category") and stacking.config.profile_width == 512
+    assert (contrastive.training.precision, stacking.training.precision) == ("bf16", "fp32")
+    layout = settings.layout
+    assert not any(
+        (layout.graded, layout.near, layout.scores, layout.own, layout.tastes, layout.rhythm, layout.learned)
+    )
+
+
+def test_the_rehearsal_is_the_experiment_made_small() -> None:
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / "rehearsal.py"
+    spec = importlib.util.spec_from_file_location("rehearsal", path)
+    assert spec is not None and spec.loader is not None
+    rehearsal = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(rehearsal)
+    found = {}
+    for full in (False, True):
+        options = Namespace(share=0.1, steps=7, full_widths=full, overrides=["seed=3"])
+        found[full] = read_settings(composed(*rehearsal._command(options)[3:]))
+        assert (found[full].source.clients, found[full].source.relevant, found[full].seed) == (1_900_000, 100_000, 3)
+        assert {getattr(found[full], name).training.max_steps for name in ("contrastive", "multitask", "stacking")} == {
+            7
+        }
+    winner = read_settings(composed("experiment=winner"))
+    assert found[True].contrastive.config == winner.contrastive.config
+    assert found[False].contrastive.config.events.width < 512
+    assert found[False].recipe.joined == winner.recipe.joined
+    assert set(rehearsal.STAGES) <= {stage.name for stage in plan(found[True])} | {"evaluate"}
 
 
 def test_models_learn_the_lists_that_were_given(winner_run: Path, data: Path) -> None:
