@@ -85,8 +85,8 @@ def make_contrastive(settings: Settings, inputs: Inputs, directory: Path, progre
         shuffle_seed=settings.seed,
     )
     network = Network(model, EventSizes.of(store))
-    _train(network, "contrastive", tuple(labels), loader, store, settings, inputs, directory, progress)
-    _write_vectors("contrastive", network, store, settings, inputs, directory)
+    steps = _train(network, "contrastive", tuple(labels), loader, store, settings, inputs, directory, progress)
+    _write_vectors("contrastive", network, store, settings, inputs, directory, steps, progress)
 
 
 def make_multitask(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
@@ -113,8 +113,8 @@ def make_multitask(settings: Settings, inputs: Inputs, directory: Path, progress
         shuffle_seed=settings.seed,
     )
     network = Network(model, sizes, scaler, widths)
-    _train(network, "multitask", tuple(labels), loader, store, settings, inputs, directory, progress)
-    _write_vectors("multitask", network, store, settings, inputs, directory)
+    steps = _train(network, "multitask", tuple(labels), loader, store, settings, inputs, directory, progress)
+    _write_vectors("multitask", network, store, settings, inputs, directory, steps, progress)
 
 
 def _train(
@@ -127,10 +127,21 @@ def _train(
     inputs: Inputs,
     directory: Path,
     progress: Progress,
-) -> None:
-    """Trains a network and validates it where asked for, on the window that follows those of the training."""
+) -> int:
+    """Trains a network and validates it where asked for, on the window that follows those of the training.
+
+    Returns:
+        How many steps it took; `progress` counts the batches of `_write_vectors` behind them.
+    """
     part: ModelSettings = getattr(settings, name)
-    validation, config = None, part.config
+    validation, config, steps = None, part.config, 0
+    batches = sum(_inference_batches(store, settings).values())
+
+    def told(done: int, total: int) -> None:
+        nonlocal steps
+        steps = total
+        progress(done, total + batches)
+
     if part.training.validation_views and labels:
         views = views_at(store, cutoffs_of(store, settings)[1][:1], with_history=True)
         if len(views.row) > part.training.validation_views:
@@ -147,7 +158,8 @@ def _train(
             features=None if static is None or network.scaler is None else ScaledRows(static, network.scaler),
             labels=_labels(store, views, inputs["features"], labels),
         )
-    fit(network.model, loader, part.optimizer, part.training, directory / TRAINING, progress, validation)
+    fit(network.model, loader, part.optimizer, part.training, directory / TRAINING, told, validation)
+    return steps
 
 
 def make_stacking(
@@ -362,16 +374,39 @@ class StaticRows:
         return rows
 
 
-def _write_vectors(
-    name: str, network: Network, store: EventStore, settings: Settings, inputs: Inputs, directory: Path
-) -> None:
-    """At the stacking cutoffs in batches, which only a regression looks at; at the last one as whoever comes later."""
+def _clients_at_once(store: EventStore, settings: Settings) -> dict[int, int]:
+    """Cutoff -> clients of a batch: many at the stacking cutoffs, which only a regression looks at."""
     _, stacking = cutoffs_of(store, settings)
+    return {**dict.fromkeys(stacking, INFERENCE_BATCH), store.cutoff_s: settings.recipe.at_once}
+
+
+def _inference_batches(store: EventStore, settings: Settings) -> dict[int, int]:
+    relevant = int(store.is_relevant.sum())
+    return {cutoff_s: -(-relevant // size) for cutoff_s, size in _clients_at_once(store, settings).items()}
+
+
+def _write_vectors(
+    name: str,
+    network: Network,
+    store: EventStore,
+    settings: Settings,
+    inputs: Inputs,
+    directory: Path,
+    steps: int,
+    progress: Progress,
+) -> None:
+    """A network's vectors at the stacking cutoffs, then at the profiles'; `steps` of the stage are done already."""
     network.model.to(on_device(settings.device))
-    for cutoff_s in (*stacking, store.cutoff_s):
-        at_once = settings.recipe.at_once if cutoff_s == store.cutoff_s else INFERENCE_BATCH
-        static = partial(StaticRows, store, features=inputs["features"])
-        vectors = network.vectors(store, cutoff_s, static, at_once, directory / f"vectors-{cutoff_s}.npy")
+    static = partial(StaticRows, store, features=inputs["features"])
+    batches = _inference_batches(store, settings)
+    total = steps + sum(batches.values())
+    for cutoff_s, at_once in _clients_at_once(store, settings).items():
+
+        def told(done: int, _: int, before: int = steps) -> None:
+            progress(before + done, total)
+
+        vectors = network.vectors(store, cutoff_s, static, at_once, directory / f"vectors-{cutoff_s}.npy", told)
+        steps += batches[cutoff_s]
     Profiles(store.client_ids[store.is_relevant], vectors).save(directory / name)
 
 
