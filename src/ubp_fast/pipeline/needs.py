@@ -12,19 +12,23 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import polars as pl
 import torch
 
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import EVENT_KINDS, UserError
+from ubp_fast.models.membership import MembershipConfig
 from ubp_fast.models.training import on_device
 from ubp_fast.pipeline.model_stages import cutoffs_of
-from ubp_fast.pipeline.settings import Settings
+from ubp_fast.pipeline.settings import ModelSettings, Settings
 from ubp_fast.store.event_store import EventStore
 
 # Interpreter, libraries and their threads.
 BASE_BYTES = 700 << 20
 # The organisers' network: 50.6 M parameters with AdamW's two moments and gradients in float32.
 NETWORK_BYTES = 51_000_000 * 16
+# The same with Lightning, compiled functions and a small model in training.
+TRAINING_BYTES = 1300 << 20
 # A weight, its gradient's share and two moments in float32.
 BYTES_PER_WEIGHT = 16
 # Time, kind and row of the timeline, time and item of the kind.
@@ -45,15 +49,20 @@ class Need(NamedTuple):
 
 
 def needs_of_store(events: EventDirectory, store: Mapping[str, Any]) -> Need:
-    """Of the stage `store` by its configuration; clients are at most as many as there are events."""
+    """Of the stage `store` by its configuration; a client counts once for every kind of event."""
     rows = {kind: events.num_rows(kind) for kind in events.kinds}
     relevant = events.relevant_clients
-    clients = sum(rows.values()) if store["all_clients"] or relevant is None else len(relevant)
+    if store["all_clients"] or relevant is None:
+        found = pl.col("client_id").approx_n_unique()
+        clients = sum(int(events.scan(kind).select(found).collect().item()) for kind in events.kinds)
+        clients += 0 if relevant is None else len(relevant)
+    else:
+        clients = len(relevant)
     size = sum(
         count * (BYTES_PER_SEARCH if kind == "search_query" else BYTES_PER_EVENT) for kind, count in rows.items()
     )
-    size += min(clients, sum(rows.values())) * 8 * (len(EVENT_KINDS) + 2)
-    return Need("store", size, 2 * size, BASE_BYTES + EVENTS_AT_ONCE_BYTES + 16 * min(clients, sum(rows.values())))
+    size += clients * 8 * (len(EVENT_KINDS) + 2)
+    return Need("store", size, 2 * size, BASE_BYTES + EVENTS_AT_ONCE_BYTES + 16 * clients)
 
 
 def needs_of_models(store: EventStore, settings: Settings, stages: Iterable[str]) -> list[Need]:
@@ -81,21 +90,33 @@ def needs_of_models(store: EventStore, settings: Settings, stages: Iterable[str]
         per_client = 0
         if name == "contrastive":
             views = min(clients * len(model_cutoffs), settings_of.views or 2**62)
-            per_client = 150 * clients  # the classifier's columns and one cutoff's weights
+            # The classifier's columns and one cutoff's weights, and the clients that its fit looks at.
+            per_client = 150 * clients + 450 * min(clients, MembershipConfig.clients)
         tables = weights * BYTES_PER_WEIGHT
         disk = weights * 4 * 4 + relevant * width * 2 * (len(stacking) + 2)
-        work = BASE_BYTES + per_client + views * 120 + relevant * 40
+        work = TRAINING_BYTES + per_client + views * 120 + relevant * 40
+        work += _activations(settings_of)
         memory = work + (weights * 8 if on_gpu else tables)
         found[name] = Need(name, disk, 0, memory, tables + (2 << 30) if on_gpu else 0)
     width = settings.layout.max_width if settings.layout.own else getattr(settings.stacking.config, "profile_width", 7)
     vectors = relevant * width * 2
-    memory = BASE_BYTES + NETWORK_BYTES + 3 * vectors + relevant * 100
+    memory = TRAINING_BYTES + NETWORK_BYTES + 3 * vectors + relevant * 100
     found["stacking"] = Need("stacking", 3 * vectors, 0, memory, 2 * NETWORK_BYTES if on_gpu else 0)
     found["baselines"] = Need("baselines", relevant * 320 * 8, 0, BASE_BYTES + EVENTS_AT_ONCE_BYTES + relevant * 400)
     scored = BASE_BYTES + 2 * NETWORK_BYTES + relevant * (2 * width + 6 * 100 * 4)
     found["evaluate"] = Need("evaluate", 0, 0, scored, scored if on_gpu else 0)
     groups = dict.fromkeys(name.removeprefix("latest-").split("-")[0] for name in stages)
     return [found[name] for name in groups if name in found]
+
+
+def _activations(settings: ModelSettings) -> int:
+    """What a step keeps for its gradients: some values per event, column and layer, in float32."""
+    config = settings.config
+    towers = [config.history, config.future] if hasattr(config, "future") else [config.encoder]
+    width = config.events.width
+    per_event = sum(12 * width + tower.layers * (16 * width + 4 * tower.feed_forward) for tower in towers)
+    events: int = settings.training.batch_size * config.history_length
+    return 4 * events * int(per_event)
 
 
 def told(needs: list[Need], root: Path, settings: Settings) -> str:
