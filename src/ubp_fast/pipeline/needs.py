@@ -31,6 +31,8 @@ NETWORK_BYTES = 51_000_000 * 16
 TRAINING_BYTES = 1300 << 20
 # A weight, its gradient's share and two moments in float32.
 BYTES_PER_WEIGHT = 16
+# Of a network beside its tables, in float32.
+DENSE_WEIGHTS_BYTES = 64 << 20
 # Time, kind and row of the timeline, time and item of the kind.
 BYTES_PER_EVENT, BYTES_PER_SEARCH = 17, 29
 EVENTS_AT_ONCE_BYTES = 600 << 20
@@ -71,7 +73,7 @@ def needs_of_models(store: EventStore, settings: Settings, stages: Iterable[str]
     model_cutoffs, stacking = cutoffs_of(store, settings)
     on_gpu = on_device(settings.device).type == "cuda"
     length = len(store.timeline.timestamp_s) / max(clients, 1)
-    found = {}
+    found, in_bundle = {}, 0
     # A sparse set keeps what is not 0: at most some columns per event of a client.
     counts = int(min(900, 60 + 25 * length))
     of_profile = BYTES_OF_PROFILE_SETS if settings.layout.scores or settings.layout.own else 0
@@ -93,15 +95,24 @@ def needs_of_models(store: EventStore, settings: Settings, stages: Iterable[str]
             # The classifier's columns and one cutoff's weights, and the clients that its fit looks at.
             per_client = 150 * clients + 450 * min(clients, MembershipConfig.clients)
         tables = weights * BYTES_PER_WEIGHT
-        disk = weights * 4 * 4 + relevant * width * 2 * (len(stacking) + 2)
+        disk = DENSE_WEIGHTS_BYTES + weights * 4 + relevant * width * 2 * (len(stacking) + 2)
+        at_work = disk
+        if (
+            settings_of.training.epochs > 1
+        ):  # three checkpoints while one is written, and the weights of the best epochs
+            at_work += weights * 4 * (3 * 3 + 3)
+        if name in settings.stacking_blocks:
+            in_bundle += weights * 4
         work = TRAINING_BYTES + per_client + views * 120 + relevant * 40
         work += _activations(settings_of)
         memory = work + (weights * 8 if on_gpu else tables)
-        found[name] = Need(name, disk, 0, memory, tables + (2 << 30) if on_gpu else 0)
+        found[name] = Need(name, disk, at_work, memory, tables + (2 << 30) if on_gpu else 0)
     width = settings.layout.max_width if settings.layout.own else getattr(settings.stacking.config, "profile_width", 7)
     vectors = relevant * width * 2
     memory = TRAINING_BYTES + NETWORK_BYTES + 3 * vectors + relevant * 100
-    found["stacking"] = Need("stacking", 3 * vectors, 0, memory, 2 * NETWORK_BYTES if on_gpu else 0)
+    # Vectors in two and in four bytes, the model of the run and its training; the run's folder holds copies.
+    disk = 6 * vectors + 2 * in_bundle + (0 if settings.stacking.training is None else NETWORK_BYTES)
+    found["stacking"] = Need("stacking", disk, 0, memory, 2 * NETWORK_BYTES if on_gpu else 0)
     found["baselines"] = Need("baselines", relevant * 320 * 8, 0, BASE_BYTES + EVENTS_AT_ONCE_BYTES + relevant * 400)
     scored = BASE_BYTES + 2 * NETWORK_BYTES + relevant * (2 * width + 6 * 100 * 4)
     found["evaluate"] = Need("evaluate", 0, 0, scored, scored if on_gpu else 0)
