@@ -22,8 +22,8 @@ from ubp_fast.evaluation.evaluator import row_orders
 from ubp_fast.evaluation.tasks import TASKS
 from ubp_fast.events.schema import UserError
 from ubp_fast.files import flatten
-from ubp_fast.pipeline import command_line
-from ubp_fast.pipeline.command_line import as_typed
+from ubp_fast.pipeline import command
+from ubp_fast.pipeline.command import as_typed
 from ubp_fast.pipeline.settings import read_settings
 from ubp_fast.pipeline.stages import plan
 from ubp_fast.profiles import Profiles
@@ -284,14 +284,14 @@ def test_other_arguments_stay_as_they_are() -> None:
 )
 def test_mistakes_are_named_with_the_remedy(typed: str, message: str) -> None:
     with pytest.raises(UserError) as raised:
-        read_settings(command_line.composed(["data=synthetic", typed] if not typed.startswith("data=") else [typed]))
+        read_settings(command.composed(["data=synthetic", typed] if not typed.startswith("data=") else [typed]))
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
 def test_random_settings_give_a_plan_or_one_sentence() -> None:
     random = np.random.default_rng(0)
-    base = command_line.composed(["data=synthetic", "experiment=winner"])
+    base = command.composed(["data=synthetic", "experiment=winner"])
     names = [
         name for name in flatten(OmegaConf.to_container(base)) if "._" not in name and not name.startswith("hydra")
     ]  # type: ignore[arg-type]

@@ -191,21 +191,19 @@ def _forget(options: argparse.Namespace) -> int:
 def _cache(options: argparse.Namespace) -> int:
     import time
 
-    from omegaconf import DictConfig, OmegaConf
     from rich.console import Console
     from rich.table import Table
 
     from ubp_fast.events.schema import UserError
     from ubp_fast.pipeline.cache import StageCache, digest
+    from ubp_fast.pipeline.command import settings_of
     from ubp_fast.pipeline.execute import again, identified
-    from ubp_fast.pipeline.settings import read_settings
     from ubp_fast.pipeline.stages import plan
 
     if options.what == "why":
-        config = None if options.run is None else options.run / "config.yaml"
-        if config is None or not config.is_file():
-            raise UserError(f"cache why: RUN must be the directory of a run, got {options.run}")
-        settings = read_settings(DictConfig(OmegaConf.load(config)))
+        if options.run is None:
+            raise UserError("cache why: RUN must be the directory of a run, got none")
+        settings = settings_of(options.run)
         cache, made = StageCache(settings.cache), identified(plan(settings))
         missing = {name: one for name, one in made.items() if not cache.has(name, digest(one))}
         reasons = again(options.run, cache, missing)

@@ -20,6 +20,7 @@ from ubp_fast.features.aggregated import aggregated_features
 from ubp_fast.features.decayed import decayed_features
 from ubp_fast.features.matrix import Features, load_features
 from ubp_fast.features.organisers import CountsConfig, count_features
+from ubp_fast.features.popular import popular_lists
 from ubp_fast.features.rich import rich_features
 from ubp_fast.features.static import static_features
 from ubp_fast.store.build import build_store
@@ -69,20 +70,39 @@ def of_everybody(store: EventStore) -> EventStore:
 
 @pytest.mark.parametrize("name", FEATURES)
 def test_rows_of_clients_that_need_a_profile(store: EventStore, lists: Lists, name: str) -> None:
-    """Theirs alone, and what they would be among all. Means, learned rates and last events are those of the clients."""
+    """Theirs alone, and what they would be among all.
+
+    Means, learned rates, frequent values and last events are those of the clients.
+    """
     cutoff_s = store.cutoff_s - 14 * DAY_S
     found, everybody = (FEATURES[name](each, cutoff_s, lists, None) for each in (store, of_everybody(store)))
     assert 30 < store.is_relevant.sum() <= 40 < store.num_clients
     np.testing.assert_array_equal(found.client_ids, store.client_ids[store.is_relevant])
-    assert found.names == everybody.names
-    if name in ("rich", "last event"):
-        columns = [place for place, unit in enumerate(found.units) if unit in ("log1p events", "share", "nats")]
-        columns = columns if name == "rich" else [found.names.index("page_visit_count")]
-    else:
-        columns = [*range(found.shape[1])]
+    columns = [place for place, column in enumerate(found.names) if column in everybody.names]
+    assert len(columns) > found.shape[1] / 3
+    if name == "rich":
+        columns = [place for place in columns if found.units[place] in ("log1p events", "share", "nats")]
+    elif name == "last event":
+        columns = [found.names.index("page_visit_count")]
     wanted = everybody.rows(np.flatnonzero(store.is_relevant))
-    np.testing.assert_array_equal(found.rows(slice(None))[:, columns], wanted[:, columns])
-    assert wanted[:, columns].any()
+    wanted = wanted[:, [everybody.names.index(found.names[place]) for place in columns]]
+    np.testing.assert_array_equal(found.rows(slice(None))[:, columns], wanted)
+    assert wanted.any()
+
+
+def test_frequent_values_are_those_of_clients_that_need_a_profile(
+    events: EventDirectory, store: EventStore, tmp_path: Path
+) -> None:
+    build_store(events, tmp_path / "store", store.cutoff_s)
+    alone, cutoff_s = EventStore.open(tmp_path / "store"), store.cutoff_s - 7 * DAY_S
+    for kind in ("product_buy", "page_visit"):
+        for before_s in (cutoff_s, store.cutoff_s):
+            among_all, wanted = (popular_lists(each, kind, before_s, 10) for each in (store, alone))
+            assert {name: ids.tolist() for name, ids in among_all.items()} == {
+                name: ids.tolist() for name, ids in wanted.items()
+            }
+            others = popular_lists(of_everybody(store), kind, before_s, 10)
+            assert any(others[name].tolist() != ids.tolist() for name, ids in wanted.items())
 
 
 @pytest.mark.parametrize("name", FEATURES)

@@ -211,6 +211,7 @@ def test_nothing_from_the_cutoff_on(store: EventStore, golden: EventDirectory, t
         ({"windows_days": (7, 1)}, "windows_days must be > 0 and ascending"),
         ({"top_values": -1}, "top_values must be >= 0, got -1"),
         ({"anchor": "today"}, "anchor must be one of"),
+        ({"price_bins": 101}, "price_bins must be in 0..100, got 101"),
         ({"dtype": "float64"}, "dtype must be one of"),
     ],
 )

@@ -34,6 +34,7 @@ CONFIGS = st.builds(
     windows_days=st.sampled_from([(1, 3), (2,)]),
     top_values=st.integers(0, 3),
     anchor=st.sampled_from(["cutoff", "last_event"]),
+    price_bins=st.sampled_from([0, 3]),
     dtype=st.sampled_from(["float32", "float16"]),
 )
 

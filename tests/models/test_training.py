@@ -13,14 +13,23 @@ import numpy as np
 import pytest
 import torch
 from schedulefree import RAdamScheduleFree
-from support.small_models import CUTOFF_S, outputs_of, small_contrastive, small_multitask, training_loader, whole_batch
+from support.shops import DAY_S
+from support.small_models import (
+    CUTOFF_S,
+    LISTS,
+    outputs_of,
+    small_contrastive,
+    small_multitask,
+    training_loader,
+    whole_batch,
+)
 
-from ubp_fast.events.schema import DataError
+from ubp_fast.events.schema import DataError, UserError
 from ubp_fast.files import load_tensors, write_tensors
 from ubp_fast.models.contrastive import ContrastiveModel
 from ubp_fast.models.layers.event_embedding import TableDtype
-from ubp_fast.models.training import TrainingConfig, embed, fit, initialise
-from ubp_fast.sequences import ViewLoader, views_at
+from ubp_fast.models.training import TrainingConfig, embed, fit, initialise, on_device
+from ubp_fast.sequences import ViewLoader, views_at, window_labels
 from ubp_fast.store.event_store import EventStore
 
 OPTIMIZERS = {
@@ -266,6 +275,83 @@ def test_weights_come_back(store: EventStore, tmp_path: Path) -> None:
     other = small_contrastive(store, seed=5)
     other.load_state_dict(load_tensors(tmp_path / "model.safetensors"))
     assert weights(model) == weights(other)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_best_epoch_is_kept_whatever_happens(store: EventStore, tmp_path: Path, optimizer: str) -> None:
+    views = views_at(store, [CUTOFF_S + 14 * DAY_S], with_history=True)
+    labels = window_labels(store, views, LISTS)
+    turned = np.random.default_rng(1).permutation(len(views.row))  # chance has another best epoch than the last
+    mixed: dict[str, Any] = {"churn": labels["churn"][turned]}  # type: ignore[index]
+    mixed["buy_category"] = labels["buy_category"].take(turned)
+    validation = ViewLoader(store, views, batch_size=1000, history_length=64, labels=mixed)
+    loader, epochs = training_loader(store), 6
+
+    def train_until(
+        directory: Path, progress: Callable[[int, int], None] | None = None, epochs: int = epochs
+    ) -> tuple[Any, Any]:
+        model = small_contrastive(store, probes={"churn": 1, "buy_category": 5})
+        config = TrainingConfig(epochs=epochs, checkpoint_every_s=0)
+        return model, fit(model, loader, OPTIMIZERS[optimizer], config, directory, progress, validation)
+
+    model, losses = train_until(tmp_path / "a")
+    scores = [entry["valid_score"] for entry in losses]
+    best = scores.index(max(scores))
+    assert len(set(scores)) > 2
+    assert 0 < best < epochs - 1
+    until_best, _ = train_until(tmp_path / "until", epochs=best + 1)
+    assert weights(until_best) == weights(model)
+    for entry in losses:
+        assert entry["valid_score"] == pytest.approx(entry["valid_auroc_churn"] + entry["valid_auroc_buy_category"])
+    for step in (1 + len(loader) * (best + 1), len(loader) * (epochs - 1) + 1):
+        with pytest.raises(Killed):
+            train_until(tmp_path / "b", kill_at(step))
+    continued, same = train_until(tmp_path / "b")
+    assert same == losses
+    assert weights(continued) == weights(model)
+    assert {path.name for path in (tmp_path / "b").iterdir()} == {"model.safetensors", "losses.json"}
+
+
+def test_steps_of_an_epoch_are_limited(store: EventStore, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    config = TrainingConfig(epochs=2, max_steps=2)
+    fit(
+        small_contrastive(store),
+        training_loader(store),
+        OPTIMIZERS["adamw"],
+        config,
+        tmp_path,
+        lambda *at: seen.append(at),
+    )
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_vectors_in_a_file_and_in_half_precision(store: EventStore, tmp_path: Path) -> None:
+    model = small_contrastive(store)
+    loader = ViewLoader(store, views_at(store, [CUTOFF_S]), batch_size=7, history_length=64)
+    whole = embed(model, loader)
+    mapped = embed(model, loader, dtype=np.float16, file=tmp_path / "vectors.npy")
+    assert isinstance(mapped, np.memmap)
+    np.testing.assert_array_equal(mapped, whole.astype(np.float16))
+    with torch.no_grad():
+        model.history.empty.fill_(1e6)
+    with pytest.raises(DataError, match=r"finite in float16, got 1000000.0 in row \d+, column 0"):
+        embed(model, loader, dtype=np.float16)
+
+
+def test_a_gpu_that_is_not_there_is_refused(store: EventStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="device must be one that this machine has, got 'cuda'"):
+        fit(
+            small_contrastive(store),
+            training_loader(store),
+            OPTIMIZERS["adamw"],
+            TrainingConfig(device="cuda"),
+            tmp_path,
+        )
+    assert on_device("auto") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert on_device("auto") == torch.device("cuda")
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(store: EventStore, tmp_path: Path) -> None:

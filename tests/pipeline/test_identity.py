@@ -29,12 +29,14 @@ EVERYTHING = (
     "evaluation.readers=[network,linear,neighbours,boosting]",
     "evaluation.components=[stacked,contrastive,features,profile_features]",
 )
-# How a run tells of itself, and what makes the objects that stages are given.
+# How a run tells of itself, what makes the objects that stages are given, and the hook that every step of an optimizer
+# calls in a process that has trained tables.
 NOT_OF_STAGES = {
     "ubp_fast.progress",
     "ubp_fast.pipeline.settings",
     "ubp_fast.pipeline.execute",
     "ubp_fast.interruption",
+    "ubp_fast.optim.table_optimizer",
 }
 
 

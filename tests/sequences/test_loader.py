@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.shops import DAY_S, EMPTY_CLIENT, END_S, make_store
+from support.shops import DAY_S, EMPTY_CLIENT, END_S, Rows, make_store, write_rows
 
 from ubp_fast.events.schema import EVENT_KINDS
 from ubp_fast.sequences import SequenceBatch, ViewLoader, views_at, window_labels
+from ubp_fast.store.build import build_store
 from ubp_fast.store.event_store import EventStore
 
 CUTOFF_S = END_S - 28 * DAY_S
@@ -49,6 +50,60 @@ def events_of(batch: SequenceBatch, view: int) -> list[tuple[int, ...]]:
     begin, end = batch.cu_seqlens[view : view + 2].tolist()
     columns = (batch.timestamp_s, batch.kind, batch.sku, batch.category, batch.price, batch.url, batch.codes[:, 0])
     return list(zip(*(column[begin:end].tolist() for column in columns), strict=True))
+
+
+def test_repeats_of_visits_and_searches_are_left_out(tmp_path: Path) -> None:
+    rows: Rows = {
+        "product_buy": [(1, 50, 3), (1, 50, 3)],
+        "page_visit": [(1, 10, 5), (1, 10, 6), (1, 10, 5), (1, 11, 5), (1, 60, 7), (1, 60, 7), (2, 60, 7)],
+        "search_query": [(1, 60, 1), (1, 60, 2), (1, 60, 1), (1, 60, 2)],
+    }
+    build_store(write_rows(tmp_path / "events", rows), tmp_path / "store", 100)
+    store = EventStore.open(tmp_path / "store")
+    views = views_at(store, [100, 60])
+    (batch,) = ViewLoader(store, views, batch_size=10, history_length=8, drop_repeats=True)
+    buy, visit, search = (1 + EVENT_KINDS.index(name) for name in rows)
+
+    def found(view: int) -> list[tuple[int, int]]:
+        return [event[:2] for event in events_of(batch.history, view)]
+
+    assert found(0)[-5:] == [(50, buy), (50, buy), (60, visit), (60, search), (60, search)]
+    assert found(0)[:3] == [(10, visit), (10, visit), (11, visit)]
+    assert found(1) == [(60, visit)], "that of another client is no repeat"
+    assert found(2) == [(10, visit), (10, visit), (11, visit), (50, buy), (50, buy)]
+    (short,) = ViewLoader(store, views, batch_size=10, history_length=4, drop_repeats=True)
+    assert [event[:2] for event in events_of(short.history, 0)] == found(0)[-4:]
+    (whole,) = ViewLoader(store, views, batch_size=10, history_length=100)
+    assert whole.history.lengths().tolist() == [12, 1, 6, 0]
+
+
+def test_pinned_batches_hold_the_same(store: EventStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[torch.Tensor] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor)
+        return tensor.clone()
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    views = views_at(store, [CUTOFF_S])
+    loader = ViewLoader(
+        store,
+        views,
+        batch_size=1000,
+        history_length=9,
+        future_length=4,
+        features=np.ones((len(views.row), 2), np.float32),
+        labels=window_labels(store, views, LISTS),
+        weight=np.ones(len(views.row)),
+    )
+    (plain,) = loader
+    assert not pinned
+    loader.pins = True
+    (batch,) = loader
+    assert len(pinned) == 2 * len(fields(SequenceBatch)) + 2 + len(plain.labels)
+    assert torch.equal(batch.history.codes, plain.history.codes)
+    assert torch.equal(batch.labels["buy_sku"], plain.labels["buy_sku"])
+    assert batch.to("meta").future.url.device.type == "meta"
 
 
 def test_history_is_the_last_events_before_the_cutoff(store: EventStore) -> None:

@@ -154,6 +154,16 @@ def test_rare_urls_are_unknown(write_events: Write, tmp_path: Path) -> None:
     assert store.item_counts("page_visit").tolist() == [0, 3, 3]
 
 
+def test_visits_of_clients_without_a_profile_make_no_url_frequent(write_events: Write, tmp_path: Path) -> None:
+    visits = [(1, time, url) for time, url in enumerate([5, 5, 9, 2**62])] + [(2, 5, 9), (2, 6, 9), (2, 7, 2**62)]
+    events = write_events(tmp_path / "events", {"page_visit": visits}, relevant=[1])
+    build_store(events, tmp_path / "store", 10, min_url_count=2, all_clients=True)
+    store = EventStore.open(tmp_path / "store")
+    assert store.url_ids.tolist() == [-1, -1, 5]
+    assert store.kind("page_visit").item.tolist() == [2, 2, 1, 1, 1, 1, 1]  # type: ignore[union-attr]
+    assert store.item_counts("page_visit").tolist() == [0, 5, 2]
+
+
 def test_clients_without_events_keep_a_row(write_events: Write, tmp_path: Path) -> None:
     events = write_events(tmp_path / "events", {"page_visit": [(5, 1, 1), (8, 1, 1)]}, relevant=[9, 5, 2])
     build_store(events, tmp_path / "store", 10)

@@ -3,7 +3,7 @@
 A label list is (ids, popularity) of categories, skus or price buckets. Wherever profiles are evaluated, the lists that
 came with the data win (`EventDirectory.label_lists`) and `make_label_lists` makes the missing ones. Models learn on
 lists made from the newest window before the profiles' cutoff: those that came with the data were chosen from the target
-window, which no profile may see.
+window, which no profile may see. Two of them the challenge told to everybody: `windows.given_lists` takes these.
 
 A client's labels come from the purchases of the window only. All clients and all lists of a window are labelled in one
 vectorised pass: purchase -> row of its client, value -> columns of that label, then unique (row, column) pairs as CSR.

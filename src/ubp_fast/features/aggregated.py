@@ -13,7 +13,7 @@ from ubp_fast.events.schema import SKU_KINDS
 from ubp_fast.events.split import DAY_S
 from ubp_fast.features.history import Column, History, check_windows, features_of, price_table, windows_of
 from ubp_fast.features.matrix import Features
-from ubp_fast.features.popular import PopularLists, popular_lists, popular_values
+from ubp_fast.features.popular import PopularLists, lists_of_kinds, popular_values
 from ubp_fast.store.event_store import EventStore
 
 
@@ -47,7 +47,7 @@ def aggregated_features(
 
     Per kind of the store: number of events and different items over all time and per window, active days, recency in
     days (the whole history's length for what never happened), counts of the most frequent values of each column (sku,
-    category, price; url) among all clients before the cutoff, and for skus the mean price bucket (0 if nothing).
+    category, price; url) before the cutoff, and for skus the mean price bucket (0 if nothing).
 
     Args:
         store: event store.
@@ -64,11 +64,7 @@ def aggregated_features(
     config = config or AggregatedConfig()
     if lists is None:
         before_s = cutoff_s if lists_cutoff_s is None else lists_cutoff_s
-        lists = {
-            kind: popular_lists(store, kind, before_s, config.top_values)
-            for kind in store.kinds
-            if kind != "search_query"
-        }
+        lists = lists_of_kinds(store, before_s, config.top_values)
 
     def columns(history: History) -> Iterator[Column]:
         for kind in store.kinds:

@@ -9,6 +9,7 @@ import numpy as np
 
 from ubp_fast.events.labels import positions_in
 from ubp_fast.events.schema import LabelLists
+from ubp_fast.features.history import History
 from ubp_fast.kernels.windowed_aggregate import code_counts
 from ubp_fast.store.event_store import EventStore
 from ubp_fast.store.ids import least_of_largest
@@ -34,7 +35,9 @@ PopularLists = dict[str, np.ndarray]  # column -> original values i64, the most 
 
 
 def popular_lists(store: EventStore, kind: str, before_s: int, top_values: int) -> PopularLists:
-    """Most frequent values per column (sku, category, price; url) of a kind among all clients; ties: the smaller id.
+    """Most frequent values per column (sku, category, price; url) of a kind; ties: the smaller id.
+
+    Counted are the events of the clients that need a profile.
 
     Args:
         store: event store.
@@ -46,7 +49,12 @@ def popular_lists(store: EventStore, kind: str, before_s: int, top_values: int) 
     if columns.item is None:
         raise ValueError(f"popular_lists: kind must have items, got '{kind}'")
     num_items = store.num_urls if kind == "page_visit" else store.num_skus
-    if before_s >= store.cutoff_s:
+    if not store.is_relevant.all():
+        item_counts = np.zeros(num_items, np.int64)
+        for part in History.of(store, before_s).parts(1):
+            offsets, timestamp_s, item, _ = part.events(kind)
+            item_counts += code_counts(offsets, timestamp_s, item, before_s=before_s, num_codes=num_items)
+    elif before_s >= store.cutoff_s:
         item_counts = np.asarray(store.item_counts(kind))
     else:
         item_counts = code_counts(
@@ -56,6 +64,11 @@ def popular_lists(store: EventStore, kind: str, before_s: int, top_values: int) 
         name: originals[_largest(_counts(dense_of_item, originals, item_counts), originals, top_values)]
         for name, (dense_of_item, originals) in _tables(store, kind).items()
     }
+
+
+def lists_of_kinds(store: EventStore, before_s: int, top_values: int) -> dict[str, PopularLists]:
+    """`popular_lists` of every kind with items."""
+    return {kind: popular_lists(store, kind, before_s, top_values) for kind in store.kinds if kind != "search_query"}
 
 
 def popular_values(store: EventStore, kind: str, lists: PopularLists) -> PopularValues:

@@ -164,21 +164,24 @@ class MinMaxScaler:
     scale: np.ndarray
 
     @classmethod
-    def fit(cls, values: np.ndarray) -> MinMaxScaler:
+    def fit(cls, values: Rows) -> MinMaxScaler:
         """Learns from the columns of `values` float [N, F].
 
         Raises:
             ValueError: no rows, or values that are not finite.
         """
-        if values.ndim != 2 or not len(values):
+        if len(values.shape) != 2 or not len(values):
             raise ValueError(f"MinMaxScaler: values must have shape [N >= 1, F], got {list(values.shape)}")
-        shift = values.min(axis=0).astype(np.float64)
-        spread = values.max(axis=0) - shift
-        if not np.isfinite(spread).all():
-            row, column = np.argwhere(~np.isfinite(values))[0]
-            raise ValueError(
-                f"MinMaxScaler: values must be finite, got {values[row, column]} in row {row}, column {column}"
-            )
+        shift, largest = np.full((2, values.shape[1]), np.inf)
+        largest = -largest
+        for start in range(0, len(values), ROWS_AT_ONCE):
+            part = values[start : start + ROWS_AT_ONCE]
+            if not np.isfinite(part).all():
+                row, column = np.argwhere(~np.isfinite(part))[0]
+                found = f"got {part[row, column]} in row {start + row}, column {column}"
+                raise ValueError(f"MinMaxScaler: values must be finite, {found}")
+            shift, largest = np.minimum(shift, part.min(axis=0)), np.maximum(largest, part.max(axis=0))
+        spread = largest - shift
         return cls(shift, 1 / np.where(spread > 0, spread, 1))
 
     def transform(self, values: np.ndarray) -> np.ndarray:
@@ -205,3 +208,21 @@ class MinMaxScaler:
             FileNotFoundError: a file is missing.
         """
         return cls(*(load_array(directory / f"{name}.npy", False) for name in ("shift", "scale")))
+
+
+@dataclass(frozen=True)
+class ScaledRows:
+    """Rows [N, F] that are scaled when they are asked for."""
+
+    values: Rows
+    scaler: MinMaxScaler
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, chosen: Any) -> np.ndarray:
+        return self.scaler.transform(self.values[chosen])

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ubp_fast.kernels import nt_xent
+from ubp_fast.models.layers.auroc import BinnedAuroc
 from ubp_fast.models.layers.encoder import EncoderConfig, SequenceEncoder
 from ubp_fast.models.layers.event_embedding import EventSizes, ProjectedEventConfig, ProjectedEventEmbedding
 from ubp_fast.models.layers.linear import Linear
@@ -30,7 +31,6 @@ from ubp_fast.sequences.batch import SequenceBatch, ViewBatch
 
 # What the winner's probes tell, see `window_labels`.
 PROBE_LABELS = ("churn", "buy_category", "buy_sku")
-LOGIT_BINS, LARGEST_LOGIT = 1024, 16.0
 
 
 def _future_tower() -> EncoderConfig:
@@ -42,6 +42,7 @@ class ContrastiveConfig:
     """The contrastive model with the winner's constants."""
 
     history_length: int = 64  # last events before the cutoff; docs/winner.md 3.3
+    drop_repeats: bool = False  # of visits and searches, see `ViewLoader`; ours
     future_length: int = 64  # first events of the target window; docs/winner.md 3.3
     events: ProjectedEventConfig = field(default_factory=ProjectedEventConfig)  # event vectors; docs/winner.md 3.4
     history: EncoderConfig = field(default_factory=EncoderConfig)  # history tower; docs/winner.md 3.4
@@ -71,30 +72,16 @@ class Probe(nn.Module):
 
     def __init__(self, width: int, outputs: int) -> None:
         super().__init__()
-        self.counts: Tensor
         self.linear = Linear(width, outputs)
-        # Of both labels, by output and bin of the logit: an AUROC of any number of clients in constant memory.
-        self.register_buffer("counts", torch.zeros(2, outputs, LOGIT_BINS, dtype=torch.int64), persistent=False)
+        self.ranking = BinnedAuroc(outputs)
 
     def forward(self, vectors: Tensor, label: Tensor) -> Tensor:
         """Mean binary cross entropy of labels float32 [B] or [B, outputs]; in training mode also counts them."""
         logits = self.linear(vectors.detach()).float()
         label = label.reshape(logits.shape)
         if self.training:
-            bins = ((logits.detach() / LARGEST_LOGIT + 1) * (LOGIT_BINS / 2)).long().clamp(0, LOGIT_BINS - 1)
-            output = torch.arange(logits.shape[1], device=logits.device)
-            cells = ((label > 0.5).long() * logits.shape[1] + output) * LOGIT_BINS + bins
-            self.counts.view(-1).index_add_(0, cells.reshape(-1), torch.ones_like(cells).reshape(-1))
+            self.ranking.add(logits, label)
         return functional.binary_cross_entropy_with_logits(logits, label)
-
-    def take_auroc(self) -> float | None:
-        """Mean AUROC of the outputs that met both labels (None: no output did), and starts anew."""
-        negatives, positives = self.counts.double()
-        self.counts.zero_()
-        below = negatives.cumsum(1) - negatives / 2
-        pairs = positives.sum(1) * negatives.sum(1)
-        areas = (positives * below).sum(1)[pairs > 0] / pairs[pairs > 0]
-        return float(areas.mean()) if len(areas) else None
 
 
 class ContrastiveModel(nn.Module):
@@ -186,9 +173,16 @@ class ContrastiveModel(nn.Module):
             terms[f"probe_{name}"] = probe(profile, batch.labels[name])
         return terms
 
+    def label_logits(self, batch: ViewBatch) -> dict[str, Tensor]:
+        """Logits float [B, outputs] of the probes, by label; none without probes."""
+        if not self.probes:
+            return {}
+        profile = self(batch)
+        return {name: cast(Probe, probe).linear(profile) for name, probe in self.probes.items()}
+
     def epoch_metrics(self) -> dict[str, float]:
         """`auroc_<label>` of every probe over the batches trained on since the last call, mean of its outputs."""
-        found = {f"auroc_{name}": cast(Probe, probe).take_auroc() for name, probe in self.probes.items()}
+        found = {f"auroc_{name}": cast(Probe, probe).ranking.take() for name, probe in self.probes.items()}
         return {name: value for name, value in found.items() if value is not None}
 
 

@@ -1,22 +1,27 @@
 """How likely a client belongs to the relevant ones, as a loss weight for models that train on everybody.
 
-Logistic regression on event counts and recency, predicted out of fold, scaled to mean 1. A store that holds relevant
-clients only, or data without such a list, gives weight 1 to all.
+Logistic regression on event counts and recency before the view's cutoff, predicted out of fold, scaled to mean 1. A
+store that holds relevant clients only, or data without such a list, gives weight 1 to all. Where most clients are no
+relevant ones most weights are near 0: `weighted_views` draws views by their weight then, and gives those that are drawn
+what keeps every weighted sum the same on average.
 
 Source: docs/winner.md 3.2; the winner's classifier is not public, this one is ours.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ubp_fast.sequences.sampling import DAY_S
+from ubp_fast.sequences.sampling import DAY_S, Views, views_at
 
 if TYPE_CHECKING:
     from ubp_fast.store.event_store import EventStore
+
+CLIENTS_AT_ONCE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -27,24 +32,37 @@ class MembershipConfig:
     l2: float = 1.0  # penalty on the coefficients of standardised columns, in observations; ours
     steps: int = 25  # Newton steps at most; ours
     seed: int = 0  # of the division into folds
+    clients: int = 1_000_000  # that the fits look at, drawn when there are more; ours
 
 
-def activity_columns(store: EventStore, cutoff_s: int) -> np.ndarray:
-    """log1p event counts and log1p days since the last event, per kind, float64 [U, 2 * kinds], before `cutoff_s`.
+def activity_columns(store: EventStore, cutoff_s: int, clients: np.ndarray | None = None) -> np.ndarray:
+    """log1p event counts and log1p days since the last event, per kind, before `cutoff_s`.
 
     A kind that a client never used gives the whole span of the data as its recency.
+
+    Args:
+        store: event store.
+        cutoff_s: seconds since 1970 UTC.
+        clients: rows in the store, int64 [U]; None: all.
+
+    Returns:
+        float32 [U, 2 * kinds].
     """
+    clients = np.arange(store.num_clients) if clients is None else clients
     span_days = (cutoff_s - store.first_timestamp_s) / DAY_S
-    columns = []
-    for name in store.kinds:
-        kind = store.kind(name)
-        start, end = kind.offsets[:-1], store.rows_before(name, cutoff_s)
-        counts = end - start
-        days = np.full(store.num_clients, span_days)
-        used = counts > 0
-        days[used] = (cutoff_s - kind.timestamp_s[end[used] - 1].astype(np.int64)) / DAY_S
-        columns += [np.log1p(counts), np.log1p(np.maximum(days, 0.0))]
-    return np.stack(columns, axis=1)
+    columns = np.empty((len(clients), 2 * len(store.kinds)), np.float32)
+    for index, name in enumerate(store.kinds):
+        kind, before = store.kind(name), store.rows_before(name, cutoff_s)
+        for first in range(0, len(clients), CLIENTS_AT_ONCE):
+            rows = slice(first, first + CLIENTS_AT_ONCE)
+            end = before[clients[rows]]
+            counts = end - kind.offsets[clients[rows]]
+            days = np.full(len(end), span_days)
+            used = counts > 0
+            days[used] = (cutoff_s - kind.timestamp_s[end[used] - 1].astype(np.int64)) / DAY_S
+            columns[rows, 2 * index] = np.log1p(counts)
+            columns[rows, 2 * index + 1] = np.log1p(np.maximum(days, 0.0))
+    return columns
 
 
 def fit_logistic(columns: np.ndarray, target: np.ndarray, l2: float, steps: int) -> np.ndarray:
@@ -79,16 +97,76 @@ def membership_weights(
     config = config or MembershipConfig()
     if is_relevant is None or is_relevant.all() or not is_relevant.any():
         return np.ones(len(columns), np.float32)
-    target = is_relevant.astype(np.float64)
-    deviation = columns.std(axis=0)
-    scaled = (columns - columns.mean(axis=0)) / np.where(deviation > 0, deviation, 1.0)
-    fold = np.random.default_rng(config.seed).permutation(len(target)) % config.folds
-    chance = np.empty(len(target))
+    order = np.random.default_rng(config.seed).permutation(len(columns))
+    fold = (order % config.folds).astype(np.int8)
+    looked_at = np.flatnonzero(order < config.clients)
+    sample, target = columns[looked_at].astype(np.float64), is_relevant[looked_at].astype(np.float64)
+    mean, deviation = sample.mean(axis=0), sample.std(axis=0)
+    deviation = np.where(deviation > 0, deviation, 1.0)
+    sample = (sample - mean) / deviation
+    chance = np.empty(len(columns))
     for part in range(config.folds):
-        held_out = fold == part
-        coefficients = fit_logistic(scaled[~held_out], target[~held_out], config.l2, config.steps)
-        chance[held_out] = _sigmoid(scaled[held_out] @ coefficients[:-1] + coefficients[-1])
+        others = fold[looked_at] != part
+        coefficients = fit_logistic(sample[others], target[others], config.l2, config.steps)
+        for first in range(0, len(columns), CLIENTS_AT_ONCE):
+            rows = first + np.flatnonzero(fold[first : first + CLIENTS_AT_ONCE] == part)
+            chance[rows] = _sigmoid(((columns[rows] - mean) / deviation) @ coefficients[:-1] + coefficients[-1])
     return (chance / chance.mean()).astype(np.float32)
+
+
+def drawn(weight: np.ndarray, expected: int, seed: int | Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Draws by weight: each i by itself with chance min(1, k weight_i), k such that `expected` come on average.
+
+    Args:
+        weight: float [N], positive.
+        expected: how many; N or more draws all.
+        seed: of the draw.
+
+    Returns:
+        Which, int64 ascending, and weight_i / chance_i of each, float32: sums of weight times anything have the same
+        expectation over the draws as over all.
+    """
+    if expected >= len(weight):
+        return np.arange(len(weight)), weight.astype(np.float32)
+    factor, sure = 0.0, np.zeros(len(weight), bool)
+    while True:
+        factor = (expected - sure.sum()) / weight[~sure].sum(dtype=np.float64)
+        more = factor * weight >= 1
+        if (more == sure).all():
+            break
+        sure |= more
+    chance = np.minimum(1.0, factor * weight)
+    chosen = np.flatnonzero(np.random.default_rng(seed).random(len(weight)) < chance)
+    return chosen, (weight[chosen] / chance[chosen]).astype(np.float32)
+
+
+def weighted_views(
+    store: EventStore, cutoffs_s: Sequence[int], expected: int | None, seed: int
+) -> tuple[Views, np.ndarray]:
+    """Views of all clients of a store with events before a cutoff, and their loss weights, cutoff by cutoff.
+
+    Args:
+        store: event store.
+        cutoffs_s: of the views.
+        expected: how many views of all cutoffs together are drawn on average; None: every view is taken.
+        seed: of the draw.
+
+    Returns:
+        N views and float32 [N], mean 1.
+    """
+    parts, weights = [], []
+    for index, cutoff_s in enumerate(cutoffs_s):
+        views = views_at(store, [cutoff_s], with_history=True, relevant_only=False)
+        columns = activity_columns(store, cutoff_s, views.row)
+        weight = membership_weights(columns, np.asarray(store.is_relevant)[views.row])
+        if expected is not None:
+            chosen, weight = drawn(weight, expected // len(cutoffs_s), [seed, index])
+            views = Views(views.row[chosen], views.cutoff_s[chosen])
+        parts.append(views)
+        weights.append(weight)
+    weight = np.concatenate(weights)
+    views = Views(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+    return views, weight / max(float(weight.mean(dtype=np.float64)), 1e-12) if len(weight) else weight
 
 
 def _sigmoid(value: np.ndarray) -> np.ndarray:

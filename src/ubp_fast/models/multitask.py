@@ -29,7 +29,7 @@ _ACTIVITY = ("churn", "add")
 
 
 def _post_norm_encoder() -> EncoderConfig:
-    # The winner has one head of 412 columns; flash_attention takes at most 256 columns a head, so it is two here.
+    # The winner has one head of 412 columns, as has experiment=winner; flash_attention takes at most 256 a head.
     return EncoderConfig(heads=2, feed_forward=1536, activation="relu", norm_first=False, pooling="last")
 
 
@@ -38,6 +38,7 @@ class MultitaskConfig:
     """The multi-task model with the winner's constants."""
 
     history_length: int = 64  # last events before the cutoff; docs/winner.md 4.1
+    drop_repeats: bool = True  # of visits and searches, see `ViewLoader`; docs/winner.md 4.1
     events: ConcatenatedEventConfig = field(default_factory=ConcatenatedEventConfig)  # docs/winner.md 4.3
     encoder: EncoderConfig = field(default_factory=_post_norm_encoder)  # post-norm transformer; docs/winner.md 4.3
     embedding_dropout: float = 0.2  # share dropped after adding positions; docs/winner.md 4.3
@@ -89,9 +90,13 @@ class MultitaskModel(nn.Module):
         encoded = self.encoder(rows, history)
         return self.fusion(torch.cat([encoded, batch.features], dim=1)).float()
 
+    def label_logits(self, batch: ViewBatch) -> dict[str, Tensor]:
+        """Logits float [B, outputs] of every task, by label."""
+        return self.tasks(self(batch))
+
     def loss(self, batch: ViewBatch) -> dict[str, Tensor]:
         """One term per task, weights applied; their sum is minimised."""
-        logits = self.tasks(self(batch))
+        logits = self.label_logits(batch)
         terms: dict[str, Tensor] = {}
         for name, task_logits in logits.items():
             label = batch.labels[name]

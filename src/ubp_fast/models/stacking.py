@@ -77,14 +77,17 @@ class StackingModel(nn.Module):
         scaled = (batch.features - self.input_mean) * self.input_scale
         return functional.gelu(self.profile(scaled)).float()
 
+    def label_logits(self, batch: ViewBatch) -> dict[str, Tensor]:
+        """Logits float [B, outputs] of every task, by label."""
+        hidden = self.body(self(batch))
+        return {name: head(hidden) for name, head in self.heads.items()}
+
     def loss(self, batch: ViewBatch) -> dict[str, Tensor]:
         """One mean BCE per task; their sum is minimised."""
-        hidden = self.body(self(batch))
         terms: dict[str, Tensor] = {}
-        for name, head in self.heads.items():
-            logits = head(hidden).float()
+        for name, logits in self.label_logits(batch).items():
             label = batch.labels[name].reshape(logits.shape)
-            terms[name] = functional.binary_cross_entropy_with_logits(logits, label)
+            terms[name] = functional.binary_cross_entropy_with_logits(logits.float(), label)
         return terms
 
 
@@ -97,13 +100,18 @@ class JoinedBlocks:
         is_count: per block, take log1p and divide each row by its Euclidean length (rows of zeros stay zeros);
             docs/winner.md 5.
         unit_length: False takes the logarithm alone.
+        raw_counts: True leaves the logarithm out.
 
     Raises:
         ValueError: no block, or different numbers of rows.
     """
 
     def __init__(
-        self, cutoffs: Sequence[Sequence[np.ndarray | Features]], is_count: Sequence[bool], unit_length: bool = True
+        self,
+        cutoffs: Sequence[Sequence[np.ndarray | Features]],
+        is_count: Sequence[bool],
+        unit_length: bool = True,
+        raw_counts: bool = False,
     ) -> None:
         if not cutoffs or not cutoffs[0] or any(len(blocks) != len(is_count) for blocks in cutoffs):
             raise ValueError(
@@ -113,7 +121,8 @@ class JoinedBlocks:
         rows = [block.shape[0] for blocks in cutoffs for block in blocks]
         if len(set(rows)) != 1:
             raise ValueError(f"JoinedBlocks: blocks must have equal rows, got {rows}")
-        self._cutoffs, self._is_count, self._unit_length = cutoffs, is_count, unit_length
+        self._cutoffs, self._is_count = cutoffs, is_count
+        self._unit_length, self._raw_counts = unit_length, raw_counts
         self._num_clients = rows[0]
         self.shape = (len(cutoffs) * rows[0], sum(block.shape[1] for block in cutoffs[0]))
 
@@ -135,7 +144,7 @@ class JoinedBlocks:
         joined = []
         for block, is_count in zip(self._cutoffs[cutoff], self._is_count, strict=True):
             values = np.asarray(block[rows], np.float32) if isinstance(block, np.ndarray) else block.rows(rows)
-            if is_count:
+            if is_count and not self._raw_counts:
                 values = np.log1p(values)
             if is_count and self._unit_length:
                 length = np.linalg.norm(values, axis=1, keepdims=True)

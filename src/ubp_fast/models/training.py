@@ -2,13 +2,14 @@
 
 Each epoch starts from (seed, epoch) alone and ends with the optimizer in evaluation mode, so a run that was killed and
 continued from its last checkpoint ends with the same bytes as an undisturbed one. The checkpoint before is kept until
-the next is complete.
+the next is complete. With a validation loader the weights of the best epoch are the result, not those of the last step.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import time
 import warnings
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from ubp_fast.events.schema import DataError, UserError
 from ubp_fast.files import load_json, load_tensors, write_atomically, write_json, write_tensors
 from ubp_fast.kernels import check_deferred
+from ubp_fast.models.layers.auroc import BinnedAuroc
 from ubp_fast.optim import TableUpdates, adopt_tables, clip_gradient_norm, release_tables
 from ubp_fast.progress import Progress
 from ubp_fast.sequences.batch import ViewBatch
@@ -38,6 +40,8 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 MODEL_FILE, LOSSES_FILE = "model.safetensors", "losses.json"
 CURVE_POINTS = 60
+# The sum of their AUROCs says which epoch is the best; docs/winner.md 4.7.
+SELECTION_LABELS = ("churn", "buy_sku", "buy_category")
 _CHECKPOINT, _PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 # What a damaged checkpoint, model or record makes its reader raise.
 _UNREADABLE = (OSError, EOFError, RuntimeError, KeyError, ValueError, UnpicklingError, SafetensorError)
@@ -50,11 +54,13 @@ class TrainingConfig:
     epochs: int = 1  # passes over all views; docs/winner.md 6 (stacking)
     batch_size: int = 128  # client views per step; docs/winner.md 4.7
     seed: int = 0  # of initial weights, order and dropout
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16 computes products in bfloat16, weights stay float32
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"  # bf16: products in bfloat16, weights float32; auto: on a GPU
     device: Literal["cpu", "cuda", "auto"] = "cpu"  # auto takes a GPU when there is one
     gradient_clip_norm: float | None = None  # largest gradient norm; none in docs/winner.md 4.7 and 6
     checkpoint_every_s: float = 30.0  # seconds between checkpoints, written at the end of an epoch
     table_updates: TableUpdates = "auto"  # of large tables: only rows in use where that is exact, see `adopt_tables`
+    max_steps: int | None = None  # of every epoch at most, for rehearsals; None: as many as the views give; ours
+    validation_views: int = 0  # of the window after training, scored after every epoch; docs/winner.md 4.7; 0: none
 
 
 def initialise(factory: Callable[[], ModuleT], seed: int) -> ModuleT:
@@ -71,6 +77,7 @@ def fit(
     config: TrainingConfig,
     directory: Path,
     progress: Progress | None = None,
+    validation: ViewLoader | None = None,
 ) -> list[dict[str, float]]:
     """Trains `model` in place; leaves `model.safetensors` and `losses.json` in `directory`.
 
@@ -86,9 +93,12 @@ def fit(
         config: epochs, seed, precision, device.
         directory: for checkpoints and results, created when missing.
         progress: called as progress(steps done, steps in all) after every step.
+        validation: batches with labels, scored after every epoch by the model's `label_logits(batch)`: the weights of
+            the epoch with the largest sum of AUROCs of `SELECTION_LABELS` are the result. None: those of the last step.
 
     Returns:
-        Per epoch: `epoch` (from 0), `loss` (sum of the terms) and each term, means over the views; metrics.
+        Per epoch: `epoch` (from 0), `loss` (sum of the terms) and each term, means over the views; metrics, among them
+        `valid_auroc_<label>` and `valid_score` with a validation loader.
 
     Raises:
         DataError: a loader without views.
@@ -98,19 +108,23 @@ def fit(
     if not len(loader):
         raise DataError("fit: loader must have at least one view, got none; use an earlier cutoff or more data")
     directory.mkdir(parents=True, exist_ok=True)
-    identity = _identity(model, loader, optimizer_factory, config)
+    identity = _identity(model, loader, optimizer_factory, config, validation)
     finished = _load_finished(model, directory, identity)
     if finished is not None:
         if progress is not None:
-            progress(config.epochs * len(loader), config.epochs * len(loader))
+            steps = config.epochs * _steps(loader, config)
+            progress(steps, steps)
         return finished
+    device = on_device(config.device)
+    is_low = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     with _quiet_lightning(), torch.random.fork_rng(devices=_cuda_devices(config)):
-        job = _Job(model, loader, optimizer_factory, config, directory, identity, progress)
+        job = _Job(model, loader, optimizer_factory, config, directory, identity, progress, validation)
         trainer = lightning.Trainer(
-            accelerator=config.device,
+            accelerator=device.type,
             devices=1,
-            precision="bf16-mixed" if config.precision == "bf16" else "32-true",
+            precision="bf16-mixed" if is_low else "32-true",
             max_epochs=config.epochs - job.epochs_done,
+            limit_train_batches=config.max_steps,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -118,34 +132,83 @@ def fit(
             use_distributed_sampler=False,
             default_root_dir=str(directory),
         )
+        loader.pins = device.type == "cuda"
         trainer.fit(job, train_dataloaders=loader)
-    release_tables(model)
+    if 0 <= job.best_epoch < config.epochs - 1:
+        _load(model, load_tensors(directory / _best_file(job.best_epoch)))
     write_tensors(directory / MODEL_FILE, model.state_dict())
     write_json(directory / LOSSES_FILE, {**identity, "epochs": job.losses, "curve": job.curve})
-    for name in (_CHECKPOINT, _PREVIOUS):
-        (directory / name).unlink(missing_ok=True)
+    for path in (directory / _CHECKPOINT, directory / _PREVIOUS, *directory.glob(_best_file("*"))):
+        path.unlink(missing_ok=True)
     return job.losses
 
 
-def embed(model: nn.Module, loader: ViewLoader, progress: Progress | None = None) -> np.ndarray:
-    """Profiles of the loader's views in their order, float32 [N, E]; the model stays where it is, in evaluation mode.
+def on_device(name: str) -> torch.device:
+    """The device that a configuration names: "cpu", "cuda", or "auto", a GPU when there is one.
+
+    Raises:
+        UserError: a GPU where there is none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"compute: device must be one that this machine has, got '{name}'; use compute=cpu or auto")
+    return torch.device(name)
+
+
+def embed(
+    model: nn.Module,
+    loader: ViewLoader,
+    progress: Progress | None = None,
+    *,
+    dtype: type[np.floating[Any]] = np.float32,
+    file: Path | None = None,
+) -> np.ndarray:
+    """Profiles of the loader's views in their order, [N, E]; the model stays where it is, in evaluation mode.
+
+    Args:
+        model: called as model(batch).
+        loader: keeps the order of its views.
+        progress: called as progress(batches done, batches in all).
+        dtype: np.float32 or np.float16.
+        file: an npy file that the result is written to, and mapped from; None: it is in memory.
 
     Raises:
         ValueError: a loader that shuffles.
+        DataError: a value that is not finite in this dtype.
     """
     if loader.shuffle_seed is not None:
         raise ValueError(f"embed: loader must keep the order of its views, got shuffle_seed {loader.shuffle_seed}")
     device = next(model.parameters()).device
     model.eval()
-    parts = []
+    width: Any = model.embedding_width
+    shape = (loader.num_views, width)
+    if file is None or not loader.num_views:
+        vectors = np.empty(shape, dtype)
+    else:
+        vectors = np.lib.format.open_memmap(file, "w+", dtype, shape)
+    first = 0
     with torch.inference_mode():
         for step, batch in enumerate(loader, start=1):
-            parts.append(model(batch.to(device)).float().cpu().numpy())
+            rows = model(batch.to(device)).float().cpu().numpy()
+            with np.errstate(over="ignore"):
+                vectors[first : first + len(rows)] = rows
+            bad = ~np.isfinite(vectors[first : first + len(rows)])
+            if bad.any():
+                row, column = np.argwhere(bad)[0]
+                raise DataError(
+                    f"embed: vectors must be finite in {np.dtype(dtype).name}, got {rows[row, column]} in row"
+                    f" {first + row}, column {column}; look for a diverged training"
+                )
+            first += len(rows)
             if progress is not None:
                 progress(step, len(loader))
     check_deferred()
-    width: Any = model.embedding_width
-    return np.concatenate(parts) if parts else np.empty((0, width), np.float32)
+    if file is not None:
+        if not loader.num_views:
+            np.save(file, vectors)
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+    return vectors
 
 
 class _Job(lightning.LightningModule):
@@ -160,9 +223,11 @@ class _Job(lightning.LightningModule):
         directory: Path,
         identity: dict[str, Any],
         progress: Progress | None,
+        validation: ViewLoader | None,
     ) -> None:
         super().__init__()
         self.model: Any = model
+        self.validation = validation
         self.loader, self.optimizer_factory, self.config = loader, optimizer_factory, config
         self.directory, self.identity, self.progress = directory, identity, progress
         self.losses: list[dict[str, float]] = []
@@ -171,6 +236,8 @@ class _Job(lightning.LightningModule):
         self._resumed: dict[str, Any] | None = None
         self._terms: list[tuple[int, dict[str, Tensor]]] = []
         self._saved_at = time.monotonic()
+        self._best_before = -1
+        self._rankings: dict[str, BinnedAuroc] = {}
         self._resume()
         # Before the first batch is drawn: Lightning starts iterating before it announces the epoch.
         loader.set_epoch(self.epochs_done)
@@ -179,6 +246,11 @@ class _Job(lightning.LightningModule):
     def epochs_done(self) -> int:
         return len(self.losses)
 
+    @property
+    def best_epoch(self) -> int:
+        """The first one with the largest score; -1 when none was scored."""
+        return _best_epoch(self.losses)
+
     def _resume(self) -> None:
         for name in (_CHECKPOINT, _PREVIOUS):
             try:
@@ -186,6 +258,9 @@ class _Job(lightning.LightningModule):
                 identity, weights = state["identity"], state["model"]
                 losses, curve, optimizer = state["losses"], state["curve"], state["optimizer"]
             except _UNREADABLE:
+                continue
+            best = _best_epoch(losses)
+            if best >= 0 and not (self.directory / _best_file(best)).exists():
                 continue
             if identity == self.identity and _load(self.model, weights):
                 self.losses, self.curve, self._resumed = losses, curve, optimizer
@@ -219,21 +294,19 @@ class _Job(lightning.LightningModule):
     def training_step(self, batch: ViewBatch, batch_index: int) -> Tensor:
         terms = self.model.loss(batch)
         values = torch.stack(list(terms.values()))
-        if not values.detach().isfinite().all():
-            name, term = next((name, term.item()) for name, term in terms.items() if not term.isfinite())
-            raise FloatingPointError(
-                f"fit: {name} must stay finite, got {term} in epoch {self.epochs_done}, step {batch_index};"
-                " use a smaller learning rate or precision='fp32'"
-            )
+        if values.device.type == "cpu":  # elsewhere looking at them would wait for the device in every step
+            _require_finite({name: term.item() for name, term in terms.items()}, self.epochs_done, batch_index)
         self._terms.append((batch.num_views, dict(zip(terms, values.detach().unbind(), strict=True))))
         return values.sum()
 
     def on_train_batch_end(self, outputs: object, batch: ViewBatch, batch_index: int) -> None:
-        steps = len(self.loader)
+        steps = _steps(self.loader, self.config)
         done, total = self.epochs_done * steps + batch_index + 1, self.config.epochs * steps
         part = self._terms[self._curve_start :]
         if len(part) >= -(-total // CURVE_POINTS) or batch_index + 1 == steps:
-            self.curve.append({"epoch": done / steps, **_mean_terms(part)})
+            means = _mean_terms(part)
+            _require_finite(means, self.epochs_done, batch_index)
+            self.curve.append({"epoch": done / steps, **means})
             self._curve_start = len(self._terms)
         if self.progress is not None:
             self.progress(done, total)
@@ -242,12 +315,34 @@ class _Job(lightning.LightningModule):
         check_deferred()  # a wrong value on a GPU ends the training before it is written
         _switch(self.optimizer, is_training=False)
         metrics: dict[str, float] = getattr(self.model, "epoch_metrics", dict)()
+        metrics |= self._validate()
         self.losses.append({"epoch": float(self.epochs_done), **_mean_terms(self._terms), **metrics})
         self._terms, self._curve_start = [], 0
+        is_best = self.best_epoch == self.epochs_done - 1
         self.loader.set_epoch(self.epochs_done)
         is_last = self.epochs_done == self.config.epochs
+        if is_best and not is_last:
+            write_tensors(self.directory / _best_file(self.best_epoch), self.model.state_dict())
         if not is_last and time.monotonic() - self._saved_at >= self.config.checkpoint_every_s:
             self._checkpoint()
+
+    @torch.no_grad()
+    def _validate(self) -> dict[str, float]:
+        if self.validation is None:
+            return {}
+        self.model.eval()
+        device = next(self.model.parameters()).device
+        for batch in self.validation:
+            moved = batch.to(device)
+            for name, logits in self.model.label_logits(moved).items():
+                ranking = self._rankings.setdefault(name, BinnedAuroc(logits.shape[1]).to(device))
+                ranking.add(logits, moved.labels[name].reshape(logits.shape))
+        found = {name: area for name, ranking in self._rankings.items() if (area := ranking.take()) is not None}
+        score = {"valid_score": sum(found.get(name, 0.0) for name in SELECTION_LABELS)} if found else {}
+        return {f"valid_auroc_{name}": area for name, area in found.items()} | score
+
+    def on_train_end(self) -> None:
+        release_tables(self.model)  # while weights and rows are on one device: what comes next moves the module
 
     def _checkpoint(self) -> None:
         state = {"identity": self.identity, "losses": self.losses, "curve": self.curve}
@@ -256,12 +351,39 @@ class _Job(lightning.LightningModule):
         if current.exists():
             os.replace(current, self.directory / _PREVIOUS)
         write_atomically(current, lambda path: torch.save(state, path))
+        for path in self.directory.glob(_best_file("*")):  # neither checkpoint looks at others
+            if path.name not in (_best_file(self.best_epoch), _best_file(self._best_before)):
+                path.unlink()
+        self._best_before = self.best_epoch
         self._saved_at = time.monotonic()
+
+
+def _best_file(epoch: int | str) -> str:
+    return f"best-{epoch}.safetensors"
+
+
+def _best_epoch(losses: list[dict[str, float]]) -> int:
+    scores = [epoch.get("valid_score", -1.0) for epoch in losses]
+    return scores.index(max(scores)) if scores and max(scores) >= 0 else -1
+
+
+def _steps(loader: ViewLoader, config: TrainingConfig) -> int:
+    """Of one epoch."""
+    return len(loader) if config.max_steps is None else min(config.max_steps, len(loader))
 
 
 def _switch(optimizer: torch.optim.Optimizer, *, is_training: bool) -> None:
     """Schedule-free optimizers train on other weights than those to be used; others have no such mode."""
     getattr(optimizer, "train" if is_training else "eval", lambda: None)()
+
+
+def _require_finite(terms: Mapping[str, float], epoch: int, step: int) -> None:
+    for name, term in terms.items():
+        if not math.isfinite(term):
+            raise FloatingPointError(
+                f"fit: {name} must stay finite, got {term} in epoch {epoch}, step {step};"
+                " use a smaller learning rate or precision='fp32'"
+            )
 
 
 def _mean_terms(terms: list[tuple[int, dict[str, Tensor]]]) -> dict[str, float]:
@@ -274,7 +396,11 @@ def _mean_terms(terms: list[tuple[int, dict[str, Tensor]]]) -> dict[str, float]:
 
 
 def _identity(
-    model: nn.Module, loader: ViewLoader, optimizer_factory: OptimizerFactory, config: TrainingConfig
+    model: nn.Module,
+    loader: ViewLoader,
+    optimizer_factory: OptimizerFactory,
+    config: TrainingConfig,
+    validation: ViewLoader | None,
 ) -> dict[str, Any]:
     """What has to be the same for a training to be continued, as JSON holds it."""
     training = asdict(config)
@@ -287,6 +413,7 @@ def _identity(
         "optimizer": f"{type(optimizer).__name__}({optimizer.defaults})",
         "training": training,
         "views": loader.num_views,
+        "validation_views": 0 if validation is None else validation.num_views,
         "steps_per_epoch": len(loader),
     }
 
@@ -313,7 +440,7 @@ def _load(model: nn.Module, weights: Mapping[str, Tensor]) -> bool:
 
 
 def _cuda_devices(config: TrainingConfig) -> list[int]:
-    return [torch.cuda.current_device()] if config.device != "cpu" and torch.cuda.is_available() else []
+    return [torch.cuda.current_device()] if on_device(config.device).type == "cuda" else []
 
 
 @contextmanager

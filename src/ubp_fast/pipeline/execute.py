@@ -24,21 +24,23 @@ from ubp_fast.interruption import run_interruptibly
 from ubp_fast.kernels import BackendUnavailable
 from ubp_fast.models.training import LOSSES_FILE
 from ubp_fast.pipeline.cache import StageCache, differences, digest, made_of
-from ubp_fast.pipeline.facts import facts_of, facts_table
 from ubp_fast.pipeline.identity import made_by
 from ubp_fast.pipeline.model_stages import PROFILE_TABLE, TRAINING
-from ubp_fast.pipeline.run_directory import RunDirectory, environment
+from ubp_fast.pipeline.needs import Need, needs_of_models, needs_of_store, told
+from ubp_fast.pipeline.run_directory import RunDirectory, environment, facts_of, facts_table
 from ubp_fast.pipeline.settings import Settings, read_settings
 from ubp_fast.pipeline.stages import ALIGNMENT, KEPT_FILE, LATEST, Stage, plan
 from ubp_fast.profiler.bundle import MODEL_FOLDER
 from ubp_fast.progress import RunProgress, duration
 from ubp_fast.report import RunSummary, render_report
+from ubp_fast.store.event_store import EventStore
 
 # What a message alone explains. Anything else is a mistake of ours and keeps its traceback.
 USER_ERRORS = (UserError, OutputDirectoryError, BackendUnavailable, FloatingPointError)
 USER_ERROR = 2
 # Stage whose vectors a run shows -> folder of the run.
 PROFILE_FOLDERS = {"stacking": "profiles", f"{LATEST}stacking": "latest"}
+STORES = {"store", f"{LATEST}store"}
 ScoreTable = dict[tuple[str, ...], dict[str, Spread]]
 
 
@@ -82,6 +84,7 @@ def run_stages(settings: Settings, console: Console) -> Path:
     progress = RunProgress(console, [(stage.name, stage.cost) for stage in missing])
     timings: list[tuple[str, float | None]] = []
     first = "store" if any(stage.name == "store" for stage in wanted) else "events"
+    has_told = False
     with progress.display():
         for stage in wanted:
             if stage not in missing:
@@ -99,10 +102,22 @@ def run_stages(settings: Settings, console: Console) -> Path:
                     )
                 timings.append((stage.name, time.monotonic() - started_s))
             run.link_stage(stage.name, cache.path(stage.name, keys[stage.name]))
+            if stage.name == "events" and (stores := STORES & {one.name for one in missing}):
+                need = needs_of_store(EventDirectory.open(run.path / "stages" / "events"), settings.plain["store"])
+                _tell([need] * len(stores), settings, console)
+            if stage.name in STORES and not has_told:
+                has_told = True
+                store = EventStore.open(run.path / "stages" / stage.name)
+                _tell(needs_of_models(store, settings, [one.name for one in missing]), settings, console)
             if stage.name == first:
                 console.print(facts_table(facts_of(run.path, settings)), highlight=False)
     _publish(settings, run, wanted, timings, console)
     return run.path
+
+
+def _tell(needs: list[Need], settings: Settings, console: Console) -> None:
+    if needs:
+        console.print(told(needs, settings.cache, settings), highlight=False)
 
 
 def _wanted(stages: Sequence[Stage], asked: Sequence[str] | None) -> list[Stage]:

@@ -7,7 +7,7 @@ same for other events.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,23 +16,23 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from ubp_fast.events.schema import LabelLists, UserError
+from ubp_fast.events.schema import EVENT_KINDS, LabelLists, UserError
 from ubp_fast.events.split import utc_text
 from ubp_fast.features.decayed import OF_LABEL
 from ubp_fast.features.matrix import load_features
-from ubp_fast.features.popular import popular_lists
-from ubp_fast.features.scaling import DayStatistics, MinMaxScaler
+from ubp_fast.features.popular import lists_of_kinds
+from ubp_fast.features.scaling import DayStatistics, MinMaxScaler, ScaledRows
 from ubp_fast.files import load_array, load_arrays, load_json, write_json
 from ubp_fast.models.contrastive import PROBE_LABELS, ContrastiveModel
 from ubp_fast.models.layers.event_embedding import EventSizes
-from ubp_fast.models.membership import activity_columns, membership_weights
+from ubp_fast.models.membership import weighted_views
 from ubp_fast.models.multitask import MULTITASK_LABELS, MultitaskModel
 from ubp_fast.models.near import NearModel
 from ubp_fast.models.pair_scorer import PairScorer
 from ubp_fast.models.reduced_rank import ReducedRankConfig, ReducedRankModel
 from ubp_fast.models.stacking import JoinedBlocks, StackingModel
-from ubp_fast.models.training import MODEL_FILE, embed, fit, initialise
-from ubp_fast.pipeline.settings import Settings
+from ubp_fast.models.training import MODEL_FILE, fit, initialise, on_device
+from ubp_fast.pipeline.settings import ModelSettings, Settings
 from ubp_fast.profiler.bundle import MODEL_FOLDER, load_network, save_bundle
 from ubp_fast.profiler.parts import (
     NETWORKS,
@@ -70,8 +70,7 @@ def make_contrastive(settings: Settings, inputs: Inputs, directory: Path, progre
     store = EventStore.open(inputs["store"])
     config, training = settings.contrastive.config, settings.contrastive.training
     model_cutoffs, _ = cutoffs_of(store, settings)
-    views = views_at(store, model_cutoffs, with_history=True, relevant_only=False)
-    weight = membership_weights(activity_columns(store, store.cutoff_s), np.asarray(store.is_relevant))
+    views, weight = weighted_views(store, model_cutoffs, settings.contrastive.views, settings.seed)
     labels = _labels(store, views, inputs["features"], PROBE_LABELS) if config.probes else {}
     model = initialise(lambda: ContrastiveModel(config, EventSizes.of(store), _widths(labels)), settings.seed)
     edges = age_quantiles_days(store, views, max_length=config.history_length, bins=config.events.age_bins)
@@ -81,18 +80,15 @@ def make_contrastive(settings: Settings, inputs: Inputs, directory: Path, progre
         views,
         batch_size=training.batch_size,
         history_length=config.history_length,
+        drop_repeats=config.drop_repeats,
         future_length=config.future_length,
         labels=labels,
-        weight=weight[views.row],
+        weight=weight,
         shuffle_seed=settings.seed,
     )
-    fit(model, loader, settings.contrastive.optimizer, training, directory / TRAINING, progress)
-
-    def loader_at(views: Views, cutoff_s: int) -> ViewLoader:
-        return ViewLoader(store, views, batch_size=INFERENCE_BATCH, history_length=config.history_length)
-
     network = Network(model, EventSizes.of(store))
-    _write_vectors("contrastive", network, loader_at, store, settings, inputs, directory)
+    steps = _train(network, "contrastive", tuple(labels), loader, store, settings, inputs, directory, progress)
+    _write_vectors("contrastive", network, store, settings, inputs, directory, steps, progress)
 
 
 def make_multitask(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
@@ -101,7 +97,7 @@ def make_multitask(settings: Settings, inputs: Inputs, directory: Path, progress
     config, training = settings.multitask.config, settings.multitask.training
     model_cutoffs, _ = cutoffs_of(store, settings)
     views = views_at(store, model_cutoffs, with_history=True)
-    features = _static(store, views, inputs["features"])
+    features = StaticRows(store, views, inputs["features"])
     scaler = MinMaxScaler.fit(features)
     scaler.save(directory / SCALER)
     labels = _labels(store, views, inputs["features"], MULTITASK_LABELS)
@@ -113,23 +109,59 @@ def make_multitask(settings: Settings, inputs: Inputs, directory: Path, progress
         views,
         batch_size=training.batch_size,
         history_length=config.history_length,
-        features=scaler.transform(features),
+        drop_repeats=config.drop_repeats,
+        features=ScaledRows(features, scaler),
         labels=labels,
         shuffle_seed=settings.seed,
     )
-    fit(model, loader, settings.multitask.optimizer, training, directory / TRAINING, progress)
+    network = Network(model, sizes, scaler, widths)
+    steps = _train(network, "multitask", tuple(labels), loader, store, settings, inputs, directory, progress)
+    _write_vectors("multitask", network, store, settings, inputs, directory, steps, progress)
 
-    def loader_at(views: Views, cutoff_s: int) -> ViewLoader:
-        return ViewLoader(
+
+def _train(
+    network: Network,
+    name: str,
+    labels: Sequence[str],
+    loader: ViewLoader,
+    store: EventStore,
+    settings: Settings,
+    inputs: Inputs,
+    directory: Path,
+    progress: Progress,
+) -> int:
+    """Trains a network and validates it where asked for, on the window that follows those of the training.
+
+    Returns:
+        How many steps it took; `progress` counts the batches of `_write_vectors` behind them.
+    """
+    part: ModelSettings = getattr(settings, name)
+    validation, config, steps = None, part.config, 0
+    batches = sum(_inference_batches(store, settings).values())
+
+    def told(done: int, total: int) -> None:
+        nonlocal steps
+        steps = total
+        progress(done, total + batches)
+
+    if part.training.validation_views and labels:
+        views = views_at(store, cutoffs_of(store, settings)[1][:1], with_history=True)
+        if len(views.row) > part.training.validation_views:
+            draw = np.random.default_rng(settings.seed).permutation(len(views.row))
+            chosen = np.sort(draw[: part.training.validation_views])
+            views = Views(views.row[chosen], views.cutoff_s[chosen])
+        static = None if network.scaler is None else StaticRows(store, views, inputs["features"])
+        validation = ViewLoader(
             store,
             views,
             batch_size=INFERENCE_BATCH,
             history_length=config.history_length,
-            features=scaler.transform(_static(store, views, inputs["features"])),
+            drop_repeats=config.drop_repeats,
+            features=None if static is None or network.scaler is None else ScaledRows(static, network.scaler),
+            labels=_labels(store, views, inputs["features"], labels),
         )
-
-    network = Network(model, sizes, scaler, widths)
-    _write_vectors("multitask", network, loader_at, store, settings, inputs, directory)
+    fit(network.model, loader, part.optimizer, part.training, directory / TRAINING, told, validation)
+    return steps
 
 
 def make_stacking(
@@ -146,7 +178,7 @@ def make_stacking(
     labels = _labels(store, views, inputs["features"], config.labels)
     strong: ReducedRankModel | StackingModel
     if isinstance(config, ReducedRankConfig):
-        strong = _fit_regression(config, inputs, labels, cutoffs, recipe.joined, unit_length=True)
+        strong = _fit_regression(config, inputs, labels, cutoffs, recipe.joined, True, recipe.raw_counts)
     else:
         strong = _train_stacking(settings, store, inputs, labels, views, directory, progress)
     own, graded = own_blocks(recipe), None
@@ -160,11 +192,7 @@ def make_stacking(
         len(cutoffs),
         Vocabulary.of(store),
         load_lists(inputs["features"]),
-        {
-            kind: popular_lists(store, kind, store.cutoff_s, recipe.aggregated.top_values)
-            for kind in store.kinds
-            if kind != "search_query"
-        },
+        lists_of_kinds(store, store.cutoff_s, recipe.aggregated.top_values),
         load_array(inputs["features"] / TASTE_WEIGHTS) if recipe.layout.tastes else None,
         {name: _trained(name, settings, store, inputs) for name in NETWORKS if name in recipe.joined},
         _scorer(settings, inputs),
@@ -176,6 +204,8 @@ def make_stacking(
     made = partial(_block, inputs, cutoff_s=store.cutoff_s)
     if recipe.layout.near:
         fitted = replace(fitted, near=NearModel.fit(near_parts(fitted, made, day), recipe.layout.near_width))
+    if isinstance(strong, StackingModel):
+        strong.to(on_device(settings.device))
     parts = parts_of(fitted, made, day)
     halves, layout = compose(parts, recipe.layout.max_width, day)
     maps = inputs["events"] / "maps"
@@ -188,9 +218,26 @@ def make_stacking(
     if (numbers := tables.pop("client_id", None)) is not None:
         own_ids = pl.DataFrame({"id": client_ids}).join(numbers, on="id", how="left", maintain_order="left")["value"]
     profiles = Profiles(client_ids, halves, layout, own_ids)
+    if settings.client_order == "baseline":
+        profiles = profiles.align(client_ids[_order_of_baseline(store)])
+    if isinstance(strong, StackingModel):
+        strong.to("cpu")
     profiles.save(directory / "stacked")
     profiles.write_parquet(directory / PROFILE_TABLE)
     save_bundle(directory / MODEL_FOLDER, fitted, layout, day, tables)
+
+
+def _order_of_baseline(store: EventStore) -> np.ndarray:
+    """Places int64 of the relevant clients in the order of the organisers' baseline: buyers first, ids ascending.
+
+    Then come those who put something into a cart but bought nothing, and so on through the kinds; those without any
+    event are last. docs/winner.md 2.3.
+    """
+    first_kind = np.full(store.num_clients, len(EVENT_KINDS))
+    for index, kind in reversed([*enumerate(EVENT_KINDS)]):
+        if kind in store.kinds:
+            first_kind[np.diff(store.kind(kind).offsets) > 0] = index
+    return np.argsort(first_kind[store.is_relevant], kind="stable")
 
 
 def _aligned(
@@ -230,9 +277,11 @@ def _fit_regression(
     cutoffs: Sequence[int],
     names: tuple[str, ...],
     unit_length: bool,
+    raw_counts: bool = False,
 ) -> ReducedRankModel:
     """The regression of past windows' labels on some blocks."""
-    blocks = [joined(partial(_block, inputs, cutoff_s=cutoff_s), names, unit_length) for cutoff_s in cutoffs]
+    made = [partial(_block, inputs, cutoff_s=cutoff_s) for cutoff_s in cutoffs]
+    blocks = [joined(one, names, unit_length, raw_counts) for one in made]
     return ReducedRankModel(config).fit(blocks, labels, _is_summary(inputs, names, cutoffs[0]))
 
 
@@ -266,7 +315,7 @@ def _train_stacking(
     # Rows in the order of the views.
     cutoffs = cutoffs_of(store, settings)[1]
     blocks = [[_block(inputs, name, cutoff_s) for name in names] for cutoff_s in cutoffs]
-    features = JoinedBlocks(blocks, [name == "aggregated" for name in names])
+    features = JoinedBlocks(blocks, [name == "aggregated" for name in names], raw_counts=settings.recipe.raw_counts)
     model = initialise(lambda: StackingModel(config, features.shape[1], _widths(labels)), settings.seed)
     model.fit_scaling(features)
     loader = ViewLoader(
@@ -299,37 +348,70 @@ def _widths(labels: Mapping[str, Any]) -> dict[str, int]:
     return {name: getattr(label, "num_labels", 1) for name, label in labels.items()}
 
 
-def _static(store: EventStore, views: Views, features: Path) -> np.ndarray:
-    """Static features of each view at its cutoff, float32 [N, 46]."""
-    place = np.cumsum(store.is_relevant) - 1
-    cutoffs = np.unique(views.cutoff_s)
-    found = {cutoff_s: load_features(features / f"static-{cutoff_s}") for cutoff_s in cutoffs.tolist()}
-    rows = np.empty((len(views.row), found[int(cutoffs[0])].shape[1]), np.float32)
-    for cutoff_s, matrix in found.items():
-        chosen = views.cutoff_s == cutoff_s
-        rows[chosen] = matrix.rows(place[views.row[chosen]])
-    return rows
+class StaticRows:
+    """Static features of views at their cutoffs, float32 [N, 46], read from their files when they are asked for.
+
+    Args:
+        store: event store.
+        views: N views of relevant clients.
+        features: folder of the features' stage.
+    """
+
+    def __init__(self, store: EventStore, views: Views, features: Path) -> None:
+        place = (np.cumsum(store.is_relevant) - 1).astype(np.int32)
+        self._place, self._cutoff_s = place[views.row], views.cutoff_s
+        self._found = {
+            cutoff_s: load_features(features / f"static-{cutoff_s}") for cutoff_s in np.unique(views.cutoff_s).tolist()
+        }
+        columns = next(iter(self._found.values())).shape[1] if self._found else 0
+        self.shape = (len(views.row), columns)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, chosen: slice | np.ndarray) -> np.ndarray:
+        place, cutoffs = self._place[chosen], self._cutoff_s[chosen]
+        rows = np.empty((len(place), self.shape[1]), np.float32)
+        for cutoff_s, matrix in self._found.items():
+            if (here := cutoffs == cutoff_s).any():
+                rows[here] = matrix.rows(place[here])
+        return rows
+
+
+def _clients_at_once(store: EventStore, settings: Settings) -> dict[int, int]:
+    """Cutoff -> clients of a batch: many at the stacking cutoffs, which only a regression looks at."""
+    _, stacking = cutoffs_of(store, settings)
+    return {**dict.fromkeys(stacking, INFERENCE_BATCH), store.cutoff_s: settings.recipe.at_once}
+
+
+def _inference_batches(store: EventStore, settings: Settings) -> dict[int, int]:
+    relevant = int(store.is_relevant.sum())
+    return {cutoff_s: -(-relevant // size) for cutoff_s, size in _clients_at_once(store, settings).items()}
 
 
 def _write_vectors(
     name: str,
     network: Network,
-    loader_at: Callable[[Views, int], ViewLoader],
     store: EventStore,
     settings: Settings,
     inputs: Inputs,
     directory: Path,
+    steps: int,
+    progress: Progress,
 ) -> None:
-    """At the stacking cutoffs in batches, which only a regression looks at; at the last one as whoever comes later."""
-    _, stacking = cutoffs_of(store, settings)
-    for cutoff_s in stacking:
-        vectors = embed(network.model, loader_at(views_at(store, [cutoff_s]), cutoff_s))
-        np.save(directory / f"vectors-{cutoff_s}.npy", vectors)
-    views = views_at(store, [store.cutoff_s])
-    static = None if network.scaler is None else _static(store, views, inputs["features"])
-    vectors = network.vectors(store, store.cutoff_s, static)
-    np.save(directory / f"vectors-{store.cutoff_s}.npy", vectors)
-    Profiles(store.client_ids[store.is_relevant], vectors).to_float16().save(directory / name)
+    """A network's vectors at the stacking cutoffs, then at the profiles'; `steps` of the stage are done already."""
+    network.model.to(on_device(settings.device))
+    static = partial(StaticRows, store, features=inputs["features"])
+    batches = _inference_batches(store, settings)
+    total = steps + sum(batches.values())
+    for cutoff_s, at_once in _clients_at_once(store, settings).items():
+
+        def told(done: int, of: int, before: int = steps, number: int = batches[cutoff_s]) -> None:
+            progress(before + done * number // of, total)
+
+        vectors = network.vectors(store, cutoff_s, static, at_once, directory / f"vectors-{cutoff_s}.npy", told)
+        steps += batches[cutoff_s]
+    Profiles(store.client_ids[store.is_relevant], vectors).save(directory / name)
 
 
 def _block(inputs: Inputs, name: str, cutoff_s: int) -> Block:

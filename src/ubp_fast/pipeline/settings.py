@@ -36,6 +36,8 @@ PLAIN_TYPES: dict[str, Any] = {
     "cache": str,
     "profiles.at": str | None,
     "profiles.align_to": str | None,
+    "profiles.client_order": Literal["ids", "baseline"],
+    "profiles.at_once": int,
     "store.min_url_count": int,
     "store.all_clients": bool,
     "store.shard": tuple[int, int] | None,
@@ -43,9 +45,12 @@ PLAIN_TYPES: dict[str, Any] = {
     "windows.model_cutoffs": int,
     "windows.stacking_cutoffs": int,
     "windows.labels": int,
+    "windows.given_lists": bool,
     "stacking.blocks": list[str],
     "compute.device": str,
     "compute.threads": int | None,
+    "compute.on_shortage": Literal["refuse", "try"],
+    "contrastive.views": int | None,
     "evaluation.components": str | list[str],
     "evaluation.profiles": str | None,
     "evaluation.common_clients": bool,
@@ -62,26 +67,34 @@ class Windows:
         model_cutoffs: cutoffs of the contrastive and multi-task models, at most as many as the history allows.
         stacking_cutoffs: later cutoffs of the stacking model; the newest lies one window before the profiles' cutoff.
         labels: values per label list (category, sku, new sku, price) that the models learn to predict.
+        given_lists: take the lists of categories and skus that the organisers' directory names instead of making them;
+            in the challenge everybody was told them. Lists of other sources come from the target window and stay
+            unseen.
     """
 
     days: int = 14
     model_cutoffs: int = 4
     stacking_cutoffs: int = 1
     labels: int = 100
+    given_lists: bool = False
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if value < 1:
+            if not isinstance(value, bool) and value < 1:
                 raise UserError(f"run: windows.{name} must be >= 1, got {value}")
 
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """One model: its architecture, its training (None: closed form), and what makes its optimizer from parameters."""
+    """One model: its architecture, its training (None: closed form), and what makes its optimizer from parameters.
+
+    `views` is how many views a training on all clients draws, see `weighted_views`; None: it takes every one.
+    """
 
     config: Any
     training: Any
     optimizer: Callable[..., Any]
+    views: int | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +113,7 @@ class Settings:
         submission: folder of vectors to score instead of ours.
         common_clients: score everything on the clients that the submission and the baselines share.
         align_to: model of an earlier run, in whose space the newest vectors shall be; None: in one of their own.
+        client_order: order of the clients in profiles, "ids" or "baseline".
         latest: "end" of the data or a moment (seconds), whose vectors are made beside the backtest's; None: no others.
     """
 
@@ -128,6 +142,7 @@ class Settings:
     components: tuple[str, ...]
     submission: Path | None
     common_clients: bool
+    client_order: str = "ids"
     latest: int | str | None = None
     align_to: Path | None = None
 
@@ -147,6 +162,7 @@ class Settings:
             contrastive=self.contrastive.config,
             multitask=self.multitask.config,
             table=columns_of(self.source) if isinstance(self.source, EventRows) else None,
+            at_once=self.plain["profiles"]["at_once"],
         )
 
     def part(self, *names: str) -> dict[str, Any]:
@@ -197,6 +213,8 @@ def read_settings(config: DictConfig) -> Settings:
     stages, threads = plain["stages"], plain["compute"]["threads"]
     if plain["seed"] < 0:
         raise UserError(f"run: seed must be >= 0, got {plain['seed']}")
+    if plain["profiles"]["at_once"] < 1:
+        raise UserError(f"run: profiles.at_once must be >= 1, got {plain['profiles']['at_once']}")
     if threads is not None and threads < 1:
         raise UserError(f"run: compute.threads must be >= 1 or null, got {threads}")
     return Settings(
@@ -224,6 +242,7 @@ def read_settings(config: DictConfig) -> Settings:
         evaluation=_make(evaluation),
         components=components,
         submission=None if submission is None else Path(submission),
+        client_order=plain["profiles"]["client_order"],
         latest=_latest(plain["profiles"]["at"]),
         align_to=None if plain["profiles"]["align_to"] is None else model_folder(Path(plain["profiles"]["align_to"])),
         common_clients=common_clients,
@@ -272,7 +291,10 @@ def _model(plain: Mapping[str, Any], name: str) -> ModelSettings:
         optimizer([torch.nn.Parameter(torch.zeros(1))])
     except (TypeError, ValueError) as error:
         raise UserError(f"run: {name}.optimizer must fit {group['optimizer']['_target_']}, got: {error}") from error
-    return ModelSettings(_make(group["config"]), _make(group["training"]), optimizer)
+    views = group.get("views")
+    if views is not None and views < 1:
+        raise UserError(f"run: {name}.views must be >= 1 or null, got {views}")
+    return ModelSettings(_make(group["config"]), _make(group["training"]), optimizer, views)
 
 
 def _require_types(plain: Mapping[str, Any], path: str = "") -> None:

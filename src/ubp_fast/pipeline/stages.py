@@ -23,10 +23,11 @@ from ubp_fast.evaluation import build_targets, evaluate
 from ubp_fast.events.labels import make_label_lists
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import DataError, LabelLists
-from ubp_fast.features.aggregated import aggregated_features
+from ubp_fast.events.sources.challenge import Challenge
 from ubp_fast.features.decayed import decayed_features
 from ubp_fast.features.matrix import Features, load_features
 from ubp_fast.features.organisers import CountsConfig, count_features_once
+from ubp_fast.features.popular import lists_of_kinds
 from ubp_fast.features.rich import rich_features
 from ubp_fast.features.scaling import DayStatistics
 from ubp_fast.features.static import static_features
@@ -34,6 +35,7 @@ from ubp_fast.features.tastes import fit_tastes, taste_features
 from ubp_fast.features.writing import in_client_blocks
 from ubp_fast.files import load_json, write_array, write_arrays, write_json
 from ubp_fast.models.pair_scorer import PairScorer
+from ubp_fast.models.training import on_device
 from ubp_fast.pipeline.identity import Place, targets
 from ubp_fast.pipeline.model_stages import (
     DAY_FILE,
@@ -51,7 +53,7 @@ from ubp_fast.pipeline.model_stages import (
     make_stacking,
 )
 from ubp_fast.pipeline.settings import Settings
-from ubp_fast.profiler.parts import NETWORKS, graded_blocks
+from ubp_fast.profiler.parts import NETWORKS, aggregated_block, graded_blocks
 from ubp_fast.profiles import Profiles, validate
 from ubp_fast.progress import Progress
 from ubp_fast.sequences import training_cutoffs, window_days
@@ -59,6 +61,8 @@ from ubp_fast.store.build import build_store
 from ubp_fast.store.clients import clients_of
 from ubp_fast.store.event_store import EventStore
 
+# Tasks of the challenge whose labels its participants knew.
+GIVEN_LISTS = ("propensity_category", "propensity_sku")
 # Feature sets that compare clients with each other.
 OF_DAY = ("rich", "rhythm", "scores")
 RAW_FEATURES = ("aggregated", "decayed", "static")
@@ -145,19 +149,30 @@ def _profiles(settings: Settings, align_to: Path | None = None) -> list[Stage]:
         Stage("store", ("events",), settings.part("store"), make_store, 2),
         Stage("features", ("events", "store"), _features_config(settings), make_features, 8),
         *(
-            Stage(name, ("store", "features"), common | settings.part(name), make, 60, (TRAINING,))
+            Stage(
+                name,
+                ("store", "features"),
+                common | settings.part(name) | _of_vectors(settings, "at_once"),
+                make,
+                60,
+                (TRAINING,),
+            )
             for name, make in (("contrastive", make_contrastive), ("multitask", make_multitask))
             if name in _trained(settings)
         ),
         Stage(
             "stacking",
             ("events", "store", "features", *joined),
-            common | settings.part("stacking", "profile") | aligned,
+            common | settings.part("stacking", "profile") | _of_vectors(settings, "client_order", "at_once") | aligned,
             partial(make_stacking, align_to=align_to),
             30 if settings.stacking.training is not None else 1,
             (TRAINING,),
         ),
     ]
+
+
+def _of_vectors(settings: Settings, *names: str) -> dict[str, Any]:
+    return {name: settings.plain["profiles"][name] for name in names}
 
 
 def _features_config(settings: Settings) -> dict[str, Any]:
@@ -244,13 +259,11 @@ def make_latest_store(settings: Settings, inputs: Inputs, directory: Path, progr
 
 def make_features(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
     """Label lists of the newest known window, and feature matrices at every cutoff that a model looks at."""
-    store = EventStore.open(inputs["store"])
-    lists = make_label_lists(
-        EventDirectory.open(inputs["events"]),
-        store.cutoff_s - window_days(store, settings.windows.days) * 86_400,
-        store.cutoff_s,
-        settings.windows.labels,
-    )
+    store, events = EventStore.open(inputs["store"]), EventDirectory.open(inputs["events"])
+    start_s = store.cutoff_s - window_days(store, settings.windows.days) * 86_400
+    lists = make_label_lists(events, start_s, store.cutoff_s, settings.windows.labels)
+    if settings.windows.given_lists:
+        lists |= _given_lists(settings, events)
     for name, (ids, popularity) in lists.items():
         np.save(directory / f"{name}.npy", ids)
         np.save(directory / f"popularity_{name}.npy", popularity)
@@ -281,6 +294,12 @@ def make_features(settings: Settings, inputs: Inputs, directory: Path, progress:
     write_arrays(directory / DAY_FILE, day.arrays)
 
 
+def _given_lists(settings: Settings, events: EventDirectory) -> LabelLists:
+    """What the organisers' directory asks for by name; popularity as it says, too."""
+    given = events.label_lists if isinstance(settings.source, Challenge) else None
+    return {name: values for name, values in (given or {}).items() if name in GIVEN_LISTS}
+
+
 def _fit_scorer(settings: Settings, store: EventStore, lists: LabelLists) -> PairScorer:
     """Learned from the newest windows before the profiles' cutoff."""
     days = window_days(store, settings.windows.days)
@@ -292,7 +311,11 @@ def _feature_makers(settings: Settings, store: EventStore, lists: LabelLists) ->
     """Name of a feature set -> make(store, cutoff, directory=folder)."""
     return {
         "static": static_features,
-        "aggregated": partial(aggregated_features, config=settings.aggregated, lists_cutoff_s=store.cutoff_s),
+        "aggregated": partial(
+            aggregated_block,
+            config=settings.aggregated,
+            lists=lists_of_kinds(store, store.cutoff_s, settings.aggregated.top_values),
+        ),
         "decayed": partial(decayed_features, lists=lists, config=settings.decayed),
         "rich": partial(rich_features, lists=lists, config=settings.rich),
         "tastes": partial(taste_features, config=settings.tastes),
@@ -378,7 +401,7 @@ def _write_scores(
     targets = build_targets(events, profiles.client_ids, settings.evaluation.tasks)
     config = replace(settings.evaluation, readers=(reader,))
     has_units = component in ("features", "profile_features")
-    scores = evaluate(profiles, targets, config, settings.device, progress, has_units)
+    scores = evaluate(profiles, targets, config, on_device(settings.device), progress, has_units)
     scores = replace(scores, remarks={**scores.remarks, **({"clients": remark} if remark else {})})
     write_json(directory / "scores.json", scores.to_json())
 

@@ -17,15 +17,17 @@ import numpy as np
 import torch
 
 from ubp_fast.events.schema import LabelLists
-from ubp_fast.features.aggregated import aggregated_features
+from ubp_fast.features.aggregated import AggregatedConfig, aggregated_features
 from ubp_fast.features.decayed import decayed_features
 from ubp_fast.features.matrix import FeatureMatrix, Features
+from ubp_fast.features.organisers import CountsConfig, count_features
 from ubp_fast.features.popular import PopularLists
 from ubp_fast.features.rich import rich_features
-from ubp_fast.features.scaling import DayStatistics, MinMaxScaler
+from ubp_fast.features.scaling import DayStatistics, MinMaxScaler, Rows, ScaledRows
 from ubp_fast.features.static import static_features
 from ubp_fast.features.tastes import taste_features
 from ubp_fast.models.contrastive import ContrastiveModel
+from ubp_fast.models.layers.encoder import EncoderLayer
 from ubp_fast.models.layers.event_embedding import EventSizes
 from ubp_fast.models.layers.linear import rows_alone
 from ubp_fast.models.multitask import MultitaskModel
@@ -37,6 +39,7 @@ from ubp_fast.models.training import embed
 from ubp_fast.profiler.recipe import Recipe
 from ubp_fast.profiles.alignment import Alignment
 from ubp_fast.profiles.blocks import Layout, LayoutConfig, Part, compose
+from ubp_fast.progress import Progress
 from ubp_fast.sequences import ViewLoader, Views, views_at
 from ubp_fast.store.event_store import EventStore
 from ubp_fast.store.in_memory import MemoryStore, Vocabulary
@@ -74,36 +77,68 @@ class Network(NamedTuple):
     scaler: MinMaxScaler | None = None
     outputs: Mapping[str, int] | None = None
 
-    def vectors(self, store: EventStore, cutoff_s: int, static: np.ndarray | None) -> np.ndarray:
-        """Float32 [U, E] of the relevant clients of a store; static features float32 [U, 46] where the model has any.
+    def vectors(
+        self,
+        store: EventStore,
+        cutoff_s: int,
+        static: Callable[[Views], Rows] | None,
+        at_once: int,
+        file: Path | None = None,
+        progress: Progress | None = None,
+    ) -> np.ndarray:
+        """Float16 [U, E] of the relevant clients of a store.
 
-        In one thread, and so that a client's vector does not depend on the others of its batch.
+        With `at_once=1` in one thread, and so that a client's vector does not depend on the others of its batch.
+
+        Args:
+            store: event store.
+            cutoff_s: seconds since 1970 UTC.
+            static: gives the static features of views, float32 [N, 46], not scaled; needed where the model has any.
+            at_once: see `Recipe`.
+            file: the result is written there and mapped from there.
+            progress: called as progress(batches done, batches in all).
         """
-        features = None if self.scaler is None or static is None else self.scaler.transform(static)
         views = views_at(store, [cutoff_s])
-        length = self.model.config.history_length
-        size = CLIENTS_OF_NETWORKS if _has_equal_rows(self.model) else 1
-        loader = ViewLoader(store, views, batch_size=size, history_length=length, features=features)
-        return each_alone(self.model, loader)
+        features = None if self.scaler is None or static is None else ScaledRows(static(views), self.scaler)
+        config = self.model.config
+        loader = ViewLoader(
+            store,
+            views,
+            batch_size=_alone_at_once(self.model) if at_once == 1 else at_once,
+            history_length=config.history_length,
+            drop_repeats=config.drop_repeats,
+            features=features,
+        )
+        return halves(self.model, loader, at_once == 1, file, progress)
 
 
-def _has_equal_rows(model: ContrastiveModel | MultitaskModel) -> bool:
-    """Whether a row's result is the same wherever in a batch it stands, given products that are.
+def _alone_at_once(model: ContrastiveModel | MultitaskModel) -> int:
+    """How many clients at a time leave a row's result the same wherever in a batch it stands, given products that do.
 
     torch computes elementwise functions other than sums, products and maxima in vectors of numbers, and what is left of
-    a tensor one by one, with other roundings.
+    a tensor one by one, with other roundings. Attention of heads wider than the kernels' depends on the padding.
     """
     config = model.config.history if isinstance(model, ContrastiveModel) else model.config.encoder
-    return config.pooling != "lstm" and (config.activation == "relu" or config.feed_forward % LANES == 0)
+    pads = any(layer.pads for layer in model.modules() if isinstance(layer, EncoderLayer))
+    has_equal_rows = not pads and (config.activation == "relu" or config.feed_forward % LANES == 0)
+    return CLIENTS_OF_NETWORKS if has_equal_rows and config.pooling != "lstm" else 1
 
 
-def each_alone(model: torch.nn.Module, loader: ViewLoader) -> np.ndarray:
-    """`embed` in one thread and with products whose rows do not depend on each other."""
+def halves(
+    model: torch.nn.Module,
+    loader: ViewLoader,
+    alone: bool,
+    file: Path | None = None,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """`embed` in float16; `alone`: in one thread and with products whose rows do not depend on each other."""
+    if not alone:
+        return embed(model, loader, progress, dtype=np.float16, file=file)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with rows_alone():
-            return embed(model, loader)
+            return embed(model, loader, progress, dtype=np.float16, file=file)
     finally:
         torch.set_num_threads(threads)
 
@@ -198,12 +233,13 @@ class Blocks:
         folder = None if self._directory is None else self._directory / name
         if name in fitted.networks:
             network = fitted.networks[name]
-            static = None if network.scaler is None else self._features("static").rows(slice(None))
-            return network.vectors(store, cutoff_s, static)
+            return network.vectors(
+                store, cutoff_s, lambda _: self._features("static").rows(slice(None)), recipe.at_once
+            )
         if name == "static":
             return static_features(store, cutoff_s, folder)
         if name == "aggregated":
-            return aggregated_features(store, cutoff_s, recipe.aggregated, directory=folder, lists=fitted.popular)
+            return aggregated_block(store, cutoff_s, recipe.aggregated, fitted.popular, folder)
         if name == "decayed":
             return decayed_features(store, cutoff_s, fitted.lists, recipe.decayed, folder)
         if name == "tastes":
@@ -222,10 +258,23 @@ class Blocks:
         return found
 
 
-def joined(made: Made, names: tuple[str, ...], unit_length: bool) -> JoinedBlocks:
-    """Some blocks side by side; counts as logarithms."""
+def aggregated_block(
+    store: EventStore,
+    cutoff_s: int,
+    config: AggregatedConfig | CountsConfig,
+    lists: Mapping[str, PopularLists],
+    directory: Path | None,
+) -> Features:
+    """Aggregated features in our layout or in the organisers', by their configuration."""
+    if isinstance(config, CountsConfig):
+        return count_features(store, cutoff_s, config, directory, lists)
+    return aggregated_features(store, cutoff_s, config, directory=directory, lists=lists)
+
+
+def joined(made: Made, names: tuple[str, ...], unit_length: bool, raw_counts: bool = False) -> JoinedBlocks:
+    """Some blocks side by side; counts as logarithms, or as they are."""
     blocks = [made(name) for name in names]
-    return JoinedBlocks([blocks], [name == "aggregated" for name in names], unit_length)
+    return JoinedBlocks([blocks], [name == "aggregated" for name in names], unit_length, raw_counts)
 
 
 def parts_of(fitted: Fitted, made: Made, day: DayStatistics, blocks: tuple[str, ...] | None = None) -> list[Part]:
@@ -299,15 +348,17 @@ def vectors_of(fitted: Fitted, made: Made, day: DayStatistics, layout: Layout) -
 
 
 def _strong(fitted: Fitted, made: Made, day: DayStatistics, name: str) -> list[Part]:
-    inputs = joined(made, fitted.recipe.joined, unit_length=True)
+    inputs = joined(made, fitted.recipe.joined, unit_length=True, raw_counts=fitted.recipe.raw_counts)
     if isinstance(fitted.strong, ReducedRankModel):
         vectors = fitted.strong.transform(inputs, day.moments("strong.inputs", inputs))
         vectors[:, -1] = fitted.recipe.layout.constant
         columns = [*(f"direction_{column}" for column in range(vectors.shape[1] - 1)), "constant"]
     else:
         views = Views(np.arange(len(inputs)), np.full(len(inputs), fitted.cutoff_s))
-        size = CLIENTS_OF_NETWORKS if fitted.strong.config.profile_width % LANES == 0 else 1
-        vectors = each_alone(fitted.strong, ViewLoader(None, views, batch_size=size, features=inputs))
+        size = fitted.recipe.at_once
+        if alone := size == 1:
+            size = CLIENTS_OF_NETWORKS if fitted.strong.config.profile_width % LANES == 0 else 1
+        vectors = halves(fitted.strong, ViewLoader(None, views, batch_size=size, features=inputs), alone)
         columns = [f"activation_{column}" for column in range(vectors.shape[1])]
     what = "what says most about the next two weeks"
     return [Part(name, vectors, columns, None, what, _source(fitted, fitted.recipe.joined))]

@@ -10,6 +10,7 @@ from ubp_fast.events.schema import DataError
 from ubp_fast.events.sources.table import Table
 from ubp_fast.features.aggregated import AggregatedConfig
 from ubp_fast.features.decayed import DecayedConfig
+from ubp_fast.features.organisers import CountsConfig
 from ubp_fast.features.rich import RichConfig
 from ubp_fast.features.rich.item_blocks import Baskets, Conversions, Diversity, MeanCodes, Prices
 from ubp_fast.features.rich.propensity import Propensities
@@ -38,9 +39,11 @@ class Recipe:
         stacking: of the model that makes them.
         contrastive, multitask: of the networks, trained when `joined` names them.
         table: how the columns of the shop's own table are named, where there is one.
+        at_once: clients that a network takes at a time; 1: a vector has the same bytes whoever is beside it, more: to
+            rounding, many times as fast.
     """
 
-    aggregated: AggregatedConfig
+    aggregated: AggregatedConfig | CountsConfig
     decayed: DecayedConfig
     rhythm: RichConfig
     tastes: TastesConfig
@@ -52,12 +55,18 @@ class Recipe:
     contrastive: ContrastiveConfig
     multitask: MultitaskConfig
     table: Table | None = None
+    at_once: int = 1
+
+    @property
+    def raw_counts(self) -> bool:
+        """Aggregated counts are joined as they are, not as logarithms: the winner's; docs/winner.md 5."""
+        return isinstance(self.aggregated, CountsConfig)
 
 
 _CLASSES = {
     one.__name__: one
     for one in (
-        *(Recipe, Table, AggregatedConfig, DecayedConfig, RichConfig, TastesConfig, LayoutConfig),
+        *(Recipe, Table, AggregatedConfig, CountsConfig, DecayedConfig, RichConfig, TastesConfig, LayoutConfig),
         *(Activity, Calendar, Gaps, Baskets, Conversions, Diversity, MeanCodes, Prices, Propensities),
         *(ReducedRankConfig, PairScorerConfig, StackingConfig, ContrastiveConfig, MultitaskConfig),
         *(EncoderConfig, ConcatenatedEventConfig, ProjectedEventConfig, PLEConfig),

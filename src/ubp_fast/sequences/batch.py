@@ -6,7 +6,7 @@ b and `cu_seqlens[b + 1] - 1` its last one, oldest first; an empty history has t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -68,9 +68,9 @@ class SequenceBatch:
         ends = self.cu_seqlens[1:].long()[self.segments()]
         return ends - 1 - torch.arange(self.num_tokens, device=self.kind.device)
 
-    def to(self, device: torch.device | str) -> SequenceBatch:
-        """The same batch with every tensor on `device`."""
-        return SequenceBatch(**{item.name: getattr(self, item.name).to(device) for item in fields(self)})
+    def map(self, function: Callable[[Tensor], Tensor]) -> SequenceBatch:
+        """The batch with what `function` makes of every tensor."""
+        return SequenceBatch(**{item.name: function(getattr(self, item.name)) for item in fields(self)})
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,17 @@ class ViewBatch:
             raise ValueError("ViewBatch: history, future or features must be given, got none of them")
         return self.features.shape[0]
 
-    def to(self, device: torch.device | str) -> ViewBatch:
-        """The same batch with every tensor on `device`."""
+    def map(self, function: Callable[[Tensor], Tensor]) -> ViewBatch:
+        """The batch with what `function` makes of every tensor."""
         return ViewBatch(
-            history=None if self.history is None else self.history.to(device),
-            future=None if self.future is None else self.future.to(device),
-            features=None if self.features is None else self.features.to(device),
-            labels={name: label.to(device) for name, label in self.labels.items()},
-            weight=None if self.weight is None else self.weight.to(device),
+            history=None if self.history is None else self.history.map(function),
+            future=None if self.future is None else self.future.map(function),
+            features=None if self.features is None else function(self.features),
+            labels={name: function(label) for name, label in self.labels.items()},
+            weight=None if self.weight is None else function(self.weight),
         )
+
+    def to(self, device: torch.device | str) -> ViewBatch:
+        """The same batch with every tensor on `device`; a GPU takes pinned tensors while the caller goes on."""
+        is_cuda = torch.device(device).type == "cuda"
+        return self.map(lambda tensor: tensor.to(device, non_blocking=is_cuda))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ubp_fast.compiled import njit
 from ubp_fast.events.labels import LabelMatrix
 from ubp_fast.events.schema import EVENT_KINDS, NUM_CODES, LabelLists
 from ubp_fast.events.split import DAY_S
@@ -19,6 +20,9 @@ from ubp_fast.sequences.sampling import Views, epoch_order, rows_at, token_rows
 
 if TYPE_CHECKING:
     from ubp_fast.store.event_store import EventStore
+
+
+VISIT, SEARCH = (1 + EVENT_KINDS.index(kind) for kind in ("page_visit", "search_query"))
 
 
 class DenseRows(Protocol):
@@ -99,9 +103,52 @@ def window_labels(store: EventStore, views: Views, label_lists: LabelLists) -> d
     return labels
 
 
-def assemble(store: EventStore, views: Views, start: np.ndarray, end: np.ndarray) -> SequenceBatch:
-    """Packs timeline rows [start[i], end[i]) of each view into one batch."""
-    rows, offsets = token_rows(start, end)
+def last_different(
+    store: EventStore, first: np.ndarray, end: np.ndarray, max_length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the last `max_length` events in [first[i], end[i]) that are no repeats, end to end; where each i begins.
+
+    A repeat is a visit or search of a client in the same second as an earlier one of the same page, or with the same
+    codes. Pages that share the id "unknown" are one page here.
+
+    Returns:
+        int64 [T], int64 [N + 1].
+    """
+    timeline = store.timeline
+    rows, counts = np.empty((len(first), max_length), np.int64), np.empty(len(first), np.int64)
+    url = store.embedding_rows("url", item_ids(store, "page_visit"))
+    codes = store.kind("search_query").codes
+    assert codes is not None
+    columns = (timeline.timestamp_s, timeline.kind, timeline.row, url, codes)
+    _last_different(first, end, *map(np.asarray, columns), rows, counts)
+    kept = np.arange(max_length) >= max_length - counts[:, None]
+    return rows[kept], np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+
+
+@njit
+def _last_different(first, end, timestamp_s, kind, row, url, codes, rows, counts):  # pragma: no cover - compiled
+    for view in range(first.size):
+        place, at = rows.shape[1], end[view] - 1
+        while at >= first[view] and place > 0:
+            is_repeat, earlier = False, at - 1
+            # Rows of one second lie kind by kind.
+            while earlier >= first[view] and timestamp_s[earlier] == timestamp_s[at] and kind[earlier] == kind[at]:
+                if kind[at] == VISIT:
+                    is_repeat = url[row[earlier]] == url[row[at]]
+                elif kind[at] == SEARCH:
+                    is_repeat = (codes[row[earlier]] == codes[row[at]]).all()
+                if is_repeat:
+                    break
+                earlier -= 1
+            if not is_repeat:
+                place -= 1
+                rows[view, place] = at
+            at -= 1
+        counts[view] = rows.shape[1] - place
+
+
+def assemble(store: EventStore, views: Views, rows: np.ndarray, offsets: np.ndarray) -> SequenceBatch:
+    """Packs timeline rows offsets[i]..offsets[i + 1] of `rows` for each view into one batch."""
     timeline = store.timeline
     kind, row = timeline.kind[rows], timeline.row[rows]
     sku, url = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
@@ -139,11 +186,15 @@ class ViewLoader:
         views: N client views.
         batch_size: views per batch; the last batch may be smaller.
         history_length: events of history at most, None for batches without history.
+        drop_repeats: leave visits and searches out of it that an equal one of the same second precedes.
         future_length: events of the target window at most, None for batches without future.
         features: float32 [N, F], row i belongs to view i; an array or what makes the rows that are asked for.
         labels: name -> float array [N] or label matrix with N rows.
         weight: float [N], loss weights.
         shuffle_seed: None keeps the order of `views`; otherwise each epoch has its own order, see `set_epoch`.
+
+    Attributes:
+        pins: batches lie in pinned memory, from which a GPU takes them without waiting.
 
     Raises:
         ValueError: lengths that do not fit together, or a target window beyond the store's cutoff.
@@ -156,6 +207,7 @@ class ViewLoader:
         *,
         batch_size: int,
         history_length: int | None = None,
+        drop_repeats: bool = False,
         future_length: int | None = None,
         features: Rows | None = None,
         labels: Mapping[str, np.ndarray | DenseRows] | None = None,
@@ -171,10 +223,13 @@ class ViewLoader:
                 raise ValueError(f"ViewLoader: {name} must have {len(views.row)} rows like views, got {len(array)}")
         self.store, self.views, self.batch_size, self.shuffle_seed = store, views, batch_size, shuffle_seed
         self.features, self.labels, self.weight = features, dict(labels or {}), weight
-        self.epoch = 0
+        self.epoch, self.pins = 0, False
         self._history = self._future = None
+        self._longest = history_length if drop_repeats else None
         if store is not None and history_length is not None:
             self._history = history_range(store, views, history_length)
+            if drop_repeats:
+                self._history = (store.timeline.offsets[views.row], self._history[1])
         if store is not None and future_length is not None:
             self._future = future_range(store, views, future_length)
 
@@ -195,18 +250,21 @@ class ViewLoader:
         """The batch of the views with the given numbers, int64 [B]."""
         views = Views(self.views.row[chosen], self.views.cutoff_s[chosen])
 
-        def packed(bounds: tuple[np.ndarray, np.ndarray] | None) -> SequenceBatch | None:
+        def packed(bounds: tuple[np.ndarray, np.ndarray] | None, longest: int | None = None) -> SequenceBatch | None:
             if bounds is None or self.store is None:
                 return None
-            return assemble(self.store, views, bounds[0][chosen], bounds[1][chosen])
+            first, end = bounds[0][chosen], bounds[1][chosen]
+            rows = token_rows(first, end) if longest is None else last_different(self.store, first, end, longest)
+            return assemble(self.store, views, *rows)
 
-        return ViewBatch(
-            history=packed(self._history),
+        batch = ViewBatch(
+            history=packed(self._history, self._longest),
             future=packed(self._future),
             features=None if self.features is None else _float_tensor(self.features[chosen]),
             labels={name: _label_rows(label, chosen) for name, label in self.labels.items()},
             weight=None if self.weight is None else _float_tensor(self.weight[chosen]),
         )
+        return batch.map(Tensor.pin_memory) if self.pins else batch
 
     def __iter__(self) -> Iterator[ViewBatch]:
         """One epoch; the next batch is assembled in the background while the caller works on the current one."""

@@ -49,7 +49,8 @@ def build_store(
         path: new or empty directory; it appears when the store is complete. Events wait beside it while it is built:
             it takes twice its size on the disk for that long.
         cutoff_s: seconds since 1970 UTC.
-        min_url_count: urls with fewer visits before the cutoff share the id "unknown" (the winner: 10).
+        min_url_count: urls with fewer visits before the cutoff, by clients that need a profile, share the id "unknown"
+            (the winner: 10). At 1 every url keeps its own.
         all_clients: also keep clients that the source does not name as relevant (`EventStore.is_relevant` tells them
             apart), for models that learn from everybody.
         progress: called with (steps done, steps in all).
@@ -70,7 +71,8 @@ def build_store(
     clients, is_relevant = clients_of(events, cutoff_s, all_clients, base)
     is_here = None if shard is None else in_shard(clients, shard)
     with published_directory(Path(path)) as partial:
-        builder = _Builder(events, partial, cutoff_s, clients, is_here, base)
+        counted = is_relevant if min_url_count > 1 and not is_relevant.all() else None
+        builder = _Builder(events, partial, cutoff_s, clients, is_here, base, counted)
         steps = Steps(progress, sum(events.num_batches(kind) for kind in EVENT_KINDS) + builder.num_blocks + 1)
         builder.save("client_ids", (clients if is_here is None else clients[is_here]).astype(np.int64))
         builder.save("is_relevant", is_relevant if is_here is None else is_relevant[is_here])
@@ -114,7 +116,9 @@ class _Builder:
         clients: np.ndarray,
         is_here: np.ndarray | None,
         base: EventStore | None,
+        counted: np.ndarray | None,
     ) -> None:
+        self._counted, self._counted_urls = counted, Numbering()
         self._events, self._directory, self._cutoff_s, self._base = events, directory, cutoff_s, base
         self._clients = KnownIds(clients)
         self._num_clients = len(clients) if is_here is None else int(is_here.sum())
@@ -152,7 +156,7 @@ class _Builder:
         from_s = None if self._base is None else self._base.cutoff_s
         for client_id, timestamp_s, values in self._events.batches(kind, from_s):
             rows, clients = self._clients.known(client_id, timestamp_s, self._cutoff_s)
-            times, numbers = timestamp_s[rows], self._numbers(kind, values, rows)
+            times, numbers = timestamp_s[rows], self._numbers(kind, values, rows, clients)
             if len(rows):
                 self._first_s = min(self._first_s, int(times.min()))
                 self._kinds.add(kind)
@@ -164,11 +168,13 @@ class _Builder:
             steps.done()
         spill.finish()
 
-    def _numbers(self, kind: str, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    def _numbers(self, kind: str, values: np.ndarray, rows: np.ndarray, clients: np.ndarray) -> np.ndarray:
         """Codes, or numbers that `write_vocabularies` turns into dense ids, of some rows of a batch."""
         if ITEM_COLUMN[kind] == "query":
             return values[rows]
         if kind == "page_visit":
+            if self._counted is not None:
+                self._counted_urls.number(values, rows[self._counted[clients]])
             return self._urls.number(values, rows)
         places = places_of_skus(self._events, kind, self._skus, values[rows])
         count(places, self._sku_counts[kind])
@@ -182,6 +188,10 @@ class _Builder:
         for kind, counts in self._sku_counts.items():
             self.save(f"{kind}.item_counts", np.concatenate([np.zeros(FIRST_ID, np.int64), counts[is_seen]]))
         ids, numbers = self._urls.counted(min_url_count)
+        if self._counted is not None:
+            ids = self._counted_urls.counted(min_url_count)[0]
+            numbers = self._urls.number(ids, np.arange(len(ids), dtype=np.int32)).astype(np.int64)
+            self._urls.add_counts(numbers, np.full(len(ids), -1))
         order = np.argsort(ids, kind="stable")  # nearly all of them are in order: one pass
         ids, numbers = ids[order], numbers[order]
         url_ids = vocabulary(ids)

@@ -11,6 +11,7 @@ import torch
 from support.small_models import pick, whole_batch
 from torch import nn
 
+from ubp_fast.events.schema import UserError
 from ubp_fast.models.layers.encoder import (
     EncoderConfig,
     EncoderLayer,
@@ -197,3 +198,27 @@ def test_attention_dropout_acts_in_training_only(batch: SequenceBatch) -> None:
 def test_heads_must_divide_the_width() -> None:
     with pytest.raises(ValueError, match="heads must divide the width 24, got 5"):
         EncoderLayer(24, EncoderConfig(heads=5))
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_wide_heads_equal_narrow_ones_of_the_kernel(
+    batch: SequenceBatch, pooling: Literal["last", "mean"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padded by PyTorch instead of packed by the kernel: values, gradients, and the client without events."""
+    results = []
+    for widest in (256, 7):
+        monkeypatch.setattr("ubp_fast.models.layers.encoder.MAX_WIDTH", widest)
+        model, rows = encoder(pooling), rows_of(batch).requires_grad_()
+        vectors = model(rows, batch)
+        vectors.square().sum().backward()
+        grads = [rows.grad, *(parameter.grad for parameter in model.parameters())]
+        results.append([vectors.detach(), *grads])
+    for ours, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
+    assert (batch.lengths() == 0).any()
+
+
+def test_wide_heads_without_the_kernels_extras_are_refused() -> None:
+    for changes in ({"causal": True}, {"time_bias_buckets": 4}):
+        with pytest.raises(UserError, match=r"at most 256 columns each .*, got 412"):
+            EncoderLayer(412, EncoderConfig(heads=1, **changes))  # type: ignore[arg-type]

@@ -37,14 +37,15 @@ def alone(pooling: LastStatePooling, rows: Tensor, lengths: list[int]) -> Tensor
     return torch.stack(parts)
 
 
+@pytest.mark.parametrize("own_on", [("cpu",), ()], ids=["own", "library"])
 @pytest.mark.parametrize("lengths", [[1], [3, 1, 2], [4, 0, 4, 1], [2, 5, 5, 0, 9, 1, 1]], ids=str)
-def test_states_and_gradients(lengths: list[int]) -> None:
+def test_states_and_gradients(lengths: list[int], own_on: tuple[str, ...]) -> None:
     torch.manual_seed(0)
     rows, upstream = torch.randn(sum(lengths), WIDTH), torch.randn(len(lengths), WIDTH)
 
     def everything(dtype: torch.dtype, is_packed: bool) -> list[Tensor]:
         torch.manual_seed(1)
-        pooling, inputs = LastStatePooling(WIDTH).to(dtype), rows.to(dtype).requires_grad_()
+        pooling, inputs = LastStatePooling(WIDTH, own_on).to(dtype), rows.to(dtype).requires_grad_()
         states = pooling(inputs, batch_of(lengths)) if is_packed else alone(pooling, inputs, lengths)
         gradients = torch.autograd.grad(states, (inputs, *pooling.parameters()), upstream.to(dtype))
         return [states.detach().to(dtype), *gradients]

@@ -33,7 +33,14 @@ from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import ITEM_COLUMN, NUM_CODES
 from ubp_fast.events.split import DAY_S
 from ubp_fast.features.matrix import Features
-from ubp_fast.features.organisers.counts import CountedKind, CountsConfig, SearchedKind, counted_matrix, mean_codes
+from ubp_fast.features.organisers.counts import (
+    CountedKind,
+    CountsConfig,
+    SearchedKind,
+    counted_matrix,
+    mean_codes,
+    with_price_bins,
+)
 from ubp_fast.features.popular import PopularValues, most_frequent
 from ubp_fast.store.build import count, places_of_skus
 from ubp_fast.store.clients import clients_of, no_history
@@ -76,10 +83,13 @@ class _Skus:
         number: gives the places i32 of skus in the product table.
         products: the product table.
         in_order: ties in the lists go to what came first, not to the smaller id.
+        price_bins: see `CountsConfig`.
     """
 
-    def __init__(self, number: Callable[[np.ndarray], np.ndarray], products: DenseProducts, in_order: bool) -> None:
-        self._number, self._dense = number, products
+    def __init__(
+        self, number: Callable[[np.ndarray], np.ndarray], products: DenseProducts, in_order: bool, price_bins: int
+    ) -> None:
+        self._number, self._dense, self._price_bins = number, products, price_bins
         self._counts = np.zeros(len(self._dense.sku_ids), np.int64)
         self._first_seen = np.full(len(self._counts), 2**62) if in_order else None
         self._done = 0
@@ -99,6 +109,7 @@ class _Skus:
         prices = np.arange(int(price.max(initial=0)) + 1) - FIRST_ID
         tables = {"sku": (None, sku_ids), "category": (category, category_ids), "price": (price, prices)}
         popular = most_frequent(tables, self._counts, top_values, self._first_seen)
+        popular = with_price_bins(popular, price, self._price_bins)
         is_listed = (popular.slots[numbers] >= 0).any(axis=1)
         return popular, is_listed, numbers[is_listed]
 
@@ -284,7 +295,8 @@ class _Once:
         items: _Skus | _Urls | _FrequentUrls = _Urls() if survey is None or survey.urls is None else survey.urls
         if ITEM_COLUMN[kind] == "sku":
             known, dense = self._products
-            items = _Skus(partial(places_of_skus, self._events, kind, known), dense, in_order=survey is not None)
+            number = partial(places_of_skus, self._events, kind, known)
+            items = _Skus(number, dense, in_order=survey is not None, price_bins=self.config.price_bins)
         anchor_s = (
             self._cutoff_s if self.config.anchor == "cutoff" else survey.anchor_s if survey else self._last_s(kind)
         )

@@ -5,8 +5,9 @@
 
 With the same weights it equals `torch.nn.TransformerEncoder` on each client alone, except that attention weights have a
 dropout of their own, 0 by default. With `time_bias_buckets` each head adds a learned number to a score, by the time
-between the two events; it starts at 0. Pooling: the last event, the mean, or the last state of an LSTM. An empty
-sequence gets a vector of its own. [T, d] events and their SequenceBatch -> [B, d].
+between the two events; it starts at 0. Heads wider than the kernels take are padded for
+PyTorch's own attention. Pooling: the last event, the mean, or the last state of an LSTM. An empty sequence gets a
+vector of its own. [T, d] events and their SequenceBatch -> [B, d].
 
 Source: Vaswani et al. 2017; docs/winner.md 3.4 and 4.3.
 """
@@ -24,6 +25,7 @@ from torch.nn import functional
 
 from ubp_fast.events.schema import UserError
 from ubp_fast.kernels import flash_attention
+from ubp_fast.kernels.flash_attention.api import MAX_WIDTH
 from ubp_fast.models.layers.dropout import dropout
 from ubp_fast.models.layers.last_state import LastStatePooling
 from ubp_fast.models.layers.linear import Linear, linear
@@ -61,6 +63,12 @@ class EncoderLayer(nn.Module):
         self.expand = Linear(width, config.feed_forward)
         self.reduce = Linear(config.feed_forward, width)
         self.attention_norm, self.feed_forward_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.pads = width // config.heads > MAX_WIDTH
+        if self.pads and (config.causal or config.time_bias_buckets):
+            raise UserError(
+                f"EncoderLayer: heads must leave at most {MAX_WIDTH} columns each for causal attention and time bias,"
+                f" got {width // config.heads}"
+            )
         nn.init.xavier_uniform_(self.qkv.weight)
         nn.init.zeros_(self.qkv.bias)
         nn.init.zeros_(self.out.bias)
@@ -95,6 +103,10 @@ class EncoderLayer(nn.Module):
             key, value = key_value.view(len(rows), 2, heads, -1).unbind(1)
             cu_query = functional.pad((cu_seqlens.diff() > 0).cumsum(0, dtype=torch.int32), (1, 0))
             query_time = None if query_time is None else query_time[last]
+        if self.pads:
+            cu_key = cu_seqlens
+            mixed = _padded_attention(query, key, value, cu_query, cu_key, self._dropout_of_weights())
+            return self._drop(self.out(mixed.flatten(1)))
         mixed = flash_attention(
             query,
             key,
@@ -105,9 +117,12 @@ class EncoderLayer(nn.Module):
             time_bias=self.time_bias,
             timestamp_s=query_time,
             timestamp_key_s=None if last is None else key_time,
-            dropout_p=self.config.attention_dropout if self.training else 0.0,
+            dropout_p=self._dropout_of_weights(),
         )
         return self._drop(self.out(mixed.flatten(1)))
+
+    def _dropout_of_weights(self) -> float:
+        return self.config.attention_dropout if self.training else 0.0
 
     def _feed_forward(self, rows: Tensor) -> Tensor:
         hidden = self._drop(_ACTIVATIONS[self.config.activation](self.expand(rows)))
@@ -115,6 +130,35 @@ class EncoderLayer(nn.Module):
 
     def _drop(self, rows: Tensor) -> Tensor:
         return dropout(rows, self.config.dropout, self.training)
+
+
+def _padded_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_query: Tensor, cu_key: Tensor, dropout_p: float
+) -> Tensor:
+    """Attention of packed rows [T, H, D] inside each sequence, by PyTorch on padded ones: [T, H, D]."""
+    query_place, keys = _places(cu_query), _places(cu_key)
+    query = _padded(query, query_place, len(cu_query) - 1)
+    key, value = (_padded(rows, keys, len(cu_key) - 1) for rows in (key, value))
+    position = torch.arange(key.shape[2], device=key.device)
+    # A sequence without events has no query either; it looks at one key of zeros, not at nothing.
+    is_key = position < cu_key.diff().clamp(min=1)[:, None]
+    mixed = functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=is_key[:, None, None], dropout_p=dropout_p
+    )
+    return mixed.transpose(1, 2)[query_place]
+
+
+def _places(cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """Sequence and position of every packed row, two int64 [T]."""
+    sequence = torch.repeat_interleave(cu_seqlens.diff().long())
+    return sequence, torch.arange(len(sequence), device=cu_seqlens.device) - cu_seqlens.long()[sequence]
+
+
+def _padded(rows: Tensor, places: tuple[Tensor, Tensor], num_sequences: int) -> Tensor:
+    """[T, H, D] -> [B, H, longest, D], zeros where there is nothing."""
+    longest = int(places[1].max()) + 1
+    padded = rows.new_zeros(num_sequences, longest, *rows.shape[1:]).index_put(places, rows)
+    return padded.transpose(1, 2)
 
 
 def pool_mean(rows: Tensor, batch: SequenceBatch) -> Tensor:

@@ -3,11 +3,13 @@
     i, f, u, o = W x_t + V h_(t-1) + b;   c_t = sigm(f) c_(t-1) + sigm(i) tanh(u);   h_t = sigm(o) tanh(c_t)
 
 Sequences are sorted by length, so that step t advances the first n_t of them; nothing is padded. W x of all events is
-one product, and so is the gradient of V. [T, width] -> [B, width]. Source: Hochreiter and Schmidhuber 1997.
+one product, and so is the gradient of V. Elsewhere than on a CPU PyTorch's own LSTM runs on the same packed rows.
+[T, width] -> [B, width]. Source: Hochreiter and Schmidhuber 1997.
 """
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -23,11 +25,15 @@ class LastStatePooling(nn.Module):
     """The last hidden state of a one-layer LSTM over each sequence, zeros for empty ones: [T, width] -> [B, width].
 
     Equals `nn.LSTM` on a PackedSequence, whose backward on a CPU clears a tensor of all T rows in each step.
+
+    Args:
+        width: columns.
+        own_on: types of devices whose rows our own steps compute; one step is many launches on a GPU.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, own_on: tuple[str, ...] = ("cpu",)) -> None:
         super().__init__()
-        self.cell = nn.LSTMCell(width, width)
+        self.cell, self.own_on = nn.LSTMCell(width, width), own_on
 
     def forward(self, rows: Tensor, batch: SequenceBatch) -> Tensor:
         lengths = batch.lengths()
@@ -38,11 +44,25 @@ class LastStatePooling(nn.Module):
         position = lengths[segments] - 1 - batch.steps_to_end()
         # Time-major order: all first events, longest sequence first, then all second events, ...
         order = (position * len(lengths) + rank[segments]).argsort()
-        inputs = linear(rows[order], self.cell.weight_ih, self.cell.bias_ih + self.cell.bias_hh).float()
+        active = torch.bincount(position).cpu()
         # An LSTM sums over hundreds of steps, which bfloat16 does not survive; what enters each step does.
-        with torch.autocast(rows.device.type, enabled=False):
-            states = _LastStates.apply(inputs, self.cell.weight_hh, torch.bincount(position).tolist())
+        if rows.device.type in self.own_on:
+            inputs = linear(rows[order], self.cell.weight_ih, self.cell.bias_ih + self.cell.bias_hh).float()
+            with torch.autocast(rows.device.type, enabled=False):
+                states = _LastStates.apply(inputs, self.cell.weight_hh, active.tolist())
+        else:
+            with torch.autocast(rows.device.type, enabled=False):
+                states = self._of_library(rows[order].float(), active)
         return functional.pad(states, (0, 0, 0, len(lengths) - len(states)))[rank]
+
+    def _of_library(self, rows: Tensor, active: Tensor) -> Tensor:
+        """Rows float32 [T, width] time-major and how many each step has, int64 on the CPU, -> [n_0, width]."""
+        start = rows.new_zeros(1, int(active[0]), rows.shape[1])
+        weights = [self.cell.weight_ih, self.cell.weight_hh, self.cell.bias_ih, self.cell.bias_hh]
+        with warnings.catch_warnings():  # the weights lie apart: cuDNN copies them, two matrices of the width
+            warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
+            _, states, _ = torch._VF.lstm(rows, active, (start, start), weights, True, 1, 0.0, self.training, False)
+        return states[0]
 
 
 class _LastStates(torch.autograd.Function):

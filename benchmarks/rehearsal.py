@@ -1,0 +1,177 @@
+"""Dress rehearsal of `experiment=winner` on synthetic data: time, memory and disk of every stage, into one JSON file.
+
+    python benchmarks/rehearsal.py --share 0.01 --root /tmp/rehearsal --output rehearsal.json [--kill] [--full-widths]
+
+`--share` is the part of the challenge's size (19 M clients, 1 M of them relevant, 169 M events). Every stage runs in a
+process of its own. Widths are cut to what a CPU can do and trainings to a few steps; what does not depend on them, the
+stages without training, is as in a full run. `--kill` makes everything once more in another folder, kills every stage
+at a random moment, continues, and compares the profiles byte by byte. What lies in `--root` already is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ubp_fast.events.read import EventDirectory
+from ubp_fast.profiles import validate
+from ubp_fast.store.event_store import EventStore
+
+CLIENTS, RELEVANT, SKUS, CATEGORIES, URLS = 19_000_000, 1_000_000, 1_260_000, 6_800, 373_000
+STAGES = ("events", "store", "features", "baselines", "contrastive", "multitask", "stacking", "evaluate")
+CUT = (
+    "contrastive.config.events={sku_width: 32, category_width: 16, price_width: 8, code_width: 32, url_width: 16,"
+    " age_width: 32, width: 64}",
+    "contrastive.config.history={heads: 2, layers: 1, feed_forward: 128}",
+    "contrastive.config.future={heads: 2, feed_forward: 128}",
+    "multitask.config.events={sku_width: 32, category_width: 16, price_width: 8, content_width: 32}",
+    "multitask.config.encoder={layers: 1, feed_forward: 128}",
+    "multitask.config.profile_width=64",
+    "multitask.training.epochs=2",
+)
+STEPS = 100
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--share", type=float, default=0.01)
+    parser.add_argument("--root", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--full-widths", action="store_true")
+    parser.add_argument("--kill", action="store_true")
+    parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage to run")
+    parser.add_argument("overrides", nargs="*", help="more settings of the run")
+    options = parser.parse_args()
+    command = _command(options)
+    stages = STAGES[: STAGES.index(options.until) + 1]
+    report: dict[str, Any] = {"share": options.share, "overrides": command[3:], "machine": _machine(), "stages": {}}
+    for stage in stages:
+        report["stages"][stage] = _measured([*command, f"root={options.root}", f"stages=[{stage}]"], options.root)
+        print(stage, json.dumps(report["stages"][stage]), flush=True)
+        options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (run,) = (path for path in options.root.iterdir() if path.name != "cache")
+    report |= _facts(run)
+    if options.kill:
+        report["same_after_kills"] = _killed(
+            command, stages, options.root.with_name(options.root.name + "-killed"), run
+        )
+    options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def _command(options: argparse.Namespace) -> list[str]:
+    sizes = {
+        "clients": CLIENTS,
+        "relevant": RELEVANT,
+        "skus": SKUS,
+        "categories": CATEGORIES,
+        "urls": URLS,
+    }
+    data = [f"data.{name}={max(20, round(number * options.share))}" for name, number in sizes.items()]
+    training = [f"{name}.training.max_steps={options.steps}" for name in ("contrastive", "multitask", "stacking")]
+    views = [f"contrastive.views={round(2_000_000 * options.share)}"]
+    return [
+        *(sys.executable, "-m", "ubp_fast.run", "experiment=winner", "data=synthetic", *data, "data.activity=0.015"),
+        *([] if options.full_widths else CUT),
+        *training,
+        *views,
+        "evaluation.components=[stacked,baseline_log1p,baseline_raw]",
+        "evaluation.readers=[linear]",  # the challenge's network takes a CPU hours
+        *options.overrides,
+    ]
+
+
+def _measured(command: list[str], root: Path) -> dict[str, Any]:
+    """Runs a command: seconds, peak of its own memory and of all pages, disk below `root` after it.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    started_s = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    peak = {"anonymous": 0, "resident": 0}
+    while process.poll() is None:
+        for name, field in (("anonymous", "RssAnon"), ("resident", "VmRSS")):
+            peak[name] = max(peak[name], _status(process.pid, field))
+        time.sleep(0.05)
+    assert process.stdout is not None
+    text = process.stdout.read()
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {text}")
+    disk = sum(path.stat().st_size for path in root.rglob("*") if path.is_file() and not path.is_symlink())
+    return {
+        "seconds": round(time.monotonic() - started_s, 1),
+        "peak_anonymous_mb": round(peak["anonymous"] / 1e6),
+        "peak_resident_mb": round(peak["resident"] / 1e6),
+        "disk_mb": round(disk / 1e6),
+    }
+
+
+def _status(pid: int, field: str) -> int:
+    """Bytes that the kernel says of a process; 0 when it has just ended."""
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0
+
+
+def _facts(run: Path) -> dict[str, Any]:
+    events, stages = EventDirectory.open(run / "stages" / "events"), run / "stages"
+    facts: dict[str, Any] = {"events": {kind: events.num_rows(kind) for kind in events.kinds}}
+    if (stages / "store").exists():
+        store = EventStore.open(stages / "store")
+        facts |= {"clients": store.num_clients, "skus": store.num_skus, "urls": store.num_urls}
+        facts["relevant"] = int(store.is_relevant.sum())
+    for name in ("contrastive", "multitask", "stacking"):
+        losses = stages / name / "training" / "losses.json"
+        if losses.exists():
+            facts[f"{name}_epochs"] = json.loads(losses.read_text(encoding="utf-8"))["epochs"]
+    if (run / "profiles").exists():
+        facts["valid"] = validate(run / "profiles", events.relevant_clients).passed
+    if (run / "scores.json").exists():
+        scores = json.loads((run / "scores.json").read_text(encoding="utf-8"))
+        facts["scores"] = {
+            profile: {task: one["score"] for task, one in found["tasks"].items()} for profile, found in scores.items()
+        }
+    return facts
+
+
+def _killed(command: list[str], stages: tuple[str, ...], root: Path, run: Path) -> bool:
+    """Every stage killed once, at a random moment of the time it takes, and continued: the same profiles?"""
+    moments = random.Random(0)
+    for stage in stages[: stages.index("stacking") + 1]:
+        whole = [*command, f"root={root}", f"stages=[{stage}]"]
+        process = subprocess.Popen(whole, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+        time.sleep(5 + moments.uniform(0, 20))
+        process.kill()
+        process.wait()
+        subprocess.run(whole, check=True, stdout=subprocess.DEVNULL)
+    (other,) = (path for path in root.iterdir() if path.name != "cache")
+    return _digest(other) == _digest(run)
+
+
+def _digest(run: Path) -> list[str]:
+    names = ("client_ids.npy", "embeddings.npy")
+    return [hashlib.sha256(np.load(run / "profiles" / name).tobytes()).hexdigest() for name in names]
+
+
+def _machine() -> dict[str, Any]:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {"cpus": os.cpu_count(), "memory_gb": round(memory / 1e9, 1), "load": os.getloadavg()[0]}
+
+
+if __name__ == "__main__":
+    main()

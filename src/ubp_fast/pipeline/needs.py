@@ -1,0 +1,175 @@
+"""What a run will take of disk and memory, said before the work: bounds from the numbers of clients, events and ids.
+
+The store's needs follow from the events, those of all later stages from the store, whose vocabularies decide how large
+tables are. Tables are counted with their optimizer as if every row were in use.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import polars as pl
+import torch
+
+from ubp_fast.events.read import EventDirectory
+from ubp_fast.events.schema import EVENT_KINDS, UserError
+from ubp_fast.models.membership import MembershipConfig
+from ubp_fast.models.training import on_device
+from ubp_fast.pipeline.model_stages import cutoffs_of
+from ubp_fast.pipeline.settings import ModelSettings, Settings
+from ubp_fast.store.event_store import EventStore
+
+# Interpreter, libraries and their threads.
+BASE_BYTES = 700 << 20
+# The organisers' network: 50.6 M parameters with AdamW's two moments and gradients in float32.
+NETWORK_BYTES = 51_000_000 * 16
+# The same with Lightning, compiled functions and a small model in training.
+TRAINING_BYTES = 1300 << 20
+# A weight, its gradient's share and two moments in float32.
+BYTES_PER_WEIGHT = 16
+# Of a network beside its tables, in float32.
+DENSE_WEIGHTS_BYTES = 64 << 20
+# Time, kind and row of the timeline, time and item of the kind.
+BYTES_PER_EVENT, BYTES_PER_SEARCH = 17, 29
+EVENTS_AT_ONCE_BYTES = 600 << 20
+# Scores, rhythm and tastes of one client.
+BYTES_OF_PROFILE_SETS = 4_000
+
+
+class Need(NamedTuple):
+    """Of one stage, in bytes: what it leaves on the disk, what it needs there while it runs, memory, GPU memory."""
+
+    stage: str
+    disk: int
+    disk_at_work: int = 0
+    memory: int = 0
+    device: int = 0
+
+
+def needs_of_store(events: EventDirectory, store: Mapping[str, Any]) -> Need:
+    """Of the stage `store` by its configuration; a client counts once for every kind of event."""
+    rows = {kind: events.num_rows(kind) for kind in events.kinds}
+    relevant = events.relevant_clients
+    if store["all_clients"] or relevant is None:
+        found = pl.col("client_id").approx_n_unique()
+        clients = sum(int(events.scan(kind).select(found).collect().item()) for kind in events.kinds)
+        clients += 0 if relevant is None else len(relevant)
+    else:
+        clients = len(relevant)
+    size = sum(
+        count * (BYTES_PER_SEARCH if kind == "search_query" else BYTES_PER_EVENT) for kind, count in rows.items()
+    )
+    size += clients * 8 * (len(EVENT_KINDS) + 2)
+    return Need("store", size, 2 * size, BASE_BYTES + EVENTS_AT_ONCE_BYTES + 16 * clients)
+
+
+def needs_of_models(store: EventStore, settings: Settings, stages: Iterable[str]) -> list[Need]:
+    """Of the stages after the store, those of the given names."""
+    relevant, clients = int(store.is_relevant.sum()), store.num_clients
+    model_cutoffs, stacking = cutoffs_of(store, settings)
+    on_gpu = on_device(settings.device).type == "cuda"
+    length = len(store.timeline.timestamp_s) / max(clients, 1)
+    found, in_bundle = {}, 0
+    # A sparse set keeps what is not 0: at most some columns per event of a client.
+    counts = int(min(900, 60 + 25 * length))
+    of_profile = BYTES_OF_PROFILE_SETS if settings.layout.scores or settings.layout.own else 0
+    sets = of_profile + 46 * 4 * (len(model_cutoffs) + len(stacking) + 1) + counts * 8 * (len(stacking) + 1)
+    found["features"] = Need("features", relevant * sets, 0, BASE_BYTES + EVENTS_AT_ONCE_BYTES + 24 * clients)
+    widths = (
+        ("contrastive", settings.contrastive.config.events.width),
+        ("multitask", settings.multitask.config.profile_width),
+    )
+    for name, width in widths:
+        settings_of = getattr(settings, name)
+        config = settings_of.config.events
+        url_width = config.url_width if name == "contrastive" else config.content_width
+        weights = store.num_skus * config.sku_width + store.num_urls * url_width
+        views = relevant * len(model_cutoffs)
+        per_client = 0
+        if name == "contrastive":
+            views = min(clients * len(model_cutoffs), settings_of.views or 2**62)
+            # The classifier's columns and one cutoff's weights, and the clients that its fit looks at.
+            per_client = 150 * clients + 450 * min(clients, MembershipConfig.clients)
+        tables = weights * BYTES_PER_WEIGHT
+        disk = DENSE_WEIGHTS_BYTES + weights * 4 + relevant * width * 2 * (len(stacking) + 2)
+        at_work = disk
+        if (
+            settings_of.training.epochs > 1
+        ):  # three checkpoints while one is written, and the weights of the best epochs
+            at_work += weights * 4 * (3 * 3 + 3)
+        if name in settings.stacking_blocks:
+            in_bundle += weights * 4
+        work = TRAINING_BYTES + per_client + views * 120 + relevant * 40
+        work += _activations(settings_of)
+        memory = work + (weights * 8 if on_gpu else tables)
+        found[name] = Need(name, disk, at_work, memory, tables + (2 << 30) if on_gpu else 0)
+    width = settings.layout.max_width if settings.layout.own else getattr(settings.stacking.config, "profile_width", 7)
+    vectors = relevant * width * 2
+    memory = TRAINING_BYTES + NETWORK_BYTES + 3 * vectors + relevant * 100
+    # Vectors in two and in four bytes, the model of the run and its training; the run's folder holds copies.
+    disk = 6 * vectors + 2 * in_bundle + (0 if settings.stacking.training is None else NETWORK_BYTES)
+    found["stacking"] = Need("stacking", disk, 0, memory, 2 * NETWORK_BYTES if on_gpu else 0)
+    found["baselines"] = Need("baselines", relevant * 320 * 8, 0, BASE_BYTES + EVENTS_AT_ONCE_BYTES + relevant * 400)
+    scored = BASE_BYTES + 2 * NETWORK_BYTES + relevant * (2 * width + 6 * 100 * 4)
+    found["evaluate"] = Need("evaluate", 0, 0, scored, scored if on_gpu else 0)
+    groups = dict.fromkeys(name.removeprefix("latest-").split("-")[0] for name in stages)
+    return [found[name] for name in groups if name in found]
+
+
+def _activations(settings: ModelSettings) -> int:
+    """What a step keeps for its gradients: some values per event, column and layer, in float32."""
+    config = settings.config
+    towers = [config.history, config.future] if hasattr(config, "future") else [config.encoder]
+    width = config.events.width
+    per_event = sum(12 * width + tower.layers * (16 * width + 4 * tower.feed_forward) for tower in towers)
+    events: int = settings.training.batch_size * config.history_length
+    return 4 * events * int(per_event)
+
+
+def told(needs: list[Need], root: Path, settings: Settings) -> str:
+    """One line on what is needed and what is there.
+
+    Raises:
+        UserError: there is too little, unless `compute.on_shortage` says to try.
+    """
+    free, memory = shutil.disk_usage(root).free, available_memory()
+    disk = max(sum(need.disk for need in needs), *(need.disk_at_work for need in needs))
+    most = max(needs, key=lambda need: need.memory)
+    parts = [
+        ("disk", disk, free, f"below {root}; free some, or take another root="),
+        ("memory", most.memory, memory, f"for stage '{most.stage}'; take smaller tables or a larger machine"),
+    ]
+    device = max(need.device for need in needs)
+    if device and torch.cuda.is_available():
+        remedy = "on the GPU; take table_dtype=bfloat16, smaller tables or a larger card"
+        parts.append(("GPU memory", device, torch.cuda.mem_get_info()[0], remedy))
+    short = [part for part in parts if part[1] > part[2]]
+    text = ", ".join(f"{_size(wanted)} of {name} ({_size(there)} there)" for name, wanted, there, _ in parts)
+    if short and settings.plain["compute"]["on_shortage"] != "try":
+        name, wanted, there, remedy = short[0]
+        raise UserError(
+            f"run: {name} must be at least {_size(wanted)}, got {_size(there)} {remedy}, or compute.on_shortage=try"
+        )
+    return f"needs at most about {text}"
+
+
+def available_memory() -> int:
+    """Bytes that processes may still take, of the machine or of the container."""
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    information = Path("/proc/meminfo")
+    if information.exists():
+        for line in information.read_text(encoding="utf-8").splitlines():
+            if line.startswith("MemAvailable:"):
+                free = int(line.split()[1]) * 1024
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.exists() and used.exists() and (text := limit.read_text(encoding="utf-8").strip()).isdigit():
+        free = min(free, int(text) - int(used.read_text(encoding="utf-8")))
+    return max(free, 0)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{max(count, 1e6) / 1e6:.0f} MB"
