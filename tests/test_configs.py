@@ -265,7 +265,10 @@ def test_other_arguments_stay_as_they_are() -> None:
         ("model@stacking=none", "model@stacking must be one of contrastive, multitask, reduced_rank, stacking"),
         ("data=null", "data must be one of challenge,"),
         ("compute.threads", "settings must have the form name=value, got 'compute.threads'"),
-        ("windows=5", "windows is a group of settings (days, model_cutoffs, stacking_cutoffs, labels), got 5"),
+        (
+            "windows=5",
+            "windows is a group of settings (days, model_cutoffs, stacking_cutoffs, labels,",
+        ),
         ("features.pairs=null", "features.pairs is a group of settings (kinds,"),
         ("windows.days=abc", "windows.days must be a whole number, got 'abc'"),
         ("windows.days=true", "windows.days must be a whole number, got True"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -91,6 +92,17 @@ def test_killed_and_continued_equals_undisturbed(
     for name in ("model.safetensors", "losses.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert {path.name for path in (tmp_path / "b").iterdir()} == {"model.safetensors", "losses.json"}
+
+
+def test_ctrl_c_stays_what_it_is(store: EventStore, tmp_path: Path) -> None:
+    def interrupt(done: int, total: int) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            train(store, tmp_path / "a", progress=interrupt)
+        assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_damaged_checkpoints_fall_back(store: EventStore, tmp_path: Path) -> None:

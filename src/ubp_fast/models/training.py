@@ -11,6 +11,7 @@ import hashlib
 import logging
 import math
 import os
+import signal
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -133,7 +134,15 @@ def fit(
             default_root_dir=str(directory),
         )
         loader.pins = device.type == "cuda"
-        trainer.fit(job, train_dataloaders=loader)
+        handler = signal.getsignal(signal.SIGINT)
+        try:
+            trainer.fit(job, train_dataloaders=loader)
+        except SystemExit as stop:
+            if not isinstance(stop.__context__, KeyboardInterrupt):
+                raise
+            # Lightning would end the process, and ignore Ctrl-C from here on; a notebook wants neither.
+            signal.signal(signal.SIGINT, handler)
+            raise stop.__context__ from None
     if 0 <= job.best_epoch < config.epochs - 1:
         _load(model, load_tensors(directory / _best_file(job.best_epoch)))
     write_tensors(directory / MODEL_FILE, model.state_dict())
