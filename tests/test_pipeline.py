@@ -329,8 +329,8 @@ def test_unknown_stage_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_command_line_names_an_unknown_key(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ubp_fast.run", "data=synthetic", "data.clinets=5"]
     answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert answer.returncode == 1
-    assert "clinets" in answer.stderr
+    assert answer.returncode == 2
+    assert "no setting 'data.clinets', did you mean data.clients" in answer.stderr
     assert list(tmp_path.iterdir()) == []
 
 

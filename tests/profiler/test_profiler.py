@@ -317,7 +317,7 @@ def test_damaged_models_are_refused_by_name(run: Path, tmp_path: Path) -> None:
     (foreign / "bundle.json").write_text(json.dumps(info))
     with pytest.raises(DataError, match="configuration must be one of this version, got 'Popen'"):
         Profiler.load(foreign)
-    (foreign / "bundle.json").write_text('{"format": 1}')
+    (foreign / "bundle.json").write_text(json.dumps({"format": info["format"]}))
     with pytest.raises(DataError, match="model must be complete"):
         Profiler.load(foreign)
     cut = copied("cut")

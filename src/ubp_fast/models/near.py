@@ -1,10 +1,12 @@
 """Near: a short dense vector whose angle says who will behave alike, made for vector indexes.
 
-    near(client) = [ sqrt(w_1) x_1 / |x_1| | sqrt(w_2) x_2 / |x_2| | ... ] P,     P: leading principal directions
+    x(client)    = [ sqrt(w_1) x_1 / |x_1| | sqrt(w_2) x_2 / |x_2| | ... ]
+    near(client) = (x - mean x) P / |(x - mean x) P|,     P: leading principal directions
 
-The parts x (graded directions, scores of pairs, decayed counts, rhythm) have length one each, so that a heavy buyer is
-near a light one with the same habits and no part drowns another; the cosine of two vectors is about the weighted mean
-of the cosines of their parts. P [F, R] is fitted on all clients of a day, without a mean: angles are seen from 0.
+The parts x_i (graded directions, how far along the first of them, scores of pairs, decayed counts, rhythm) have length
+one each, so that a heavy buyer is near a light one with the same habits and no part drowns another. What all clients
+have in common is taken away before angles are measured, because it makes everybody a little alike and some clients the
+neighbours of all. Mean and P [F, R] are fitted on all clients of a day.
 """
 
 from __future__ import annotations
@@ -39,29 +41,40 @@ class NearModel:
     """The principal directions; `fit`, then `transform`.
 
     Attributes:
+        mean: float64 [F] of the parts, of length one each.
         directions: float64 [F, R].
     """
 
-    def __init__(self, directions: np.ndarray) -> None:
-        self.directions = directions
+    def __init__(self, mean: np.ndarray, directions: np.ndarray) -> None:
+        self.mean, self.directions = mean, directions
 
     @classmethod
     def fit(cls, parts: Sequence[NearPart], width: int) -> NearModel:
         """The `width` leading directions of all clients of a day, fewer where the parts have fewer."""
         columns = sum(part.values.shape[1] for part in parts)
-        products = np.zeros((columns, columns))
+        total, products, clients = np.zeros(columns), np.zeros((columns, columns)), 0
         for rows in _unit_rows(parts, ROWS_AT_ONCE):
+            total += rows.sum(axis=0)
             products += rows.T @ rows
-        values, vectors = np.linalg.eigh(products)
+            clients += len(rows)
+        mean = total / max(clients, 1)
+        values, vectors = np.linalg.eigh(products - np.outer(mean, total))
         leading = vectors[:, values > values[-1] * SMALLEST_SHARE][:, ::-1][:, :width]
         # An eigenvector has no sign of its own: its largest entry is made positive.
         sign = np.sign(leading[np.abs(leading).argmax(axis=0), np.arange(leading.shape[1])])
-        return cls(np.ascontiguousarray(leading * sign))
+        return cls(mean, np.ascontiguousarray(leading * sign))
 
     def transform(self, parts: Sequence[NearPart]) -> np.ndarray:
-        """Vectors float32 [N, R] of length at most one; a row depends on its own client alone."""
-        found = [projected(rows, self.directions).astype(np.float32) for rows in _unit_rows(parts, CACHED_ROWS)]
-        return np.concatenate([np.zeros((0, self.directions.shape[1]), np.float32), *found])
+        """Vectors float32 [N, R] of length one; a row depends on its own client alone."""
+        found = [np.zeros((0, self.directions.shape[1]))]
+        found += [projected(rows - self.mean, self.directions) for rows in _unit_rows(parts, CACHED_ROWS)]
+        return np.concatenate([_of_length_one(rows) for rows in found]).astype(np.float32)
+
+
+def _of_length_one(rows: np.ndarray) -> np.ndarray:
+    """Rows float64 over their lengths; a row of zeros stays."""
+    length = np.sqrt(projected(rows * rows, np.ones((rows.shape[1], 1))))
+    return rows / np.maximum(length, np.finfo(np.float32).tiny)
 
 
 def _unit_rows(parts: Sequence[NearPart], rows_at_once: int) -> Iterator[np.ndarray]:
@@ -70,6 +83,5 @@ def _unit_rows(parts: Sequence[NearPart], rows_at_once: int) -> Iterator[np.ndar
     for together in zip(*(standardised(*part[:3], rows_at_once) for part in parts), strict=True):
         found = []
         for part, (_, rows) in zip(parts, together, strict=True):
-            length = np.sqrt(projected(rows * rows, np.ones((rows.shape[1], 1))))
-            found.append(rows * ((part.weight / total) ** 0.5 / np.maximum(length, np.finfo(np.float32).tiny)))
+            found.append(_of_length_one(rows) * (part.weight / total) ** 0.5)
         yield np.concatenate(found, axis=1)

@@ -52,7 +52,7 @@ from ubp_fast.store.in_memory import Vocabulary
 
 BUNDLE_FILE, DAYS, MAPS = "bundle.json", "days", "maps"
 MODEL_FOLDER = "model"
-FORMAT = 1
+FORMAT = 2
 PACKAGES = ("ubp_fast", "torch", "numpy", "numba", "polars", "safetensors")
 
 
@@ -104,7 +104,7 @@ def save_bundle(
     if fitted.alignment is not None:
         write_arrays(directory / "alignment.safetensors", fitted.alignment.turns)
     if fitted.near is not None:
-        write_arrays(directory / "near.safetensors", {"directions": fitted.near.directions})
+        write_arrays(directory / "near.safetensors", {"mean": fitted.near.mean, "directions": fitted.near.directions})
     if fitted.scorer is not None:
         write_arrays(directory / "pairs.safetensors", fitted.scorer.arrays)
     save_day(directory, fitted.cutoff_s, day)
@@ -222,7 +222,7 @@ def _fitted(directory: Path, info: Mapping[str, Any]) -> Fitted:
         PairScorer.of_arrays(load_arrays(pairs), recipe.pairs) if pairs.name in files else None,
         strong,
         ReducedRankModel.load(graded, ReducedRankConfig()) if graded.name in files else None,
-        NearModel(load_arrays(near)["directions"]) if near.name in files else None,
+        NearModel(**load_arrays(near)) if near.name in files else None,
         _alignment(directory, info),
     )
 

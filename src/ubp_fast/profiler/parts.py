@@ -54,7 +54,7 @@ OWN_BLOCKS = ("aggregated", "decayed", "static")
 GRADING = 0.75
 # Directions that near vectors look at, and what each of their parts counts.
 NEAR_DIRECTIONS = 200
-NEAR_WEIGHTS = {"graded": 1.0, "level": 0.4, "scores": 1.0, "decayed": 1.0, "rhythm": 0.3}
+NEAR_WEIGHTS = {"graded": 1.0, "level": 1.6, "scores": 1.0, "decayed": 1.0, "rhythm": 0.3}
 # Blocks of the profile whose columns are scaled by their deviation.
 SCALED_BLOCKS = ("graded", "scores", "own", "tastes", "rhythm", "learned")
 Block = np.ndarray | Features

@@ -57,7 +57,7 @@ class LayoutConfig:
     constant: float = 1.0
     directions: int = 40
     graded: float = 0.002
-    near: float = 0.005
+    near: float = 0.0025
     near_width: int = 128
     scores: float = 0.0001
     own: float = 0.0001
