@@ -16,6 +16,7 @@ import torch
 from ubp_fast.files import (
     OutputDirectoryError,
     clear_directory,
+    complete_directory,
     copy_directory,
     load_array,
     load_json,
@@ -198,6 +199,18 @@ def test_contents_reach_the_disk_before_the_name(tmp_path: Path, monkeypatch: py
         monkeypatch.setattr(os, name, lambda *given, name=name, real=real: (calls.append(name), real(*given))[1])
     write_text(tmp_path / "file", "x")
     assert calls == ["fsync", "replace", "fsync"], "the last one is of the directory, where the name is"
+
+
+def test_halves_are_not_published(tmp_path: Path) -> None:
+    partial = tmp_path / "partial"
+    (partial / "inside").mkdir(parents=True)
+    for name in ("whole.json", ".whole.json.7.tmp", "inside/.part.npy.7.tmp"):
+        (partial / name).write_text("x")
+    complete_directory(partial, tmp_path / "done")
+    assert [str(path.relative_to(tmp_path / "done")) for path in (tmp_path / "done").rglob("*")] == [
+        "inside",
+        "whole.json",
+    ]
 
 
 def test_halves_in_a_kept_folder_are_cleared(tmp_path: Path) -> None:

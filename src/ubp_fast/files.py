@@ -22,6 +22,8 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor
 
+# What a file is called while it is written.
+_HALF = ".*.tmp"
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 _IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR)
 
@@ -174,7 +176,9 @@ def published_directory(path: Path) -> Iterator[Path]:
 
 
 def complete_directory(partial: Path, path: Path) -> None:
-    """Flushes all files below `partial` to disk and gives it the name `path`."""
+    """Flushes all files below `partial` to disk and gives it the name `path`; halves that a kill left stay behind."""
+    for half in list(partial.rglob(_HALF)):
+        half.unlink()
     for file in sorted(partial.rglob("*")):
         if file.is_file():
             _flush(file)
@@ -188,7 +192,7 @@ def clear_directory(directory: Path, keep: frozenset[str] = frozenset()) -> None
     directory.mkdir(parents=True, exist_ok=True)
     for child in directory.iterdir():
         if child.name in keep:
-            for left in child.rglob(".*.tmp"):
+            for left in child.rglob(_HALF):
                 left.unlink()
         elif child.is_dir() and not child.is_symlink():
             shutil.rmtree(child)
