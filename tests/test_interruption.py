@@ -88,9 +88,11 @@ SLOW = """
 """
 
 
-def started(program: str, *arguments: str) -> subprocess.Popen[str]:
+def started(program: str, *arguments: str, sigint: str = "default_int_handler") -> subprocess.Popen[str]:
+    # These tests may run in a job that ignores Ctrl-C, and its children inherit that.
+    first = f"import signal\nsignal.signal(signal.SIGINT, signal.{sigint})\n"
     return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(program), *arguments],
+        [sys.executable, "-c", first + textwrap.dedent(program), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -142,6 +144,17 @@ def test_a_second_signal_ends_at_once() -> None:
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors == "interrupted; the same command continues from here\n"
+
+
+def test_what_a_background_job_ignores_stays_ignored() -> None:
+    process = started(SLOW, sigint="SIG_IGN")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert errors == "terminated; the same command continues from here\n"
 
 
 def test_nothing_is_left_behind() -> None:

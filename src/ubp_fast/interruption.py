@@ -37,13 +37,15 @@ class Interrupted(BaseException):
 def run_interruptibly(work: Callable[[], int]) -> int:
     """The exit code of `work()`; 130 after Ctrl-C and 143 after SIGTERM, which are said on stderr.
 
-    Inside of another call, or outside the main thread, `work()` alone: signals belong to the outermost.
+    Inside of another call, or outside the main thread, `work()` alone: signals belong to the outermost. A signal that a
+    shell tells its background jobs to ignore stays ignored.
     """
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or any(signal.getsignal(number) is _raise for number in _WORDS):
         return work()
     _said.clear()
-    before = {number: signal.signal(number, _raise) for number in _WORDS}
+    heeded = [number for number in _WORDS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, _raise) for number in heeded}
     read, write = os.pipe()
     os.set_blocking(write, False)
     woken_before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)

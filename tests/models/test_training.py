@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,15 @@ def test_killed_and_continued_equals_undisturbed(
     assert {path.name for path in (tmp_path / "b").iterdir()} == {"model.safetensors", "losses.json"}
 
 
-def test_ctrl_c_stays_what_it_is(store: EventStore, tmp_path: Path) -> None:
+@pytest.fixture
+def heeded() -> Iterator[None]:
+    """Ctrl-C counts, also in a background job that was told to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_stays_what_it_is(store: EventStore, tmp_path: Path, heeded: None) -> None:
     def interrupt(done: int, total: int) -> None:
         signal.raise_signal(signal.SIGINT)
 
