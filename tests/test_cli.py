@@ -66,6 +66,12 @@ def test_cache_is_listed_explained_and_pruned(run: Path, tmp_path: Path, capsys:
     assert main(["cache", "why", str(other)]) == 0
     assert "latest-store: numba is" in (explained := capsys.readouterr().out)
     assert ", was 0.1" in explained
+    assert main(["cache", "prune", "--cache", str(copy)]) == 0
+    assert "removed 1 of 4 outputs" in capsys.readouterr().out, (
+        "what the run of the copied notes has made or begun stays"
+    )
+    output.with_name("latest-store-0000000000000000").mkdir()
+    shutil.rmtree(copy / "users")
     assert main(["cache", "prune", "--cache", str(copy), "--older-than", "1"]) == 0
     assert "removed 0 of 4 outputs" in capsys.readouterr().out
     assert main(["cache", "prune", "--cache", str(copy)]) == 0

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from pathlib import Path
 
 import pytest
@@ -44,8 +45,11 @@ def test_outputs_are_listed_and_pruned(tmp_path: Path) -> None:
         cache.build("a", key, lambda folder, size=size: (folder / "x").write_bytes(bytes(size)))  # type: ignore[misc]
     run = RunDirectory(tmp_path / "run", {"seed": 1})
     run.link_stage("a", cache.path("a", "1"))
-    cache.note_user(run.path)
-    shown, other = sorted(cache.outputs(), key=lambda output: output.path.name)
+    begun = cache.directory / "b-3.partial"
+    begun.mkdir()
+    cache.note_user(run.path, ["b-3"])
+    shown, other, unfinished = sorted(cache.outputs(), key=lambda output: output.path.name)
+    assert (unfinished.path, unfinished.runs) == (begun, shown.runs), "an interrupted run goes on from it"
     assert (shown.size, shown.runs, other.size, other.runs) == (10, ((tmp_path / "run").resolve(),), 30, ())
     assert cache.recorded((run.path / "stages" / "a").resolve()) == {"of": "1"}
     with cache._locked(other.path), pytest.raises(UserError, match="is being made by a run"):
@@ -53,7 +57,9 @@ def test_outputs_are_listed_and_pruned(tmp_path: Path) -> None:
     cache.remove(other)
     assert not cache.has("a", "2")
     assert cache.recorded(other.path) is None
-    assert [output.path.name for output in cache.outputs()] == ["a-1"]
+    assert sorted(output.path.name for output in cache.outputs()) == ["a-1", "b-3.partial"]
+    shutil.rmtree(run.path)
+    assert [output.runs for output in cache.outputs()] == [(), ()], "nobody goes on"
 
 
 def test_output_is_made_once(tmp_path: Path) -> None:

@@ -385,7 +385,7 @@ def test_what_models_keep_in_an_aligned_space(tmp_path: Path) -> None:
     source = (*SHOP[:-1], "evaluation=default", "evaluation.readers=[linear]", "evaluation.components=[stacked]")
     code, old, printed = run_tiny(tmp_path / "old", *source[:-3], "evaluation=off", "profiles.at=2022-09-20")
     assert code == 0, printed
-    code, new, printed = run_tiny(tmp_path / "new", *source, "seed=3", f"profiles.align_to={old}")
+    code, new, printed = run_tiny(tmp_path / "new", *source, "seed=3", "compute=auto", f"profiles.align_to={old}")
     assert code == 0, printed
     found = json.loads((new / "stages" / "alignment" / "alignment.json").read_text())
     areas, kept = found["auroc"]["linear"], found["kept"]["linear"]

@@ -49,7 +49,7 @@ class Output(NamedTuple):
         path: its folder; ".partial" at the end where the stage did not finish.
         size: bytes.
         used_s: when it was last written, seconds since 1970.
-        runs: directories of the runs that show it.
+        runs: directories of the runs that show it, or have begun it and may go on from there.
     """
 
     path: Path
@@ -79,27 +79,30 @@ class StageCache:
         path = self.directory / RECORDS / f"{folder.name}.json"
         return load_json(path) if path.is_file() else None
 
-    def note_user(self, run: Path) -> None:
-        """Remembers a run that shows outputs of this cache."""
+    def note_user(self, run: Path, outputs: Iterable[str]) -> None:
+        """Remembers a run and the names of its outputs, also of those that it has not finished."""
         folder = self.directory / USERS
         folder.mkdir(exist_ok=True)
-        write_json(folder / f"{digest(str(run.resolve()))}.json", {"run": str(run.resolve())})
+        write_json(folder / f"{digest(str(run.resolve()))}.json", {"run": str(run.resolve()), "outputs": list(outputs)})
 
     def outputs(self) -> list[Output]:
         """All complete and partial outputs, the largest first."""
         users: dict[str, list[Path]] = {}
         for path in sorted((self.directory / USERS).glob("*.json")):
-            run = Path(load_json(path)["run"])
-            for link in (run / "stages").glob("*"):
-                if link.is_symlink() and link.resolve().parent == self.directory.resolve():
-                    users.setdefault(link.resolve().name, []).append(run)
+            user = load_json(path)
+            run = Path(user["run"])
+            shown = [link.resolve() for link in (run / "stages").glob("*") if link.is_symlink()]
+            names = {place.name for place in shown if place.parent == self.directory.resolve()}
+            for name in names | set(user["outputs"] if run.is_dir() else ()):
+                users.setdefault(name, []).append(run)
         found = []
         for folder in self.directory.iterdir():
             if folder.is_dir() and folder.name not in (RECORDS, USERS):
                 files = [path.lstat() for path in folder.rglob("*") if path.is_file()]
                 used_s = max([folder.stat().st_mtime, *(one.st_mtime for one in files)])
                 size = sum(one.st_size for one in files)
-                found.append(Output(folder, size, used_s, tuple(users.get(folder.name, ()))))
+                runs = users.get(folder.name.removesuffix(".partial"), ())
+                found.append(Output(folder, size, used_s, tuple(runs)))
         return sorted(found, key=lambda output: (-output.size, output.path.name))
 
     def remove(self, output: Output) -> None:

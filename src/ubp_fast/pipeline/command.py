@@ -199,7 +199,7 @@ def _of_another_source(name: str) -> str:
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
-    """ ", did you mean ..."; settings that end alike come first."""
+    """What a wrong name may have meant, as the end of a sentence; settings that end alike come first."""
     last = name.rsplit(".", 1)[-1]
     found = [other for other in known if other.rsplit(".", 1)[-1] == last]
     found += get_close_matches(name, known, NEAREST)

@@ -77,7 +77,7 @@ def run_stages(settings: Settings, console: Console) -> Path:
     missing = [stage for stage in wanted if not cache.has(stage.name, keys[stage.name])]
     for name, reasons in again(run.path, cache, {stage.name: made[stage.name] for stage in missing}).items():
         console.print(f"{name} again: {'; '.join(reasons)}", soft_wrap=True, highlight=False, markup=False)
-    cache.note_user(run.path)
+    cache.note_user(run.path, [cache.path(stage.name, keys[stage.name]).name for stage in wanted])
     for reader in settings.evaluation.readers:
         if any(stage.name.endswith(f"-{reader}") for stage in missing):
             reader_named(reader)  # what is not installed is said before the work, not after it

@@ -372,7 +372,7 @@ def make_alignment_scores(settings: Settings, inputs: Inputs, directory: Path, p
     config = replace(settings.evaluation, readers=readers)
     areas: dict[str, dict[str, dict[str, float]]] = {name: {} for name in readers}
     for done, (name, read) in enumerate(vectors.items()):
-        found = evaluate(vectors["old"], targets, config, settings.device, read=read).aurocs()
+        found = evaluate(vectors["old"], targets, config, on_device(settings.device), read=read).aurocs()
         for reader, tasks in found.items():
             areas[reader][name] = {task: area for task, (area, _) in tasks.items() if area is not None}
         progress(done + 1, len(vectors))
