@@ -146,6 +146,23 @@ def test_a_second_signal_ends_at_once() -> None:
     assert errors == "interrupted; the same command continues from here\n"
 
 
+def test_a_second_signal_ends_compiled_code() -> None:
+    patient = HELD.replace(
+        "    held(10)\n", "    from ubp_fast import interruption\n    interruption.GRACE_S = 1e6\n    held(10)\n"
+    )
+    assert patient != HELD
+    process = started(patient)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert errors == "terminated; the same command continues from here\n"
+
+
 def test_what_a_background_job_ignores_stays_ignored() -> None:
     process = started(SLOW, sigint="SIG_IGN")
     assert process.stdout is not None

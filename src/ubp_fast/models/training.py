@@ -11,7 +11,6 @@ import hashlib
 import logging
 import math
 import os
-import signal
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -134,14 +133,12 @@ def fit(
             default_root_dir=str(directory),
         )
         loader.pins = device.type == "cuda"
-        handler = signal.getsignal(signal.SIGINT)
         try:
             trainer.fit(job, train_dataloaders=loader)
         except SystemExit as stop:
             if not isinstance(stop.__context__, KeyboardInterrupt):
                 raise
-            # Lightning would end the process, and ignore Ctrl-C from here on; a notebook wants neither.
-            signal.signal(signal.SIGINT, handler)
+            # Lightning would end the process, which a notebook does not want.
             raise stop.__context__ from None
     if 0 <= job.best_epoch < config.epochs - 1:
         _load(model, load_tensors(directory / _best_file(job.best_epoch)))

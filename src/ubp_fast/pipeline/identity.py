@@ -3,9 +3,9 @@
     function of a stage -> names in its body -> their modules -> what these import, and so on
 
 Read from the source without running it. Of the modules that list stages side by side, and of packages that pass names
-on, only the definitions that are used count; of every other module all of it does. An operator's folder counts as one:
-its backends are imported by name when they run. Comments and docstrings do not count. What a configuration names as
-`_target_` is reached as well. Compiled modules count by their bytes, other packages by their version.
+on, only the definitions that are used count; of every other module all of it does. Comments and docstrings do not
+count. What a configuration names as `_target_` is reached as well. Compiled modules count by their bytes, other
+packages by their version.
 """
 
 from __future__ import annotations
@@ -79,8 +79,7 @@ def _definition(module: str, name: str | None) -> tuple[str, tuple[Place, ...], 
     if path is None:
         return _foreign(module)
     if name is None or not _is_fine(module):
-        text, imported, libraries = _module(module)
-        return text, (*imported, *_beside(module)), libraries
+        return _module(module)
     tree = _tree(path)
     imported_as = dict(_imports(tree))
     if name in imported_as:
@@ -135,6 +134,10 @@ def _imports(tree: ast.Module) -> Iterator[tuple[str, Place]]:
         elif isinstance(node, ast.ImportFrom):
             for alias in node.names:
                 yield alias.asname or alias.name, _from(str(node.module), alias.name)
+        elif isinstance(node, ast.Call) and "import_module" in ast.dump(node.func):
+            named = node.args[0]
+            if isinstance(named, ast.Constant):
+                yield str(named.value), (str(named.value), None)
         waiting += ast.iter_child_nodes(node)
 
 
@@ -149,15 +152,6 @@ def _from(module: str, name: str) -> Place:
 def _is_fine(module: str) -> bool:
     path = _path(module)
     return module in SIDE_BY_SIDE or (path is not None and path.name == "__init__.py")
-
-
-def _beside(module: str) -> list[Place]:
-    """The other modules of an operator."""
-    parts = module.split(".")
-    if parts[1:2] != ["kernels"] or len(parts) < 3:
-        return []
-    folder = ROOT / "kernels" / parts[2]
-    return [(one, None) for one in _below(".".join(parts[:3]))] if folder.is_dir() else []
 
 
 def _below(package: str) -> list[str]:
