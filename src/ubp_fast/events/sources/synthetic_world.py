@@ -9,6 +9,7 @@ hazard per day and never comes back. All of it is hidden; the events only hint a
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import numpy as np
 
@@ -41,6 +42,14 @@ class Catalogue:
     sku_price: np.ndarray
     sku_codes: np.ndarray
     sku_share: np.ndarray
+
+    @cached_property
+    def price_share(self) -> np.ndarray:
+        """Probability f64 [5, K, 100] that a product of a category has a price, per price segment of the client."""
+        categories = len(self.category_popularity)
+        cell = self.sku_category * NUM_PRICE_BUCKETS + self.sku_price
+        sums = [np.bincount(cell, share, categories * NUM_PRICE_BUCKETS) for share in self.sku_share]
+        return np.stack(sums).reshape(len(sums), categories, NUM_PRICE_BUCKETS)
 
 
 @dataclass(frozen=True)
@@ -159,12 +168,9 @@ def label_shares(clients: Clients, catalogue: Catalogue, column: str, labels: np
         inside = catalogue.sku_share[:, labels][clients.price_segment]
         return clients.category_share[:, catalogue.sku_category[labels]] * inside
     shares = np.empty((len(clients.price_segment), len(labels)))
-    num_categories = len(catalogue.category_popularity)
-    for segment, sku_share in enumerate(catalogue.sku_share):
-        of_label = [sku_share * (catalogue.sku_price == label) for label in labels]
-        inside = np.stack([np.bincount(catalogue.sku_category, row, num_categories) for row in of_label], axis=1)
+    for segment, of_price in enumerate(catalogue.price_share):
         rows = np.flatnonzero(clients.price_segment == segment)
-        shares[rows] = np.einsum("uk,kn->un", clients.category_share[rows], inside)
+        shares[rows] = np.einsum("uk,kn->un", clients.category_share[rows], of_price[:, labels])
     return shares
 
 
