@@ -2,7 +2,9 @@
 
     python benchmarks/rehearsal.py --share 0.01 --root /tmp/rehearsal --output rehearsal.json [--kill] [--full-widths]
 
-`--share` is the part of the challenge's size (19 M clients, 1 M of them relevant, 169 M events). Every stage runs in a
+`--share` is the part of the challenge's size (19 M clients, 1 M of them relevant, 169 M events; 680 of its 6,800
+categories at most, because the generator computes a taste of every client for every category). With `--files` events
+are written as the challenge's files first, outside the measurement, and the run reads those. Every stage runs in a
 process of its own. Widths are cut to what a CPU can do and trainings to a few steps; what does not depend on them, the
 stages without training, is as in a full run. `--kill` makes everything once more in another folder, kills every stage
 at a random moment, continues, and compares the profiles byte by byte. What lies in `--root` already is not made again.
@@ -22,12 +24,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 
+from ubp_fast.events.checks import CODES
 from ubp_fast.events.read import EventDirectory
+from ubp_fast.events.schema import PRODUCT_TABLE
+from ubp_fast.events.sources.synthetic import Synthetic
 from ubp_fast.profiles import validate
 from ubp_fast.store.event_store import EventStore
 
-CLIENTS, RELEVANT, SKUS, CATEGORIES, URLS = 19_000_000, 1_000_000, 1_260_000, 6_800, 373_000
+CLIENTS, RELEVANT, SKUS, URLS = 19_000_000, 1_000_000, 1_260_000, 373_000
+CATEGORIES, MOST_CATEGORIES, ACTIVITY = 6_800, 680, 0.015
 STAGES = ("events", "store", "features", "baselines", "contrastive", "multitask", "stacking", "evaluate")
 CUT = (
     "contrastive.config.events={sku_width: 32, category_width: 16, price_width: 8, code_width: 32, url_width: 16,"
@@ -49,6 +56,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--full-widths", action="store_true")
+    parser.add_argument("--files", action="store_true", help="read the challenge's files instead of a generator")
     parser.add_argument("--kill", action="store_true")
     parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage to run")
     parser.add_argument("overrides", nargs="*", help="more settings of the run")
@@ -69,19 +77,50 @@ def main() -> None:
     options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
+def _sizes(share: float) -> dict[str, int]:
+    sizes = {"clients": CLIENTS, "relevant": RELEVANT, "skus": SKUS, "categories": CATEGORIES, "urls": URLS}
+    sizes = {name: max(20, round(number * share)) for name, number in sizes.items()}
+    return {**sizes, "categories": min(sizes["categories"], MOST_CATEGORIES)}
+
+
+def _as_files(options: argparse.Namespace) -> Path:
+    """The synthetic events as the challenge's files; what is there already stays."""
+    directory = options.root.with_name(options.root.name + "-files")
+    generated = options.root.with_name(options.root.name + "-generated")
+    if not generated.exists():
+        Synthetic(**_sizes(options.share), activity=ACTIVITY).prepare(generated)
+    events = EventDirectory.open(generated)
+    (directory / "input").mkdir(parents=True, exist_ok=True)
+    tables = {kind: events.scan(kind) for kind in events.kinds} | {PRODUCT_TABLE: events.products().lazy()}
+    for name, rows in tables.items():
+        if not (directory / f"{name}.parquet").exists():
+            found = rows.collect_schema()
+            columns = [_code_text(column) if found[column] == CODES else pl.col(column) for column in found]
+            rows = rows.select(columns).with_columns(pl.from_epoch("^timestamp_s$"))
+            partial = directory / f"{name}.partial"
+            rows.rename({"timestamp_s": "timestamp"}, strict=False).sink_parquet(partial)
+            partial.rename(directory / f"{name}.parquet")
+    assert events.relevant_clients is not None
+    np.save(directory / "input" / "relevant_clients.npy", events.relevant_clients)
+    return directory
+
+
+def _code_text(column: str) -> pl.Expr:
+    """Sixteen codes as the challenge writes them: [1 2 3]."""
+    texts = pl.col(column).arr.to_list().cast(pl.List(pl.String)).list.join(" ")
+    return pl.format("[{}]", texts).alias(column)
+
+
 def _command(options: argparse.Namespace) -> list[str]:
-    sizes = {
-        "clients": CLIENTS,
-        "relevant": RELEVANT,
-        "skus": SKUS,
-        "categories": CATEGORIES,
-        "urls": URLS,
-    }
-    data = [f"data.{name}={max(20, round(number * options.share))}" for name, number in sizes.items()]
+    if options.files:
+        data = ["data=challenge", f"data.dir={_as_files(options)}"]
+    else:
+        sizes = {**_sizes(options.share), "activity": ACTIVITY}
+        data = ["data=synthetic", *(f"data.{name}={value}" for name, value in sizes.items())]
     training = [f"{name}.training.max_steps={options.steps}" for name in ("contrastive", "multitask", "stacking")]
     views = [f"contrastive.views={round(2_000_000 * options.share)}"]
     return [
-        *(sys.executable, "-m", "ubp_fast.run", "experiment=winner", "data=synthetic", *data, "data.activity=0.015"),
+        *(sys.executable, "-m", "ubp_fast.run", "experiment=winner", *data),
         *([] if options.full_widths else CUT),
         *training,
         *views,
