@@ -33,7 +33,7 @@ void require_common(const char* op, ubp::DType dtype, int threads) {
   if (threads < 1) refuse(op, "threads must be >= 1, got " + std::to_string(threads));
 }
 
-constexpr const char *kAttention = "flash_attention", *kContrastive = "nt_xent";
+constexpr const char *kAttention = "flash_attention", *kContrastive = "nt_xent", *kProduct = "row_product";
 
 // cu_seqlens must start at 0, never fall, and end at the number of tokens: indices come from it.
 void check_offsets(const int32_t* offsets, int64_t sequences, int64_t tokens, const char* name) {
@@ -125,6 +125,44 @@ double nt_xent(Contrastive problem) {
   return moment;
 }
 
+template <class Real, void (*ubp::RowProductKernels::*kFunction)(const ubp::RowProduct<Real>&)>
+void row_product(const ubp::RowProduct<Real>& problem) {
+  if (problem.count < 0 || problem.inputs < 0 || problem.outputs < 0)
+    refuse(kProduct, "sizes must not be negative");
+  py::gil_scoped_release released;
+  (ubp::kernels().row_product.*kFunction)(problem);
+}
+
+// Scores are written where labels say.
+void pair_network(const ubp::PairNetwork& problem) {
+  if (problem.clients < 0 || problem.labels < 0 || problem.width < 0 || problem.first < 0 ||
+      problem.second < 0)
+    refuse(kProduct, "sizes must not be negative");
+  for (int64_t client = 0; client < problem.clients; ++client) {
+    int64_t previous = -1;
+    for (int64_t pair = problem.offsets[client]; pair < problem.offsets[client + 1]; ++pair) {
+      if (problem.label[pair] <= previous || problem.label[pair] >= problem.labels)
+        refuse(kProduct, "labels of a client must rise and stay below " + std::to_string(problem.labels) +
+                             ", got " + std::to_string(problem.label[pair]) + " at pair " +
+                             std::to_string(pair));
+      previous = problem.label[pair];
+    }
+  }
+  if (problem.first < 1) refuse(kProduct, "a network must have first units, got none");
+  py::gil_scoped_release released;
+  std::vector<float> units((2 * problem.first + problem.second) * ubp::kLabelsAtOnce);
+  ubp::kernels().row_product.of_pairs(problem, units.data());
+}
+
+template <class Real>
+void define_product(py::module_& module, const char* name) {
+  using Product = ubp::RowProduct<Real>;
+  ubp::Struct<Product>(module, name)
+      .fields("rows", &Product::rows, "weight", &Product::weight, "bias", &Product::bias, "out",
+              &Product::out, "count", &Product::count, "inputs", &Product::inputs, "outputs",
+              &Product::outputs);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, module) {
@@ -159,5 +197,17 @@ PYBIND11_MODULE(_core, module) {
   module.def("nt_xent_forward", &nt_xent<&ubp::Kernels::nt_xent_forward>);
   module.def("nt_xent_backward", &nt_xent<&ubp::Kernels::nt_xent_backward>,
              "Returns sum_i weight_i sum_j p_ij gap_ij, see nt_xent.h.");
+  define_product<float>(module, "FloatProduct");
+  define_product<double>(module, "DoubleProduct");
+  module.def("row_product", &row_product<float, &ubp::RowProductKernels::of_floats>);
+  module.def("row_product", &row_product<double, &ubp::RowProductKernels::of_doubles>);
+  using Pairs = ubp::PairNetwork;
+  ubp::Struct<Pairs>(module, "PairNetwork")
+      .fields("of_client", &Pairs::of_client, "of_label", &Pairs::of_label, "offsets", &Pairs::offsets,
+              "label", &Pairs::label, "inputs", &Pairs::inputs, "input_weight", &Pairs::input_weight,
+              "weight", &Pairs::weight, "bias", &Pairs::bias, "last_weight", &Pairs::last_weight, "last_bias",
+              &Pairs::last_bias, "out", &Pairs::out, "clients", &Pairs::clients, "width", &Pairs::width,
+              "labels", &Pairs::labels, "first", &Pairs::first, "second", &Pairs::second);
+  module.def("pair_network", &pair_network);
   ubp::bind_row_sparse(module);
 }

@@ -11,12 +11,14 @@ namespace ubp {
     void flash_attention_backward(const FlashAttentionProblem&); \
     void nt_xent_forward(const NTXentProblem&);                  \
     void nt_xent_backward(const NTXentProblem&);                 \
+    RowProductKernels row_product();                             \
     RowSparseKernels row_sparse();                               \
   }
-#define UBP_ENTRY(isa)                                                                     \
-  Kernels {                                                                                \
-    #isa, &isa_##isa::flash_attention_forward, &isa_##isa::flash_attention_backward,       \
-        &isa_##isa::nt_xent_forward, &isa_##isa::nt_xent_backward, isa_##isa::row_sparse() \
+#define UBP_ENTRY(isa)                                                                       \
+  Kernels {                                                                                  \
+    #isa, &isa_##isa::flash_attention_forward, &isa_##isa::flash_attention_backward,         \
+        &isa_##isa::nt_xent_forward, &isa_##isa::nt_xent_backward, isa_##isa::row_product(), \
+        isa_##isa::row_sparse()                                                              \
   }
 
 UBP_DECLARE(base)

@@ -6,6 +6,7 @@
 
 #include "flash_attention/flash_attention.h"
 #include "nt_xent/nt_xent.h"
+#include "row_product/row_product.h"
 #include "row_sparse/row_sparse.h"
 
 namespace ubp {
@@ -14,6 +15,7 @@ struct Kernels {
   const char* isa;
   FlashAttentionFunction flash_attention_forward, flash_attention_backward;
   NTXentFunction nt_xent_forward, nt_xent_backward;
+  RowProductKernels row_product;
   RowSparseKernels row_sparse;
 };
 

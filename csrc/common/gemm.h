@@ -91,7 +91,8 @@ UBP_INLINE void register_tile(typename A::Real* c, int64_t c_stride, Operand<A> 
       right[column] = load_as<E>(b.data + step * b.stride + column * A::kLanes);
 #pragma GCC unroll 8
     for (int row = 0; row < kRows; ++row) {
-      const E left = E{} + (kIsTransposed ? a.data[step * a.stride + row] : a.data[row * a.stride + step]);
+      // Minus nothing, unlike plus nothing, is the number itself, also where that is -0: no addition is left.
+      const E left = (kIsTransposed ? a.data[step * a.stride + row] : a.data[row * a.stride + step]) - E{};
 #pragma GCC unroll 8
       for (int column = 0; column < kColumns; ++column)
         sums[row][column] = A::multiply_add(left, right[column], sums[row][column]);

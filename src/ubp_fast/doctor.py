@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ubp_fast import __version__, _core
 from ubp_fast.kernels import BackendUnavailable, flash_attention, nt_xent, row_sparse, windowed_aggregate
+from ubp_fast.kernels.row_product import row_product
 
 Results = list[Tensor]
 Problem = Callable[[torch.device, torch.dtype, str], Results]
@@ -174,10 +175,17 @@ def _aggregates(device: torch.device, dtype: torch.dtype, backend: str) -> Resul
     return [found.totals, found.counts, found.distinct, found.decayed_counts, found.entropy, found.last_age_s]
 
 
+def _products(device: torch.device, dtype: torch.dtype, backend: str) -> Results:
+    rows, other = (part.to(dtype) for part in _random(2, 67, 67))
+    product = row_product(rows[:, :40].numpy(), other[:40].numpy(), other[40].numpy(), backend=backend)
+    return [torch.from_numpy(product)]
+
+
 _HALF = (torch.float32, torch.bfloat16)
 PROBLEMS: dict[str, tuple[Problem, tuple[torch.dtype, ...]]] = {
     "flash_attention": (_attention, _HALF),
     "nt_xent": (_contrast, _HALF),
+    "row_product": (_products, (torch.float32, torch.float64)),
     "row_sparse": (_rows, (torch.float32,)),
     "windowed_aggregate": (_aggregates, (torch.float64,)),
 }

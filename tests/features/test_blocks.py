@@ -18,6 +18,7 @@ from ubp_fast.events.split import DAY_S
 from ubp_fast.features import writing
 from ubp_fast.features.aggregated import aggregated_features
 from ubp_fast.features.decayed import decayed_features
+from ubp_fast.features.history import numbered
 from ubp_fast.features.matrix import Features, load_features
 from ubp_fast.features.organisers import CountsConfig, count_features
 from ubp_fast.features.popular import popular_lists
@@ -121,7 +122,6 @@ def test_blocks_threads_and_files_change_no_byte(
     finally:
         torch.set_num_threads(before)
     parts = load_features(tmp_path)
-    assert type(parts) is type(whole)
     assert (parts.names, parts.units) == (whole.names, whole.units)
     np.testing.assert_array_equal(parts.client_ids, whole.client_ids)
     if name == "rich":  # sums of what others have, block by block
@@ -176,3 +176,16 @@ def test_memory_beyond_the_output_does_not_follow_the_store(tmp_path: Path) -> N
     assert found.returncode == 0, found.stderr
     beyond_mb = float(found.stdout.split()[-1])
     assert beyond_mb < 300, f"{beyond_mb:.0f} MB"
+
+
+def test_equal_codes_get_equal_numbers() -> None:
+    state = np.random.default_rng(0)
+    different = state.integers(0, 256, (300, 16), np.uint8)
+    different[150:] = different[:150]
+    different[150:, 15] += 1  # half of each row is that of another one
+    which = state.integers(0, 300, 2_000)
+    found = numbered(different[which])
+    assert found.dtype == np.int32
+    assert set(found) == set(range(len(np.unique(which))))
+    assert len({*zip(which.tolist(), found.tolist(), strict=True)}) == len(np.unique(which))
+    assert numbered(different[:0]).shape == (0,)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ubp_fast.features import scaling
-from ubp_fast.features.scaling import DayStatistics, MinMaxScaler, add_product, moments, projected
+from ubp_fast.features.scaling import DayStatistics, MinMaxScaler, log_counts, moments, standardised
 
 VALUES = np.array([[0, 0.1, 3], [1, 0.1, 4], [9, 0.1, 8]], np.float32)
 
@@ -42,13 +42,32 @@ def test_errors() -> None:
         MinMaxScaler.fit(np.array([[1], [np.nan]], np.float32))
 
 
-def test_a_product_of_a_row_does_not_depend_on_the_others() -> None:
+def test_standardised_columns_are_rounded_once() -> None:
     state = np.random.default_rng(0)
-    inputs, matrix = state.standard_normal((301, 712)), state.standard_normal((712, 7))
-    whole = projected(inputs, matrix)
-    np.testing.assert_allclose(whole, inputs @ matrix, rtol=1e-9, atol=1e-9)
-    for rows in (slice(0, 1), slice(300, 301), slice(3, 20), slice(0, 256)):
-        assert projected(inputs[rows], matrix).tobytes() == whole[rows].tobytes()
+    values = (state.standard_normal((301, 7)) * 3 + 5).astype(np.float32)
+    values[:, 2] = 4
+    mean, deviation = moments(values)
+    factor = np.arange(1.0, 8)
+    wanted = (values - mean) / np.where(deviation > 0, deviation, 1) * factor
+    for dtype, eps in ((np.float64, 1e-12), (np.float32, 2e-7)):
+        parts = list(standardised(values, mean, deviation, 100, factor, dtype))
+        assert [part.start for part, _ in parts] == [0, 100, 200, 300]
+        found = np.concatenate([rows for _, rows in parts])
+        assert found.dtype == dtype
+        np.testing.assert_allclose(found, wanted, rtol=eps, atol=eps)
+    np.testing.assert_array_equal(found[:, 2], 0)
+    (_, alone), *_ = standardised(values[17:18], mean, deviation, factor=factor, dtype=np.float32)
+    assert alone.tobytes() == found[17:18].tobytes()
+
+
+def test_logarithms_of_counts() -> None:
+    values = np.array([[0, 1, 7], [0.5, 0, 3]], np.float32)
+    wanted = np.log1p(values)
+    wide = np.full((2, 5), 9, np.float32)
+    wide[:, 1:4] = values
+    log_counts(wide[:, 1:4])
+    np.testing.assert_allclose(wide[:, 1:4], wanted, rtol=2e-7)
+    np.testing.assert_array_equal(wide[:, [0, 4]], 9)
 
 
 def test_a_known_day_measures_nothing() -> None:
@@ -62,21 +81,3 @@ def test_a_known_day_measures_nothing() -> None:
     np.testing.assert_array_equal(known.moments("one", values * 2)[1], deviation)
     with pytest.raises(KeyError):
         known.moments("other", values)
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (4, 4, 16), (5, 7, 3), (9, 38, 33), (6, 0, 5), (0, 3, 4), (3, 130, 128)])
-def test_products_add_in_the_order_of_the_columns(dtype: type, shape: tuple[int, int, int]) -> None:
-    rows, columns, width = shape
-    state = np.random.default_rng(1)
-    inputs, matrix = (state.standard_normal(one).astype(dtype) for one in ((rows, columns), (columns, width)))
-    found, wanted = (state.standard_normal((rows, width)).astype(dtype) for _ in range(2))
-    wanted[:] = found
-    for column in range(columns):
-        wanted += inputs[:, column, None] * matrix[column]
-    together = found.copy()
-    add_product(inputs, matrix, together)
-    assert together.tobytes() == wanted.tobytes()
-    for row in range(rows):
-        add_product(inputs[row : row + 1], matrix, found[row : row + 1])
-    assert found.tobytes() == wanted.tobytes(), "whoever stands beside it"

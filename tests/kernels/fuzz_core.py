@@ -182,7 +182,34 @@ def row_sparse(core: Any, generator: random.Random) -> None:
     core.row_sparse_catch_up(table, rule, threads)
 
 
-OPERATORS = (flash_attention, nt_xent, row_sparse)
+def row_product(core: Any, generator: random.Random) -> None:
+    """One product, and one network of pairs whose labels are damaged one time in four."""
+    count, inputs, outputs = (generator.choice((0, 1, 3, 16, 33, 65, 130)) for _ in range(3))
+    given = {"rows": numbers(generator, 0, count * inputs), "weight": numbers(generator, 0, inputs * outputs)}
+    given |= {"bias": numbers(generator, 0, outputs)} if generator.random() < 0.5 else {}
+    out = {"out": array("f", bytes(4 * count * outputs))}
+    core.row_product(
+        core.FloatProduct(**addresses(given | out), count=count, inputs=inputs, outputs=outputs),
+    )
+    clients, labels, width = generator.randrange(4), generator.choice((1, 15, 128, 200)), generator.randrange(40)
+    first, second, offsets, listed = generator.choice((1, 17, 64)), generator.choice((1, 5, 32)), [0], []
+    for _ in range(clients):
+        listed += sorted(generator.sample(range(labels), generator.randrange(min(labels, 9) + 1)))
+        offsets.append(len(listed))
+    if listed and generator.random() < 0.25:
+        listed[generator.randrange(len(listed))] = generator.choice((-1, labels, 2**31 - 1))
+    sizes = {
+        "of_client": clients * first, "of_label": first * labels, "inputs": len(listed) * width,
+        "input_weight": width * first, "weight": second * first, "bias": second, "last_weight": second,
+        "last_bias": 1, "out": clients * labels,
+    }  # fmt: skip
+    tensors = {name: numbers(generator, 0, size) for name, size in sizes.items()}
+    tensors |= {"offsets": array("q", offsets), "label": array("i", listed)}
+    numbers_of = {"clients": clients, "labels": labels, "width": width, "first": first, "second": second}
+    core.pair_network(core.PairNetwork(**addresses(tensors), **numbers_of))
+
+
+OPERATORS = (flash_attention, nt_xent, row_product, row_sparse)
 
 
 def is_accepted(core: Any, generator: random.Random, operator: Any) -> bool:

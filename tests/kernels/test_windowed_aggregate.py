@@ -16,6 +16,7 @@ from ubp_fast.kernels.backends import BackendUnavailable
 from ubp_fast.kernels.windowed_aggregate import (
     SparseCounter,
     WindowedAggregate,
+    sparse_decay,
     window_aggregator,
     windowed_aggregate,
 )
@@ -363,3 +364,18 @@ def test_the_same_aggregation_of_other_events(backend: str) -> None:
         aggregator.on(theirs[0], theirs[1], np.array([0, 5, 1], np.int32))
     with pytest.raises(ValueError, match="must ascend inside every client"):
         aggregator.on(np.array([0, 3]), theirs[1][::-1].copy(), theirs[2])
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(arguments=shops())
+def test_sparse_decay_is_the_dense_one_without_its_zeros(arguments: dict[str, Any]) -> None:
+    given = {name: arguments[name] for name in ("offsets", "timestamp_s", "codes", "slots", "num_slots", "anchor_s")}
+    dense = call(given, half_lives_s=(7.0, 1e6))
+    events = [given.pop(name) for name in ("offsets", "timestamp_s", "codes")]
+    found = sparse_decay(*events, **given, half_lives_s=(7.0, 1e6))
+    assert found.totals.tobytes() == dense.decayed_totals.tobytes()
+    client = np.repeat(np.arange(len(found.totals)), np.diff(found.offsets))
+    assert (np.diff(client * 6 + found.slots) > 0).all(), "ascending, each once"
+    counts = np.zeros_like(dense.decayed_counts)
+    counts[client, :, found.slots] = found.counts
+    assert counts.tobytes() == dense.decayed_counts.tobytes()

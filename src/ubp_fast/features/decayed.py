@@ -67,15 +67,11 @@ def decayed_features(
     windows_s, windows = windows_of(config.active_windows_days)
 
     def of_labels(history: History, kind: str) -> Column:
-        found = history.aggregate(
-            "labels",
-            kind,
-            slots=slots,
-            num_slots=len(labels),
-            half_lives_s=(config.half_life_days * DAY_S,),
-        )
-        names = tuple(f"{kind}{OF_LABEL}{label}" for label in labels)
-        return Column(names, "events", found.decayed_counts[:, 0])
+        found = history.decayed(kind, (config.half_life_days,), slots, len(labels))
+        logarithms = np.zeros((len(history.rows), len(labels)), np.float32)
+        client = np.repeat(np.arange(len(logarithms)), np.diff(found.offsets))
+        logarithms[client, found.slots] = np.log1p(found.counts[:, 0])
+        return Column(tuple(f"{kind}{OF_LABEL}{label}" for label in labels), "log1p events", logarithms)
 
     def activity(history: History, kind: str) -> Iterator[Column]:
         half_lives_s = tuple(days * DAY_S for days in config.activity_half_lives_days)
@@ -90,9 +86,7 @@ def decayed_features(
         for kind in store.kinds:
             if kind in config.label_kinds and labels:
                 yield of_labels(history, kind)
-            yield from activity(history, kind)
+            for name, unit, values in activity(history, kind):
+                yield Column(name, f"log1p {unit}", np.log1p(values))
 
-    def logarithms(history: History) -> Iterator[Column]:
-        return (Column(name, f"log1p {unit}", np.log1p(values)) for name, unit, values in columns(history))
-
-    return features_of(History.of(store, cutoff_s, lists), logarithms, directory, sparse=True)
+    return features_of(History.of(store, cutoff_s, lists), columns, directory, sparse=True)

@@ -8,18 +8,27 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
-import polars as pl
 
+from ubp_fast.compiled import njit
 from ubp_fast.events.schema import SKU_KINDS, LabelLists
 from ubp_fast.events.split import DAY_S
 from ubp_fast.features.matrix import Features, end_to_end
 from ubp_fast.features.scaling import DayStatistics
 from ubp_fast.features.writing import clients_at_once, in_client_blocks, in_sparse_blocks
-from ubp_fast.kernels.windowed_aggregate import WindowedAggregate, WindowedAggregator, window_aggregator
+from ubp_fast.kernels.windowed_aggregate import (
+    SparseDecay,
+    WindowedAggregate,
+    WindowedAggregator,
+    sparse_decay,
+    window_aggregator,
+)
 from ubp_fast.store.event_store import TIMELINE, EventStore, KindColumns
 from ubp_fast.store.vocabulary import FIRST_ID
 
 T = TypeVar("T")
+ROWS_TO_TURN = 64
+# A matrix in memory keeps its zeros while it has no more values than this: 64 MiB.
+MOST_ZEROS = 1 << 24
 
 
 class Column(NamedTuple):
@@ -138,6 +147,21 @@ class History:
         aggregator = make() if of_queries else self.once((key, kind, anchor_s), make)
         return aggregator.on(events.offsets, events.timestamp_s, codes)(threads=1)
 
+    def decayed(self, kind: str, half_lives_days: tuple[float, ...], slots: np.ndarray, num_slots: int) -> SparseDecay:
+        """Decayed counts of the slots of a kind's items, and of all of them, up to the cutoff.
+
+        Args:
+            kind: with skus.
+            half_lives_days: H half-lives.
+            slots: int32 [items of the store, K], see `windowed_aggregate`.
+            num_slots: of all lists.
+        """
+        events = self.events(kind)
+        assert events.item is not None
+        half_lives_s = [days * DAY_S for days in half_lives_days]
+        lists: dict[str, Any] = {"slots": slots, "num_slots": num_slots, "half_lives_s": half_lives_s}
+        return sparse_decay(events.offsets, events.timestamp_s, events.item, anchor_s=self.cutoff_s, **lists)
+
     def _groups(self, kind: str, distinct: tuple[str, ...], codes: np.ndarray | None) -> np.ndarray:
         """int32 [codes, D] dense number of what each code is."""
         if kind not in SKU_KINDS:
@@ -182,7 +206,7 @@ def features_of(
         history: all clients.
         columns: gives the columns of the clients at hand.
         directory: the result is written there and mapped from there, in memory when None.
-        sparse: leave the zeros out.
+        sparse: leave the zeros out, unless the result is in memory and small.
         missing: name under which the history's day knows what stands for NaN; None: there is none.
     """
     # Nobody's columns: their names, and whatever is made once.
@@ -194,14 +218,18 @@ def features_of(
     names, units = tuple(name for name, _ in named), tuple(unit for _, unit in named)
 
     def fill(block: np.ndarray, first: int, last: int) -> None:
-        place = 0
+        place, single = 0, []
         for column in columns(history.part(first, last)):
-            width = 1 if column.values.ndim == 1 else column.values.shape[1]
-            block[:, place : place + width] = column.values.reshape(len(block), width)
-            place += width
+            if column.values.ndim == 1:
+                single.append(column.values)
+                continue
+            place = _lay(single, block, place)
+            block[:, place : place + column.values.shape[1]] = column.values
+            place += column.values.shape[1]
+        _lay(single, block, place)
 
     client_ids = np.asarray(history.store.client_ids)[history.clients]
-    if sparse:
+    if sparse and (directory is not None or len(client_ids) * len(names) > MOST_ZEROS):
         return in_sparse_blocks(client_ids, names, units, fill, directory)
     if missing is None:
         return in_client_blocks(client_ids, names, units, fill, directory)
@@ -209,6 +237,25 @@ def features_of(
         *(client_ids, names, units, fill, directory),
         missing=lambda measure: history.day.once((missing,), lambda: (measure(),))[0],
     )
+
+
+def _lay(single: list[np.ndarray], block: np.ndarray, place: int) -> int:
+    """Lays columns into a block from a place on and forgets them; returns the place behind them."""
+    if single:
+        _turn(np.stack(single, dtype=np.float32, casting="same_kind"), block, place)
+        place += len(single)
+        single.clear()
+    return place
+
+
+@njit
+def _turn(columns, block, place):  # pragma: no cover - compiled
+    """Some rows at a time: their lines stay in the cache until all columns are written."""
+    for start in range(0, columns.shape[1], ROWS_TO_TURN):
+        end = min(start + ROWS_TO_TURN, columns.shape[1])
+        for column in range(columns.shape[0]):
+            for row in range(start, end):
+                block[row, place + column] = columns[column, row]
 
 
 def windows_of(days: tuple[int, ...]) -> tuple[tuple[int | None, ...], list[str]]:
@@ -233,10 +280,29 @@ def known_where(has: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 def numbered(codes: np.ndarray) -> np.ndarray:
     """int32 [N]: equal rows of uint8 [N, 16] get equal numbers, 0 up to their number - 1."""
-    halves = np.ascontiguousarray(codes).view(np.int64).reshape(-1, 2)
-    frame = pl.DataFrame(halves, schema=["a", "b"], orient="row")
-    different = frame.unique(maintain_order=True).with_row_index("number")
-    return frame.join(different, on=["a", "b"], how="left", maintain_order="left")["number"].to_numpy().astype(np.int32)
+    halves = np.ascontiguousarray(codes).view(np.uint64).reshape(-1, 2)
+    slots = np.full(1 << (2 * len(halves) + 1).bit_length(), -1, np.int32)
+    numbers = np.empty(len(halves), np.int32)
+    _number(halves, slots, numbers)
+    return numbers
+
+
+@njit
+def _number(halves, slots, numbers):  # pragma: no cover - compiled
+    """A hash table with the first row of each number in it; half of its slots stay free."""
+    last, different = np.uint64(len(slots) - 1), 0
+    for row in range(len(halves)):
+        one, other = halves[row, 0], halves[row, 1]
+        mixed = (one ^ (other * np.uint64(0x9E3779B97F4A7C15))) * np.uint64(0xFF51AFD7ED558CCD)
+        slot = (mixed ^ (mixed >> np.uint64(32))) & last
+        while slots[slot] >= 0 and (halves[slots[slot], 0] != one or halves[slots[slot], 1] != other):
+            slot = (slot + np.uint64(1)) & last
+        if slots[slot] < 0:
+            slots[slot] = row
+            numbers[row] = different
+            different += 1
+        else:
+            numbers[row] = numbers[slots[slot]]
 
 
 def price_table(store: EventStore) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,8 +52,9 @@ class FeatureMatrix:
             repeated = next(name for name in self.names if self.names.count(name) > 1)
             raise ValueError(f"FeatureMatrix: names must differ, got '{repeated}' more than once")
         starts = range(0, len(self.values), CHECKED_ROWS)
-        with ThreadPoolExecutor(max(1, min(torch.get_num_threads(), len(starts)))) as pool:
-            for _ in pool.map(self._require_finite, starts):
+        threads = min(torch.get_num_threads(), len(starts))
+        with ThreadPoolExecutor(threads) if threads > 1 else nullcontext() as pool:
+            for _ in (map if pool is None else pool.map)(self._require_finite, starts):
                 pass
 
     def _require_finite(self, first: int) -> None:

@@ -1,7 +1,6 @@
 """Scales of columns: `moments` and `standardised`, a few rows at a time; `MinMaxScaler`, fitted once for all.
 
-What is computed of a row here never depends on the rows beside it, on their number, or on threads: BLAS orders its sums
-by the shape of the whole matrix, so products with fitted weights go through `projected`.
+What is computed of a row here never depends on the rows beside it, on their number, or on threads.
 """
 
 from __future__ import annotations
@@ -49,67 +48,48 @@ def moments(values: Rows) -> tuple[np.ndarray, np.ndarray]:
 
 
 def standardised(
-    values: Rows, mean: np.ndarray, deviation: np.ndarray, rows_at_once: int = CACHED_ROWS
+    values: Rows,
+    mean: np.ndarray,
+    deviation: np.ndarray,
+    rows_at_once: int = CACHED_ROWS,
+    factor: float | np.ndarray = 1.0,
+    dtype: type = np.float64,
 ) -> Iterator[tuple[slice, np.ndarray]]:
-    """Rows of `values` and, float64, their columns with mean 0 and deviation 1; what hardly varies becomes 0."""
+    """Rows of `values` and, rounded from float64, their columns with mean 0 and deviation `factor`.
+
+    What hardly varies becomes 0.
+
+    Args:
+        values: float [N, F].
+        mean, deviation: float64 [F].
+        rows_at_once: of a part.
+        factor: one for all columns, or [F].
+        dtype: of the result.
+    """
     scale = np.where(deviation > SMALLEST_DEVIATION, 1.0 / np.maximum(deviation, SMALLEST_DEVIATION), 0.0)
+    factors = np.broadcast_to(np.asarray(factor, np.float64), scale.shape).copy()
     for start in range(0, len(values), rows_at_once):
         part = slice(start, start + rows_at_once)
-        inputs = values[part] - mean
-        inputs *= scale
+        rows = np.ascontiguousarray(values[part])
+        inputs: np.ndarray = np.empty(rows.shape, dtype)
+        _standardise(rows, mean, scale, factors, inputs)
         yield part, inputs
 
 
-def projected(inputs: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """inputs @ matrix, float64 [N, F] @ [F, R]: every sum in the order of F, whatever the number of rows."""
-    out = np.zeros((len(inputs), matrix.shape[1]))
-    add_product(np.ascontiguousarray(inputs, np.float64), np.ascontiguousarray(matrix, np.float64), out)
-    return out
+@njit
+def _standardise(values, mean, scale, factors, out):  # pragma: no cover - compiled
+    for row in range(values.shape[0]):
+        for column in range(values.shape[1]):
+            out[row, column] = (values[row, column] - mean[column]) * scale[column] * factors[column]
 
 
 @njit
-def add_product(inputs, matrix, out):  # pragma: no cover - compiled
-    """out += inputs @ matrix, contiguous [N, F] @ [F, R] of one float type: every sum in the order of F.
-
-    Four rows times four columns at once, so that what is loaded serves four times, at the speed of a BLAS; the order of
-    no sum depends on it, and nothing is contracted or reordered.
-    """
-    rows, columns = inputs.shape
-    whole = rows - rows % 4
-    for row in range(0, whole, 4):
-        _add_four(inputs[row : row + 4], matrix, out[row : row + 4])
-    for row in range(whole, rows):
-        for column in range(columns):
-            value = inputs[row, column]
-            for target in range(matrix.shape[1]):
-                out[row, target] += value * matrix[column, target]
-
-
-@njit
-def _add_four(inputs, matrix, out):  # pragma: no cover - compiled
-    a, b, c, d = inputs[0], inputs[1], inputs[2], inputs[3]
-    out_a, out_b, out_c, out_d = out[0], out[1], out[2], out[3]
-    columns, width = matrix.shape
-    whole = columns - columns % 4
-    for k in range(0, whole, 4):
-        m0, m1, m2, m3 = matrix[k], matrix[k + 1], matrix[k + 2], matrix[k + 3]
-        a0, a1, a2, a3 = a[k], a[k + 1], a[k + 2], a[k + 3]
-        b0, b1, b2, b3 = b[k], b[k + 1], b[k + 2], b[k + 3]
-        c0, c1, c2, c3 = c[k], c[k + 1], c[k + 2], c[k + 3]
-        d0, d1, d2, d3 = d[k], d[k + 1], d[k + 2], d[k + 3]
-        for t in range(width):
-            v0, v1, v2, v3 = m0[t], m1[t], m2[t], m3[t]
-            out_a[t] = (((out_a[t] + a0 * v0) + a1 * v1) + a2 * v2) + a3 * v3
-            out_b[t] = (((out_b[t] + b0 * v0) + b1 * v1) + b2 * v2) + b3 * v3
-            out_c[t] = (((out_c[t] + c0 * v0) + c1 * v1) + c2 * v2) + c3 * v3
-            out_d[t] = (((out_d[t] + d0 * v0) + d1 * v1) + d2 * v2) + d3 * v3
-    for k in range(whole, columns):
-        m0, a0, b0, c0, d0 = matrix[k], a[k], b[k], c[k], d[k]
-        for t in range(width):
-            out_a[t] += a0 * m0[t]
-            out_b[t] += b0 * m0[t]
-            out_c[t] += c0 * m0[t]
-            out_d[t] += d0 * m0[t]
+def log_counts(values):  # pragma: no cover - compiled
+    """log1p in place of a float matrix that is mostly zeros."""
+    for row in range(values.shape[0]):
+        for column in range(values.shape[1]):
+            if values[row, column] != 0:
+                values[row, column] = np.log1p(values[row, column])
 
 
 class DayStatistics:

@@ -192,6 +192,9 @@ def clients_at_once(num_columns: int) -> int:
 def _in_order(make: Callable[[int], T], starts: Sequence[int]) -> Iterator[T]:
     """make(start) of every start by as many threads as torch uses; few results wait for their turn."""
     threads = max(1, min(torch.get_num_threads(), len(starts)))
+    if threads == 1:
+        yield from map(make, starts)
+        return
     waiting: deque[Future[T]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for start in starts:

@@ -16,10 +16,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ubp_fast.features.scaling import CACHED_ROWS, ROWS_AT_ONCE, Rows, projected, standardised
+from ubp_fast.compiled import njit
+from ubp_fast.features.scaling import CACHED_ROWS, ROWS_AT_ONCE, Rows, standardised
+from ubp_fast.kernels.row_product import row_product
 
 # Of the largest eigenvalue: a direction with less is made of roundings.
 SMALLEST_SHARE = 1e-12
+# A shorter row is one of zeros.
+SHORTEST = float(np.finfo(np.float32).tiny)
+LANES = 16
 
 
 class NearPart(NamedTuple):
@@ -53,7 +58,7 @@ class NearModel:
         """The `width` leading directions of all clients of a day, fewer where the parts have fewer."""
         columns = sum(part.values.shape[1] for part in parts)
         total, products, clients = np.zeros(columns), np.zeros((columns, columns)), 0
-        for rows in _unit_rows(parts, ROWS_AT_ONCE):
+        for rows in _unit_rows(parts, ROWS_AT_ONCE, np.float64):
             total += rows.sum(axis=0)
             products += rows.T @ rows
             clients += len(rows)
@@ -66,22 +71,45 @@ class NearModel:
 
     def transform(self, parts: Sequence[NearPart]) -> np.ndarray:
         """Vectors float32 [N, R] of length one; a row depends on its own client alone."""
-        found = [np.zeros((0, self.directions.shape[1]))]
-        found += [projected(rows - self.mean, self.directions) for rows in _unit_rows(parts, CACHED_ROWS)]
-        return np.concatenate([_of_length_one(rows) for rows in found]).astype(np.float32)
+        directions = self.directions.astype(np.float32)
+        found = [np.zeros((0, directions.shape[1]), np.float32)]
+        for rows in _unit_rows(parts, CACHED_ROWS, np.float32):
+            rows -= self.mean.astype(np.float32)
+            found.append(row_product(rows, directions))
+        vectors = np.concatenate(found)
+        _bring_to_length(vectors, 1.0)
+        return vectors
 
 
-def _of_length_one(rows: np.ndarray) -> np.ndarray:
-    """Rows float64 over their lengths; a row of zeros stays."""
-    length = np.sqrt(projected(rows * rows, np.ones((rows.shape[1], 1))))
-    return rows / np.maximum(length, np.finfo(np.float32).tiny)
-
-
-def _unit_rows(parts: Sequence[NearPart], rows_at_once: int) -> Iterator[np.ndarray]:
-    """All parts side by side, float64 [n, F], a few clients at a time."""
+def _unit_rows(parts: Sequence[NearPart], rows_at_once: int, dtype: type) -> Iterator[np.ndarray]:
+    """All parts side by side, [n, F], a few clients at a time."""
     total = sum(part.weight for part in parts)
-    for together in zip(*(standardised(*part[:3], rows_at_once) for part in parts), strict=True):
-        found = []
-        for part, (_, rows) in zip(parts, together, strict=True):
-            found.append(_of_length_one(rows) * (part.weight / total) ** 0.5)
-        yield np.concatenate(found, axis=1)
+    scaled = (standardised(*part[:3], rows_at_once, dtype=dtype) for part in parts)
+    for together in zip(*scaled, strict=True):
+        rows: np.ndarray = np.concatenate([values for _, values in together], axis=1)
+        first = 0
+        for part, (_, values) in zip(parts, together, strict=True):
+            _bring_to_length(rows[:, first : first + values.shape[1]], (part.weight / total) ** 0.5)
+            first += values.shape[1]
+        yield rows
+
+
+@njit
+def _bring_to_length(rows, length):  # pragma: no cover - compiled
+    """In place; a row of zeros stays. Squares add up in sixteen sums, each in the order of the columns."""
+    sums = np.zeros(LANES)
+    for row in range(rows.shape[0]):
+        values = rows[row]
+        sums[:] = 0
+        whole = len(values) - len(values) % LANES
+        for start in range(0, whole, LANES):
+            for lane in range(LANES):
+                sums[lane] += np.float64(values[start + lane]) * np.float64(values[start + lane])
+        for column in range(whole, len(values)):
+            sums[column - whole] += np.float64(values[column]) * np.float64(values[column])
+        total = 0.0
+        for lane in range(LANES):
+            total += sums[lane]
+        factor = length / max(np.sqrt(total), SHORTEST)
+        for column in range(len(values)):
+            values[column] *= factor

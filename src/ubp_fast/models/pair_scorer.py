@@ -31,7 +31,8 @@ from ubp_fast.events.split import DAY_S
 from ubp_fast.features.history import Column, History, features_of
 from ubp_fast.features.matrix import Features
 from ubp_fast.features.popular import label_slots
-from ubp_fast.features.scaling import DayStatistics, add_product, projected
+from ubp_fast.features.scaling import DayStatistics
+from ubp_fast.kernels.row_product import pair_network, row_product
 from ubp_fast.sequences import Views, window_labels
 from ubp_fast.store.event_store import EventStore
 
@@ -46,8 +47,8 @@ CLIP = 5.0
 SEEN = 0.02
 LEAST_ACTIVITY = 0.05
 LEAST_POPULARITY = 1e-6
-# Labels at once: what their hidden units take stays in the fastest cache.
-LABELS_AT_ONCE = 128
+# What is known of the pairs of so many clients stays in a cache.
+CLIENTS_AT_ONCE = 128
 
 
 @dataclass(frozen=True)
@@ -96,19 +97,19 @@ class PairScorerConfig:
 
 
 class Counts(NamedTuple):
-    """What is counted of the clients at hand, float32.
+    """What is counted of the clients at hand (U), by kind (K), half-life (H) and slot; J = K x H.
 
     Attributes:
-        own: [U, J, S] decayed counts of every slot; J = kinds x half-lives.
-        logarithms: [U, J, S] log1p of them.
-        is_seen: bool [U, S] whether any of a slot's is more than 0.
-        totals: [U, J] of all items.
-        activity: [U, A] how much, how long ago, on how many days.
+        starts: int64 [K, U + 1] where the entries of each client begin.
+        slots: int32 [entries], ascending for each kind and client.
+        own: float32 [entries, H] decayed counts.
+        totals: float32 [U, J] of all items.
+        activity: float32 [U, A] how much, how long ago, on how many days.
     """
 
+    starts: np.ndarray
+    slots: np.ndarray
     own: np.ndarray
-    logarithms: np.ndarray
-    is_seen: np.ndarray
     totals: np.ndarray
     activity: np.ndarray
 
@@ -222,31 +223,35 @@ class PairScorer:
             arrays, popular = group.arrays, popularity[group.slots]
             scaled = ((popular - arrays["label_mean"]) * arrays["label_scale"]).clip(-CLIP, CLIP)
             nothing = _scaled(np.zeros_like(arrays["pair_mean"]), arrays)[None]
-            of_label = projected(scaled, arrays["label_weight"]) + projected(nothing, arrays["pair_weight"])
+            of_label = row_product(scaled, arrays["label_weight"]) + row_product(nothing, arrays["pair_weight"])
             label_inputs[list_name] = np.ascontiguousarray((of_label + arrays["bias_1"]).T, np.float32)
 
         def columns(part: History) -> Iterator[Column]:
             counts = _counts(part, self.config)
             for list_name, group in self.groups.items():
                 labels = tuple(f"{list_name}_{label}" for label in self.lists[list_name][0].tolist())
-                yield Column(labels, "log odds", self._scores(counts, group, label_inputs[list_name]))
+                yield Column(labels, "log odds", self._scores(counts, len(popularity), group, label_inputs[list_name]))
 
         return features_of(history, columns, directory)
 
-    def _scores(self, counts: Counts, group: _Group, of_label: np.ndarray) -> np.ndarray:
+    def _scores(self, counts: Counts, num_slots: int, group: _Group, of_label: np.ndarray) -> np.ndarray:
         """Log odds float32 [U, L]; of_label float32 [H, L]: what labels bring of which a client knows nothing."""
         arrays = group.arrays
         scaled = ((counts.activity - arrays["client_mean"]) * arrays["client_scale"]).clip(-CLIP, CLIP)
-        of_client = projected(scaled, arrays["client_weight"]).astype(np.float32)
-        out = np.empty((len(of_client), len(group.slots)), np.float32)
-        transposed = (np.ascontiguousarray(arrays[name].T) for name in ("pair_weight", "weight_2"))
-        _score(
-            *(counts.own, counts.logarithms, counts.is_seen, counts.totals),
-            *(group.slots, group.category_slots, len(self.config.half_lives_days)),
-            *(of_client, of_label, arrays["pair_mean"], arrays["pair_scale"], *transposed),
-            *(arrays["bias_2"], arrays["weight_3"], arrays["bias_3"][0], out),
-        )
-        return out
+        of_client = row_product(scaled, arrays["client_weight"])
+        last = [
+            np.ascontiguousarray(arrays["weight_2"].T),
+            *(arrays[name] for name in ("bias_2", "weight_3", "bias_3")),
+        ]
+        found = [np.zeros((0, len(group.slots)), np.float32)]
+        for first in range(0, len(of_client), CLIENTS_AT_ONCE):
+            rows = slice(first, first + CLIENTS_AT_ONCE)
+            offsets, known, inputs = _known_pairs(
+                *(*counts[:4], group.slots, group.category_slots, num_slots),
+                *(arrays["pair_mean"], arrays["pair_scale"], first, min(rows.stop, len(of_client))),
+            )
+            found.append(pair_network(of_client[rows], of_label, offsets, known, inputs, arrays["pair_weight"], *last))
+        return np.concatenate(found)
 
     def _popularity(self, history: History, day: DayStatistics, name: str = "scores") -> np.ndarray:
         """Log of the decayed count per client of every slot and how it changes, float32 [S, J + kinds]."""
@@ -352,22 +357,22 @@ def _category_slots(lists: LabelLists, slots: Mapping[str, np.ndarray], name: st
 def _counts(history: History, config: PairScorerConfig) -> Counts:
     """Of the clients at hand."""
     slots, labels = history.once("label slots", lambda: label_slots(history.store, history.lists))
-    own, totals, activity = [], [], []
+    starts, of_kinds, activity, first = [], [], [], 0
     for kind in history.present(config.kinds):
-        half_lives_s = tuple(days * DAY_S for days in config.half_lives_days)
-        found = history.aggregate("pairs", kind, slots=slots, num_slots=len(labels), half_lives_s=half_lives_s)
-        own.append(found.decayed_counts.astype(np.float32))
-        totals.append(found.decayed_totals.astype(np.float32))
+        decayed = history.decayed(kind, config.half_lives_days, slots, len(labels))
+        of_kinds.append(decayed)
+        starts.append(first + decayed.offsets)
+        first += len(decayed.slots)
         half_lives_s = tuple(days * DAY_S for days in config.activity_half_lives_days)
         windows_s = (14 * DAY_S, 30 * DAY_S, 90 * DAY_S, None)
         found = history.aggregate("activity", kind, half_lives_s=half_lives_s, windows_s=windows_s, periods_s=(DAY_S,))
         ages = np.stack([column.values for column in history.recency(found, kind)], axis=1)
         activity.append(np.log1p(np.concatenate([found.decayed_totals, ages, found.distinct_times[:, :, 0]], axis=1)))
-    counts = np.concatenate(own, axis=1)
-    logarithms, is_seen = np.zeros_like(counts), np.zeros((len(counts), counts.shape[2]), bool)
-    _logarithms(counts, logarithms, is_seen)
     return Counts(
-        *(counts, logarithms, is_seen, np.concatenate(totals, axis=1)),
+        np.stack(starts),
+        np.concatenate([decayed.slots for decayed in of_kinds]),
+        np.concatenate([decayed.counts for decayed in of_kinds], dtype=np.float32),
+        np.concatenate([decayed.totals for decayed in of_kinds], axis=1, dtype=np.float32),
         np.concatenate(activity, axis=1, dtype=np.float32),
     )
 
@@ -396,9 +401,9 @@ def _draw(
         [len(kept), num_negatives],
     )
     half_lives = len(config.half_lives_days)
-    pair = np.empty((len(rows), _pair_width(counts.own.shape[1], half_lives, group)), np.float32)
+    pair = np.empty((len(rows), _pair_width(counts.totals.shape[1], half_lives, group)), np.float32)
     slots, category_slots = group.slots[columns], group.category_slots[columns]
-    _pair_inputs(counts.own, counts.logarithms, counts.totals, rows, slots, category_slots, half_lives, pair)
+    _pair_inputs(*counts[:4], rows, slots, category_slots, len(popularity), pair)
     bought = np.repeat(np.array([1, 0], np.float32), [len(kept), num_negatives])
     return pair, counts.activity[rows], popularity[group.slots[columns]], bought, weight.astype(np.float32)
 
@@ -465,6 +470,31 @@ def _optimise(
 
 
 @njit
+def _spread(starts, slots, own, row, counts, logarithms, is_seen):  # pragma: no cover - compiled
+    """What a client has, with its log1p, over zeros [J, S]; and which slots have any, over False [S]."""
+    half_lives = own.shape[1]
+    for kind in range(len(starts)):
+        for entry in range(starts[kind, row], starts[kind, row + 1]):
+            for number in range(half_lives):
+                count = own[entry, number]
+                if count != 0:
+                    counts[kind * half_lives + number, slots[entry]] = count
+                    logarithms[kind * half_lives + number, slots[entry]] = np.log1p(count)
+                    is_seen[slots[entry]] = True
+
+
+@njit
+def _clear(starts, slots, row, counts, logarithms, is_seen):  # pragma: no cover - compiled
+    """Undoes `_spread`."""
+    for kind in range(len(starts)):
+        for entry in range(starts[kind, row], starts[kind, row + 1]):
+            is_seen[slots[entry]] = False
+            for number in range(len(counts)):
+                counts[number, slots[entry]] = 0
+                logarithms[number, slots[entry]] = 0
+
+
+@njit
 def _pair(own, logarithms, totals, slot, category_slot, half_lives, out):  # pragma: no cover - compiled
     """Inputs of one pair: own and their log1p [J, S], totals [J] of the client."""
     counts = own.shape[0]
@@ -489,111 +519,49 @@ def _pair(own, logarithms, totals, slot, category_slot, half_lives, out):  # pra
 
 
 @njit
-def _logarithms(own, out, is_seen):  # pragma: no cover - compiled
-    """log1p of the counts, most of which are 0, over zeros; and which slots have any, over False."""
-    for row in range(own.shape[0]):
-        for number in range(own.shape[1]):
-            for slot in range(own.shape[2]):
-                if own[row, number, slot] != 0:
-                    out[row, number, slot] = np.log1p(own[row, number, slot])
-                    is_seen[row, slot] = True
-
-
-@njit
-def _pair_inputs(own, logarithms, totals, rows, slots, category_slots, half_lives, out):  # pragma: no cover - compiled
+def _pair_inputs(  # pragma: no cover - compiled
+    starts, listed, own, totals, rows, slots, category_slots, num_slots, out
+):
+    half_lives = own.shape[1]
+    counts, logarithms = np.zeros((2, totals.shape[1], num_slots), np.float32)
+    is_seen = np.zeros(num_slots, np.bool_)
     for number in range(len(rows)):
         row = rows[number]
-        slot, category_slot = slots[number], category_slots[number]
-        _pair(own[row], logarithms[row], totals[row], slot, category_slot, half_lives, out[number])
+        _spread(starts, listed, own, row, counts, logarithms, is_seen)
+        _pair(counts, logarithms, totals[row], slots[number], category_slots[number], half_lives, out[number])
+        _clear(starts, listed, row, counts, logarithms, is_seen)
 
 
 @njit
-def _score(  # pragma: no cover - compiled
-    own,
-    logarithms,
-    is_seen,
-    totals,
-    slots,
-    category_slots,
-    half_lives,
-    of_client,
-    of_label,
-    pair_mean,
-    pair_scale,
-    pair_weight,
-    weight_2,
-    bias_2,
-    weight_3,
-    bias_3,
-    out,
+def _known_pairs(  # pragma: no cover - compiled
+    starts, listed, own, totals, slots, category_slots, num_slots, pair_mean, pair_scale, first_row, last_row
 ):
-    """The network for all pairs, a client's labels side by side: units [H, L], weights [units, inputs].
-
-    The first layer is a sum of what client, label and pair bring. Labels of which the client has nothing share what
-    their pair brings, and `of_label` holds it; for the others follows how theirs differs from it.
+    """Pairs of whose label, or its category, clients of some rows have anything: offsets, labels, and how their inputs
+    differ from those of a pair of which there is nothing.
     """
     lower, upper = np.float32(-CLIP), np.float32(CLIP)
-    num_labels, inputs, hidden = len(slots), len(pair_mean), len(weight_2)
-    pair = np.empty(inputs, np.float32)
+    num_labels, inputs, half_lives = len(slots), len(pair_mean), own.shape[1]
+    counts, logarithms = np.zeros((2, totals.shape[1], num_slots), np.float32)
+    is_seen = np.zeros(num_slots, np.bool_)
+    offsets = np.zeros(last_row - first_row + 1, np.int64)
+    most = (last_row - first_row) * num_labels
+    known, differences = np.empty(most, np.int32), np.empty((most, inputs), np.float32)
     of_nothing = np.empty(inputs, np.float32)
     for number in range(inputs):
         of_nothing[number] = min(max(-pair_mean[number] * pair_scale[number], lower), upper)
-    known = np.empty(num_labels, np.int64)
-    first_units = np.empty(of_label.shape[0] * LABELS_AT_ONCE, np.float32)
-    second_units = np.empty(hidden * LABELS_AT_ONCE, np.float32)
-    for row in range(own.shape[0]):
-        num_known = 0
+    place = 0
+    for row in range(first_row, last_row):
+        _spread(starts, listed, own, row, counts, logarithms, is_seen)
         for label in range(num_labels):
             category_slot = category_slots[label]
-            if is_seen[row, slots[label]] or (category_slot >= 0 and is_seen[row, category_slot]):
-                known[num_known] = label
-                num_known += 1
-        differences = np.empty((inputs, num_known), np.float32)
-        for place in range(num_known):
-            label = known[place]
-            _pair(own[row], logarithms[row], totals[row], slots[label], category_slots[label], half_lives, pair)
-            for number in range(inputs):
-                value = (pair[number] - pair_mean[number]) * pair_scale[number]
-                differences[number, place] = min(max(value, lower), upper) - of_nothing[number]
-        of_pair = np.zeros((of_label.shape[0], num_known), np.float32)
-        add_product(pair_weight, differences, of_pair)
-        begin = 0
-        for start in range(0, num_labels, LABELS_AT_ONCE):
-            width = min(LABELS_AT_ONCE, num_labels - start)
-            first = first_units[: of_label.shape[0] * width].reshape(-1, width)
-            second = second_units[: hidden * width].reshape(-1, width)
-            end = begin
-            while end < num_known and known[end] < start + width:
-                end += 1
-            for unit in range(of_label.shape[0]):
-                _sum(of_client[row, unit], of_label[unit, start : start + width], first[unit])
-                for place in range(begin, end):
-                    first[unit, known[place] - start] += of_pair[unit, place]
-                _rectify(first[unit])
-            begin = end
-            for unit in range(hidden):
-                second[unit] = bias_2[unit]
-            add_product(weight_2, first, second)
-            scores = out[row, start : start + width]
-            scores[:] = bias_3
-            for unit in range(hidden):
-                _rectify(second[unit])
-                _add(weight_3[unit], second[unit], scores)
-
-
-@njit
-def _sum(number, values, out):  # pragma: no cover - compiled
-    for place in range(len(out)):
-        out[place] = number + values[place]
-
-
-@njit
-def _rectify(values):  # pragma: no cover - compiled
-    for place in range(len(values)):
-        values[place] = max(values[place], np.float32(0))
-
-
-@njit
-def _add(weight, values, out):  # pragma: no cover - compiled
-    for place in range(len(out)):
-        out[place] += weight * values[place]
+            if is_seen[slots[label]] or (category_slot >= 0 and is_seen[category_slot]):
+                known[place] = label
+                pair = differences[place]
+                _pair(counts, logarithms, totals[row], slots[label], category_slot, half_lives, pair)
+                for number in range(inputs):
+                    value = (pair[number] - pair_mean[number]) * pair_scale[number]
+                    pair[number] = min(max(value, lower), upper) - of_nothing[number]
+                place += 1
+        offsets[row - first_row + 1] = place
+        _clear(starts, listed, row, counts, logarithms, is_seen)
+    return offsets, known[:place], differences[:place]

@@ -30,8 +30,9 @@ from safetensors.numpy import load_file, save_file
 
 from ubp_fast.events.labels import LabelMatrix
 from ubp_fast.events.schema import DataError
-from ubp_fast.features.scaling import ROWS_AT_ONCE, SMALLEST_DEVIATION, Rows, moments, projected, standardised
+from ubp_fast.features.scaling import ROWS_AT_ONCE, SMALLEST_DEVIATION, Rows, moments, standardised
 from ubp_fast.files import write_atomically
+from ubp_fast.kernels.row_product import row_product
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,9 @@ class ReducedRankModel:
                 f" got {blocks.shape[1]}"
             )
         profiles = np.ones((len(blocks), self.directions.shape[1] + 1), np.float32)
-        for part, inputs in standardised(blocks, *(statistics or moments(blocks))):
-            profiles[part, :-1] = projected(inputs, self.directions)
+        directions = self.directions.astype(np.float32)
+        for part, inputs in standardised(blocks, *(statistics or moments(blocks)), dtype=np.float32):
+            profiles[part, :-1] = row_product(inputs, directions)
         return profiles
 
     @property

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ubp_fast.features.matrix import Features
-from ubp_fast.features.scaling import Rows, moments
+from ubp_fast.features.scaling import Rows, log_counts, moments
 from ubp_fast.models.downstream import HIDDEN_DIM, DownstreamBody
 from ubp_fast.models.layers.linear import Linear
 from ubp_fast.sequences.batch import ViewBatch
@@ -141,13 +141,16 @@ class JoinedBlocks:
         return values
 
     def _joined(self, cutoff: int, rows: slice | np.ndarray) -> np.ndarray:
-        joined = []
-        for block, is_count in zip(self._cutoffs[cutoff], self._is_count, strict=True):
-            values = np.asarray(block[rows], np.float32) if isinstance(block, np.ndarray) else block.rows(rows)
+        blocks = self._cutoffs[cutoff]
+        number = len(range(self._num_clients)[rows]) if isinstance(rows, slice) else len(rows)
+        joined, first = np.empty((number, self.shape[1]), np.float32), 0
+        for block, is_count in zip(blocks, self._is_count, strict=True):
+            values = joined[:, first : first + block.shape[1]]
+            first += block.shape[1]
+            values[:] = block[rows] if isinstance(block, np.ndarray) else block.rows(rows)
             if is_count and not self._raw_counts:
-                values = np.log1p(values)
+                log_counts(values)
             if is_count and self._unit_length:
                 length = np.linalg.norm(values, axis=1, keepdims=True)
-                values = values / np.where(length > 0, length, 1.0)
-            joined.append(values)
-        return np.concatenate(joined, axis=1)
+                values /= np.where(length > 0, length, 1.0)
+        return joined

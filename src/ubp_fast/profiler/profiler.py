@@ -42,7 +42,7 @@ MEASURING = 0.7
 # Fewer clients than this part of the day before are not everybody.
 SMALLEST_EVERYBODY = 0.5
 # Clients whose features are in memory at once.
-CLIENTS_AT_ONCE = 1_024
+CLIENTS_AT_ONCE = 4_096
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ubp_fast.events.schema import UserError
-from ubp_fast.features.scaling import projected
+from ubp_fast.kernels.row_product import row_product
 from ubp_fast.profiles.blocks import Layout
 
 NAMED_BLOCKS = ("scores", "own", "rhythm")
@@ -49,7 +49,7 @@ class Alignment:
         for block in wanted.blocks:
             values, target = vectors[:, here.columns_of(block.name)], wanted.columns_of(block.name)
             if block.name in self.turns:
-                turned[:, target] = projected(values.astype(np.float64), self.turns[block.name]).astype(np.float32)
+                turned[:, target] = row_product(values.astype(np.float64), self.turns[block.name]).astype(np.float32)
                 continue
             names = next(one.columns for one in here.blocks if one.name == block.name)
             place = {name: column for column, name in enumerate(names)}

@@ -33,6 +33,8 @@ MAX_DIM = 2048
 # The block that a search for neighbours takes.
 NEAR = "near"
 FORMAT = 1
+# The bits of a float16 that are all set in what is not finite; NumPy computes with float16 one by one.
+HALF_INFINITY = np.uint16(0x7C00)
 
 
 @dataclass(frozen=True)
@@ -269,13 +271,14 @@ def _fill(
             rows = slice(start, start + ROWS_AT_ONCE)
             halves[rows] = torch.from_numpy(part.values[rows][:, kept])
     else:
-        for rows, inputs in standardised(part.values, *day.moments(part.name, part.values)):
-            inputs *= scale
-            halves[rows] = torch.from_numpy(inputs[:, kept])
+        statistics = day.moments(part.name, part.values)
+        every = np.array_equal(kept, np.arange(part.values.shape[1]))
+        for rows, inputs in standardised(part.values, *statistics, factor=np.asarray(scale), dtype=np.float32):
+            halves[rows] = torch.from_numpy(inputs if every else inputs[:, kept])
     for start in range(0, len(target), ROWS_AT_ONCE):
-        bad = ~np.isfinite(target[start : start + ROWS_AT_ONCE])
-        if bad.any():
-            row, column = (int(index) for index in np.argwhere(bad)[0])
+        bits = target[start : start + ROWS_AT_ONCE].view(np.uint16) & HALF_INFINITY
+        if (bits == HALF_INFINITY).any():
+            row, column = (int(index) for index in np.argwhere(bits == HALF_INFINITY)[0])
             raise DataError(
                 f"profile: '{part.columns[int(kept[column])]}' of block '{part.name}' must be finite and fit float16,"
                 f" got {target[start + row, column]} in row {start + row}; look for a diverged training"

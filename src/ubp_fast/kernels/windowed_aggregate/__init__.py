@@ -13,7 +13,10 @@ from ubp_fast.kernels.windowed_aggregate.api import (
 )
 
 # Compiled by Numba and imported with their first use.
-_MODULES = {"SparseCounter": "sparse", "code_counts": "histories", "row_sums": "histories"}
+_MODULES = {
+    **dict.fromkeys(("SparseCounter", "SparseDecay", "sparse_decay"), "sparse"),
+    **dict.fromkeys(("code_counts", "row_sums"), "histories"),
+}
 
 __all__ = ["WindowedAggregate", "WindowedAggregator", "window_aggregator", "windowed_aggregate", *_MODULES]
 

@@ -15,6 +15,7 @@ Memory beyond the results: two int32 per group and thread.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -27,6 +28,8 @@ from ubp_fast.kernels.windowed_aggregate.reference import Problem
 FINE_BITS = 12
 # 8.5 years; what is older is rare and pays for its own powers.
 MAX_COARSE = 1 << 16
+# Tables are made for a multiple of so many multiples, 12 days, so that blocks of clients share them.
+COARSE_STEP = 1 << 8
 # A thread starts in about 0.1 ms: below this many events it does not pay.
 MIN_EVENTS_PER_THREAD = 50_000
 _X_LOG_X = np.arange(1, 4098) * np.log(np.arange(1, 4098))
@@ -45,7 +48,7 @@ def prepare(problem: Problem) -> tuple[np.ndarray, ...]:
     starts_s = np.array([problem.start_s(window) for window in range(len(problem.windows_s))], np.int64)
     arguments = (
         problem.timestamp_s, problem.codes, problem.slots, problem.groups, problem.values, group_start, starts_s,
-        problem.half_lives_s, *_decay_tables(problem), problem.periods_s, GAINS,
+        problem.half_lives_s, *decay_tables(problem), problem.periods_s, GAINS,
     )  # fmt: skip
     return tuple(read_only(array) for array in arguments)
 
@@ -101,15 +104,22 @@ def first_fault(offsets: np.ndarray, timestamp_s: np.ndarray, codes: np.ndarray,
     return bad_code, falls
 
 
-def _decay_tables(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+def decay_tables(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     """2^-(age / half-life) for ages of multiples of 4096 s [H, C] and for ages below 4096 s [H, 4096]."""
-    half_lives_s = problem.half_lives_s[:, None]
-    if not half_lives_s.size:
-        return np.zeros((0, 0)), np.zeros((0, 0))
     starts = problem.offsets[:-1][np.diff(problem.offsets) > 0]
     oldest_s = problem.anchor_s - int(problem.timestamp_s[starts].min()) if len(starts) else 0
-    coarse = np.arange(min(max(oldest_s, 0) >> FINE_BITS, MAX_COARSE - 1) + 1) << FINE_BITS
-    return np.exp2(-coarse / half_lives_s), np.exp2(-np.arange(1 << FINE_BITS) / half_lives_s)
+    steps = min(max(oldest_s, 0) >> FINE_BITS, MAX_COARSE - 1) + 1
+    return _decay_tables(tuple(problem.half_lives_s.tolist()), -(-steps // COARSE_STEP) * COARSE_STEP)
+
+
+@functools.lru_cache(maxsize=32)
+def _decay_tables(half_lives_s: tuple[float, ...], steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of so many multiples; blocks of clients share them."""
+    if not half_lives_s:
+        return np.zeros((0, 0)), np.zeros((0, 0))
+    column = np.array(half_lives_s)[:, None]
+    coarse = np.arange(steps) << FINE_BITS
+    return np.exp2(-coarse / column), np.exp2(-np.arange(1 << FINE_BITS) / column)
 
 
 def _runs(offsets: np.ndarray, count: int) -> np.ndarray:
@@ -196,16 +206,21 @@ def _decay(
     """Adds the weights of rows [start, end), newest first."""
     for row in range(end - 1, start - 1, -1):
         age_s, code = anchor_s - timestamp_s[row], codes[row]
-        step = age_s >> FINE_BITS
         for half_life in range(half_lives_s.size):
-            if step < coarse.shape[1]:
-                weight = coarse[half_life, step] * fine[half_life, age_s & ((1 << FINE_BITS) - 1)]
-            else:
-                weight = np.exp2(-age_s / half_lives_s[half_life])
+            weight = decay_weight(age_s, half_life, half_lives_s, coarse, fine)
             decayed_totals[half_life] += weight
             for column in range(slots.shape[1]):
                 if slots[code, column] >= 0:
                     decayed_counts[half_life, slots[code, column]] += weight
+
+
+@njit
+def decay_weight(age_s, half_life, half_lives_s, coarse, fine):
+    """2^-(age / half-life)."""
+    step = age_s >> FINE_BITS
+    if step < coarse.shape[1]:
+        return coarse[half_life, step] * fine[half_life, age_s & ((1 << FINE_BITS) - 1)]
+    return np.exp2(-age_s / half_lives_s[half_life])
 
 
 @njit
@@ -232,7 +247,7 @@ def _add_groups(code, band, mark, groups, group_start, gains, seen, grouped, dis
 @njit
 def _one_client(
     mark, start, end, timestamp_s, codes, slots, groups, values, group_start, starts_s, periods_s, gains,
-    seen, grouped, period_seen, totals, counts, distinct, distinct_times, sums, entropy,
+    seen, grouped, period_start_s, totals, counts, distinct, distinct_times, sums, entropy,
 ):  # fmt: skip
     """Adds the events in rows [start, end) of one client to its row of the results, newest first."""
     num_windows = starts_s.size
@@ -253,9 +268,8 @@ def _one_client(
                     counts[window, slot] += 1
         _add_groups(code, band, mark, groups, group_start, gains, seen, grouped, distinct, entropy)
         for column in range(periods_s.size):
-            period = time_s // periods_s[column]
-            if row == end - 1 or period != period_seen[column]:
-                period_seen[column] = period
+            if row == end - 1 or time_s < period_start_s[column]:
+                period_start_s[column] = time_s - time_s % periods_s[column]
                 distinct_times[band, column] += 1
         for column in range(values.shape[1]):
             sums[band, column] += values[code, column]
@@ -272,7 +286,7 @@ def _aggregate(
     """Clients in rows [first, last)."""
     seen = np.zeros((group_start[-1], 2), np.int32)
     grouped = np.zeros((starts_s.size, groups.shape[1]), np.int64)
-    period_seen = np.zeros(periods_s.size, np.int64)
+    period_start_s = np.zeros(periods_s.size, np.int64)
     for client in range(first, last):
         start = offsets[client]
         end = end_of_history(timestamp_s, start, offsets[client + 1], limit_s)
@@ -291,7 +305,7 @@ def _aggregate(
         grouped[:] = 0
         _one_client(
             client - first + 1, start, end, timestamp_s, codes, slots, groups, values, group_start, starts_s,
-            periods_s, gains, seen, grouped, period_seen, totals[client], counts[client], distinct[client],
+            periods_s, gains, seen, grouped, period_start_s, totals[client], counts[client], distinct[client],
             distinct_times[client], sums[client], entropy[client],
         )  # fmt: skip
         totals_of_client = totals[client]

@@ -9,11 +9,18 @@ and read, and writes the row in ascending order of columns. No list grows, and e
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from ubp_fast.compiled import njit
-from ubp_fast.kernels.windowed_aggregate._numba import end_of_history, over_clients, read_only
+from ubp_fast.kernels.windowed_aggregate._numba import (
+    decay_tables,
+    decay_weight,
+    end_of_history,
+    over_clients,
+    read_only,
+)
 from ubp_fast.kernels.windowed_aggregate.api import checked_problem
 from ubp_fast.kernels.windowed_aggregate.reference import ALL_HISTORY
 
@@ -70,6 +77,86 @@ class SparseCounter:
             _fill(first, last, *self._inputs, *self._limits, *targets)
 
         over_clients(self._inputs[0], work)
+
+
+class SparseDecay(NamedTuple):
+    """Decayed counts (U clients, H half-lives) without the slots in which a client has nothing.
+
+    Attributes:
+        offsets: [U + 1] int64; entries of client u are rows offsets[u]..offsets[u + 1].
+        slots: [entries] int32, ascending for each client.
+        counts: [entries, H] float64.
+        totals: [U, H] float64, of all events.
+    """
+
+    offsets: np.ndarray
+    slots: np.ndarray
+    counts: np.ndarray
+    totals: np.ndarray
+
+
+def sparse_decay(
+    offsets: np.ndarray,
+    timestamp_s: np.ndarray,
+    codes: np.ndarray,
+    *,
+    anchor_s: int,
+    half_lives_s: Sequence[float],
+    slots: np.ndarray,
+    num_slots: int,
+) -> SparseDecay:
+    """`decayed_counts` and `decayed_totals` of `windowed_aggregate`, bit by bit, as sparse rows; arguments as there.
+
+    In the calling thread. Raises as `windowed_aggregate`.
+    """
+    problem = checked_problem(
+        offsets, timestamp_s, codes, slots, None, None, int(anchor_s), [], int(num_slots), list(half_lives_s), [], False
+    )
+    arrays = (problem.offsets, problem.timestamp_s, problem.codes, problem.slots)
+    inputs = [read_only(array) for array in arrays]
+    clients, half_lives = len(problem.offsets) - 1, len(problem.half_lives_s)
+    lengths, num_events = np.zeros((2, clients), np.int64)
+    starts_s = read_only(np.array([problem.anchor_s - ALL_HISTORY], np.int64))
+    _lengths(0, clients, *inputs, starts_s, problem.limit_s, problem.num_slots, lengths, num_events)
+    places = np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths)))
+    found = np.empty(places[-1], np.int32), np.empty((places[-1], half_lives)), np.zeros((clients, half_lives))
+    tables = [read_only(array) for array in (problem.half_lives_s, *decay_tables(problem))]
+    _fill_decay(*inputs, *tables, problem.anchor_s, problem.limit_s, problem.num_slots, places, *found)
+    return SparseDecay(places, *found)
+
+
+@njit
+def _fill_decay(
+    offsets, timestamp_s, codes, slots, half_lives_s, coarse, fine, anchor_s, limit_s, num_slots, places, found, counts,
+    totals,
+):  # fmt: skip
+    seen, table = np.zeros(num_slots, np.int32), np.zeros((num_slots, half_lives_s.size))
+    weights = np.empty(half_lives_s.size)
+    for client in range(offsets.size - 1):
+        start = offsets[client]
+        end = end_of_history(timestamp_s, start, offsets[client + 1], limit_s)
+        own = found[places[client] : places[client + 1]]
+        different = 0
+        for row in range(end - 1, start - 1, -1):
+            for half_life in range(half_lives_s.size):
+                weight = decay_weight(anchor_s - timestamp_s[row], half_life, half_lives_s, coarse, fine)
+                weights[half_life] = weight
+                totals[client, half_life] += weight
+            for column in range(slots.shape[1]):
+                slot = slots[codes[row], column]
+                if slot < 0:
+                    continue
+                if seen[slot] != client + 1:
+                    seen[slot] = client + 1
+                    own[different] = slot
+                    different += 1
+                for half_life in range(half_lives_s.size):
+                    table[slot, half_life] += weights[half_life]
+        _sort(own)
+        for index in range(own.size):
+            for half_life in range(half_lives_s.size):
+                counts[places[client] + index, half_life] = table[own[index], half_life]
+                table[own[index], half_life] = 0.0
 
 
 @njit

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from ubp_fast.features.scaling import add_product
+from ubp_fast.kernels.row_product import row_product
 
 # Rows whose part of a weight's gradient is one product: oneDNN is fastest where both factors stay in the cache.
 _ROWS_PER_PRODUCT = 1024
@@ -43,9 +43,8 @@ def _product_alone(rows: Tensor, weight: Tensor, bias: Tensor | None, transposed
     key = (weight.data_ptr(), tuple(weight.shape), weight.stride())
     if key not in transposed:
         transposed[key] = (weight, weight.detach().t().contiguous().numpy())
-    out = rows.new_zeros(len(rows), len(weight)) if bias is None else bias.detach().repeat(len(rows), 1)
-    add_product(rows.detach().contiguous().numpy(), transposed[key][1], out.numpy())
-    return out
+    added = None if bias is None else bias.detach().numpy()
+    return torch.from_numpy(row_product(rows.detach().numpy(), transposed[key][1], added))
 
 
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
