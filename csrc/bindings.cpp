@@ -135,8 +135,8 @@ void row_product(const ubp::RowProduct<Real>& problem) {
 
 // Scores are written where labels say.
 void pair_network(const ubp::PairNetwork& problem) {
-  if (problem.clients < 0 || problem.labels < 0 || problem.width < 0 || problem.first < 0 ||
-      problem.second < 0)
+  if (problem.clients < 0 || problem.labels < 0 || problem.both < 0 || problem.width < 0 ||
+      problem.first < 0 || problem.second < 0)
     refuse(kProduct, "sizes must not be negative");
   for (int64_t client = 0; client < problem.clients; ++client) {
     int64_t previous = -1;
@@ -203,8 +203,8 @@ PYBIND11_MODULE(_core, module) {
   module.def("row_product", &row_product<double, &ubp::RowProductKernels::of_doubles>);
   using Pairs = ubp::PairNetwork;
   ubp::Struct<Pairs>(module, "PairNetwork")
-      .fields("of_client", &Pairs::of_client, "of_label", &Pairs::of_label, "offsets", &Pairs::offsets,
-              "label", &Pairs::label, "inputs", &Pairs::inputs, "input_weight", &Pairs::input_weight,
+      .fields("of_client", &Pairs::of_client, "of_label", &Pairs::of_label, "of_both", &Pairs::of_both,
+              "both_weight", &Pairs::both_weight, "both", &Pairs::both, "offsets", &Pairs::offsets, "label", &Pairs::label, "inputs", &Pairs::inputs, "input_weight", &Pairs::input_weight,
               "weight", &Pairs::weight, "bias", &Pairs::bias, "last_weight", &Pairs::last_weight, "last_bias",
               &Pairs::last_bias, "out", &Pairs::out, "clients", &Pairs::clients, "width", &Pairs::width,
               "labels", &Pairs::labels, "first", &Pairs::first, "second", &Pairs::second);

@@ -57,20 +57,26 @@ UBP_INLINE float rectified(float value) { return value > 0.f ? value : 0.f; }
 void first_units(const PairNetwork& problem, int64_t client, int64_t start, int64_t width, int64_t pair,
                  int64_t end, float* units, float* known) {
   const float* of_client = problem.of_client + client * problem.first;
+  const float* of_both = problem.of_both + client * problem.both * problem.labels;
   for (int64_t unit = 0; unit < problem.first; ++unit) {
     const float* of_label = problem.of_label + unit * problem.labels + start;
     float* __restrict target = units + unit * kLabelsAtOnce;
-    for (int64_t at = 0; at < width; ++at) target[at] = rectified(of_client[unit] + of_label[at]);
+    for (int64_t at = 0; at < width; ++at) target[at] = of_client[unit] + of_label[at];
+    for (int64_t both = 0; both < problem.both; ++both) {
+      const float weight = problem.both_weight[both * problem.first + unit];
+      const float* values = of_both + both * problem.labels + start;
+      for (int64_t at = 0; at < width; ++at) target[at] += weight * values[at];
+    }
   }
-  if (pair == end) return;
-  product<FloatArithmetic>({problem.inputs + pair * problem.width, problem.input_weight, nullptr, known,
-                            end - pair, problem.width, problem.first});
-  for (; pair < end; ++pair, known += problem.first) {
-    const int64_t label = problem.label[pair];
+  if (pair < end)
+    product<FloatArithmetic>({problem.inputs + pair * problem.width, problem.input_weight, nullptr, known,
+                              end - pair, problem.width, problem.first});
+  for (; pair < end; ++pair, known += problem.first)
     for (int64_t unit = 0; unit < problem.first; ++unit)
-      units[unit * kLabelsAtOnce + label - start] =
-          rectified(of_client[unit] + problem.of_label[unit * problem.labels + label] + known[unit]);
-  }
+      units[unit * kLabelsAtOnce + problem.label[pair] - start] += known[unit];
+  for (int64_t unit = 0; unit < problem.first; ++unit)
+    for (int64_t at = 0; at < width; ++at)
+      units[unit * kLabelsAtOnce + at] = rectified(units[unit * kLabelsAtOnce + at]);
 }
 
 void network(const PairNetwork& problem, float* units) {

@@ -17,11 +17,13 @@ struct RowProduct {
 };
 
 // out[c, l] = last_bias + sum_v last_weight[v] max(0, bias[v] + sum_u weight[v, u] first[u])
-// first[u]  = max(0, of_client[c, u] + of_label[u, l] + sum_i inputs[p, i] input_weight[i, u]),
-// the last where a pair p is c's and l's.
+// first[u]  = max(0, of_client[c, u] + of_label[u, l] + sum_j of_both[c, j, l] both_weight[j, u]
+//                    + sum_i inputs[p, i] input_weight[i, u]), the last where a pair p is c's and l's.
 struct PairNetwork {
   const float* of_client;     // [clients, first]
   const float* of_label;      // [first, labels]
+  const float* of_both;       // [clients, both, labels]
+  const float* both_weight;   // [both, first]
   const int64_t* offsets;     // [clients + 1] of the pairs
   const int32_t* label;       // [pairs], ascending for each client
   const float* inputs;        // [pairs, width]
@@ -31,7 +33,7 @@ struct PairNetwork {
   const float* last_weight;   // [second]
   const float* last_bias;     // [1]
   float* out;                 // [clients, labels]
-  int64_t clients, labels, width, first, second;
+  int64_t clients, labels, both, width, first, second;
 };
 
 // Labels of a client that are computed at once: their units stay in a cache near the core.

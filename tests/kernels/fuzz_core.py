@@ -193,6 +193,7 @@ def row_product(core: Any, generator: random.Random) -> None:
     )
     clients, labels, width = generator.randrange(4), generator.choice((1, 15, 128, 200)), generator.randrange(40)
     first, second, offsets, listed = generator.choice((1, 17, 64)), generator.choice((1, 5, 32)), [0], []
+    both = generator.randrange(5)
     for _ in range(clients):
         listed += sorted(generator.sample(range(labels), generator.randrange(min(labels, 9) + 1)))
         offsets.append(len(listed))
@@ -200,12 +201,14 @@ def row_product(core: Any, generator: random.Random) -> None:
         listed[generator.randrange(len(listed))] = generator.choice((-1, labels, 2**31 - 1))
     sizes = {
         "of_client": clients * first, "of_label": first * labels, "inputs": len(listed) * width,
+        "of_both": clients * both * labels, "both_weight": both * first,
         "input_weight": width * first, "weight": second * first, "bias": second, "last_weight": second,
         "last_bias": 1, "out": clients * labels,
     }  # fmt: skip
     tensors = {name: numbers(generator, 0, size) for name, size in sizes.items()}
     tensors |= {"offsets": array("q", offsets), "label": array("i", listed)}
     numbers_of = {"clients": clients, "labels": labels, "width": width, "first": first, "second": second}
+    numbers_of["both"] = both
     core.pair_network(core.PairNetwork(**addresses(tensors), **numbers_of))
 
 

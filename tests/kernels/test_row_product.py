@@ -24,11 +24,11 @@ SHAPES = [
     (7, 64, 0),
 ]
 NETWORKS = [
-    (5, 3, 4, 2, 3, 3),
-    (9, 300, 64, 32, 38, 200),
-    (4, 128, 7, 5, 1, 9),
-    (3, 130, 16, 16, 0, 4),
-    (0, 5, 4, 3, 2, 1),
+    (5, 3, 4, 2, 3, 3, 2),
+    (9, 300, 64, 32, 38, 200, 4),
+    (4, 128, 7, 5, 1, 9, 0),
+    (3, 130, 16, 16, 0, 4, 1),
+    (0, 5, 4, 3, 2, 1, 3),
 ]
 
 
@@ -68,28 +68,33 @@ def test_products(isa: str, shape: tuple[int, int, int], dtype: type, with_bias:
     assert row_product(turned, weight, given).tobytes() == found.tobytes(), "however rows lie in memory"
 
 
-def pairs(clients: int, labels: int, first: int, second: int, width: int, most: int) -> tuple[np.ndarray, ...]:
+def pairs(
+    clients: int, labels: int, first: int, second: int, width: int, most: int, both: int
+) -> tuple[np.ndarray, ...]:
     state = np.random.default_rng(1)
     number = state.integers(0, min(most, labels) + 1, clients)
     offsets = np.concatenate((np.zeros(1, np.int64), np.cumsum(number)))
     label = [np.sort(state.choice(labels, count, replace=False)) for count in number]
-    of_client, of_label, inputs, input_weight, weight, bias, last_weight, last_bias = arrays(
-        *((clients, first), (first, labels), (offsets[-1], width), (width, first)),
+    of_client, of_label, of_both, both_weight, inputs, input_weight, weight, bias, last_weight, last_bias = arrays(
+        *((clients, first), (first, labels), (clients, both, labels), (both, first)),
+        *((offsets[-1], width), (width, first)),
         *((second, first), (second,), (second,), (1,)),
     )
     listed = np.concatenate([np.zeros(0, np.int64), *label]).astype(np.int32)
-    return of_client, of_label, offsets, listed, inputs, input_weight, weight, bias, last_weight, last_bias
+    pairs = offsets, listed, inputs, input_weight
+    return of_client, of_label, of_both, both_weight, *pairs, weight, bias, last_weight, last_bias
 
 
 @pytest.mark.parametrize("sizes", NETWORKS)
-def test_a_network_of_pairs(isa: str, sizes: tuple[int, int, int, int, int, int]) -> None:
+def test_a_network_of_pairs(isa: str, sizes: tuple[int, int, int, int, int, int, int]) -> None:
     given = pairs(*sizes)
-    of_client, of_label, offsets, label, inputs, input_weight, weight, bias, last_weight, last_bias = (
+    of_client, of_label, of_both, both_weight, offsets, label, inputs, input_weight, *last = (
         array.astype(np.float64) if array.dtype == np.float32 else array for array in given
     )
+    weight, bias, last_weight, last_bias = last
     exact = np.empty((len(of_client), of_label.shape[1]))
     for client, of_one in enumerate(of_client):
-        first = of_one[:, None] + of_label
+        first = of_one[:, None] + of_label + both_weight.T @ of_both[client]
         of_pairs = slice(offsets[client], offsets[client + 1])
         first[:, label[of_pairs]] += (inputs[of_pairs] @ input_weight).T
         second = np.maximum(weight @ np.maximum(first, 0) + bias[:, None], 0)
@@ -97,27 +102,29 @@ def test_a_network_of_pairs(isa: str, sizes: tuple[int, int, int, int, int, int]
     found, plain = (pair_network(*given, backend=name) for name in ("native", "reference"))
     require_close(found, plain, exact)
     for client in range(len(found)):
-        one = slice(given[2][client], given[2][client + 1])
+        one = slice(given[4][client], given[4][client + 1])
         alone = (
             given[0][client : client + 1],
             given[1],
-            given[2][client : client + 2] - given[2][client],
-            given[3][one],
+            given[2][client : client + 1],
+            given[3],
+            given[4][client : client + 2] - given[4][client],
+            given[5][one],
         )
-        assert pair_network(*alone, given[4][one], *given[5:]).tobytes() == found[client].tobytes()
+        assert pair_network(*alone, given[6][one], *given[7:]).tobytes() == found[client].tobytes()
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
 def test_labels_must_rise_and_lie_inside(backend: str) -> None:
-    given = list(pairs(4, 6, 3, 2, 2, 3))
-    given[2], given[4] = np.array([0, 0, 2, 2, 2]), given[4][:2]
+    given = list(pairs(4, 6, 3, 2, 2, 3, 1))
+    given[4], given[6] = np.array([0, 0, 2, 2, 2]), given[6][:2]
     for label in ([1, 1], [3, 2], [0, 6], [-1, 2]):
-        given[3] = np.array(label, np.int32)
+        given[5] = np.array(label, np.int32)
         with pytest.raises(ValueError, match="labels of a client must rise and stay below 6"):
             pair_network(*given, backend=backend)
-    given[3] = np.array([0, 5], np.int32)
+    given[5] = np.array([0, 5], np.int32)
     assert np.isfinite(pair_network(*given, backend=backend)).all()
-    given[2] = np.array([0, 2, 1, 2, 2])
+    given[4] = np.array([0, 2, 1, 2, 2])
     with pytest.raises(ValueError, match="offsets must rise from 0 to the 2 pairs"):
         pair_network(*given, backend=backend)
 

@@ -29,6 +29,8 @@ def row_product(rows: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -
 def pair_network(
     of_client: np.ndarray,
     of_label: np.ndarray,
+    of_both: np.ndarray,
+    both_weight: np.ndarray,
     offsets: np.ndarray,
     label: np.ndarray,
     inputs: np.ndarray,
@@ -40,8 +42,11 @@ def pair_network(
 ) -> np.ndarray:
     """See `api.pair_network`."""
     out = np.empty((len(of_client), of_label.shape[1]), np.float32)
-    arrays = {"of_client": of_client, "of_label": of_label, "offsets": offsets, "label": label, "inputs": inputs}
+    arrays = {"of_client": of_client, "of_label": of_label, "of_both": of_both, "both_weight": both_weight}
     arrays |= {
+        "offsets": offsets,
+        "label": label,
+        "inputs": inputs,
         "input_weight": input_weight,
         "weight": weight,
         "bias": bias,
@@ -49,7 +54,7 @@ def pair_network(
         "last_bias": last_bias,
         "out": out,
     }
-    sizes = {"clients": len(of_client), "labels": of_label.shape[1]}
+    sizes = {"clients": len(of_client), "labels": of_label.shape[1], "both": len(both_weight)}
     sizes |= {"width": inputs.shape[1], "first": weight.shape[1], "second": len(weight)}
     kept, addresses = _placed(arrays)
     _core.pair_network(_core.PairNetwork(**addresses, **sizes))

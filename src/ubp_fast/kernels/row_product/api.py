@@ -2,7 +2,8 @@
 
     row_product    out = rows weight + bias
     pair_network   out[c, l] = last_bias + last_weight . max(0, bias + weight h[c, l])
-                   h[c, l]   = max(0, of_client[c] + of_label[:, l] + inputs[p] input_weight)
+                   h[c, l]   = max(0, of_client[c] + of_label[:, l] + of_both[c, :, l] both_weight
+                                      + inputs[p] input_weight)
 
 The last term is there where a pair p of c and l is given.
 
@@ -53,6 +54,8 @@ def row_product(
 def pair_network(
     of_client: np.ndarray,
     of_label: np.ndarray,
+    of_both: np.ndarray,
+    both_weight: np.ndarray,
     offsets: np.ndarray,
     label: np.ndarray,
     inputs: np.ndarray,
@@ -69,6 +72,8 @@ def pair_network(
     Args:
         of_client: float32 [U, H], what clients bring to the first units.
         of_label: float32 [H, L], what labels bring.
+        of_both: float32 [U, J, L], what is known of every pair; J may be 0.
+        both_weight: float32 [J, H].
         offsets: int64 [U + 1] of the pairs of which more is known, 0 at first.
         label: int32 [P], ascending for each client.
         inputs: float32 [P, F], what is known of these pairs.
@@ -88,16 +93,19 @@ def pair_network(
         BackendUnavailable: the named backend does not exist.
     """
     arguments = (
-        *(of_client, of_label, offsets, label, inputs, input_weight),
+        *(of_client, of_label, of_both, both_weight, offsets, label, inputs, input_weight),
         *(weight, bias, last_weight, last_bias),
     )
     _require_shapes(
         of_client=(of_client, ("U", "H")), of_label=(of_label, ("H", "L")), label=(label, ("P",)),
+        of_both=(of_both, ("U", "J", "L")), both_weight=(both_weight, ("J", "H")),
         inputs=(inputs, ("P", "F")), input_weight=(input_weight, ("F", "H")), weight=(weight, ("K", "H")),
         bias=(bias, ("K",)), last_weight=(last_weight, ("K",)), last_bias=(last_bias, ("1",)),
     )  # fmt: skip
     floats = {
         "of_label": of_label,
+        "of_both": of_both,
+        "both_weight": both_weight,
         "inputs": inputs,
         "input_weight": input_weight,
         "weight": weight,

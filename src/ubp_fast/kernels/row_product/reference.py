@@ -24,6 +24,8 @@ def row_product(rows: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -
 def pair_network(
     of_client: np.ndarray,
     of_label: np.ndarray,
+    of_both: np.ndarray,
+    both_weight: np.ndarray,
     offsets: np.ndarray,
     label: np.ndarray,
     inputs: np.ndarray,
@@ -35,6 +37,8 @@ def pair_network(
 ) -> np.ndarray:
     """See `api.pair_network`."""
     first = of_client[:, None] + of_label.T
+    for both in range(len(both_weight)):
+        first += of_both[:, both, :, None] * both_weight[both]
     client = np.repeat(np.arange(len(of_client)), np.diff(offsets))
     if len(label) and (
         label.min() < 0 or label.max() >= first.shape[1] or (np.diff(label)[np.diff(client) == 0] < 1).any()
