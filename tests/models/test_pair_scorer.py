@@ -46,16 +46,16 @@ def scores(scorer: PairScorer, store: EventStore, cutoff_s: int = END_S) -> np.n
 
 
 def counts_of(store: EventStore, client: int, cutoff_s: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Decayed counts of a client event by event: kind -> [half-lives, skus]; and the inputs about the client."""
+    """Decayed counts of a client event by event: kind -> [half-lives, skus], the last for tastes; and its inputs."""
     found, activity = {}, []
     for kind in KINDS:
         columns = store.kind(kind)
         rows = range(columns.offsets[client], columns.offsets[client + 1])
         events = [(int(columns.timestamp_s[row]), int(columns.item[row])) for row in rows]  # type: ignore[index]
         events = [(time_s, item) for time_s, item in events if time_s < cutoff_s]
-        found[kind] = np.zeros((3, store.num_skus))
+        found[kind] = np.zeros((4, store.num_skus))
         ages = np.array([(cutoff_s - time_s) / DAY_S for time_s, _ in events])
-        for number, days in enumerate(CONFIG.half_lives_days):
+        for number, days in enumerate((*CONFIG.half_lives_days, CONFIG.taste_half_life_days)):
             for age, (_, item) in zip(ages, events, strict=True):
                 found[kind][number, item] += 0.5 ** (age / days)
         never = (cutoff_s - store.first_timestamp_s) / DAY_S
@@ -78,21 +78,28 @@ def test_scores_are_those_of_the_network_written_out(shop: EventStore, scorer: P
     is_category = category == category[is_sku][0]
     counted = [counts_of(shop, client, cutoff_s) for client in range(shop.num_clients)]
     popularity = []
+    of_label = scorer.factors[:, is_sku].sum(axis=(0, 1))
     for kind in KINDS:
-        mean = np.mean([counts[kind][:, is_sku].sum(axis=1) for counts, _ in counted], axis=0)
+        mean = np.mean([counts[kind][:3, is_sku].sum(axis=1) for counts, _ in counted], axis=0)
         popularity += [*np.log(mean + 1e-6), np.log(mean + 1e-6)[0] - np.log(mean + 1e-6)[2]]
     for client in (*range(12), 77):
         counts, activity = counted[client]
         pair, changes, of_category = [], [], []
         for kind in KINDS:
-            own, all_items = counts[kind][:, is_sku].sum(axis=1), counts[kind].sum(axis=1)
+            own, all_items = counts[kind][:3, is_sku].sum(axis=1), counts[kind][:3].sum(axis=1)
             for count, total in zip(own, all_items, strict=True):
                 share = min(count / max(total, 0.05), 1)
                 pair += [np.log1p(count), np.sqrt(np.log1p(count)), np.sqrt(share), float(np.log1p(count) > 0.02)]
             changes.append(np.log1p(own[0]) - np.log1p(own[2]))
-            for count in counts[kind][:, is_category].sum(axis=1):
+            for count in counts[kind][:3, is_category].sum(axis=1):
                 of_category += [np.log1p(count), np.sqrt(np.log1p(count))]
+        kinds = zip(KINDS, scorer.factors, strict=True)
+        mine, tastes = np.sum([np.log1p(counts[kind][3]) @ weights for kind, weights in kinds], axis=0), []
+        for rank in CONFIG.tastes:
+            product = mine[:rank] @ of_label[:rank] / np.linalg.norm(of_label[:rank])
+            tastes += [product, product / max(np.linalg.norm(mine[:rank]), 1e-9)]
         inputs = {"client": activity, "label": np.array(popularity), "pair": np.array(pair + changes + of_category)}
+        inputs["taste"] = np.array(tastes)
         hidden = arrays["bias_1"].copy()
         for name, values in inputs.items():
             scaled = ((values - arrays[f"{name}_mean"]) * arrays[f"{name}_scale"]).clip(-5, 5)
@@ -105,7 +112,8 @@ def test_scores_are_those_of_the_network_written_out(shop: EventStore, scorer: P
 def test_what_a_client_likes_scores_higher(shop: EventStore, scorer: PairScorer) -> None:
     """A client of the shop buys skus with sku % 5 == client % 5 alone, and categories are sku % 5 + 7."""
     found, names = scores(scorer, shop), scorer.names
-    assert len(names) == 55 and names[0] == "propensity_category_7" and names[5] == f"propensity_sku_{NUM_SKUS - 1}"
+    assert len(names) == 57 and names[:3] == ("buys", "carts", "propensity_category_7")
+    assert names[7] == f"propensity_sku_{NUM_SKUS - 1}"
     busy = np.diff(shop.kind("product_buy").offsets) > 5
     client = np.flatnonzero(busy)
     for prefix, of_label in (
@@ -123,6 +131,44 @@ def test_what_a_client_likes_scores_higher(shop: EventStore, scorer: PairScorer)
     later = shop.kind("product_buy").timestamp_s >= END_S - 14 * DAY_S
     bought = later.sum() / found.shape[0] / NUM_SKUS
     assert rate.mean() == pytest.approx(bought, rel=0.5), "log odds must belong to real rates, whatever was drawn"
+
+
+def test_a_client_alone_has_a_score_of_coming_back(shop: EventStore, scorer: PairScorer) -> None:
+    found, names = scores(scorer, shop, CUTOFFS[0]), list(scorer.names)
+    for name, kind in (("buys", "product_buy"), ("carts", "add_to_cart")):
+        columns = shop.kind(kind)
+        times = columns.timestamp_s
+        returns = np.array(
+            [
+                (times[first:end] >= CUTOFFS[0]).any()
+                for first, end in zip(columns.offsets, columns.offsets[1:], strict=False)
+            ]
+        )
+        ranks = found[:, names.index(name)].argsort().argsort()
+        area = (ranks[returns].mean() - (returns.sum() - 1) / 2) / (~returns).sum()
+        assert area > 0.7
+        rate = (1 / (1 + np.exp(-found[:, names.index(name)]))).mean()
+        assert rate == pytest.approx(returns.mean(), abs=0.15), "log odds of real rates"
+
+
+def test_tastes_tell_what_was_never_bought(tmp_path: Path) -> None:
+    """Clients buy skus of one residue of 5; without its own counts a label is known by what its buyers buy besides."""
+    store = make_store(tmp_path, clients=150, kinds=("product_buy",))
+    found = {}
+    for tastes in ((), (4,)):
+        scorer = PairScorer.fit(store, CUTOFFS, lists("sku"), replace(CONFIG, tastes=tastes))
+        assert scorer.factors.shape[2] == sum(tastes)
+        values = scores(scorer, store)[:, 1:]
+        columns, rows = store.kind("product_buy"), np.arange(store.num_clients)
+        client = np.repeat(rows, np.diff(columns.offsets))
+        bought = np.zeros((store.num_clients, NUM_SKUS), bool)
+        bought[client, np.asarray(store.sku_ids)[columns.item]] = True
+        sku = np.array([int(name.split("_")[-1]) for name in scorer.names[1:]])
+        never = ~bought[:, sku] & (np.diff(columns.offsets) > 5)[:, None]
+        liked = (sku % 5 == rows[:, None] % 5)[never]
+        ranks = values[never].argsort().argsort()
+        found[tastes] = (ranks[liked].mean() - (liked.sum() - 1) / 2) / (~liked).sum()
+    assert found[(4,)] > 0.9 and found[(4,)] > found[()] + 0.1
 
 
 def test_nothing_from_the_cutoff_on_is_seen(shop: EventStore, tmp_path: Path) -> None:
@@ -180,20 +226,22 @@ def test_files_hold_all_of_it(shop: EventStore, scorer: PairScorer, tmp_path: Pa
 def test_lists_and_kinds_may_be_missing(tmp_path: Path) -> None:
     store = make_store(tmp_path, kinds=("product_buy",), clients=80)
     without = PairScorer.fit(store, CUTOFFS, lists("sku"), CONFIG)
-    assert list(without.groups) == ["propensity_sku"] and OF_SKUS not in without.lists
+    assert list(without.groups) == ["buys", "propensity_sku"] and OF_SKUS not in without.lists
     assert np.isfinite(scores(without, store)).all()
 
 
 def test_a_list_that_nobody_buys_from_has_no_scores(shop: EventStore) -> None:
     unknown: LabelLists = {"propensity_sku": (np.array([900, 901]), np.ones(2)), **lists("price")}
     found = PairScorer.fit(shop, CUTOFFS, unknown, CONFIG)
-    assert list(found.groups) == ["propensity_price"]
-    assert found.transform(shop, END_S).shape == (150, 10)
+    assert list(found.groups) == ["buys", "carts", "propensity_price"]
+    assert found.transform(shop, END_S).shape == (150, 12)
 
 
 def test_nothing_to_learn_from_is_no_column(shop: EventStore) -> None:
     unknown: LabelLists = {"propensity_sku": (np.array([900, 901]), np.ones(2))}
-    assert scores(PairScorer.fit(shop, CUTOFFS, unknown, CONFIG), shop).shape == (150, 0)
+    assert PairScorer.fit(shop, CUTOFFS, unknown, CONFIG).names == ("buys", "carts")
+    nothing = PairScorer(CONFIG, unknown, {}, np.zeros((2, shop.num_skus, 16), np.float32))
+    assert scores(nothing, shop).shape == (150, 0)
 
 
 @pytest.mark.parametrize(
@@ -203,6 +251,8 @@ def test_nothing_to_learn_from_is_no_column(shop: EventStore) -> None:
         ({"pairs": 0}, "pairs"),
         ({"half_lives_days": (0.0,)}, "half_lives_days"),
         ({"hidden": (8, 0)}, "hidden"),
+        ({"tastes": (16, 8)}, "tastes"),
+        ({"client_epochs": 0}, "client_epochs"),
     ],
 )
 def test_bad_settings_are_named(settings: dict[str, object], named: str) -> None:

@@ -13,7 +13,7 @@ Source: Halko, Martinsson, Tropp, Finding structure with randomness, 2011.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,32 +39,38 @@ class TastesConfig:
         kinds: kinds with skus; an item that is bought and carted is two columns of A.
         rank: factors.
         half_life_days: an event from one half-life ago counts half of one from today.
-        seed: of the first narrow matrix.
+        clients: drawn at most, whose events are factorised.
+        seed: of the first narrow matrix and of the draw.
     """
 
     kinds: tuple[str, ...] = ("product_buy", "add_to_cart")
     rank: int = 64
     half_life_days: float = 60.0
+    clients: int = 200_000
     seed: int = 0
 
     def __post_init__(self) -> None:
         unknown = set(self.kinds) - set(SKU_KINDS)
         if unknown or not self.kinds:
             raise ValueError(f"TastesConfig: kinds must be some of {list(SKU_KINDS)}, got {list(self.kinds)}")
-        if self.rank < 1 or not self.half_life_days > 0:
+        if self.rank < 1 or self.clients < 1 or not self.half_life_days > 0:
             raise ValueError(
-                f"TastesConfig: rank must be >= 1 and half_life_days > 0, got {self.rank} and {self.half_life_days}"
+                "TastesConfig: rank and clients must be >= 1 and half_life_days > 0,"
+                f" got {self.rank}, {self.clients} and {self.half_life_days}"
             )
 
 
 def fit_tastes(store: EventStore, cutoff_s: int, config: TastesConfig | None = None) -> np.ndarray:
-    """Weights of the items, float32 [kinds, items, rank], from the events before the cutoff of all relevant clients.
+    """Weights of the items, float32 [kinds, items, rank], from the events before the cutoff of the relevant clients.
 
     Kinds are those of the configuration that the store has. The strongest factor comes first; of both signs the one is
     taken with which the largest weight is positive. Factors of 0 where clients and items have fewer.
     """
     config = config or TastesConfig()
     history = History.of(store, cutoff_s)
+    if len(history.clients) > config.clients:
+        drawn = np.random.default_rng(config.seed).choice(history.clients, config.clients, replace=False)
+        history = replace(history, clients=np.sort(drawn))
     width = max(len(history.present(config.kinds)), 1) * store.num_skus
     parts, first = [(np.zeros((2, 0), np.int64), np.zeros(0, np.float32))], 0
     for part in history.parts(config.rank):
@@ -108,14 +114,19 @@ def taste_features(
     config = config or TastesConfig()
     if weights is None:
         weights = fit_tastes(store, cutoff_s, config)
-    of_place = weights.reshape(-1, config.rank)
+    names = tuple(f"taste_{factor}" for factor in range(config.rank))
 
     def columns(part: History) -> Iterator[Column]:
-        found = np.zeros((len(part.rows), config.rank))
-        _fold_in(*_decayed_counts(part, config), of_place, found)
-        yield Column(tuple(f"taste_{factor}" for factor in range(config.rank)), "", found.astype(np.float32))
+        yield Column(names, "", tastes_of(part, config, weights))
 
     return features_of(History.of(store, cutoff_s), columns, directory)
+
+
+def tastes_of(part: History, config: TastesConfig, weights: np.ndarray) -> np.ndarray:
+    """The factors of the clients at hand, float32 [U, rank]."""
+    found = np.zeros((len(part.rows), config.rank))
+    _fold_in(*_decayed_counts(part, config), weights.reshape(-1, config.rank), found)
+    return found.astype(np.float32)
 
 
 def _decayed_counts(part: History, config: TastesConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,10 +1,16 @@
 """Pair scores: how likely a client buys a label within two weeks, by one model for all labels of a list.
 
-    score(client, label) = MLP(own counts of label and category | popularity of the label | activity of the client)
+    score(client, label) = MLP(own counts of label and category | how the client's tastes fit the label |
+                               popularity of the label | activity of the client)
+    score(client)        = MLP(activity of the client)                                  buys, or carts, anything at all
 
 A reader that meets a label for the first time has a few thousand rows to find out which of a thousand columns it should
 look at. The scorer has seen every (client, label) pair of many past windows and knows what own counts, recency and
 popularity say in general: alone, its scores rank clients better than a regression on all features does.
+
+Own counts say nothing of a label that a client never bought. Tastes do: a few factors of everybody's decayed counts of
+all items (`features.tastes`), of the client and of the label's items, and the products of both; few, because many of
+them only say again what was bought. A past window's factors are fitted before that window.
 
 One network per list of labels; rectified units, log odds out. Everything is counted before the cutoff, at three
 half-lives; what is compared among clients (popularity) comes from the statistics of the day. A pair's score does not
@@ -15,6 +21,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,21 +39,26 @@ from ubp_fast.features.history import Column, History, features_of
 from ubp_fast.features.matrix import Features
 from ubp_fast.features.popular import label_slots
 from ubp_fast.features.scaling import DayStatistics
+from ubp_fast.features.tastes import TastesConfig, fit_tastes, tastes_of
 from ubp_fast.kernels.row_product import pair_network, row_product
 from ubp_fast.sequences import Views, window_labels
 from ubp_fast.store.event_store import EventStore
 
 # List -> the labels of `window_labels` that its scores predict.
 LISTS = {"propensity_category": "buy_category", "propensity_sku": "buy_sku", "propensity_price": "buy_price"}
+# Scores of a client alone -> the labels of `window_labels` that they predict, and whether they predict the opposite.
+OF_CLIENTS = {"buys": ("churn", True), "carts": ("add", False)}
 # Categories of listed skus, a list like any other for whoever counts.
 OF_SKUS = "skus_category"
-LEAST_POSITIVES = 100
+# Fewer of either answer teach nothing: of pairs, of clients.
+LEAST_POSITIVES, LEAST_CLIENTS = 100, 20
 # An input lies within so many deviations: own counts have long tails.
 CLIP = 5.0
 # Less than this is no own count: an event from 5.6 half-lives ago.
 SEEN = 0.02
 LEAST_ACTIVITY = 0.05
 LEAST_POPULARITY = 1e-6
+LEAST_LENGTH = 1e-9
 # What is known of the pairs of so many clients stays in a cache.
 CLIENTS_AT_ONCE = 128
 
@@ -59,12 +71,15 @@ class PairScorerConfig:
         kinds: kinds of events that own counts are taken of.
         half_lives_days: of own counts and popularity, ascending.
         activity_half_lives_days: of the client's activity.
+        tastes: numbers of factors whose products are compared, ascending; none: own counts alone.
+        taste_half_life_days: of the counts that are factorised.
         windows: past windows at most that the scorer learns from.
         clients: drawn in every window at most.
         pairs: of a list, that the network learns from, at most those there are; a third as many of them bought, where
             there are so many.
         hidden: units of the two hidden layers.
         epochs: passes over the pairs.
+        client_epochs: passes over the clients, for their own scores.
         batch_size: pairs per step.
         learning_rate: the largest of a schedule that rises and falls.
         weight_decay: of AdamW.
@@ -73,11 +88,14 @@ class PairScorerConfig:
     kinds: tuple[str, ...] = ("product_buy", "add_to_cart")
     half_lives_days: tuple[float, ...] = (14.0, 60.0, 240.0)
     activity_half_lives_days: tuple[float, ...] = (2.0, 5.0, 10.0, 20.0, 60.0, 180.0)
+    tastes: tuple[int, ...] = (8, 16)
+    taste_half_life_days: float = 120.0
     windows: int = 6
     clients: int = 8192
     pairs: int = 150_000
     hidden: tuple[int, int] = (64, 32)
     epochs: int = 8
+    client_epochs: int = 20
     batch_size: int = 1024
     learning_rate: float = 3e-3
     weight_decay: float = 1e-3
@@ -86,14 +104,21 @@ class PairScorerConfig:
         unknown = set(self.kinds) - set(SKU_KINDS)
         if unknown or not self.kinds:
             raise UserError(f"PairScorerConfig: kinds must be some of {list(SKU_KINDS)}, got {list(self.kinds)}")
-        for name in ("windows", "clients", "pairs", "epochs", "batch_size"):
+        for name in ("windows", "clients", "pairs", "epochs", "client_epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"PairScorerConfig: {name} must be >= 1, got {getattr(self, name)}")
         days = self.half_lives_days
         if not days or min(*days, *self.activity_half_lives_days) <= 0:
             raise UserError(f"PairScorerConfig: half_lives_days must be > 0, got {list(days)}")
+        if list(self.tastes) != sorted({*self.tastes}) or min(self.tastes, default=1) < 1:
+            raise UserError(f"PairScorerConfig: tastes must be ascending numbers >= 1, got {list(self.tastes)}")
         if len(self.hidden) != 2 or min(self.hidden) < 1:
             raise UserError(f"PairScorerConfig: hidden must be two numbers >= 1, got {list(self.hidden)}")
+
+    @property
+    def factors(self) -> TastesConfig:
+        """What is factorised."""
+        return TastesConfig(self.kinds, max(self.tastes, default=1), self.taste_half_life_days)
 
 
 class Counts(NamedTuple):
@@ -105,6 +130,7 @@ class Counts(NamedTuple):
         own: float32 [entries, H] decayed counts.
         totals: float32 [U, J] of all items.
         activity: float32 [U, A] how much, how long ago, on how many days.
+        tastes: float32 [U, R] factors of what was bought; R = 0 where none are asked for.
     """
 
     starts: np.ndarray
@@ -112,6 +138,7 @@ class Counts(NamedTuple):
     own: np.ndarray
     totals: np.ndarray
     activity: np.ndarray
+    tastes: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -134,11 +161,21 @@ class PairScorer:
     Attributes:
         config: constants.
         lists: the label lists, those of `LISTS` and the categories of the skus.
-        groups: list -> its network, of the lists that could be learned.
+        groups: list -> its network, of the lists that could be learned; those of `OF_CLIENTS` have one label each.
+        factors: weights of the items, float32 [kinds, items, R].
+        past: those of the windows that were learned from, by cutoff; not kept in files.
     """
 
-    def __init__(self, config: PairScorerConfig, lists: LabelLists, groups: Mapping[str, _Group]) -> None:
+    def __init__(
+        self,
+        config: PairScorerConfig,
+        lists: LabelLists,
+        groups: Mapping[str, _Group],
+        factors: np.ndarray,
+        past: Mapping[int, np.ndarray] | None = None,
+    ) -> None:
         self.config, self.lists, self.groups = config, lists, groups
+        self.factors, self.past = factors, past or {}
 
     @classmethod
     def fit(
@@ -165,36 +202,58 @@ class PairScorer:
         known = {name: lists[name] for name in LISTS if name in lists}
         known |= _categories_of_skus(store, known)
         slots = _slots_of(store, known)
-        scorer = cls(config, known, {})
+        # What is learned here knows nothing that lies behind the newest window.
+        newest_s = max((when + store.target_days * DAY_S for when in cutoffs_s), default=store.cutoff_s)
+        factors = {when: _fit_factors(store, when, config) for when in {*cutoffs_s, newest_s}}
+        scorer = cls(config, known, {}, factors[newest_s], factors)
         random = np.random.default_rng(seed)
         drawn: dict[str, list[tuple[np.ndarray, ...]]] = {name: [] for name in known if name in LISTS}
+        alone: dict[str, list[tuple[np.ndarray, ...]]] = {}
         for cutoff_s in cutoffs_s:
             history = History.of(store, cutoff_s, known)
             rows = history.clients
             if len(rows) > config.clients:
                 rows = np.sort(random.choice(rows, config.clients, replace=False))
             labels = window_labels(store, Views(rows, np.full(len(rows), cutoff_s)), known)
-            counts = _counts(replace(history, rows=rows, seen={}), config)
+            counts = _counts(replace(history, rows=rows, seen={}), config, factors[cutoff_s])
             popularity = scorer._popularity(history, DayStatistics())
             for name, found in drawn.items():
                 label = labels[LISTS[name]]
                 assert isinstance(label, LabelMatrix)
                 group = _Group(slots[name], _category_slots(known, slots, name), {})
-                found.append(_draw(label, counts, popularity, group, config, len(cutoffs_s), random))
+                of_labels = _tastes_of_labels(store, name, known[name][0], factors[cutoff_s], config)
+                found.append(_draw(label, counts, popularity, of_labels, group, config, len(cutoffs_s), random))
+            for name, (label_name, opposite) in OF_CLIENTS.items():
+                if label_name in labels:
+                    happened = labels[label_name]
+                    assert isinstance(happened, np.ndarray)
+                    alone.setdefault(name, []).append((counts.activity, 1 - happened if opposite else happened))
         groups: dict[str, _Group] = {}
+        for name, parts in alone.items():
+            activity, happened = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+            if LEAST_CLIENTS <= happened.sum() <= len(happened) - LEAST_CLIENTS:
+                weight, widths = np.ones(len(happened), np.float32), {"client": activity.shape[1]}
+                arrays = _train(activity, happened, weight, widths, config, config.client_epochs, seed)
+                groups[name] = _Group(np.zeros(0, np.int64), np.zeros(0, np.int64), arrays)
         for name, parts in drawn.items():
-            pair, client, label_inputs, bought, weight = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+            client, label_inputs, tastes, pair, bought, weight = (
+                np.concatenate(arrays) for arrays in zip(*parts, strict=True)
+            )
             if bought.sum() < LEAST_POSITIVES or bought.all():
                 continue
-            inputs = np.concatenate([client, label_inputs, pair], axis=1)
-            arrays = _train(inputs, bought, weight, (client.shape[1], label_inputs.shape[1]), config, seed)
+            named = {"client": client, "label": label_inputs, "taste": tastes, "pair": pair}
+            inputs, widths = np.concatenate([*named.values()], axis=1), {key: x.shape[1] for key, x in named.items()}
+            arrays = _train(inputs, bought, weight, widths, config, config.epochs, seed)
             groups[name] = _Group(slots[name], _category_slots(known, slots, name), arrays)
-        return cls(config, known, groups)
+        return cls(config, known, groups, factors[newest_s], factors)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the columns: list and label."""
-        return tuple(f"{name}_{label}" for name in self.groups for label in self.lists[name][0].tolist())
+        """Of the columns: scores of clients, then list and label."""
+        return tuple(itertools.chain.from_iterable(map(self._names_of, self.groups)))
+
+    def _names_of(self, name: str) -> tuple[str, ...]:
+        return (name,) if name in OF_CLIENTS else tuple(f"{name}_{label}" for label in self.lists[name][0].tolist())
 
     def transform(
         self,
@@ -204,7 +263,7 @@ class PairScorer:
         day: DayStatistics | None = None,
         name: str = "scores",
     ) -> Features:
-        """Log odds of every client that needs a profile, for every label of the learned lists.
+        """Log odds of every client that needs a profile, for anything at all and every label of the learned lists.
 
         Args:
             store: event store; of the one that was learned from, or of the same ids.
@@ -214,31 +273,39 @@ class PairScorer:
             name: under which the day knows it.
 
         Returns:
-            [U, labels] float32, clients in the order of the store.
+            [U, scores] float32, clients in the order of the store.
         """
         history = History.of(store, cutoff_s, self.lists, day)
-        popularity = self._popularity(history, history.day, name)
-        label_inputs = {}
+        popularity, factors = self._popularity(history, history.day, name), self.past.get(cutoff_s, self.factors)
+        label_inputs, tastes = {}, {}
         for list_name, group in self.groups.items():
-            arrays, popular = group.arrays, popularity[group.slots]
-            scaled = ((popular - arrays["label_mean"]) * arrays["label_scale"]).clip(-CLIP, CLIP)
-            nothing = _scaled(np.zeros_like(arrays["pair_mean"]), arrays)[None]
-            of_label = row_product(scaled, arrays["label_weight"]) + row_product(nothing, arrays["pair_weight"])
+            if list_name in OF_CLIENTS:
+                continue
+            arrays = group.arrays
+            nothing = _scaled(np.zeros_like(arrays["pair_mean"]), arrays, "pair")[None]
+            popular = row_product(_scaled(popularity[group.slots], arrays, "label"), arrays["label_weight"])
+            of_label = popular + row_product(nothing, arrays["pair_weight"])
             label_inputs[list_name] = np.ascontiguousarray((of_label + arrays["bias_1"]).T, np.float32)
+            tastes[list_name] = _tastes_of_labels(store, list_name, self.lists[list_name][0], factors, self.config)
 
         def columns(part: History) -> Iterator[Column]:
-            counts = _counts(part, self.config)
+            counts = _counts(part, self.config, factors)
             for list_name, group in self.groups.items():
-                labels = tuple(f"{list_name}_{label}" for label in self.lists[list_name][0].tolist())
-                yield Column(labels, "log odds", self._scores(counts, len(popularity), group, label_inputs[list_name]))
+                if list_name in OF_CLIENTS:
+                    scores = _of_clients(counts, group)
+                else:
+                    of_labels = label_inputs[list_name], tastes[list_name]
+                    scores = self._scores(counts, len(popularity), group, *of_labels)
+                yield Column(self._names_of(list_name), "log odds", scores)
 
         return features_of(history, columns, directory)
 
-    def _scores(self, counts: Counts, num_slots: int, group: _Group, of_label: np.ndarray) -> np.ndarray:
+    def _scores(
+        self, counts: Counts, num_slots: int, group: _Group, of_label: np.ndarray, tastes: Sequence[np.ndarray]
+    ) -> np.ndarray:
         """Log odds float32 [U, L]; of_label float32 [H, L]: what labels bring of which a client knows nothing."""
         arrays = group.arrays
-        scaled = ((counts.activity - arrays["client_mean"]) * arrays["client_scale"]).clip(-CLIP, CLIP)
-        of_client = row_product(scaled, arrays["client_weight"])
+        of_client = row_product(_scaled(counts.activity, arrays, "client"), arrays["client_weight"])
         last = [
             np.ascontiguousarray(arrays["weight_2"].T),
             *(arrays[name] for name in ("bias_2", "weight_3", "bias_3")),
@@ -246,11 +313,19 @@ class PairScorer:
         found = [np.zeros((0, len(group.slots)), np.float32)]
         for first in range(0, len(of_client), CLIENTS_AT_ONCE):
             rows = slice(first, first + CLIENTS_AT_ONCE)
+            both = [
+                ((products - mean) * scale).clip(-CLIP, CLIP)
+                for products, mean, scale in zip(
+                    _products(counts.tastes[rows], tastes), arrays["taste_mean"], arrays["taste_scale"], strict=True
+                )
+            ]
+            of_both = np.stack(both, axis=1) if both else np.zeros((len(of_client[rows]), 0, len(group.slots)))
             offsets, known, inputs = _known_pairs(
                 *(*counts[:4], group.slots, group.category_slots, num_slots),
                 *(arrays["pair_mean"], arrays["pair_scale"], first, min(rows.stop, len(of_client))),
             )
-            found.append(pair_network(of_client[rows], of_label, offsets, known, inputs, arrays["pair_weight"], *last))
+            of_pairs = of_both.astype(np.float32, copy=False), arrays["taste_weight"], offsets, known, inputs
+            found.append(pair_network(of_client[rows], of_label, *of_pairs, arrays["pair_weight"], *last))
         return np.concatenate(found)
 
     def _popularity(self, history: History, day: DayStatistics, name: str = "scores") -> np.ndarray:
@@ -282,7 +357,7 @@ class PairScorer:
     @property
     def arrays(self) -> dict[str, np.ndarray]:
         """What was fitted, by name; for safetensors."""
-        found: dict[str, np.ndarray] = {}
+        found: dict[str, np.ndarray] = {"factors/items/weights": self.factors}
         for name, (ids, popularity) in self.lists.items():
             found |= {f"lists/{name}/ids": ids, f"lists/{name}/popularity": popularity}
         for name, group in self.groups.items():
@@ -297,23 +372,75 @@ class PairScorer:
         Raises:
             KeyError: an array is missing.
         """
-        found: dict[str, dict[str, dict[str, np.ndarray]]] = {"lists": {}, "groups": {}}
+        found: dict[str, dict[str, dict[str, np.ndarray]]] = {"lists": {}, "groups": {}, "factors": {}}
         for path, array in arrays.items():
             kind, name, key = path.split("/")
             found[kind].setdefault(name, {})[key] = array
         ordered = [name for name in (*LISTS, OF_SKUS) if name in found["lists"]]
         lists = {name: (found["lists"][name]["ids"], found["lists"][name]["popularity"]) for name in ordered}
         groups = {}
-        for name in ordered:
+        for name in (*OF_CLIENTS, *ordered):
             if name in found["groups"]:
                 group = found["groups"][name]
                 groups[name] = _Group(group.pop("slots"), group.pop("category_slots"), group)
-        return cls(config, lists, groups)
+        return cls(config, lists, groups, found["factors"]["items"]["weights"])
 
 
-def _scaled(pair: np.ndarray, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Inputs of pairs as the network takes them."""
-    return ((pair - arrays["pair_mean"]) * arrays["pair_scale"]).clip(-CLIP, CLIP)
+def _scaled(values: np.ndarray, arrays: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """Inputs as the network takes them; `name`: what of."""
+    return ((values - arrays[f"{name}_mean"]) * arrays[f"{name}_scale"]).clip(-CLIP, CLIP)
+
+
+def _of_clients(counts: Counts, group: _Group) -> np.ndarray:
+    """Log odds float32 [U, 1] of clients alone."""
+    arrays = group.arrays
+    first = row_product(_scaled(counts.activity, arrays, "client"), arrays["client_weight"], arrays["bias_1"])
+    second = row_product(np.maximum(first, 0), arrays["weight_2"], arrays["bias_2"])
+    return row_product(np.maximum(second, 0), arrays["weight_3"][:, None], arrays["bias_3"])
+
+
+def _fit_factors(store: EventStore, cutoff_s: int, config: PairScorerConfig) -> np.ndarray:
+    """Weights of the items float32 [kinds, items, R] from the events before a cutoff."""
+    if not config.tastes:
+        return np.zeros((1, store.num_skus, 0), np.float32)
+    with _one_thread():
+        return fit_tastes(store, cutoff_s, config.factors)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The order of sums, and so every weight, is the same whatever the number of cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _tastes_of_labels(
+    store: EventStore, name: str, labels: np.ndarray, factors: np.ndarray, config: PairScorerConfig
+) -> list[np.ndarray]:
+    """The sum of the weights of each label's items, of length 1, for each number of factors r: float32 [r, L]."""
+    label_of_item = store.label_of_sku(name, labels)[: factors.shape[1]]
+    listed = np.flatnonzero(label_of_item >= 0)
+    sums = np.zeros((len(labels), factors.shape[2]))
+    np.add.at(sums, label_of_item[listed], factors[:, listed].sum(axis=0))
+    found = []
+    for rank in config.tastes:
+        length = np.linalg.norm(sums[:, :rank], axis=1, keepdims=True)
+        found.append(np.ascontiguousarray((sums[:, :rank] / np.maximum(length, LEAST_LENGTH)).T, np.float32))
+    return found
+
+
+def _products(tastes: np.ndarray, of_labels: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+    """Products of clients' and labels' tastes [U, L], as they are and by the length of the client's: two per rank."""
+    for of_label in of_labels:
+        mine = np.ascontiguousarray(tastes[:, : len(of_label)])
+        products = row_product(mine, of_label)
+        yield products
+        length = np.sqrt(row_product(mine**2, np.ones((mine.shape[1], 1), np.float32)))
+        yield products / np.maximum(length, np.float32(LEAST_LENGTH))
 
 
 def _categories_of_skus(store: EventStore, lists: LabelLists) -> LabelLists:
@@ -354,7 +481,7 @@ def _category_slots(lists: LabelLists, slots: Mapping[str, np.ndarray], name: st
     return np.full(len(slots[name]), -1)
 
 
-def _counts(history: History, config: PairScorerConfig) -> Counts:
+def _counts(history: History, config: PairScorerConfig, factors: np.ndarray) -> Counts:
     """Of the clients at hand."""
     slots, labels = history.once("label slots", lambda: label_slots(history.store, history.lists))
     starts, of_kinds, activity, first = [], [], [], 0
@@ -374,6 +501,7 @@ def _counts(history: History, config: PairScorerConfig) -> Counts:
         np.concatenate([decayed.counts for decayed in of_kinds], dtype=np.float32),
         np.concatenate([decayed.totals for decayed in of_kinds], axis=1, dtype=np.float32),
         np.concatenate(activity, axis=1, dtype=np.float32),
+        tastes_of(history, config.factors, factors) if config.tastes else np.zeros((len(history.rows), 0), np.float32),
     )
 
 
@@ -381,12 +509,16 @@ def _draw(
     label: LabelMatrix,
     counts: Counts,
     popularity: np.ndarray,
+    of_labels: Sequence[np.ndarray],
     group: _Group,
     config: PairScorerConfig,
     windows: int,
     random: np.random.Generator,
 ) -> tuple[np.ndarray, ...]:
-    """Pairs of one window: inputs of pair, client and label, whether bought, and for how many pairs each one stands."""
+    """Pairs of one window: inputs of client, label, tastes and pair, whether bought, how many pairs each stands for.
+
+    `of_labels`: tastes of the labels, see `_tastes_of_labels`.
+    """
     share = max(min(config.pairs // windows, label.num_rows * label.num_labels), 1)
     row, column = np.repeat(np.arange(label.num_rows), np.diff(label.indptr)), label.indices.astype(np.int64)
     kept = random.permutation(len(row))[: max(share // 3, 1)]
@@ -404,8 +536,11 @@ def _draw(
     pair = np.empty((len(rows), _pair_width(counts.totals.shape[1], half_lives, group)), np.float32)
     slots, category_slots = group.slots[columns], group.category_slots[columns]
     _pair_inputs(*counts[:4], rows, slots, category_slots, len(popularity), pair)
+    products = [both[rows, columns] for both in _products(counts.tastes, of_labels)]
+    tastes = np.stack(products, axis=1) if products else np.zeros((len(rows), 0), np.float32)
     bought = np.repeat(np.array([1, 0], np.float32), [len(kept), num_negatives])
-    return pair, counts.activity[rows], popularity[group.slots[columns]], bought, weight.astype(np.float32)
+    inputs = counts.activity[rows], popularity[group.slots[columns]], tastes, pair
+    return *inputs, bought, weight.astype(np.float32)
 
 
 def _pair_width(counts: int, half_lives: int, group: _Group) -> int:
@@ -417,49 +552,49 @@ def _train(
     inputs: np.ndarray,
     bought: np.ndarray,
     weight: np.ndarray,
-    widths: tuple[int, int],
+    widths: Mapping[str, int],
     config: PairScorerConfig,
+    epochs: int,
     seed: int,
 ) -> dict[str, np.ndarray]:
-    """The network of one list; inputs float32 [N, client | label | pair], `widths` of the first two."""
+    """The network of one list; inputs float32 [N, F] of several kinds side by side, `widths`: of each by name."""
     mean, deviation = inputs.mean(axis=0, dtype=np.float64), inputs.std(axis=0, dtype=np.float64)
     scale = np.where(deviation > 1e-6, 1 / np.maximum(deviation, 1e-6), 0.0)
     mean, scale = mean.astype(np.float32), scale.astype(np.float32)
     values = torch.from_numpy(((inputs - mean) * scale).clip(-CLIP, CLIP))
     known, weights = torch.from_numpy(bought), torch.from_numpy(weight / weight.mean())
     rate = float((bought * weight).sum() / weight.sum())
-    threads = torch.get_num_threads()
-    # One thread: the order of sums, and so every weight, is the same whatever the number of cores.
-    torch.set_num_threads(1)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            sizes = (values.shape[1], *config.hidden, 1)
-            first, second, third = (nn.Linear(*pair) for pair in itertools.pairwise(sizes))
-            network = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third)
-            with torch.no_grad():
-                third.bias.fill_(float(np.log(rate / (1 - rate))))
-            _optimise(network, values, known, weights, config)
-    finally:
-        torch.set_num_threads(threads)
+    with _one_thread(), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        sizes = (values.shape[1], *config.hidden, 1)
+        first, second, third = (nn.Linear(*pair) for pair in itertools.pairwise(sizes))
+        network = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third)
+        with torch.no_grad():
+            third.bias.fill_(float(np.log(rate / (1 - rate))))
+        _optimise(network, values, known, weights, config, epochs)
     weight_1 = first.weight.detach().numpy().T
-    client, label = slice(0, widths[0]), slice(widths[0], sum(widths))
-    pair = slice(sum(widths), None)
     arrays: dict[str, Any] = {"bias_1": first.bias, "weight_2": second.weight.T, "bias_2": second.bias}
     arrays |= {"weight_3": third.weight[0], "bias_3": third.bias}
     found = {name: array.detach().numpy() for name, array in arrays.items()}
-    for name, part in (("client", client), ("label", label), ("pair", pair)):
+    ends = itertools.accumulate(widths.values())
+    for (name, width), end in zip(widths.items(), ends, strict=True):
+        part = slice(end - width, end)
         found |= {f"{name}_mean": mean[part], f"{name}_scale": scale[part], f"{name}_weight": weight_1[part]}
     return {name: np.ascontiguousarray(array, np.float32) for name, array in found.items()}
 
 
 def _optimise(
-    network: nn.Module, values: torch.Tensor, known: torch.Tensor, weights: torch.Tensor, config: PairScorerConfig
+    network: nn.Module,
+    values: torch.Tensor,
+    known: torch.Tensor,
+    weights: torch.Tensor,
+    config: PairScorerConfig,
+    epochs: int,
 ) -> None:
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    steps = -(-len(values) // config.batch_size) * config.epochs
+    steps = -(-len(values) // config.batch_size) * epochs
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=steps + 1)
-    for _ in range(config.epochs):
+    for _ in range(epochs):
         for batch in torch.randperm(len(values)).split(config.batch_size):
             logits = network(values[batch])[:, 0]
             loss = functional.binary_cross_entropy_with_logits(logits, known[batch], weights[batch])

@@ -52,7 +52,7 @@ from ubp_fast.store.in_memory import Vocabulary
 
 BUNDLE_FILE, DAYS, MAPS = "bundle.json", "days", "maps"
 MODEL_FOLDER = "model"
-FORMAT = 2
+FORMAT = 3
 PACKAGES = ("ubp_fast", "torch", "numpy", "numba", "polars", "safetensors")
 
 

@@ -32,7 +32,7 @@ from ubp_fast.models.layers.event_embedding import EventSizes
 from ubp_fast.models.layers.linear import rows_alone
 from ubp_fast.models.multitask import MultitaskModel
 from ubp_fast.models.near import NearModel, NearPart
-from ubp_fast.models.pair_scorer import PairScorer
+from ubp_fast.models.pair_scorer import OF_CLIENTS, PairScorer
 from ubp_fast.models.reduced_rank import ReducedRankModel
 from ubp_fast.models.stacking import JoinedBlocks, StackingModel
 from ubp_fast.models.training import embed
@@ -52,6 +52,8 @@ LANES = 32
 OWN_BLOCKS = ("aggregated", "decayed", "static")
 # Falls slower than the singular values, for distances in which the first directions are not alone.
 GRADING = 0.75
+# Scores of a client alone are few, and say most of whether he comes back: so many times as large as those of pairs.
+OF_CLIENT = 50
 # Directions that near vectors look at, and what each of their parts counts.
 NEAR_DIRECTIONS = 200
 NEAR_WEIGHTS = {"graded": 1.0, "level": 1.6, "scores": 1.0, "decayed": 1.0, "rhythm": 0.3}
@@ -292,7 +294,7 @@ def parts_of(fitted: Fitted, made: Made, day: DayStatistics, blocks: tuple[str, 
         "strong": _strong,
         "graded": partial(_graded, directions),
         "near": partial(_near, directions),
-        "scores": _as_it_is,
+        "scores": _scores,
         "own": _own,
         "tastes": _as_it_is,
         "rhythm": _as_it_is,
@@ -422,9 +424,15 @@ def _own(fitted: Fitted, made: Made, day: DayStatistics, name: str) -> list[Part
     return [Part(name, values, columns, scale, "the features", ", ".join(names), importance)]
 
 
+def _scores(fitted: Fitted, made: Made, day: DayStatistics, name: str) -> list[Part]:
+    columns = column_names(made(name))
+    scale = tuple(fitted.recipe.layout.scores * (OF_CLIENT if column in OF_CLIENTS else 1) for column in columns)
+    what, source = "log odds that anything and each listed label is bought", "own counts, tastes, recency, popularity"
+    return [Part(name, joined(made, (name,), unit_length=False), columns, scale, what, f"{source}; past windows")]
+
+
 def _as_it_is(fitted: Fitted, made: Made, day: DayStatistics, name: str) -> list[Part]:
     what, source = {
-        "scores": ("log odds that each listed label is bought", "own counts, recency, popularity; past windows"),
         "tastes": ("factors of all items", "decayed counts of every item"),
         "rhythm": ("when, how often, how much at once, at what price, how much of it new", "times, items and prices"),
     }[name]

@@ -47,7 +47,7 @@ class LayoutConfig:
         graded: of the first graded direction; the others fall with the power .75 of their singular values.
         near: length of the near block's vectors.
         near_width: columns of the near block.
-        scores: of the scores of pairs.
+        scores: of the scores of pairs; those of a client alone are 50 times as large.
         own: of the features.
         tastes: of the factors.
         rhythm: of the columns about time and habits.
