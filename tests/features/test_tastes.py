@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from support.shops import EMPTY_CLIENT, END_S, NUM_SKUS, make_store
 
 from ubp_fast.events.split import DAY_S
 from ubp_fast.features import writing
-from ubp_fast.features.tastes import TastesConfig, taste_features
+from ubp_fast.features.tastes import TastesConfig, fit_tastes, taste_features
 from ubp_fast.store.event_store import EventStore
 
 CUTOFF_S = END_S - 28 * DAY_S
@@ -75,6 +76,27 @@ def test_blocks_of_clients_do_not_matter(store: EventStore, tmp_path: Path, monk
     np.testing.assert_array_equal(tastes(store, path=tmp_path / "tastes"), whole)
 
 
+def test_drawn_clients_alone_are_factorised(store: EventStore) -> None:
+    config = TastesConfig(rank=4, clients=20)
+    weights = fit_tastes(store, CUTOFF_S, config)
+    np.testing.assert_array_equal(fit_tastes(store, CUTOFF_S, config), weights)
+    assert not np.array_equal(fit_tastes(store, CUTOFF_S, replace(config, clients=21)), weights)
+    found = taste_features(store, CUTOFF_S, config, weights=weights).rows(slice(None))
+    drawn = np.random.default_rng(0).choice(store.num_clients, 20, replace=False)
+    np.testing.assert_allclose((found[drawn] ** 2).mean(axis=0), 1, rtol=1e-4)
+
+
+def test_items_of_long_ago_have_no_weight(store: EventStore) -> None:
+    short = TastesConfig(rank=4, half_life_days=0.5)
+    newest_s = np.zeros(store.num_skus)
+    columns = store.kind("product_buy")
+    assert columns.item is not None
+    before = columns.timestamp_s < CUTOFF_S
+    np.maximum.at(newest_s, columns.item[before], columns.timestamp_s[before])
+    is_old = (newest_s > 0) & (newest_s < CUTOFF_S - 20 * 0.5 * DAY_S)
+    assert is_old.any() and not fit_tastes(store, CUTOFF_S, short)[0, is_old].any()
+
+
 def test_more_factors_than_there_are_become_zero(store: EventStore, tmp_path: Path) -> None:
     found = tastes(store, rank=200)
     assert found.shape == (60, 200) and np.isfinite(found).all()
@@ -89,7 +111,8 @@ def test_more_factors_than_there_are_become_zero(store: EventStore, tmp_path: Pa
     [
         ({"kinds": ("page_visit",)}, "kinds must be some of"),
         ({"kinds": ()}, "kinds must be some of"),
-        ({"rank": 0}, "rank must be >= 1"),
+        ({"rank": 0}, "rank and clients must be >= 1"),
+        ({"clients": 0}, "rank and clients must be >= 1"),
         ({"half_life_days": 0.0}, "half_life_days > 0"),
     ],
 )

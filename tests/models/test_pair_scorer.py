@@ -15,7 +15,7 @@ from ubp_fast.events.split import DAY_S
 from ubp_fast.features import writing
 from ubp_fast.features.scaling import DayStatistics
 from ubp_fast.files import load_arrays, write_arrays
-from ubp_fast.models.pair_scorer import OF_SKUS, PairScorer, PairScorerConfig
+from ubp_fast.models.pair_scorer import OF_SKUS, Factors, PairScorer, PairScorerConfig
 from ubp_fast.store.event_store import EventStore
 
 CONFIG = PairScorerConfig(pairs=6000, epochs=4, batch_size=256)
@@ -78,7 +78,7 @@ def test_scores_are_those_of_the_network_written_out(shop: EventStore, scorer: P
     is_category = category == category[is_sku][0]
     counted = [counts_of(shop, client, cutoff_s) for client in range(shop.num_clients)]
     popularity = []
-    of_label = scorer.factors[:, is_sku].sum(axis=(0, 1))
+    of_label = scorer.factors.items[:, is_sku].sum(axis=(0, 1))
     for kind in KINDS:
         mean = np.mean([counts[kind][:3, is_sku].sum(axis=1) for counts, _ in counted], axis=0)
         popularity += [*np.log(mean + 1e-6), np.log(mean + 1e-6)[0] - np.log(mean + 1e-6)[2]]
@@ -93,7 +93,7 @@ def test_scores_are_those_of_the_network_written_out(shop: EventStore, scorer: P
             changes.append(np.log1p(own[0]) - np.log1p(own[2]))
             for count in counts[kind][:3, is_category].sum(axis=1):
                 of_category += [np.log1p(count), np.sqrt(np.log1p(count))]
-        kinds = zip(KINDS, scorer.factors, strict=True)
+        kinds = zip(KINDS, scorer.factors.items, strict=True)
         mine, tastes = np.sum([np.log1p(counts[kind][3]) @ weights for kind, weights in kinds], axis=0), []
         for rank in CONFIG.tastes:
             product = mine[:rank] @ of_label[:rank] / np.linalg.norm(of_label[:rank])
@@ -157,7 +157,7 @@ def test_tastes_tell_what_was_never_bought(tmp_path: Path) -> None:
     found = {}
     for tastes in ((), (4,)):
         scorer = PairScorer.fit(store, CUTOFFS, lists("sku"), replace(CONFIG, tastes=tastes))
-        assert scorer.factors.shape[2] == sum(tastes)
+        assert scorer.factors.items.shape[2] == sum(tastes)
         values = scores(scorer, store)[:, 1:]
         columns, rows = store.kind("product_buy"), np.arange(store.num_clients)
         client = np.repeat(rows, np.diff(columns.offsets))
@@ -240,7 +240,7 @@ def test_a_list_that_nobody_buys_from_has_no_scores(shop: EventStore) -> None:
 def test_nothing_to_learn_from_is_no_column(shop: EventStore) -> None:
     unknown: LabelLists = {"propensity_sku": (np.array([900, 901]), np.ones(2))}
     assert PairScorer.fit(shop, CUTOFFS, unknown, CONFIG).names == ("buys", "carts")
-    nothing = PairScorer(CONFIG, unknown, {}, np.zeros((2, shop.num_skus, 16), np.float32))
+    nothing = PairScorer(CONFIG, unknown, {}, Factors(np.zeros((2, shop.num_skus, 16), np.float32), {}))
     assert scores(nothing, shop).shape == (150, 0)
 
 

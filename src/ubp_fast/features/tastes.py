@@ -27,6 +27,9 @@ from ubp_fast.features.history import Column, History, features_of
 from ubp_fast.features.matrix import Features
 from ubp_fast.store.event_store import EventStore
 
+# Counts below this, of events from 13 half-lives ago, are none: an item of which nothing else is known would weigh too
+# much.
+FAINT = 1e-4
 SPARE_FACTORS = 16
 ITERATIONS = 6
 
@@ -75,8 +78,8 @@ def fit_tastes(store: EventStore, cutoff_s: int, config: TastesConfig | None = N
     parts, first = [(np.zeros((2, 0), np.int64), np.zeros(0, np.float32))], 0
     for part in history.parts(config.rank):
         offsets, place, value = _decayed_counts(part, config)
-        client = first + np.repeat(np.arange(len(part.rows)), np.diff(offsets))
-        parts.append((np.stack((client, place)), value))
+        client, seen = first + np.repeat(np.arange(len(part.rows)), np.diff(offsets)), value >= FAINT
+        parts.append((np.stack((client[seen], place[seen])), value[seen]))
         first += len(part.rows)
     indices, value = (np.concatenate(arrays, axis=-1) for arrays in zip(*parts, strict=True))
     length = np.sqrt(np.bincount(indices[1], value.astype(np.float64) ** 2, minlength=width))
@@ -87,7 +90,7 @@ def fit_tastes(store: EventStore, cutoff_s: int, config: TastesConfig | None = N
         torch.from_numpy(indices), torch.from_numpy(value), shape, check_invariants=False
     ).coalesce()
     weights = _weights(matrix, config.rank, config.seed)
-    weights[length > 0] /= root[length > 0, None]
+    weights *= np.where(length > 0, 1 / root, 0)[:, None]
     return weights.reshape(-1, store.num_skus, config.rank)
 
 
@@ -123,7 +126,11 @@ def taste_features(
 
 
 def tastes_of(part: History, config: TastesConfig, weights: np.ndarray) -> np.ndarray:
-    """The factors of the clients at hand, float32 [U, rank]."""
+    """The factors of the clients at hand, float32 [U, rank]; weights of all items of the store."""
+    if weights.shape[1:] != (part.store.num_skus, config.rank):
+        raise ValueError(
+            f"tastes_of: weights must be [kinds, {part.store.num_skus}, {config.rank}], got {list(weights.shape)}"
+        )
     found = np.zeros((len(part.rows), config.rank))
     _fold_in(*_decayed_counts(part, config), weights.reshape(-1, config.rank), found)
     return found.astype(np.float32)

@@ -141,6 +141,18 @@ class Counts(NamedTuple):
     tastes: np.ndarray
 
 
+class Factors(NamedTuple):
+    """What tastes are made of.
+
+    Attributes:
+        items: float32 [kinds, items, R] weights of the items.
+        labels: list -> for each number of factors r float32 [r, L], the sum of its items' weights with length 1.
+    """
+
+    items: np.ndarray
+    labels: Mapping[str, Sequence[np.ndarray]]
+
+
 @dataclass(frozen=True)
 class _Group:
     """A list of labels and its network.
@@ -162,7 +174,7 @@ class PairScorer:
         config: constants.
         lists: the label lists, those of `LISTS` and the categories of the skus.
         groups: list -> its network, of the lists that could be learned; those of `OF_CLIENTS` have one label each.
-        factors: weights of the items, float32 [kinds, items, R].
+        factors: of tastes.
         past: those of the windows that were learned from, by cutoff; not kept in files.
     """
 
@@ -171,8 +183,8 @@ class PairScorer:
         config: PairScorerConfig,
         lists: LabelLists,
         groups: Mapping[str, _Group],
-        factors: np.ndarray,
-        past: Mapping[int, np.ndarray] | None = None,
+        factors: Factors,
+        past: Mapping[int, Factors] | None = None,
     ) -> None:
         self.config, self.lists, self.groups = config, lists, groups
         self.factors, self.past = factors, past or {}
@@ -204,7 +216,7 @@ class PairScorer:
         slots = _slots_of(store, known)
         # What is learned here knows nothing that lies behind the newest window.
         newest_s = max((when + store.target_days * DAY_S for when in cutoffs_s), default=store.cutoff_s)
-        factors = {when: _fit_factors(store, when, config) for when in {*cutoffs_s, newest_s}}
+        factors = {when: _fit_factors(store, when, known, config) for when in {*cutoffs_s, newest_s}}
         scorer = cls(config, known, {}, factors[newest_s], factors)
         random = np.random.default_rng(seed)
         drawn: dict[str, list[tuple[np.ndarray, ...]]] = {name: [] for name in known if name in LISTS}
@@ -215,13 +227,13 @@ class PairScorer:
             if len(rows) > config.clients:
                 rows = np.sort(random.choice(rows, config.clients, replace=False))
             labels = window_labels(store, Views(rows, np.full(len(rows), cutoff_s)), known)
-            counts = _counts(replace(history, rows=rows, seen={}), config, factors[cutoff_s])
+            counts = _counts(replace(history, rows=rows, seen={}), config, factors[cutoff_s].items)
             popularity = scorer._popularity(history, DayStatistics())
             for name, found in drawn.items():
                 label = labels[LISTS[name]]
                 assert isinstance(label, LabelMatrix)
                 group = _Group(slots[name], _category_slots(known, slots, name), {})
-                of_labels = _tastes_of_labels(store, name, known[name][0], factors[cutoff_s], config)
+                of_labels = factors[cutoff_s].labels[name]
                 found.append(_draw(label, counts, popularity, of_labels, group, config, len(cutoffs_s), random))
             for name, (label_name, opposite) in OF_CLIENTS.items():
                 if label_name in labels:
@@ -276,8 +288,11 @@ class PairScorer:
             [U, scores] float32, clients in the order of the store.
         """
         history = History.of(store, cutoff_s, self.lists, day)
-        popularity, factors = self._popularity(history, history.day, name), self.past.get(cutoff_s, self.factors)
-        label_inputs, tastes = {}, {}
+        popularity = self._popularity(history, history.day, name)
+        factors = self.past.get(cutoff_s, self.factors)
+        # Skus that are new to the factors count as unknown.
+        of_items = factors.items[:, store.embedding_rows("sku", np.arange(store.num_skus))]
+        label_inputs = {}
         for list_name, group in self.groups.items():
             if list_name in OF_CLIENTS:
                 continue
@@ -286,15 +301,14 @@ class PairScorer:
             popular = row_product(_scaled(popularity[group.slots], arrays, "label"), arrays["label_weight"])
             of_label = popular + row_product(nothing, arrays["pair_weight"])
             label_inputs[list_name] = np.ascontiguousarray((of_label + arrays["bias_1"]).T, np.float32)
-            tastes[list_name] = _tastes_of_labels(store, list_name, self.lists[list_name][0], factors, self.config)
 
         def columns(part: History) -> Iterator[Column]:
-            counts = _counts(part, self.config, factors)
+            counts = _counts(part, self.config, of_items)
             for list_name, group in self.groups.items():
                 if list_name in OF_CLIENTS:
                     scores = _of_clients(counts, group)
                 else:
-                    of_labels = label_inputs[list_name], tastes[list_name]
+                    of_labels = label_inputs[list_name], factors.labels[list_name]
                     scores = self._scores(counts, len(popularity), group, *of_labels)
                 yield Column(self._names_of(list_name), "log odds", scores)
 
@@ -357,7 +371,9 @@ class PairScorer:
     @property
     def arrays(self) -> dict[str, np.ndarray]:
         """What was fitted, by name; for safetensors."""
-        found: dict[str, np.ndarray] = {"factors/items/weights": self.factors}
+        found: dict[str, np.ndarray] = {"factors/items/weights": self.factors.items}
+        for name, of_labels in self.factors.labels.items():
+            found |= {f"factors/{name}/{len(array)}": array for array in of_labels}
         for name, (ids, popularity) in self.lists.items():
             found |= {f"lists/{name}/ids": ids, f"lists/{name}/popularity": popularity}
         for name, group in self.groups.items():
@@ -383,7 +399,9 @@ class PairScorer:
             if name in found["groups"]:
                 group = found["groups"][name]
                 groups[name] = _Group(group.pop("slots"), group.pop("category_slots"), group)
-        return cls(config, lists, groups, found["factors"]["items"]["weights"])
+        items = found["factors"].pop("items")["weights"]
+        of_labels = {name: [of_list[str(rank)] for rank in config.tastes] for name, of_list in found["factors"].items()}
+        return cls(config, lists, groups, Factors(items, of_labels))
 
 
 def _scaled(values: np.ndarray, arrays: Mapping[str, np.ndarray], name: str) -> np.ndarray:
@@ -399,12 +417,26 @@ def _of_clients(counts: Counts, group: _Group) -> np.ndarray:
     return row_product(np.maximum(second, 0), arrays["weight_3"][:, None], arrays["bias_3"])
 
 
-def _fit_factors(store: EventStore, cutoff_s: int, config: PairScorerConfig) -> np.ndarray:
-    """Weights of the items float32 [kinds, items, R] from the events before a cutoff."""
+def _fit_factors(store: EventStore, cutoff_s: int, lists: LabelLists, config: PairScorerConfig) -> Factors:
+    """From the events before a cutoff."""
     if not config.tastes:
-        return np.zeros((1, store.num_skus, 0), np.float32)
+        return Factors(np.zeros((1, store.num_skus, 0), np.float32), dict.fromkeys(lists, ()))
     with _one_thread():
-        return fit_tastes(store, cutoff_s, config.factors)
+        items = fit_tastes(store, cutoff_s, config.factors)
+    of_labels: dict[str, list[np.ndarray]] = {}
+    for name, (labels, _) in lists.items():
+        if name not in LISTS:
+            continue
+        label_of_item = store.label_of_sku(name, labels)
+        listed = np.flatnonzero(label_of_item >= 0)
+        sums = np.zeros((len(labels), items.shape[2]))
+        np.add.at(sums, label_of_item[listed], items[:, listed].sum(axis=0))
+        of_labels[name] = []
+        for rank in config.tastes:
+            length = np.linalg.norm(sums[:, :rank], axis=1, keepdims=True)
+            found = (sums[:, :rank] / np.maximum(length, LEAST_LENGTH)).T
+            of_labels[name].append(np.ascontiguousarray(found, np.float32))
+    return Factors(items, of_labels)
 
 
 @contextmanager
@@ -416,21 +448,6 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _tastes_of_labels(
-    store: EventStore, name: str, labels: np.ndarray, factors: np.ndarray, config: PairScorerConfig
-) -> list[np.ndarray]:
-    """The sum of the weights of each label's items, of length 1, for each number of factors r: float32 [r, L]."""
-    label_of_item = store.label_of_sku(name, labels)[: factors.shape[1]]
-    listed = np.flatnonzero(label_of_item >= 0)
-    sums = np.zeros((len(labels), factors.shape[2]))
-    np.add.at(sums, label_of_item[listed], factors[:, listed].sum(axis=0))
-    found = []
-    for rank in config.tastes:
-        length = np.linalg.norm(sums[:, :rank], axis=1, keepdims=True)
-        found.append(np.ascontiguousarray((sums[:, :rank] / np.maximum(length, LEAST_LENGTH)).T, np.float32))
-    return found
 
 
 def _products(tastes: np.ndarray, of_labels: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
@@ -481,8 +498,8 @@ def _category_slots(lists: LabelLists, slots: Mapping[str, np.ndarray], name: st
     return np.full(len(slots[name]), -1)
 
 
-def _counts(history: History, config: PairScorerConfig, factors: np.ndarray) -> Counts:
-    """Of the clients at hand."""
+def _counts(history: History, config: PairScorerConfig, of_items: np.ndarray) -> Counts:
+    """Of the clients at hand; of_items: see `Factors`, for the items of the store."""
     slots, labels = history.once("label slots", lambda: label_slots(history.store, history.lists))
     starts, of_kinds, activity, first = [], [], [], 0
     for kind in history.present(config.kinds):
@@ -501,7 +518,7 @@ def _counts(history: History, config: PairScorerConfig, factors: np.ndarray) -> 
         np.concatenate([decayed.counts for decayed in of_kinds], dtype=np.float32),
         np.concatenate([decayed.totals for decayed in of_kinds], axis=1, dtype=np.float32),
         np.concatenate(activity, axis=1, dtype=np.float32),
-        tastes_of(history, config.factors, factors) if config.tastes else np.zeros((len(history.rows), 0), np.float32),
+        tastes_of(history, config.factors, of_items) if config.tastes else np.zeros((len(history.rows), 0), np.float32),
     )
 
 
@@ -517,7 +534,7 @@ def _draw(
 ) -> tuple[np.ndarray, ...]:
     """Pairs of one window: inputs of client, label, tastes and pair, whether bought, how many pairs each stands for.
 
-    `of_labels`: tastes of the labels, see `_tastes_of_labels`.
+    `of_labels`: tastes of the labels, see `Factors`.
     """
     share = max(min(config.pairs // windows, label.num_rows * label.num_labels), 1)
     row, column = np.repeat(np.arange(label.num_rows), np.diff(label.indptr)), label.indices.astype(np.int64)
