@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -37,9 +38,14 @@ def main(config: DictConfig) -> None:
 def main_as_typed() -> int:
     """Runs the settings of the command line as people type them; the exit code.
 
-    Hydra's own options, such as `--help` and `--cfg`, go to Hydra.
+    `--log` is a line a minute, `--log=json` a JSON object a line. Hydra's own options, such as `--help` and `--cfg`, go
+    to Hydra.
     """
-    given = as_typed(sys.argv[1:])
+    try:
+        given = as_typed(map(_progress, sys.argv[1:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
     if any(argument.startswith("-") for argument in given):
         sys.argv[1:] = given
         main()
@@ -89,7 +95,17 @@ def _written(value: object) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-def as_typed(arguments: Sequence[str]) -> list[str]:
+def _progress(argument: str) -> str:
+    """`--log` and `--log=json` as the setting that they stand for."""
+    if argument != "--log" and not argument.startswith("--log="):
+        return argument
+    style = argument.partition("=")[2] or "lines"
+    if style not in ("lines", "json"):
+        raise UserError(f"run: --log must be lines or json, got '{style}'")
+    return f"progress={style}"
+
+
+def as_typed(arguments: Iterable[str]) -> list[str]:
     """The arguments with `key=value` quoted where the value does not parse, such as `data.path=day=1.csv`."""
     parser = OverridesParser.create()
     return [_as_typed(parser, argument) for argument in arguments]
@@ -120,6 +136,12 @@ def composed(settings: Sequence[str]) -> DictConfig:
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             raise UserError(f"run: {_reason(settings, error)}") from error
         _require_groups(config, _chosen(settings))
+    return config
+
+
+def plain(settings: Sequence[str]) -> dict[str, Any]:
+    """The same as plain data, where one value may still refer to another."""
+    config: Any = OmegaConf.to_container(composed(settings), resolve=False)
     return config
 
 
