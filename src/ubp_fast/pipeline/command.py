@@ -157,7 +157,7 @@ def settings_of(run: Path) -> Settings:
     return read_settings(DictConfig(OmegaConf.load(file)))
 
 
-def _groups() -> dict[str, list[str]]:
+def groups() -> dict[str, list[str]]:
     """Every group that can be chosen -> its choices."""
     names = {"data": "data", "experiment": "experiment", "features": "features", "profile": "profile"}
     names |= {"compute": "compute", "evaluation": "evaluation"}
@@ -168,13 +168,13 @@ def _groups() -> dict[str, list[str]]:
 
 def _reason(settings: Sequence[str], error: Exception) -> str:
     """What is wrong with settings that Hydra refuses."""
-    groups, known = _groups(), _known(settings)
+    known_groups, known = groups(), _known(settings)
     for setting in settings:
         name, is_setting, value = setting.partition("=")
         if not is_setting or name.startswith("-"):
             return f"settings must have the form name=value, got '{setting}'"
-        if name in groups and value not in groups[name]:
-            return f"{name} must be one of {', '.join(groups[name])}, got '{value}'"
+        if name in known_groups and value not in known_groups[name]:
+            return f"{name} must be one of {', '.join(known_groups[name])}, got '{value}'"
         plain = name.lstrip("+~")
         if plain not in known and not name.startswith("+"):
             return f"there is no setting '{plain}'{_of_another_source(plain) or _nearest(plain, known)}"
@@ -183,8 +183,8 @@ def _reason(settings: Sequence[str], error: Exception) -> str:
 
 def _chosen(settings: Sequence[str]) -> DictConfig:
     """The configuration of the groups that were chosen, all else as they have it."""
-    groups = _groups()
-    choices = [setting for setting in settings if setting.partition("=")[0] in groups]
+    known = groups()
+    choices = [setting for setting in settings if setting.partition("=")[0] in known]
     try:
         return hydra.compose("run", overrides=choices)
     except (HydraException, OmegaConfBaseException, ValueError):
@@ -195,7 +195,7 @@ def _known(settings: Sequence[str]) -> list[str]:
     """Names of all settings and groups, of the groups that were chosen where these can be read."""
     leaves = flatten(OmegaConf.to_container(_chosen(settings), resolve=False))  # type: ignore[arg-type]
     parents = {name.rsplit(".", depth)[0] for name in leaves for depth in range(1, name.count(".") + 1)}
-    return sorted({*_groups(), *leaves, *parents})
+    return sorted({*groups(), *leaves, *parents})
 
 
 def _require_groups(config: DictConfig, base: DictConfig, path: str = "") -> None:
@@ -227,4 +227,4 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     found += get_close_matches(name, known, NEAREST)
     found += [other for other in known if get_close_matches(last, [other.rsplit(".", 1)[-1]], 1, 0.8)]
     names = list(dict.fromkeys(found))[:NEAREST]
-    return f", did you mean {' or '.join(names)}?" if names else "; --help shows them all"
+    return f", did you mean {' or '.join(names)}?" if names else "; ubp-fast settings shows them all"

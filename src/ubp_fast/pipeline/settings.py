@@ -370,7 +370,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def described(hint: Any) -> str:
-    """A type in words."""
+    """A type of a setting in words."""
     origin, inside = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return " or ".join(map(described, inside))
