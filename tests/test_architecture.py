@@ -29,6 +29,7 @@ ORDER = (
     "run",
     "transformer",
     "doctor",
+    "options",
     "cli",
 )
 MODULES = sorted(SOURCE.rglob("*.py"))

@@ -43,6 +43,17 @@ def test_embed_gives_the_vectors_of_the_run(run: Path, tmp_path: Path, capsys: p
     assert np.array_equal(pl.read_parquet(run / "latest.parquet")["client_id"].to_numpy(), wanted.client_ids)
 
 
+def test_log_for_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["run", *TINY, *SHOP, f"root={tmp_path}", "stages=[events]"]
+    assert main([*command, "--log=json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["event"] for line in lines] == ["stage_started", "stage_finished", "run_finished"]
+    assert Path(lines[-1]["directory"]).is_dir()
+    assert main([*command, "--log"]) == 0, "how it is told does not make it another run"
+    assert main([*command, "--log=loud"]) == 2
+    assert "--log must be lines or json, got 'loud'" in capsys.readouterr().err
+
+
 def test_cache_is_listed_explained_and_pruned(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache = run.parent / "cache"
     assert main(["cache", "list", "--cache", str(cache)]) == 0

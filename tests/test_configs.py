@@ -260,7 +260,7 @@ def test_other_arguments_stay_as_they_are() -> None:
         ("orders=4", "there is no setting 'orders', did you mean evaluation.orders?"),
         ("dat=table", "there is no setting 'dat', did you mean data"),
         ("data.path=x", "there is no setting 'data.path' of this source, but of data=table"),
-        ("zzz=1", "there is no setting 'zzz'; --help shows them all"),
+        ("zzz=1", "there is no setting 'zzz'; ubp-fast settings shows them all"),
         ("data=tabl", "data must be one of challenge, complete_journey, sql, synthetic, table, got 'tabl'"),
         ("model@stacking=none", "model@stacking must be one of contrastive, multitask, reduced_rank, stacking"),
         ("data=null", "data must be one of challenge,"),

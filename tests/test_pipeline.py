@@ -23,11 +23,12 @@ from ubp_fast.events.read import EventDirectory
 from ubp_fast.profiles import Profiles, validate
 
 SYNTHETIC = ("data=synthetic", "data.clients=200", "data.skus=60", "data.urls=80", ALL_BLOCKS)
+WHOLE_REPORT = ("report.diagnosis=true", "report.clients=true")
 
 
 @pytest.fixture(scope="module")
 def synthetic_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    code, run, printed = run_tiny(tmp_path_factory.mktemp("synthetic"), *SYNTHETIC)
+    code, run, printed = run_tiny(tmp_path_factory.mktemp("synthetic"), *SYNTHETIC, *WHOLE_REPORT)
     assert code == 0
     assert "stacked" in printed and "baseline_log1p" in printed and "report.html" in printed
     return run
@@ -48,8 +49,22 @@ def test_run_directory_is_complete(synthetic_run: Path) -> None:
     report = (synthetic_run / "report.html").read_text()
     assert all(
         text in report
-        for text in ("stacked", "baseline_log1p", "contrastive", "multitask", "AUROC by reader", "Where the time went")
+        for text in ("stacked", "baseline_log1p", "contrastive", "multitask", "AUROC by reader", "Time and memory")
     )
+    for title in ("ROC", "Calibration", "Age of the profile", "Blocks", "Map", "Nearest clients", "What was left out"):
+        assert f">{title}" in report
+    assert len(report) < 3_000_000
+
+
+def test_drift_against_an_earlier_run(synthetic_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = (*SYNTHETIC, "data.seed=1", f"cache={tmp_path / 'cache'}", "stages=[drift]")
+    code, run, _ = run_tiny(tmp_path / "runs", *settings, f"report.against={synthetic_run}")
+    assert code == 0
+    drift = json.loads((run / "stages" / "drift" / "facts.json").read_text())
+    assert drift["clients"]["both"] > 100 and max(one["psi"] for one in drift["inputs"]) > 0
+    assert "population stability index" in (run / "report.html").read_text()
+    code, _, _ = run_tiny(tmp_path / "other", *settings, f"report.against={tmp_path}")
+    assert code == 2 and "report.against must be the directory of a run" in capsys.readouterr().err
 
 
 def test_profiles_pass_the_organisers_rules(synthetic_run: Path) -> None:
@@ -72,7 +87,7 @@ def test_profiles_pass_the_organisers_rules(synthetic_run: Path) -> None:
 def test_second_run_takes_everything_from_the_cache(synthetic_run: Path) -> None:
     before = contents(synthetic_run / "profiles")
     started_s = time.monotonic()
-    code, run, printed = run_tiny(synthetic_run.parent, *SYNTHETIC)
+    code, run, printed = run_tiny(synthetic_run.parent, *SYNTHETIC, *WHOLE_REPORT)
     assert (code, run) == (0, synthetic_run)
     assert " ..." not in printed, "no stage may run again"
     assert contents(run / "profiles") == before

@@ -1,18 +1,24 @@
 """How long work tells how far it is, and the display of a whole run: overall share, remaining time, stage in hand.
 
-On a terminal two live bars; elsewhere (a log file, CI) one line when a stage starts, ends, or has gone on for a while.
+For people on a terminal two live bars; for a log one line when a stage starts, ends, or has gone on for a minute; for
+machines the same as JSON, one object per line.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime, timezone
+from typing import Literal
 
 from rich import progress as rich_progress
 from rich.console import Console
 
-LOG_INTERVAL_S = 30.0
+# Between two lines of one stage; machines do not tire.
+LOG_INTERVAL_S = {"lines": 60.0, "json": 5.0}
+Style = Literal["auto", "bars", "lines", "json"]
 
 Progress = Callable[[int, int], None]
 """`progress(steps done, steps in all)`"""
@@ -37,10 +43,14 @@ class RunProgress:
     Args:
         console: where to draw.
         stages: (name, relative cost) of every stage that will run; the costs only shape the estimate.
+        style: "bars"; "lines"; "json": `{"event": "stage_started" | "stage_progress" | "stage_finished", "time",
+            "stage", "share" of the whole, "remaining_s" or null}`, with `stage_share` or `seconds`; "auto": bars on a
+            terminal, else lines.
     """
 
-    def __init__(self, console: Console, stages: Sequence[tuple[str, float]]) -> None:
+    def __init__(self, console: Console, stages: Sequence[tuple[str, float]], style: Style = "auto") -> None:
         self.console = console
+        self._style = ("bars" if console.is_terminal else "lines") if style == "auto" else style
         self._weights = dict(stages)
         self._total = sum(self._weights.values()) or 1.0
         self._finished = 0.0
@@ -50,7 +60,7 @@ class RunProgress:
     @contextmanager
     def display(self) -> Iterator[RunProgress]:
         """Shows the bars while the block runs."""
-        if not self.console.is_terminal:
+        if self._style != "bars":
             yield self
             return
         columns = (
@@ -72,8 +82,7 @@ class RunProgress:
         started_s = time.monotonic()
         last_line_s = started_s
         task = self._live.add_task(name, total=1.0, note="") if self._live else None
-        if self._live is None:
-            self.console.print(f"{self._overall_text():>24}  {name} ...", highlight=False)
+        self._tell("stage_started", name, "...", self._finished)
 
         def update(done: int, total: int) -> None:
             nonlocal last_line_s
@@ -83,9 +92,9 @@ class RunProgress:
             if self._live is not None:
                 self._live.update(task, completed=share)  # type: ignore[arg-type]
                 self._live.update(self._overall, completed=overall, note=self._remaining_text(overall))
-            elif now_s - last_line_s >= LOG_INTERVAL_S:
+            elif now_s - last_line_s >= LOG_INTERVAL_S[self._style]:
                 last_line_s = now_s
-                self.console.print(f"{self._overall_text(overall):>24}  {name} {share:.0%}", highlight=False)
+                self._tell("stage_progress", name, f"{share:.0%}", overall, stage_share=share)
 
         yield update
         self._finished += self._weights.get(name, 0.0)
@@ -93,8 +102,16 @@ class RunProgress:
         if self._live is not None:
             self._live.update(task, completed=1.0)  # type: ignore[arg-type]
             self._live.update(self._overall, completed=self._finished, note=self._remaining_text(self._finished))
-        else:
-            self.console.print(f"{self._overall_text():>24}  {name} done in {elapsed_s:.1f} s", highlight=False)
+        self._tell("stage_finished", name, f"done in {elapsed_s:.1f} s", self._finished, seconds=elapsed_s)
+
+    def _tell(self, event: str, stage: str, text: str, finished: float, **more: float) -> None:
+        """One line of a log, for people or machines; nothing beside bars."""
+        if self._style == "json":
+            remaining_s = self._remaining_s(finished)
+            facts = {"stage": stage, "share": finished / self._total, "remaining_s": remaining_s, **more}
+            print_json(self.console, event, **facts)
+        elif self._style == "lines":
+            self.console.print(f"{self._overall_text(finished):>24}  {stage} {text}", highlight=False)
 
     def _remaining_s(self, finished: float) -> float | None:
         elapsed_s = time.monotonic() - self._started_s
@@ -106,9 +123,15 @@ class RunProgress:
         remaining_s = self._remaining_s(finished)
         return "" if remaining_s is None else f"about {duration(remaining_s)} left"
 
-    def _overall_text(self, finished: float | None = None) -> str:
-        finished = self._finished if finished is None else finished
+    def _overall_text(self, finished: float) -> str:
         return f"{finished / self._total:4.0%} {self._remaining_text(finished)}"
+
+
+def print_json(console: Console, event: str, **facts: object) -> None:
+    """One JSON object on a line of its own, whatever the width of the console."""
+    now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+    line = json.dumps({"event": event, "time": now, **facts}, ensure_ascii=False, allow_nan=False)
+    console.print(line, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 def duration(seconds: float) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from schedulefree import RAdamScheduleFree
@@ -92,6 +93,44 @@ def test_killed_and_continued_equals_undisturbed(
     for name in ("model.safetensors", "losses.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert {path.name for path in (tmp_path / "b").iterdir()} == {"model.safetensors", "losses.json"}
+
+
+def test_losses_are_logged_while_it_trains(store: EventStore, tmp_path: Path) -> None:
+    config = TrainingConfig(epochs=3, checkpoint_every_s=0, logger="csv")
+
+    def run(directory: Path, progress: Callable[[int, int], None] | None = None) -> list[dict[str, float]]:
+        loader = training_loader(store)
+        return fit(small_contrastive(store, 0), loader, OPTIMIZERS["adamw"], config, directory, progress)
+
+    losses = run(tmp_path / "a")
+    steps = len(training_loader(store))
+    with pytest.raises(Killed):
+        run(tmp_path / "b", kill_at(2 * steps + 1))
+    assert (tmp_path / "b" / "logs" / "metrics.csv").exists(), "written while it trains"
+    run(tmp_path / "b")
+    text = (tmp_path / "a" / "logs" / "metrics.csv").read_text()
+    logged = pl.read_csv(tmp_path / "a" / "logs" / "metrics.csv")
+    assert logged["loss"].drop_nulls().to_list() == pytest.approx(
+        [part["loss"] for part in json.loads((tmp_path / "a" / "losses.json").read_text())["curve"]]
+    )
+    assert logged["epoch_loss"].drop_nulls().to_list() == pytest.approx([epoch["loss"] for epoch in losses])
+    assert logged["step"].max() == 3 * steps
+    again = pl.read_csv(tmp_path / "b" / "logs" / "metrics.csv")
+    rows = [frame.select(sorted(frame.columns)).sort("step", "loss").rows() for frame in (logged, again)]
+    assert rows[0] == rows[1], "one file for the whole training"
+    assert text.startswith("epoch")
+
+
+def test_a_logger_that_is_not_installed_is_told(
+    store: EventStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(**_: object) -> None:
+        raise ModuleNotFoundError("no tensorboard")
+
+    monkeypatch.setattr("ubp_fast.models.training.lightning_loggers.TensorBoardLogger", none)
+    config = TrainingConfig(logger="tensorboard")
+    with pytest.raises(UserError, match="pip install tensorboard"):
+        fit(small_contrastive(store, 0), training_loader(store), OPTIMIZERS["adamw"], config, tmp_path)
 
 
 @pytest.fixture

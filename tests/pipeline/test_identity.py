@@ -28,6 +28,8 @@ EVERYTHING = (
     "profiles.at=end",
     "evaluation.readers=[network,linear,neighbours,boosting]",
     "evaluation.components=[stacked,contrastive,features,profile_features]",
+    "report.diagnosis=true",
+    "report.clients=true",
 )
 # How a run tells of itself, what makes the objects that stages are given, and the hook that every step of an optimizer
 # calls in a process that has trained tables.

@@ -66,7 +66,9 @@ def test_nothing_holds_their_ids_and_the_others_keep_their_bytes(run: Path, tmp_
     before = {name: Profiles.load(run / name) for name in ("profiles", "latest")}
     numbers = dict(pl.read_parquet(run / "stages" / "events" / "maps" / "client_id.parquet").iter_rows())
     gone = np.array([numbers[name] for name in GONE])
+    assert (run / "report.html").exists()
     done = forget(run, GONE)
+    assert not (run / "report.html").exists(), "it shows single clients"
     assert done.clients == 3 and "strong" in done.learned_from and "scores" in done.learned_from
     assert not holders(run) and not holders(run.parent / "cache")
     for name, old in before.items():

@@ -30,6 +30,8 @@ TINY = (
     "compute.threads=1",
     "features.pairs.pairs=2000",
     "features.pairs.epochs=1",
+    "report.diagnosis=false",
+    "report.clients=false",
 )
 
 # Everything that can be joined, where the demo joins decayed counts only.

@@ -21,13 +21,14 @@ from pickle import UnpicklingError
 from typing import Any, Literal, TypeVar
 
 import lightning
+import lightning.pytorch.loggers as lightning_loggers
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ubp_fast.events.schema import DataError, UserError
-from ubp_fast.files import load_json, load_tensors, write_atomically, write_json, write_tensors
+from ubp_fast.files import clear_directory, load_json, load_tensors, write_atomically, write_json, write_tensors
 from ubp_fast.kernels import check_deferred
 from ubp_fast.models.layers.auroc import BinnedAuroc
 from ubp_fast.optim import TableUpdates, adopt_tables, clip_gradient_norm, release_tables
@@ -38,7 +39,7 @@ from ubp_fast.sequences.loader import ViewLoader
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
-MODEL_FILE, LOSSES_FILE = "model.safetensors", "losses.json"
+MODEL_FILE, LOSSES_FILE, LOGS = "model.safetensors", "losses.json", "logs"
 CURVE_POINTS = 60
 # The sum of their AUROCs says which epoch is the best; docs/winner.md 4.7.
 SELECTION_LABELS = ("churn", "buy_sku", "buy_category")
@@ -61,6 +62,7 @@ class TrainingConfig:
     table_updates: TableUpdates = "auto"  # of large tables: only rows in use where that is exact, see `adopt_tables`
     max_steps: int | None = None  # of every epoch at most, for rehearsals; None: as many as the views give; ours
     validation_views: int = 0  # of the window after training, scored after every epoch; docs/winner.md 4.7; 0: none
+    logger: Literal["csv", "tensorboard"] | None = None  # writes losses and metrics to `logs` while it trains; ours
 
 
 def initialise(factory: Callable[[], ModuleT], seed: int) -> ModuleT:
@@ -125,7 +127,8 @@ def fit(
             precision="bf16-mixed" if is_low else "32-true",
             max_epochs=config.epochs - job.epochs_done,
             limit_train_batches=config.max_steps,
-            logger=False,
+            logger=job.log_steps or False,
+            log_every_n_steps=1,  # of what Lightning itself would log: nothing
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -245,6 +248,11 @@ class _Job(lightning.LightningModule):
         self._best_before = -1
         self._rankings: dict[str, BinnedAuroc] = {}
         self._resume()
+        self.log_steps = _logger(config.logger, directory / LOGS)
+        for part in self.curve:  # what came before is told again: one file for the whole training
+            self._log(part)
+        for epoch in self.losses:
+            self._log_epoch(epoch)
         # Before the first batch is drawn: Lightning starts iterating before it announces the epoch.
         loader.set_epoch(self.epochs_done)
 
@@ -313,6 +321,7 @@ class _Job(lightning.LightningModule):
             means = _mean_terms(part)
             _require_finite(means, self.epochs_done, batch_index)
             self.curve.append({"epoch": done / steps, **means})
+            self._log(self.curve[-1])
             self._curve_start = len(self._terms)
         if self.progress is not None:
             self.progress(done, total)
@@ -323,6 +332,7 @@ class _Job(lightning.LightningModule):
         metrics: dict[str, float] = getattr(self.model, "epoch_metrics", dict)()
         metrics |= self._validate()
         self.losses.append({"epoch": float(self.epochs_done), **_mean_terms(self._terms), **metrics})
+        self._log_epoch(self.losses[-1])
         self._terms, self._curve_start = [], 0
         is_best = self.best_epoch == self.epochs_done - 1
         self.loader.set_epoch(self.epochs_done)
@@ -331,6 +341,18 @@ class _Job(lightning.LightningModule):
             write_tensors(self.directory / _best_file(self.best_epoch), self.model.state_dict())
         if not is_last and time.monotonic() - self._saved_at >= self.config.checkpoint_every_s:
             self._checkpoint()
+
+    def _log(self, part: Mapping[str, float]) -> None:
+        """Mean loss terms of a part of the training, at the step where it ends."""
+        if self.log_steps is not None:
+            step = round(part["epoch"] * _steps(self.loader, self.config))
+            self.log_steps.log_metrics(dict(part), step)
+            self.log_steps.save()
+
+    def _log_epoch(self, epoch: Mapping[str, float]) -> None:
+        """The means and metrics of an epoch, at its last step; their names begin with `epoch_`."""
+        means = {f"epoch_{name}": value for name, value in epoch.items() if name != "epoch"}
+        self._log({"epoch": epoch["epoch"] + 1, **means})
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
@@ -362,6 +384,26 @@ class _Job(lightning.LightningModule):
                 path.unlink()
         self._best_before = self.best_epoch
         self._saved_at = time.monotonic()
+
+
+def _logger(kind: str | None, directory: Path) -> Any:
+    """A logger of Lightning that begins anew; None without one.
+
+    Raises:
+        UserError: a package that it needs is not installed.
+    """
+    if kind is None:
+        return None
+    clear_directory(directory)
+    place = {"save_dir": str(directory.parent), "name": "", "version": directory.name}
+    if kind == "csv":
+        return lightning_loggers.CSVLogger(**place)  # type: ignore[arg-type]
+    try:
+        return lightning_loggers.TensorBoardLogger(**place)  # type: ignore[arg-type]
+    except ImportError as error:
+        raise UserError(
+            f"training: logger 'tensorboard' is unavailable: {error}; pip install tensorboard, or take 'csv'"
+        ) from error
 
 
 def _best_file(epoch: int | str) -> str:
@@ -410,7 +452,8 @@ def _identity(
 ) -> dict[str, Any]:
     """What has to be the same for a training to be continued, as JSON holds it."""
     training = asdict(config)
-    training.pop("checkpoint_every_s")
+    for name in ("checkpoint_every_s", "logger"):
+        training.pop(name)
     optimizer = optimizer_factory([nn.Parameter(torch.zeros(1))])
     shapes = str([(name, tuple(part.shape), part.dtype) for name, part in model.state_dict().items()])
     return {

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -37,9 +38,14 @@ def main(config: DictConfig) -> None:
 def main_as_typed() -> int:
     """Runs the settings of the command line as people type them; the exit code.
 
-    Hydra's own options, such as `--help` and `--cfg`, go to Hydra.
+    `--log` is a line a minute, `--log=json` a JSON object a line. Hydra's own options, such as `--help` and `--cfg`, go
+    to Hydra.
     """
-    given = as_typed(sys.argv[1:])
+    try:
+        given = as_typed(map(_progress, sys.argv[1:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
     if any(argument.startswith("-") for argument in given):
         sys.argv[1:] = given
         main()
@@ -89,7 +95,17 @@ def _written(value: object) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-def as_typed(arguments: Sequence[str]) -> list[str]:
+def _progress(argument: str) -> str:
+    """`--log` and `--log=json` as the setting that they stand for."""
+    if argument != "--log" and not argument.startswith("--log="):
+        return argument
+    style = argument.partition("=")[2] or "lines"
+    if style not in ("lines", "json"):
+        raise UserError(f"run: --log must be lines or json, got '{style}'")
+    return f"progress={style}"
+
+
+def as_typed(arguments: Iterable[str]) -> list[str]:
     """The arguments with `key=value` quoted where the value does not parse, such as `data.path=day=1.csv`."""
     parser = OverridesParser.create()
     return [_as_typed(parser, argument) for argument in arguments]
@@ -123,6 +139,12 @@ def composed(settings: Sequence[str]) -> DictConfig:
     return config
 
 
+def plain(settings: Sequence[str]) -> dict[str, Any]:
+    """The same as plain data, where one value may still refer to another."""
+    config: Any = OmegaConf.to_container(composed(settings), resolve=False)
+    return config
+
+
 def settings_of(run: Path) -> Settings:
     """The settings of an earlier run.
 
@@ -135,7 +157,7 @@ def settings_of(run: Path) -> Settings:
     return read_settings(DictConfig(OmegaConf.load(file)))
 
 
-def _groups() -> dict[str, list[str]]:
+def groups() -> dict[str, list[str]]:
     """Every group that can be chosen -> its choices."""
     names = {"data": "data", "experiment": "experiment", "features": "features", "profile": "profile"}
     names |= {"compute": "compute", "evaluation": "evaluation"}
@@ -146,13 +168,13 @@ def _groups() -> dict[str, list[str]]:
 
 def _reason(settings: Sequence[str], error: Exception) -> str:
     """What is wrong with settings that Hydra refuses."""
-    groups, known = _groups(), _known(settings)
+    known_groups, known = groups(), _known(settings)
     for setting in settings:
         name, is_setting, value = setting.partition("=")
         if not is_setting or name.startswith("-"):
             return f"settings must have the form name=value, got '{setting}'"
-        if name in groups and value not in groups[name]:
-            return f"{name} must be one of {', '.join(groups[name])}, got '{value}'"
+        if name in known_groups and value not in known_groups[name]:
+            return f"{name} must be one of {', '.join(known_groups[name])}, got '{value}'"
         plain = name.lstrip("+~")
         if plain not in known and not name.startswith("+"):
             return f"there is no setting '{plain}'{_of_another_source(plain) or _nearest(plain, known)}"
@@ -161,8 +183,8 @@ def _reason(settings: Sequence[str], error: Exception) -> str:
 
 def _chosen(settings: Sequence[str]) -> DictConfig:
     """The configuration of the groups that were chosen, all else as they have it."""
-    groups = _groups()
-    choices = [setting for setting in settings if setting.partition("=")[0] in groups]
+    known = groups()
+    choices = [setting for setting in settings if setting.partition("=")[0] in known]
     try:
         return hydra.compose("run", overrides=choices)
     except (HydraException, OmegaConfBaseException, ValueError):
@@ -173,7 +195,7 @@ def _known(settings: Sequence[str]) -> list[str]:
     """Names of all settings and groups, of the groups that were chosen where these can be read."""
     leaves = flatten(OmegaConf.to_container(_chosen(settings), resolve=False))  # type: ignore[arg-type]
     parents = {name.rsplit(".", depth)[0] for name in leaves for depth in range(1, name.count(".") + 1)}
-    return sorted({*_groups(), *leaves, *parents})
+    return sorted({*groups(), *leaves, *parents})
 
 
 def _require_groups(config: DictConfig, base: DictConfig, path: str = "") -> None:
@@ -205,4 +227,4 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     found += get_close_matches(name, known, NEAREST)
     found += [other for other in known if get_close_matches(last, [other.rsplit(".", 1)[-1]], 1, 0.8)]
     names = list(dict.fromkeys(found))[:NEAREST]
-    return f", did you mean {' or '.join(names)}?" if names else "; --help shows them all"
+    return f", did you mean {' or '.join(names)}?" if names else "; ubp-fast settings shows them all"

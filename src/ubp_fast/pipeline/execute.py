@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -15,10 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ubp_fast.evaluation import READERS, Scores
+from ubp_fast.evaluation.leaderboard import Difference, compare
 from ubp_fast.evaluation.readers import reader_named
 from ubp_fast.evaluation.scores import Spread
 from ubp_fast.events.read import EventDirectory
-from ubp_fast.events.schema import UserError
+from ubp_fast.events.schema import DataError, UserError
 from ubp_fast.files import OutputDirectoryError, copy_directory, copy_path, load_json, write_json, write_text
 from ubp_fast.interruption import run_interruptibly
 from ubp_fast.kernels import BackendUnavailable
@@ -29,10 +32,20 @@ from ubp_fast.pipeline.model_stages import PROFILE_TABLE, TRAINING
 from ubp_fast.pipeline.needs import Need, needs_of_models, needs_of_store, told
 from ubp_fast.pipeline.run_directory import RunDirectory, environment, facts_of, facts_table
 from ubp_fast.pipeline.settings import Settings, read_settings
-from ubp_fast.pipeline.stages import ALIGNMENT, KEPT_FILE, LATEST, Stage, plan
+from ubp_fast.pipeline.stages import (
+    ALIGNMENT,
+    DIAGNOSIS,
+    DRIFT,
+    FACTS_FILE,
+    KEPT_FILE,
+    LATEST,
+    PORTRAIT,
+    Stage,
+    plan,
+)
 from ubp_fast.profiler.bundle import MODEL_FOLDER
-from ubp_fast.progress import RunProgress, duration
-from ubp_fast.report import RunSummary, render_report
+from ubp_fast.progress import RunProgress, duration, print_json
+from ubp_fast.report import RunSummary, Timing, data_read, render_report
 from ubp_fast.store.event_store import EventStore
 
 # What a message alone explains. Anything else is a mistake of ours and keeps its traceback.
@@ -54,7 +67,9 @@ def execute(config: DictConfig, console: Console | None = None) -> int:
 
     def work() -> int:
         try:
-            run_stages(read_settings(config), console or Console())
+            settings = read_settings(config)
+            # Of JSON lines nothing else may stand in the way.
+            run_stages(settings, console or Console(stderr=settings.progress == "json"))
         except USER_ERRORS as error:
             print(f"error: {error}", file=sys.stderr)
             return USER_ERROR
@@ -81,14 +96,15 @@ def run_stages(settings: Settings, console: Console) -> Path:
     for reader in settings.evaluation.readers:
         if any(stage.name.endswith(f"-{reader}") for stage in missing):
             reader_named(reader)  # what is not installed is said before the work, not after it
-    progress = RunProgress(console, [(stage.name, stage.cost) for stage in missing])
-    timings: list[tuple[str, float | None]] = []
+    lines = Console(quiet=console.quiet) if settings.progress == "json" else console
+    progress = RunProgress(lines, [(stage.name, stage.cost) for stage in missing], settings.progress)
+    timings: list[Timing] = []
     first = "store" if any(stage.name == "store" for stage in wanted) else "events"
     has_told = False
     with progress.display():
         for stage in wanted:
             if stage not in missing:
-                timings.append((stage.name, None))
+                timings.append(Timing(stage.name, None))
             else:
                 started_s = time.monotonic()
                 cache.record(stage.name, keys[stage.name], made[stage.name])
@@ -100,7 +116,7 @@ def run_stages(settings: Settings, console: Console) -> Path:
                         lambda folder: stage.make(settings, folders, folder, update),  # noqa: B023
                         stage.keep,
                     )
-                timings.append((stage.name, time.monotonic() - started_s))
+                timings.append(Timing(stage.name, time.monotonic() - started_s, _peak_bytes()))
             run.link_stage(stage.name, cache.path(stage.name, keys[stage.name]))
             if stage.name == "events" and (stores := STORES & {one.name for one in missing}):
                 need = needs_of_store(EventDirectory.open(run.path / "stages" / "events"), settings.plain["store"])
@@ -111,7 +127,9 @@ def run_stages(settings: Settings, console: Console) -> Path:
                 _tell(needs_of_models(store, settings, [one.name for one in missing]), settings, console)
             if stage.name == first:
                 console.print(facts_table(facts_of(run.path, settings)), highlight=False)
-    _publish(settings, run, wanted, timings, console)
+    scores = _publish(settings, run, wanted, timings, console)
+    if settings.progress == "json":
+        print_json(lines, "run_finished", directory=str(run.path), auroc=scores)
     return run.path
 
 
@@ -126,7 +144,7 @@ def _wanted(stages: Sequence[Stage], asked: Sequence[str] | None) -> list[Stage]
         return list(stages)
     names = {stage.name for stage in stages}
     groups = {
-        "evaluate": {name for name in names if name.startswith("evaluate-") or name == ALIGNMENT},
+        "evaluate": {name for name in names if name.startswith("evaluate-") or name in (ALIGNMENT, DIAGNOSIS)},
         "profiles": {"stacking", f"{LATEST}stacking"} & names,
         "report": names,
     }
@@ -166,10 +184,14 @@ def _publish(
     settings: Settings,
     run: RunDirectory,
     stages: Sequence[Stage],
-    timings: list[tuple[str, float | None]],
+    timings: list[Timing],
     console: Console,
-) -> None:
-    """Profiles, scores and report as plain files of the run directory, then a table on the screen."""
+) -> dict[str, dict[str, dict[str, Spread]]]:
+    """Profiles, scores and report as plain files of the run directory, then a table on the screen.
+
+    Returns:
+        Component -> reader -> task -> AUROC and its error.
+    """
     names = {stage.name for stage in stages}
     published = {name: folder for name, folder in PROFILE_FOLDERS.items() if name in names}
     for name, folder in published.items():
@@ -187,10 +209,17 @@ def _publish(
     scores = {component: one.summary() for component, one in found.items() if one.tasks}
     readers = {component: one.aurocs() for component, one in found.items()}
     warnings = _warnings(run, found)
+    paired, notes = _paired(found)
     summary = RunSummary(
         title=settings.name,
         scores=scores,
         readers=readers,
+        paired=paired,
+        paired_notes=notes,
+        diagnosis=_facts(run, names, DIAGNOSIS),
+        portrait=_facts(run, names, PORTRAIT),
+        drift=_facts(run, names, DRIFT),
+        data=data_read(EventDirectory.open(run.path / "stages" / "events")) if "events" in names else {},
         losses=_losses(run, names),
         timings=timings,
         facts=facts_of(run.path, settings),
@@ -211,8 +240,9 @@ def _publish(
     for folder in published.values():
         console.print(f"{folder:9} {run.path / folder}", soft_wrap=True, highlight=False)
     console.print(f"report    {run.path / 'report.html'}", soft_wrap=True, highlight=False)
-    spent_s = sum(seconds or 0.0 for _, seconds in timings)
+    spent_s = sum(one.seconds or 0.0 for one in timings)
     console.print(f"{len(timings)} stages, {duration(spent_s)}", highlight=False)
+    return readers
 
 
 def _kept(run: RunDirectory) -> str:
@@ -234,6 +264,31 @@ def _score_files(run: RunDirectory, stages: Sequence[Stage]) -> dict[str, Scores
             stored = load_json(run.path / "stages" / stage.name / "scores.json")
             parts.setdefault(component, []).append(Scores.from_json(stored))
     return {component: Scores.join(found) for component, found in parts.items()}
+
+
+def _paired(scores: Mapping[str, Scores]) -> tuple[dict[str, dict[str, Difference]], list[str]]:
+    """By every reader the first component less the baseline, or the next; and why some cannot be paired."""
+    if len(scores) < 2:
+        return {}, []
+    first, *others = scores.values()
+    second = scores.get("baseline_log1p", others[0])
+    paired, notes = {}, []
+    for reader in first.config.readers:
+        try:
+            paired[reader] = compare(first, others[0] if second is first else second, reader)
+        except DataError as error:
+            notes.append(f"{reader} is not paired: {error}")
+    return paired, notes
+
+
+def _facts(run: RunDirectory, names: set[str], stage: str) -> dict[str, Any]:
+    """What a stage has found for the report; nothing where it was not asked for."""
+    found = next((name for name in (stage, LATEST + stage) if name in names), None)
+    return {} if found is None else load_json(run.path / "stages" / found / FACTS_FILE)
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
 
 
 def _warnings(run: RunDirectory, scores: dict[str, Scores]) -> list[str]:

@@ -22,8 +22,8 @@ from ubp_fast.pipeline.settings import Settings
 from ubp_fast.store.event_store import EventStore
 
 CONFIG_FILE = "config.yaml"
-# Which stages to run, and with how many threads, are no property of the result.
-NOT_COMPARED = frozenset({"stages", "directory", "root", "cache", "compute"})
+# Which stages to run, with how many threads, and what is shown are no property of the result.
+NOT_COMPARED = frozenset({"stages", "directory", "root", "cache", "progress", "compute", "report"})
 PACKAGES = ("torch", "numpy", "numba", "polars", "lightning", "schedulefree", "torchmetrics", "hydra-core")
 
 

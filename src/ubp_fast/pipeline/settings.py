@@ -23,6 +23,7 @@ from ubp_fast.profiler.bundle import model_folder
 from ubp_fast.profiler.reading import columns_of, seconds_of
 from ubp_fast.profiler.recipe import Recipe
 from ubp_fast.profiles.blocks import LayoutConfig
+from ubp_fast.progress import Style
 
 COMPONENTS = ("stacked", "contrastive", "multitask", "features", "profile_features", "baseline_log1p", "baseline_raw")
 DEFAULT_COMPONENTS = ("stacked", "baseline_log1p")
@@ -34,6 +35,7 @@ PLAIN_TYPES: dict[str, Any] = {
     "root": str,
     "directory": str | None,
     "cache": str,
+    "progress": Literal["auto", "bars", "lines", "json"],
     "profiles.at": str | None,
     "profiles.align_to": str | None,
     "profiles.client_order": Literal["ids", "baseline"],
@@ -46,6 +48,10 @@ PLAIN_TYPES: dict[str, Any] = {
     "windows.stacking_cutoffs": int,
     "windows.labels": int,
     "windows.given_lists": bool,
+    "report.diagnosis": bool,
+    "report.clients": bool,
+    "report.against": str | None,
+    "report.show_ids": bool,
     "stacking.blocks": list[str],
     "compute.device": str,
     "compute.threads": int | None,
@@ -85,6 +91,23 @@ class Windows:
 
 
 @dataclass(frozen=True)
+class Report:
+    """What the report shows beside scores.
+
+    Attributes:
+        diagnosis: ROC, calibration, and scores by length of history, age, size of the training sample and block.
+        clients: a map of the clients, and a few beside their nearest.
+        against: directory of an earlier run, against which the drift of inputs and vectors is shown.
+        show_ids: the report names the clients that it shows by the shop's own ids.
+    """
+
+    diagnosis: bool = True
+    clients: bool = True
+    against: str | None = None
+    show_ids: bool = False
+
+
+@dataclass(frozen=True)
 class ModelSettings:
     """One model: its architecture, its training (None: closed form), and what makes its optimizer from parameters.
 
@@ -113,6 +136,8 @@ class Settings:
         submission: folder of vectors to score instead of ours.
         common_clients: score everything on the clients that the submission and the baselines share.
         align_to: model of an earlier run, in whose space the newest vectors shall be; None: in one of their own.
+        report: what the report shows beside scores.
+        progress: how a run tells how far it is, see `ubp_fast.progress.RunProgress`.
         client_order: order of the clients in profiles, "ids" or "baseline".
         latest: "end" of the data or a moment (seconds), whose vectors are made beside the backtest's; None: no others.
     """
@@ -142,6 +167,8 @@ class Settings:
     components: tuple[str, ...]
     submission: Path | None
     common_clients: bool
+    report: Report = Report()
+    progress: Style = "auto"
     client_order: str = "ids"
     latest: int | str | None = None
     align_to: Path | None = None
@@ -199,7 +226,9 @@ def read_settings(config: DictConfig) -> Settings:
             f"run: {error.full_key} must be given, got none; add {error.full_key}=... to the command"
         ) from error
     named = {
-        name: value for name, value in plain.items() if name not in ("stages", "directory", "root", "cache", "compute")
+        name: value
+        for name, value in plain.items()
+        if name not in ("stages", "directory", "root", "cache", "progress", "compute", "report")
     }
     _require_types(plain)
     built = _make(plain["data"])
@@ -246,6 +275,8 @@ def read_settings(config: DictConfig) -> Settings:
         latest=_latest(plain["profiles"]["at"]),
         align_to=None if plain["profiles"]["align_to"] is None else model_folder(Path(plain["profiles"]["align_to"])),
         common_clients=common_clients,
+        report=Report(**plain.get("report", {})),
+        progress=plain.get("progress", "auto"),
     )
 
 
@@ -309,12 +340,12 @@ def _require_types(plain: Mapping[str, Any], path: str = "") -> None:
         if isinstance(value, Mapping) and path + name not in PLAIN_TYPES:
             _require_types(value, f"{path}{name}.")
         elif not _fits(value, hint):
-            raise UserError(f"run: {path}{name} must be {_described(hint)}, got {value!r}")
+            raise UserError(f"run: {path}{name} must be {described(hint)}, got {value!r}")
 
 
 def _hints(target: str) -> dict[str, Any]:
     """Declared types of what a `_target_` takes; those of other packages check themselves."""
-    return get_type_hints(found) if is_dataclass(found := get_object(target)) else {}
+    return get_type_hints(one) if is_dataclass(one := get_object(target)) else {}
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -338,16 +369,16 @@ def _fits(value: Any, hint: Any) -> bool:
     return hint is not type(None) or value is None
 
 
-def _described(hint: Any) -> str:
-    """A type in words."""
+def described(hint: Any) -> str:
+    """A type of a setting in words."""
     origin, inside = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        return " or ".join(map(_described, inside))
+        return " or ".join(map(described, inside))
     if origin is Literal:
         return f"one of {', '.join(map(str, inside))}"
     if origin in (tuple, list, Sequence):
         number = "" if origin is not tuple or inside[1:] == (...,) else f"{len(inside)} times "
-        return f"a list of {number}{_described(inside[0])}"
+        return f"a list of {number}{described(inside[0])}"
     words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
     return words.get(hint, getattr(hint, "__name__", str(hint)))
 

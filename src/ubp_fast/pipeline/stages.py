@@ -1,9 +1,10 @@
 """The stages of a run: what each is made from, and how. Data only flows forward, each stage fills its own folder.
 
 events -> store -> features -> contrastive, multitask -> stacking -> profiles
-   └──> baselines                └─> raw_features     evaluate-<component>-<reader> -> report
+   └──> baselines                └─> raw_features     evaluate-<component>-<reader>, diagnosis -> report
 
-The row from the store to the profiles is the backtest's; `profiles.at` asks for a second one, of another moment.
+The portrait of the clients and the drift are made from the profiles, for the report alone. The row from the store to
+the profiles is the backtest's; `profiles.at` asks for a second one, of another moment.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from ubp_fast.evaluation import build_targets, evaluate
+from ubp_fast.evaluation import Scores, build_targets, evaluate
+from ubp_fast.evaluation.diagnostics import diagnose
+from ubp_fast.evaluation.readers.linear import option_of
 from ubp_fast.events.labels import make_label_lists
 from ubp_fast.events.read import EventDirectory
-from ubp_fast.events.schema import DataError, LabelLists
+from ubp_fast.events.schema import DataError, LabelLists, UserError
 from ubp_fast.events.sources.challenge import Challenge
 from ubp_fast.features.decayed import decayed_features
 from ubp_fast.features.matrix import Features, load_features
@@ -56,6 +59,8 @@ from ubp_fast.pipeline.settings import Settings
 from ubp_fast.profiler.parts import NETWORKS, aggregated_block, graded_blocks
 from ubp_fast.profiles import Profiles, validate
 from ubp_fast.progress import Progress
+from ubp_fast.report.clients import portray
+from ubp_fast.report.drift import drift
 from ubp_fast.sequences import training_cutoffs, window_days
 from ubp_fast.store.build import build_store
 from ubp_fast.store.clients import clients_of
@@ -68,6 +73,8 @@ OF_DAY = ("rich", "rhythm", "scores")
 RAW_FEATURES = ("aggregated", "decayed", "static")
 LATEST = "latest-"
 ALIGNMENT, KEPT_FILE = "alignment", "alignment.json"
+# What the report shows beside scores.
+DIAGNOSIS, PORTRAIT, DRIFT, FACTS_FILE = "diagnosis", "portrait", "drift", "facts.json"
 BASELINES = ("baseline_log1p", "baseline_raw")
 # Stages whose folders a scored component is read from.
 FOLDERS = {
@@ -123,12 +130,12 @@ def plan(settings: Settings) -> list[Stage]:
     baselines = Stage("baselines", ("events",), {}, make_baselines, 5)
     if settings.submission is not None:
         scored = ("submission", *(name for name in settings.components if name in BASELINES))
-        return [events, baselines, *_scores(settings, scored)]
+        return [events, baselines, *_scores(settings, scored), *_diagnosis(settings, scored)]
     newest = _profiles(settings, settings.align_to)
     latest = [] if settings.latest is None else [_latest(stage, settings) for stage in newest]
     backtest = _profiles(settings) if latest else newest
     if not settings.components:  # nothing to score: a backtest only where no other profiles are asked for
-        return [events, *(latest or backtest)]
+        return [events, *(latest or backtest), *_shown(settings, bool(latest))]
     stages = [events, *backtest, *latest, baselines]
     if settings.align_to is not None and not latest:
         config = {name: settings.plain["evaluation"][name] for name in (*ALL_READERS, *OF_READER["boosting"])}
@@ -137,7 +144,8 @@ def plan(settings: Settings) -> list[Stage]:
     if set(settings.components) & {"features", "profile_features"}:
         config = _features_config(settings)
         stages.append(Stage("raw_features", ("store", "features"), config, make_raw_features, 5))
-    return stages + _scores(settings, settings.components)
+    stages += _scores(settings, settings.components)
+    return stages + _diagnosis(settings, settings.components) + _shown(settings, False)
 
 
 def _profiles(settings: Settings, align_to: Path | None = None) -> list[Stage]:
@@ -217,6 +225,33 @@ def _profile_sets(settings: Settings) -> list[str]:
 def _scores(settings: Settings, components: Sequence[str]) -> list[Stage]:
     """One stage per component and reader: another reader or component leaves the scores that are there."""
     return [_score(settings, component, reader) for component in components for reader in settings.evaluation.readers]
+
+
+def _diagnosis(settings: Settings, scored: Sequence[str]) -> list[Stage]:
+    """What lies behind the scores of the first component, with the baseline beside it."""
+    if not settings.report.diagnosis:
+        return []
+    components = tuple(dict.fromkeys((*scored[:1], *(name for name in scored if name == BASELINES[0]))))
+    folders = dict.fromkeys(folder for name in components for folder in FOLDERS.get(name, ()))
+    if "linear" in settings.evaluation.readers:
+        folders |= dict.fromkeys(f"evaluate-{name}-linear" for name in components)
+    config = {name: settings.plain["evaluation"][name] for name in ("tasks", "seed")} | {"components": components}
+    if settings.submission is not None:
+        config |= {"common_clients": settings.common_clients, "files": settings.content(settings.submission)}
+    make = partial(make_diagnosis, components=components)
+    return [Stage(DIAGNOSIS, ("events", *folders), config, make, 10)]
+
+
+def _shown(settings: Settings, is_latest: bool) -> list[Stage]:
+    """The portrait of the clients, and the drift against an earlier run where one is named."""
+    report, stages = settings.report, []
+    if report.clients:
+        config = {"seed": settings.seed, "show_ids": report.show_ids}
+        stages.append(Stage(PORTRAIT, ("events", "store", "stacking"), config, make_portrait, 10))
+    if report.against is not None:
+        earlier = {"against": settings.content(Path(report.against) / "profiles"), "seed": settings.seed}
+        stages.append(Stage(DRIFT, ("store", "stacking"), earlier, make_drift, 2))
+    return [_latest(stage, settings) for stage in stages] if is_latest else stages
 
 
 def _score(settings: Settings, component: str, reader: str) -> Stage:
@@ -394,16 +429,63 @@ def _write_scores(
     settings: Settings, component: str, reader: str, inputs: Inputs, directory: Path, progress: Progress
 ) -> None:
     events = EventDirectory.open(inputs["events"])
-    profiles = _submitted(settings, events) if component == "submission" else _component(component, inputs)
-    remark = ""
-    if settings.common_clients and settings.submission is not None:
-        profiles, remark = _common(settings, events, profiles)
+    profiles, remark = _scored(settings, component, inputs, events)
     targets = build_targets(events, profiles.client_ids, settings.evaluation.tasks)
     config = replace(settings.evaluation, readers=(reader,))
     has_units = component in ("features", "profile_features")
     scores = evaluate(profiles, targets, config, on_device(settings.device), progress, has_units)
     scores = replace(scores, remarks={**scores.remarks, **({"clients": remark} if remark else {})})
     write_json(directory / "scores.json", scores.to_json())
+
+
+def make_diagnosis(
+    settings: Settings, inputs: Inputs, directory: Path, progress: Progress, components: Sequence[str]
+) -> None:
+    """What lies behind the scores, by the options that the linear reader has chosen where it was asked."""
+    events = EventDirectory.open(inputs["events"])
+    vectors = {name: _scored(settings, name, inputs, events)[0] for name in components}
+    choices = {}
+    for name in components:
+        if (scored := inputs.get(f"evaluate-{name}-linear")) is not None:
+            tasks = Scores.from_json(load_json(scored / "scores.json")).others["linear"]
+            found = {task: option_of(one.samples[0].choice) for task, one in tasks.items() if one.samples}
+            choices[name] = {task: option for task, option in found.items() if option is not None}
+    write_json(directory / FACTS_FILE, diagnose(vectors, events, settings.evaluation, choices, progress))
+
+
+def make_portrait(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
+    """A map of the clients, and a few of them beside their nearest."""
+    events, store = EventDirectory.open(inputs["events"]), EventStore.open(inputs["store"])
+    profiles = Profiles.load(inputs["stacking"] / "stacked")
+    found = portray(profiles, events, store.cutoff_s, settings.seed, settings.report.show_ids, progress)
+    write_json(directory / FACTS_FILE, found)
+
+
+def make_drift(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
+    """How far inputs and vectors have moved from those of an earlier run.
+
+    Raises:
+        UserError: what is named is no run with its stages.
+    """
+    assert settings.report.against is not None
+    earlier = Path(settings.report.against)
+    place = earlier / "stages" / "store"
+    if not (earlier / "profiles").is_dir() or not place.exists():
+        raise UserError(
+            f"run: report.against must be the directory of a run with profiles and stages, got {earlier};"
+            " run it again where its cache was removed"
+        )
+    profiles = Profiles.load(inputs["stacking"] / "stacked")
+    before = (EventStore.open(place), Profiles.load(earlier / "profiles"))
+    write_json(directory / FACTS_FILE, drift(EventStore.open(inputs["store"]), profiles, *before, settings.seed))
+
+
+def _scored(settings: Settings, component: str, inputs: Inputs, events: EventDirectory) -> tuple[Profiles, str]:
+    """Vectors that are scored, and what is said of their clients."""
+    profiles = _submitted(settings, events) if component == "submission" else _component(component, inputs)
+    if settings.common_clients and settings.submission is not None:
+        return _common(settings, events, profiles)
+    return profiles, ""
 
 
 def _submitted(settings: Settings, events: EventDirectory) -> Profiles:

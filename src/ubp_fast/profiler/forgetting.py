@@ -27,6 +27,8 @@ from ubp_fast.profiles import Profiles
 VECTORS = ("profiles", LATEST)
 # Stages that hold scores of labels, and nobody.
 OF_NOBODY = "evaluate-"
+# Shows single clients by what they did; the next run writes it anew.
+REPORT = "report.html"
 # A shorter id may stand in a text for anything.
 SHORTEST_SEARCHED = 6
 
@@ -47,7 +49,7 @@ class Forgotten:
 
 
 def forget(run: Path | str, clients: Sequence[Any] | np.ndarray | pl.Series) -> Forgotten:
-    """Removes clients from a run; vectors of the others keep their bytes. Killed and called again, it goes on.
+    """Removes clients from a run, and its report; the vectors of others keep their bytes. Called again, it goes on.
 
     Args:
         run: directory of a run.
@@ -75,6 +77,7 @@ def forget(run: Path | str, clients: Sequence[Any] | np.ndarray | pl.Series) -> 
         _without_vectors(path / name, numbers)
         _without_rows(path / f"{name}.parquet", gone)
     history.without(numbers).save(path)
+    (path / REPORT).unlink(missing_ok=True)
     removed = tuple(_remove_stages(path / "stages"))
     if left := [str(file) for file in path.rglob("*") if file.is_file() and _holds(file, gone, numbers)]:
         raise DataError(f"{path}: no file may hold an id of who was forgotten, got {left}; remove them")

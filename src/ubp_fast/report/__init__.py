@@ -1,6 +1,8 @@
-"""The report of a run: one HTML file that needs nothing beside it."""
+"""The report of a run: what it shows beside scores, and one HTML file that needs nothing beside it."""
 
-from ubp_fast.report.figures import loss_figure, score_figure
-from ubp_fast.report.html import RunSummary, render_report
+from ubp_fast.report.clients import portray
+from ubp_fast.report.data import data_read
+from ubp_fast.report.drift import drift
+from ubp_fast.report.html import RunSummary, Timing, render_report
 
-__all__ = ["RunSummary", "loss_figure", "render_report", "score_figure"]
+__all__ = ["RunSummary", "Timing", "data_read", "drift", "portray", "render_report"]

@@ -11,7 +11,7 @@ Sums are float64. Memory is [D, D] per fold, and the vectors a few rows at a tim
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import numpy as np
@@ -21,6 +21,7 @@ from ubp_fast.evaluation.readers.config import EvaluationConfig
 from ubp_fast.evaluation.readers.reader import LabelScores, ReaderData, Sample, by_clients, label_samples, scorable
 from ubp_fast.evaluation.tasks import TaskTargets
 from ubp_fast.evaluation.tasks.metrics import auroc_per_label
+from ubp_fast.events.labels import LabelMatrix
 
 FOLDS = 5
 BLOCK_VALUES = 1 << 23
@@ -29,7 +30,18 @@ PENALTIES = {
     "absolute": tuple(10.0 ** (exponent / 2) for exponent in range(-14, 5)),
     "standardised": tuple(10.0 ** (exponent / 2) for exponent in range(-6, 5)),
 }
-OPTIONS = tuple((scaling, penalty) for scaling, penalties in PENALTIES.items() for penalty in penalties)
+Option = tuple[str, float]
+OPTIONS: tuple[Option, ...] = tuple((scaling, one) for scaling, penalties in PENALTIES.items() for one in penalties)
+
+
+def choice_text(option: Option) -> str:
+    """How a chosen option is told among the scores."""
+    return f"{option[0]}, penalty {option[1]:.3g}"
+
+
+def option_of(text: str) -> Option | None:
+    """The option that `choice_text` tells; None where nothing was chosen."""
+    return next((option for option in OPTIONS if choice_text(option) == text), None)
 
 
 def cost(data: ReaderData, tasks: Sequence[TaskTargets], config: EvaluationConfig) -> int:
@@ -72,6 +84,79 @@ class Sums:
         """The sums without some of the clients."""
         return Sums(*(mine - theirs for mine, theirs in zip(vars(self).values(), vars(part).values(), strict=True)))
 
+    def of_labels(self, labels: slice) -> Sums:
+        """The sums of some labels alone."""
+        return replace(self, labels=self.labels[labels], cross=self.cross[:, labels])
+
+
+class Regression:
+    """Ridge regressions of one set of clients and labels, with any option: the sums are taken once.
+
+    Args:
+        vectors: [U, D] on the device.
+        rows: i64 [n], the clients to learn from, in the order that folds are dealt in; at least 2 * `FOLDS`.
+        labels: float32 [n, L].
+    """
+
+    def __init__(self, vectors: torch.Tensor, rows: np.ndarray, labels: np.ndarray) -> None:
+        self._vectors, self._rows, self._num_labels = vectors, rows, labels.shape[1]
+        self._shift = _mean(vectors, rows)
+        self._folds = [np.arange(fold, len(rows), FOLDS) for fold in range(FOLDS)]
+        parts = [_sums(vectors, rows[fold], labels[fold], self._shift) for fold in self._folds]
+        self._whole = reduce(Sums.plus, parts)
+        self._rests = [self._whole.minus(part) for part in parts]
+
+    def held_out(
+        self, option: Option, labels: slice = slice(None), report: Callable[[int], None] | None = None
+    ) -> np.ndarray:
+        """What is predicted for every client by those of the other folds, float32 [n, labels]."""
+        predicted = np.empty((len(self._rows), self._width(labels)), np.float32)
+        for fold, rest in zip(self._folds, self._rests, strict=True):
+            rest = rest.of_labels(labels)
+            for at, values in _predict(self._vectors, self._rows[fold], self._shift, rest, *_fit(rest, *option)):
+                predicted[fold[at]] = values
+            if report is not None:
+                report(1)
+        return predicted
+
+    def predicted(
+        self, option: Option, vectors: torch.Tensor, rows: np.ndarray, labels: slice = slice(None)
+    ) -> np.ndarray:
+        """What all clients predict for some rows of some vectors, float32 [len(rows), labels]."""
+        predicted = np.empty((len(rows), self._width(labels)), np.float32)
+        whole = self._whole.of_labels(labels)
+        for at, values in _predict(vectors, rows, self._shift, whole, *_fit(whole, *option)):
+            predicted[at] = values
+        return predicted
+
+    def weights(self, option: Option, labels: slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights f64 [D, labels], and the means f64 [D] that they are of."""
+        weight, mean = _fit(self._whole.of_labels(labels), *option)
+        return weight, mean + self._shift
+
+    def _width(self, labels: slice) -> int:
+        return len(range(*labels.indices(self._num_labels)))
+
+    def choose(
+        self,
+        train: Sequence[LabelMatrix],
+        report: Callable[[int], None] | None = None,
+        options: Sequence[Option] = OPTIONS,
+    ) -> list[Option]:
+        """For each task the option that ranks held-out clients best; the tasks' labels are the L columns in turn."""
+        bounds = np.cumsum([0, *(labels.num_labels for labels in train)])
+        best: list[tuple[float, int]] = [(-1.0, 0)] * len(train)
+        learnable = [scorable(labels) for labels in train]
+        for number, option in enumerate(options):
+            held_out = self.held_out(option, report=report)
+            for position, labels in enumerate(train):
+                chosen = learnable[position]
+                if len(chosen):
+                    own = torch.from_numpy(held_out[:, bounds[position] + chosen])
+                    area = float(auroc_per_label(own, labels.columns(chosen)).mean())
+                    best[position] = max(best[position], (area, -number))
+        return [options[-number] for _, number in best]
+
 
 def _read_together(
     data: ReaderData,
@@ -84,41 +169,18 @@ def _read_together(
     if len(rows) < 2 * FOLDS:
         report(FOLDS * len(OPTIONS))
         return [LabelScores((Sample((), ()),), task.train.num_labels, task.train.num_labels) for task in tasks]
-    vectors, read_vectors = data.vectors, data.vectors if data.read is None else data.read
     train = [task.train.take(rows) for task in tasks]
-    bounds = np.concatenate([[0], np.cumsum([labels.num_labels for labels in train])])
-    known = np.concatenate([labels.dense() for labels in train], axis=1)
-    shift = _mean(vectors, rows)
-    folds = [np.arange(fold, len(rows), FOLDS) for fold in range(FOLDS)]
-    parts = [_sums(vectors, rows[fold], known[fold], shift) for fold in folds]
-    whole = reduce(Sums.plus, parts)
-    rests = [whole.minus(part) for part in parts]
-    best: list[tuple[float, int]] = [(-1.0, 0)] * len(tasks)
-    learnable = [scorable(labels) for labels in train]
-    for number, option in enumerate(OPTIONS):
-        held_out = np.empty(known.shape, np.float32)
-        for fold, rest in zip(folds, rests, strict=True):
-            for at, predicted in _predict(vectors, rows[fold], shift, rest, *_fit(rest, *option)):
-                held_out[fold[at]] = predicted
-            report(1)
-        for position, labels in enumerate(train):
-            chosen = learnable[position]
-            if len(chosen):
-                own = torch.from_numpy(held_out[:, bounds[position] + chosen])
-                area = float(auroc_per_label(own, labels.columns(chosen)).mean())
-                best[position] = max(best[position], (area, -number))
-    chosen_options = [OPTIONS[-number] for _, number in best]
-    predictions = {}
-    for option in dict.fromkeys(chosen_options):
-        predictions[option] = np.empty(known.shape, np.float32)
-        for at, predicted in _predict(read_vectors, rows, shift, whole, *_fit(whole, *option)):
-            predictions[option][at] = predicted
+    bounds = np.cumsum([0, *(labels.num_labels for labels in train)])
+    regression = Regression(data.vectors, rows, np.concatenate([labels.dense() for labels in train], axis=1))
+    options = regression.choose(train, report)
+    read_vectors = data.vectors if data.read is None else data.read
+    predictions = {option: regression.predicted(option, read_vectors, rows) for option in dict.fromkeys(options)}
     found = []
-    for position, (task, option) in enumerate(zip(tasks, chosen_options, strict=True)):
+    for position, (task, option) in enumerate(zip(tasks, options, strict=True)):
         validation = task.validation.take(rows)
         columns = scorable(validation)
         own = torch.from_numpy(predictions[option][:, bounds[position] + columns])
-        samples = label_samples(own, validation, columns, num_samples, f"{option[0]}, penalty {option[1]:.3g}")
+        samples = label_samples(own, validation, columns, num_samples, choice_text(option))
         found.append(LabelScores(samples, task.train.num_labels, task.train.num_labels - len(columns)))
     return found
 

@@ -115,7 +115,12 @@ class Targets:
     missing: dict[str, str] = field(default_factory=dict)
 
 
-def build_targets(events: EventDirectory, client_ids: np.ndarray, tasks: Sequence[str] = tuple(TASKS)) -> Targets:
+def build_targets(
+    events: EventDirectory,
+    client_ids: np.ndarray,
+    tasks: Sequence[str] = tuple(TASKS),
+    windows: tuple[tuple[int, int], tuple[int, int]] | None = None,
+) -> Targets:
     """Labels of both windows in one pass over the purchases of each.
 
     Label lists and active clients are those of the event directory. What it lacks is made: lists by `make_label_lists`
@@ -125,6 +130,7 @@ def build_targets(events: EventDirectory, client_ids: np.ndarray, tasks: Sequenc
         events: where purchases, lists and windows come from.
         client_ids: i64 [U], clients of the profiles, in their order.
         tasks: names.
+        windows: two others than the train and the validation window, [first second, last second) each.
 
     Raises:
         DataError: lists have to be made and the train window has no purchase.
@@ -134,11 +140,11 @@ def build_targets(events: EventDirectory, client_ids: np.ndarray, tasks: Sequenc
     wanted = [task for task in named_tasks(tasks) if task.name not in missing]
     columns = {task.name: (task.column, lists[task.name][0]) for task in wanted if task.column}
     clients = ClientRows(client_ids)
-    windows = []
-    for start_s, end_s in (events.split.train_window_s, events.split.validation_window_s):
+    labelled = []
+    for start_s, end_s in windows or (events.split.train_window_s, events.split.validation_window_s):
         bought, matrices = label_matrices(clients, events.purchases(start_s, end_s), columns)
-        windows.append((_no_purchase(bought), matrices))
-    (train_none, train), (validation_none, validation) = windows
+        labelled.append((_no_purchase(bought), matrices))
+    (train_none, train), (validation_none, validation) = labelled
     everyone = np.ones(len(client_ids), bool)
     built = {}
     for task in wanted:
