@@ -279,14 +279,15 @@ class _Job(lightning.LightningModule):
                 return
             if not _fits(self.model, state["model"]):
                 return
-            values = state["values"].to(on_device(self.config.device))
+            # A copy: what stays mapped keeps a checkpoint that was replaced on the disk.
+            values = state["values"].to(on_device(self.config.device), copy=True)
             terms = [dict(zip(state["terms"], one.unbind(), strict=True)) for one in values.unbind()]
-            self._terms = list(zip(state["views"], terms, strict=True))
-            self._resumed = state
+            kept = list(zip(state["views"], terms, strict=True))
+            losses, curve, curve_start = state["losses"], state["curve"], state["curve_start"]
         except _UNREADABLE:
             return
-        self.losses, self.curve, self._curve_start = state["losses"], state["curve"], state["curve_start"]
-        self._best_saved = best
+        self._resumed, self._terms, self._best_saved = state, kept, best
+        self.losses, self.curve, self._curve_start = losses, curve, curve_start
 
     def train_dataloader(self) -> _Rest:
         return _Rest(self.loader, _steps(self.loader, self.config) - self.step)
