@@ -4,13 +4,16 @@ CASE ?= bench
 INSTALLED := .venv/installed
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test docs lint format bench wheel sanitize sanitize-cuda cuda triton
+.PHONY: demo test docs lint format torture bench wheel sanitize sanitize-cuda cuda triton
 
 demo: $(INSTALLED)  ## real retail purchases -> profiles, scores, report
 	$(BIN)/python -m ubp_fast.run
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+torture: $(INSTALLED)  ## 100 times SIGKILL in all stages of a run, each continued to the same bytes; says where each hit
+	$(BIN)/python -m pytest tests/pipeline/test_torture.py -k killed_anywhere --kills 100 -s
 
 docs: $(INSTALLED)  ## the documentation as a site, in site/: strict, and without network
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -15,6 +15,7 @@ from ubp_fast.kernels import check_deferred
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
+    parser.addoption("--kills", type=int, default=12, help="how often test_torture kills a run")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

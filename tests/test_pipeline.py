@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -17,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from support.runs import ALL_BLOCKS, NETWORK, SMALL, TINY, contents, run_tiny
+from support.runs import ALL_BLOCKS, NETWORK, SMALL, contents, run_tiny
 
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.profiles import Profiles, validate
@@ -38,7 +35,7 @@ def test_run_directory_is_complete(synthetic_run: Path) -> None:
     names = {path.name for path in synthetic_run.iterdir()}
     assert names == {
         *("config.yaml", "environment.json", "model", "profiles", "profiles.parquet", "report.html", "scores.json"),
-        "stages",
+        *("stages", ".lock"),
     }
     scores = json.loads((synthetic_run / "scores.json").read_text())
     assert list(scores) == ["stacked", "baseline_log1p"]
@@ -261,33 +258,6 @@ def change_future(path: Path, cutoff_s: int) -> int:
     kept = pl.concat([future.head(1), future.tail(len(future) - 1).gather_every(2)])
     pl.concat([past, kept]).write_parquet(path)
     return len(future)
-
-
-def test_killed_at_random_moments_ends_with_the_same_bytes(synthetic_run: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "ubp_fast.run",
-        *TINY,
-        *SYNTHETIC,
-        "stages=[profiles]",
-        f"root={tmp_path / 'runs'}",
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    moments = random.Random(7)
-    for attempt in range(5):
-        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        process.stdout.readline()  # the first stage has begun: what was imported by then is no part of the run
-        time.sleep(moments.uniform(0.05, 1.5) + 0.7 * attempt)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-    finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
-    (run,) = (path for path in (tmp_path / "runs").iterdir() if path.name != "cache")
-    assert contents(run / "profiles") == contents(synthetic_run / "profiles")
-    assert not list((tmp_path / "runs" / "cache").glob("*.partial"))
 
 
 def test_other_configuration_does_not_overwrite_a_run(synthetic_run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -326,10 +326,7 @@ def _cache(options: argparse.Namespace) -> int:
     cache = StageCache(options.cache)
     outputs = cache.outputs()
     if options.what == "prune":
-        oldest_s = time.time() - options.older_than * 86_400
-        doomed = [output for output in outputs if not output.runs and output.used_s <= oldest_s]
-        for output in doomed:
-            cache.remove(output)
+        doomed = cache.prune(time.time() - options.older_than * 86_400)
         print(f"removed {len(doomed)} of {len(outputs)} outputs, {_megabytes(sum(one.size for one in doomed))}")
         return 0
     table = Table("output", "size", "age", "runs", title=f"{options.cache}", title_justify="left")

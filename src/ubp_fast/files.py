@@ -177,8 +177,7 @@ def published_directory(path: Path) -> Iterator[Path]:
 
 def complete_directory(partial: Path, path: Path) -> None:
     """Flushes all files below `partial` to disk and gives it the name `path`; halves that a kill left stay behind."""
-    for half in list(partial.rglob(_HALF)):
-        half.unlink()
+    remove_halves(partial)
     for file in sorted(partial.rglob("*")):
         if file.is_file():
             _flush(file)
@@ -187,13 +186,18 @@ def complete_directory(partial: Path, path: Path) -> None:
     _flush(path.parent)
 
 
+def remove_halves(directory: Path) -> None:
+    """Deletes what killed processes have left half written below a directory; nobody may be writing there."""
+    for half in list(directory.rglob(_HALF)):
+        half.unlink()
+
+
 def clear_directory(directory: Path, keep: frozenset[str] = frozenset()) -> None:
     """Creates a directory or empties it, but for the names in `keep`; half files that a kill left there go, too."""
     directory.mkdir(parents=True, exist_ok=True)
     for child in directory.iterdir():
         if child.name in keep:
-            for left in child.rglob(_HALF):
-                left.unlink()
+            remove_halves(child)
         elif child.is_dir() and not child.is_symlink():
             shutil.rmtree(child)
         else:
@@ -208,12 +212,12 @@ def writable_directory(path: Path, purpose: str) -> Path:
     """
     with writing_to(path, purpose):
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".write-test-{os.getpid()}"
+        probe = path / f".write-test.{os.getpid()}.tmp"
         with probe.open("wb") as handle:
             handle.write(b"\0" * 4096)
             handle.flush()
             os.fsync(handle.fileno())
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     return path
 
 

@@ -74,22 +74,31 @@ def train(
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("table_dtype", ["float32", "bfloat16"])
-def test_killed_and_continued_equals_undisturbed(
-    store: EventStore, tmp_path: Path, optimizer: str, table_dtype: TableDtype
+@pytest.mark.parametrize(
+    ("table_updates", "table_dtype"), [("auto", "float32"), ("auto", "bfloat16"), ("dense", "float32")]
+)
+def test_killed_in_an_epoch_and_continued_equals_undisturbed(
+    store: EventStore, tmp_path: Path, optimizer: str, table_updates: Any, table_dtype: TableDtype
 ) -> None:
-    run = partial(train, store, optimizer=optimizer, table_dtype=table_dtype)
-    undisturbed, losses = run(tmp_path / "a")
-    steps = len(training_loader(store))
-    for step in (steps + 1, 2 * steps + 2):
+    """Rows of tables that wait for their next use lie in the checkpoint as they are, and so do counts of the epoch."""
+    loader = training_loader(store)
+    steps = len(loader)
+
+    def run(directory: Path, progress: Any = None, every_s: float = 0.0) -> tuple[ContrastiveModel, Any]:
+        model = small_contrastive(store, table_dtype=table_dtype, probes={"churn": 1, "buy_category": 5})
+        config = TrainingConfig(epochs=3, checkpoint_every_s=every_s, table_updates=table_updates)
+        return model, fit(model, loader, OPTIMIZERS[optimizer], config, directory, progress)
+
+    undisturbed, losses = run(tmp_path / "a", every_s=1e9)
+    seen: list[int] = []
+    for step in (1, 3, 2 * steps, 2 * steps + 3):
         with pytest.raises(Killed):
-            run(tmp_path / "b", progress=kill_at(step))
-    seen: list[tuple[int, int]] = []
-    continued, other_losses = run(tmp_path / "b", progress=lambda *at: seen.append(at))
-    assert seen[0] == (2 * steps + 1, 3 * steps)
-    assert seen[-1] == (3 * steps, 3 * steps)
+            run(tmp_path / "b", kill_at(step))
+    continued, other_losses = run(tmp_path / "b", lambda done, _: seen.append(done))
+    assert seen == list(range(2 * steps + 3, 3 * steps + 1))
     assert weights(undisturbed) == weights(continued)
     assert losses == other_losses
+    assert "auroc_buy_category" in losses[0]
     for name in ("model.safetensors", "losses.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert {path.name for path in (tmp_path / "b").iterdir()} == {"model.safetensors", "losses.json"}
@@ -133,6 +142,39 @@ def test_a_logger_that_is_not_installed_is_told(
         fit(small_contrastive(store, 0), training_loader(store), OPTIMIZERS["adamw"], config, tmp_path)
 
 
+def test_a_full_disk_costs_a_checkpoint_and_no_training(
+    store: EventStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed, _ = train(store, tmp_path / "a")
+    kept: list[bytes] = []
+    opened: Any = Path.open
+
+    def full(path: Path, *mode: Any, **options: Any) -> Any:
+        if not path.name.startswith(".checkpoint"):
+            return opened(path, *mode, **options)
+        path.touch()
+        return opened(Path("/dev/full"), *mode, **options)
+
+    def fill_up(done: int, total: int) -> None:
+        checkpoint = tmp_path / "b" / "checkpoint.pt"
+        if done == 3:
+            kept.append(checkpoint.read_bytes())
+            monkeypatch.setattr(Path, "open", full)
+        elif done == 6:
+            assert checkpoint.read_bytes() == kept[0], "the last complete one stays"
+            assert {path.name for path in checkpoint.parent.iterdir()} == {"checkpoint.pt"}
+            raise Killed
+
+    no_room = "no room for a checkpoint .No space left on device.; the training goes on"
+    with pytest.warns(UserWarning, match=no_room), pytest.raises(Killed):
+        train(store, tmp_path / "b", progress=fill_up)
+    monkeypatch.undo()
+    seen: list[int] = []
+    continued, _ = train(store, tmp_path / "b", progress=lambda done, _: seen.append(done))
+    assert seen[0] == 3
+    assert weights(undisturbed) == weights(continued)
+
+
 @pytest.fixture
 def heeded() -> Iterator[None]:
     """Ctrl-C counts, also in a background job that was told to ignore it."""
@@ -152,30 +194,40 @@ def test_ctrl_c_stays_what_it_is(store: EventStore, tmp_path: Path, heeded: None
         assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_damaged_checkpoints_fall_back(store: EventStore, tmp_path: Path) -> None:
-    undisturbed, _ = train(store, tmp_path / "a")
-    steps = len(training_loader(store))
+@pytest.mark.parametrize("damage", [lambda whole: whole[: len(whole) // 2], lambda whole: b"nothing"])
+def test_a_damaged_checkpoint_is_passed_over(
+    store: EventStore, tmp_path: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    undisturbed, _ = train(store, tmp_path / "a", epochs=1)
     with pytest.raises(Killed):
-        train(store, tmp_path / "b", progress=kill_at(2 * steps + 1))
+        train(store, tmp_path / "b", progress=kill_at(3), epochs=1)
     latest = tmp_path / "b" / "checkpoint.pt"
-    latest.write_bytes(latest.read_bytes()[: latest.stat().st_size // 2])
+    latest.write_bytes(damage(latest.read_bytes()))
     seen: list[int] = []
-    continued, _ = train(store, tmp_path / "b", progress=lambda done, _: seen.append(done))
-    assert seen[0] == steps + 1
-    assert weights(undisturbed) == weights(continued)
-    with pytest.raises(Killed):
-        train(store, tmp_path / "c", progress=kill_at(steps + 1))
-    (tmp_path / "c" / "checkpoint.pt").write_bytes(b"nothing")
-    from_start, _ = train(store, tmp_path / "c")
+    from_start, _ = train(store, tmp_path / "b", progress=lambda done, _: seen.append(done), epochs=1)
+    assert seen[0] == 1
     assert weights(undisturbed) == weights(from_start)
 
 
-def test_checkpoint_of_another_training_is_not_used(store: EventStore, tmp_path: Path) -> None:
-    steps = len(training_loader(store))
+@pytest.mark.parametrize("change", ["seed", "initial weights", "labels", "events", "order"])
+def test_a_checkpoint_of_another_training_is_not_used(store: EventStore, tmp_path: Path, change: str) -> None:
+    def start(progress: Callable[[int, int], None], change: str = "") -> dict[str, bytes]:
+        loader = training_loader(store, shuffle_seed=int(change == "order"))
+        if change == "labels":
+            loader.labels["churn"] = 1 - loader.labels["churn"]  # type: ignore[operator]
+        if change == "events":
+            loader = training_loader(store, history_length=63)
+        model = small_contrastive(store, seed=int(change == "initial weights"))
+        config = TrainingConfig(seed=int(change == "seed"), checkpoint_every_s=0)
+        fit(model, loader, OPTIMIZERS["adamw"], config, tmp_path, progress)
+        return weights(model)
+
     with pytest.raises(Killed):
-        train(store, tmp_path, seed=1, progress=kill_at(steps + 1))
+        start(kill_at(3))
+    with pytest.raises(Killed):
+        start(lambda done, _: (_ for _ in ()).throw(Killed) if done == 3 else None)
     seen: list[int] = []
-    train(store, tmp_path, seed=0, progress=lambda done, _: seen.append(done))
+    start(lambda done, _: seen.append(done), change)
     assert seen[0] == 1
 
 
@@ -254,7 +306,8 @@ def test_schedule_free_trains_and_rests_in_the_right_mode(store: EventStore, tmp
     config = TrainingConfig(epochs=2, checkpoint_every_s=0)
     fit(model, loader, partial(Watched, lr=1e-2), config, tmp_path)
     steps = ["step"] * len(loader)
-    assert modes == ["train", *steps, "eval", "save", "train", *steps, "eval"]
+    inside = ["step", "save"] * (len(steps) - 1) + ["step"]
+    assert modes == ["train", *inside, "eval", "save", "train", *inside, "eval"]
 
 
 @pytest.mark.parametrize("clip", [None, 0.1])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -91,3 +94,48 @@ def test_clipping_equals_the_dense_one(max_norm: float) -> None:
         torch.testing.assert_close(one.grad.to_dense(), other.grad)
     nothing = nn.Linear(1, 1)
     assert clip_gradient_norm(nothing.parameters(), 1.0) == 0.0
+
+
+@pytest.mark.parametrize("factory", [RAdamScheduleFree, torch.optim.AdamW])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_exact_state_continues_bit_by_bit_and_disturbs_nothing(
+    factory: Callable[..., torch.optim.Optimizer], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """1,100 steps make the history of steps longer than it is at first; most rows wait for their next use."""
+
+    def start() -> tuple[nn.Sequential, Any]:
+        torch.manual_seed(0)
+        layers = nn.Sequential(RowSparseEmbedding(30, 4, dtype=dtype), nn.Linear(4, 1))
+        optimizer: Any = adopt_tables(factory(layers.parameters(), lr=0.01), layers, "auto")
+        getattr(optimizer, "train", lambda: None)()
+        return layers, optimizer
+
+    def steps(layers: nn.Sequential, optimizer: Any, first: int, last: int) -> None:
+        for step in range(first, last):
+            ids = torch.tensor([step * step % 29, step % 7])
+            optimizer.zero_grad()
+            layers(ids).square().sum().backward()
+            optimizer.step()
+
+    def memory(layers: nn.Sequential) -> torch.Tensor:
+        with torch._C.DisableTorchFunctionSubclass():
+            return layers[0].weight.detach().clone()
+
+    layers, optimizer = start()
+    steps(layers, optimizer, 0, 1100)
+    with torch._C.DisableTorchFunctionSubclass():
+        torch.save((layers.state_dict(), optimizer.exact_state()), tmp_path / "exact")
+    assert (layers[0].touched.last_step != layers[0].touched.steps).any()
+    others, continued = start()
+    weights, exact = torch.load(tmp_path / "exact", weights_only=True)
+    continued.load_exact_state(exact)
+    with torch._C.DisableTorchFunctionSubclass():
+        others.load_state_dict(weights)
+    for one in ((layers, optimizer), (others, continued)):
+        steps(*one, 1100, 1200)
+    assert torch.equal(memory(layers), memory(others))
+    assert torch.equal(layers[0].weight, others[0].weight)
+    undisturbed, alone = start()
+    steps(undisturbed, alone, 0, 1200)
+    assert torch.equal(layers[0].weight, undisturbed[0].weight)
+    assert (tmp_path / "exact").stat().st_size < 100_000, "of rows in use alone"

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import errno
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import pytest
 
@@ -40,24 +42,28 @@ def test_reasons_name_what_differs() -> None:
 
 def test_outputs_are_listed_and_pruned(tmp_path: Path) -> None:
     cache = StageCache(tmp_path / "cache")
-    for key, size in (("1", 10), ("2", 30)):
-        cache.record("a", key, {"of": key})
-        cache.build("a", key, lambda folder, size=size: (folder / "x").write_bytes(bytes(size)))  # type: ignore[misc]
     run = RunDirectory(tmp_path / "run", {"seed": 1})
-    run.link_stage("a", cache.path("a", "1"))
-    begun = cache.directory / "b-3.partial"
+    first, second, third = ({"of": number} for number in range(3))
+    keys = [digest(one) for one in (first, second, third)]
+    for one in (first, second):
+        assert cache.claim(run.path, {"a": one}) == ["a"]
+    for key, size in ((keys[0], 10), (keys[1], 30)):
+        cache.build("a", key, lambda folder, size=size: (folder / "x").write_bytes(bytes(size)))  # type: ignore[misc]
+    assert cache.claim(run.path, {"a": first, "b": third}) == ["b"]
+    run.link_stage("a", cache.path("a", keys[0]))
+    begun = cache.directory / f"b-{keys[2]}.partial"
     begun.mkdir()
-    cache.note_user(run.path, ["b-3"])
     shown, other, unfinished = sorted(cache.outputs(), key=lambda output: output.path.name)
     assert (unfinished.path, unfinished.runs) == (begun, shown.runs), "an interrupted run goes on from it"
     assert (shown.size, shown.runs, other.size, other.runs) == (10, ((tmp_path / "run").resolve(),), 30, ())
-    assert cache.recorded((run.path / "stages" / "a").resolve()) == {"of": "1"}
+    assert cache.recorded((run.path / "stages" / "a").resolve()) == first
     with cache._locked(other.path), pytest.raises(UserError, match="is being made by a run"):
         cache.remove(other)
-    cache.remove(other)
-    assert not cache.has("a", "2")
+    assert cache.prune(0.0) == []
+    assert cache.prune(other.used_s) == [other]
+    assert not cache.has("a", keys[1])
     assert cache.recorded(other.path) is None
-    assert sorted(output.path.name for output in cache.outputs()) == ["a-1", "b-3.partial"]
+    assert [output.path.name for output in cache.outputs()] == [shown.path.name, begun.name]
     shutil.rmtree(run.path)
     assert [output.runs for output in cache.outputs()] == [(), ()], "nobody goes on"
 
@@ -73,6 +79,35 @@ def test_output_is_made_once(tmp_path: Path) -> None:
     assert cache.build("stage", "key", make) == first
     assert (first / "value").read_text() == "1"
     assert len(calls) == 1
+
+
+def test_who_needs_an_output_that_is_being_made_waits_for_it(tmp_path: Path) -> None:
+    cache, begun, waiting, made = StageCache(tmp_path), Event(), Event(), []
+
+    def make(directory: Path) -> None:
+        made.append(directory)
+        begun.set()
+        assert waiting.wait(60)
+        (directory / "value").write_text("1")
+
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(cache.build, "stage", "key", make)
+        assert begun.wait(60)
+        second = pool.submit(cache.build, "stage", "key", make, (), waiting.set)
+        assert first.result() == second.result()
+    assert len(made) == 1
+
+
+def test_claimed_outputs_are_not_pruned_at_the_same_time(tmp_path: Path) -> None:
+    """Whoever finds an output there keeps it: pruning sees all claims or comes before them."""
+    cache = StageCache(tmp_path / "cache")
+    output = cache.build("a", digest({"of": 1}), lambda folder: (folder / "x").touch())
+    run = RunDirectory(tmp_path / "run", {"seed": 1})
+    with ThreadPoolExecutor() as pool:
+        with cache._locked(cache.directory):
+            claimed = pool.submit(cache.claim, run.path, {"a": {"of": 1}})
+            pruned = pool.submit(cache.prune, float("inf"))
+        assert (claimed.result() == []) == (pruned.result() == []) == output.exists()
 
 
 def test_interrupted_output_is_invisible_and_cleared(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from support.shops import DAY_S, EMPTY_CLIENT, END_S, Rows, make_store, write_rows
 
 from ubp_fast.events.schema import EVENT_KINDS
-from ubp_fast.sequences import SequenceBatch, ViewLoader, views_at, window_labels
+from ubp_fast.sequences import SequenceBatch, ViewLoader, Views, views_at, window_labels
 from ubp_fast.store.build import build_store
 from ubp_fast.store.event_store import EventStore
 
@@ -154,6 +155,42 @@ def test_one_epoch_visits_every_view_once_in_seeded_order(store: EventStore) -> 
     assert clients(0, 1) == clients(0, 1)
     assert clients(0, 1) != clients(1, 1)
     assert clients(0, 1) != clients(0, 2)
+
+
+def test_a_pass_begins_where_it_is_told(store: EventStore) -> None:
+    loader = ViewLoader(store, views_at(store, [CUTOFF_S]), batch_size=7, history_length=3, shuffle_seed=0)
+    whole = [batch.history.client.tolist() for batch in loader]
+    loader.set_epoch(0, first_batch=2)
+    assert [batch.history.client.tolist() for batch in loader] == whole[2:]
+
+
+def test_digest_tells_data_apart(store: EventStore) -> None:
+    views = views_at(store, [CUTOFF_S])
+    ones = np.ones(len(views.row))
+    labels = window_labels(store, views, LISTS)
+    options: dict[str, Any] = {"batch_size": 8, "history_length": 4, "features": ones[:, None], "weight": ones}
+    options |= {"labels": labels, "shuffle_seed": 0}
+    other = {
+        **labels,
+        "buy_category": labels["buy_category"].take(  # type: ignore[union-attr]
+            np.arange(len(ones))[::-1]
+        ),
+    }
+    changed = np.where(np.arange(len(ones)) == 3, 2.0, 1.0)
+    fewer = Views(views.row[::-1].copy(), views.cutoff_s)
+    changes: list[dict[str, Any]] = [
+        {"history_length": 5},
+        {"drop_repeats": True},
+        {"features": changed[:, None]},
+        {"weight": changed},
+        {"labels": other},
+        {"shuffle_seed": 1},
+    ]
+    loaders = [ViewLoader(store, views, **options | change) for change in ({}, *changes)]
+    loaders.append(ViewLoader(store, fewer, **options))
+    digests = [loader.digest() for loader in loaders]
+    assert len({*digests}) == len(digests)
+    assert ViewLoader(store, views, **options).digest() == digests[0]
 
 
 def test_features_labels_and_weights_follow_their_views(store: EventStore) -> None:

@@ -33,6 +33,7 @@ class AdamTable(TouchedRows[row_sparse.Adam, AdamStep]):
 
     names = ("exp_avg", "exp_avg_sq")
     history_columns = (3,)
+    numbers = (*TouchedRows.numbers, "count")
 
     def reset(self) -> None:
         super().reset()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from functools import cache
 from itertools import chain
 from typing import Any, ClassVar
@@ -144,6 +145,25 @@ class TableOptimizer(Optimizer):
                 touched.load(taken)
             else:
                 touched.reset()
+
+    def exact_state(self) -> dict[str, Any]:
+        """The state from which training goes on with the same bytes; `state_dict` brings all rows to the present.
+
+        Belongs to the memory of the tables' weights as it is, with rows of different steps. Tensors share memory.
+        """
+        tables = [touched.exact_state() for touched in self._tables.values()]
+        return {"tables": tables, "others": super().state_dict()}
+
+    @torch.no_grad()
+    def load_exact_state(self, exact: Mapping[str, Any]) -> None:
+        """Takes what `exact_state` gave; the weights are to hold what their memory held then.
+
+        Raises:
+            ValueError: the state is that of other parameters.
+        """
+        super().load_state_dict(deepcopy(exact["others"]))
+        for touched, taken in zip(self._tables.values(), exact["tables"], strict=True):
+            touched.load_exact_state(taken)
 
 
 @cache

@@ -24,6 +24,7 @@ from ubp_fast.kernels.checks import require
 from ubp_fast.kernels.row_sparse import Adam, AdamStep, RowTable, ScheduleFree, ScheduleFreeStep
 
 _CHUNK_ROWS = 65_536
+_PER_TABLE = ("slot", "used", "last_step")
 RuleT = TypeVar("RuleT", ScheduleFree, Adam)
 StepT = TypeVar("StepT", ScheduleFreeStep, AdamStep)
 
@@ -89,6 +90,7 @@ class TouchedRows(ABC, Generic[RuleT, StepT]):
 
     names: ClassVar[tuple[str, str]]  # of the state vectors in the dense optimizer
     history_columns: ClassVar[tuple[int, ...]] = ()
+    numbers: ClassVar[tuple[str, ...]] = ("steps", "_kept", "has_state", "seed", "roundings")
 
     def __init__(self, weight: Tensor, rule: RuleT) -> None:
         self.rule: RuleT = rule
@@ -287,6 +289,31 @@ class TouchedRows(ABC, Generic[RuleT, StepT]):
             self.last_step[ids] = 0
             used += len(ids)
         self.used.fill_(used)
+
+    def exact_state(self) -> dict[str, Any]:
+        """All that decides the next steps, each row as of its last one; shares memory where it lies on a CPU."""
+        tensors = {"state": self.state[: int(self.used)], "history": self._history[: self.steps + 1]}
+        tensors |= {name: getattr(self, name) for name in _PER_TABLE}
+        numbers = {name: getattr(self, name) for name in self.numbers}
+        return {"rule": [*self.rule], **numbers, **{name: _of_memory(values) for name, values in tensors.items()}}
+
+    def load_exact_state(self, exact: Mapping[str, Any]) -> None:
+        """Takes what `exact_state` gave; the memory of the weight is to hold what it held then."""
+        self.reset()
+        self.rule = type(self.rule)(*exact["rule"])
+        for name in self.numbers:
+            setattr(self, name, exact[name])
+        self.state[: len(exact["state"])] = exact["state"].to(self.state)
+        for name in _PER_TABLE:
+            getattr(self, name).copy_(exact[name])
+        length = max(len(self._history), 1 << self.steps.bit_length())
+        self._history = torch.ones((length, *self.history_columns), dtype=torch.float64, device=self.weight.device)
+        self._history[: self.steps + 1] = exact["history"].to(self._history)
+
+
+def _of_memory(values: Tensor) -> Tensor:
+    """The values alone on a CPU: what is written of a part of a tensor would be all of its memory."""
+    return torch.from_numpy(values.cpu().numpy())
 
 
 def _mixed(seed: int, count: int) -> int:

@@ -5,7 +5,8 @@ versions of the libraries that it uses (`identity`). What a key stands for is ke
 why a stage is made again; `users` knows which runs show which outputs. A stage writes into `<name>-<key>.partial`; when
 it returns, the folder is flushed to disk and renamed to `<name>-<key>`. A process killed at any moment therefore leaves
 either a complete output or a partial folder that the next run clears (or resumes from, for training stages, which keep
-their checkpoints there).
+their checkpoints there). Runs that need the same output at once wait for the one that makes it; where that one is
+killed, the next goes on from what it has left.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ubp_fast.files import (
     complete_directory,
     flatten,
     load_json,
+    remove_halves,
     writable_directory,
     write_json,
     writing_to,
@@ -68,22 +70,33 @@ class StageCache:
         """Where the complete output of a stage lies, or will lie."""
         return self.directory / f"{name}-{key}"
 
-    def record(self, name: str, key: str, made_of: Mapping[str, object]) -> None:
-        """Keeps what the key stands for."""
-        folder = self.directory / RECORDS
-        folder.mkdir(exist_ok=True)
-        write_json(folder / f"{name}-{key}.json", dict(made_of))
+    def claim(self, run: Path, made: Mapping[str, Mapping[str, object]]) -> list[str]:
+        """Notes that a run uses outputs, which nobody prunes from now on, and what their keys stand for.
+
+        Args:
+            run: its directory.
+            made: stage -> what its output follows from, see `made_of`.
+
+        Returns:
+            The stages whose outputs are not there.
+        """
+        outputs = {name: f"{name}-{digest(parts)}" for name, parts in made.items()}
+        run = run.resolve()
+        with self._locked(self.directory):
+            for folder in (self.directory / RECORDS, self.directory / USERS):
+                folder.mkdir(exist_ok=True)
+                remove_halves(folder)
+            user = {"run": str(run), "outputs": [*outputs.values()]}
+            write_json(self.directory / USERS / f"{digest(str(run))}.json", user)
+            missing = [name for name, output in outputs.items() if not (self.directory / output).is_dir()]
+            for name in missing:
+                write_json(self.directory / RECORDS / f"{outputs[name]}.json", dict(made[name]))
+        return missing
 
     def recorded(self, folder: Path) -> dict[str, Any] | None:
         """What an output was made of; None where nobody knows."""
         path = self.directory / RECORDS / f"{folder.name}.json"
         return load_json(path) if path.is_file() else None
-
-    def note_user(self, run: Path, outputs: Iterable[str]) -> None:
-        """Remembers a run and the names of its outputs, also of those that it has not finished."""
-        folder = self.directory / USERS
-        folder.mkdir(exist_ok=True)
-        write_json(folder / f"{digest(str(run.resolve()))}.json", {"run": str(run.resolve()), "outputs": list(outputs)})
 
     def outputs(self) -> list[Output]:
         """All complete and partial outputs, the largest first."""
@@ -104,6 +117,18 @@ class StageCache:
                 runs = users.get(folder.name.removesuffix(".partial"), ())
                 found.append(Output(folder, size, used_s, tuple(runs)))
         return sorted(found, key=lambda output: (-output.size, output.path.name))
+
+    def prune(self, oldest_s: float) -> list[Output]:
+        """Deletes the outputs that no run uses and that were last written before this time; gives them back.
+
+        Raises:
+            UserError: somebody is making one of them.
+        """
+        with self._locked(self.directory):
+            doomed = [output for output in self.outputs() if not output.runs and output.used_s <= oldest_s]
+            for output in doomed:
+                self.remove(output)
+        return doomed
 
     def remove(self, output: Output) -> None:
         """Deletes an output; a run that shows it makes it anew.
@@ -127,7 +152,14 @@ class StageCache:
         """True when the output is complete."""
         return self.path(name, key).is_dir()
 
-    def build(self, name: str, key: str, make: Callable[[Path], None], keep: Iterable[str] = ()) -> Path:
+    def build(
+        self,
+        name: str,
+        key: str,
+        make: Callable[[Path], None],
+        keep: Iterable[str] = (),
+        waiting: Callable[[], None] | None = None,
+    ) -> Path:
         """Returns the output of a stage, made by `make(directory)` unless it is there already.
 
         Args:
@@ -136,9 +168,10 @@ class StageCache:
             make: fills an empty directory (but for `keep`).
             keep: names inside a partial output that survive an interrupted run, such as a folder of checkpoints;
                 they stay in the complete output.
+            waiting: called when another process is making the output, before it is waited for.
         """
         target = self.path(name, key)
-        with self._locked(target):
+        with self._locked(target, waiting):
             if target.is_dir():
                 return target
             partial = target.with_name(target.name + ".partial")
@@ -149,11 +182,16 @@ class StageCache:
         return target
 
     @contextmanager
-    def _locked(self, target: Path) -> Iterator[None]:
+    def _locked(self, target: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
         """Two processes with the same configuration wait for each other instead of writing the same folder."""
-        lock = target.with_name(f".{target.name}.lock")
+        lock = self.directory / f".{target.name}.lock"
         with lock.open("w") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if waiting is not None:
+                    waiting()
+                fcntl.flock(handle, fcntl.LOCK_EX)
             yield
         # The lock file stays: removing it while another process waits on it would let a third one in.
 

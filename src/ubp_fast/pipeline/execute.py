@@ -83,16 +83,17 @@ def run_stages(settings: Settings, console: Console) -> Path:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     run = RunDirectory(settings.directory, settings.plain)
-    write_json(run.path / "environment.json", environment(torch.get_num_threads()))
+    with run.alone():
+        write_json(run.path / "environment.json", environment(torch.get_num_threads()))
     cache = StageCache(settings.cache)
     stages = plan(settings)
     wanted = _wanted(stages, settings.stages)
     made = identified(stages)
     keys = {name: digest(parts) for name, parts in made.items()}
-    missing = [stage for stage in wanted if not cache.has(stage.name, keys[stage.name])]
+    lacking = cache.claim(run.path, {stage.name: made[stage.name] for stage in wanted})
+    missing = [stage for stage in wanted if stage.name in lacking]
     for name, reasons in again(run.path, cache, {stage.name: made[stage.name] for stage in missing}).items():
         console.print(f"{name} again: {'; '.join(reasons)}", soft_wrap=True, highlight=False, markup=False)
-    cache.note_user(run.path, [cache.path(stage.name, keys[stage.name]).name for stage in wanted])
     for reader in settings.evaluation.readers:
         if any(stage.name.endswith(f"-{reader}") for stage in missing):
             reader_named(reader)  # what is not installed is said before the work, not after it
@@ -107,7 +108,6 @@ def run_stages(settings: Settings, console: Console) -> Path:
                 timings.append(Timing(stage.name, None))
             else:
                 started_s = time.monotonic()
-                cache.record(stage.name, keys[stage.name], made[stage.name])
                 folders = {name: cache.path(name, keys[name]) for name in stage.inputs}
                 with progress.stage(stage.name) as update:
                     cache.build(
@@ -115,6 +115,7 @@ def run_stages(settings: Settings, console: Console) -> Path:
                         keys[stage.name],
                         lambda folder: stage.make(settings, folders, folder, update),  # noqa: B023
                         stage.keep,
+                        lambda: console.print(f"{stage.name}: another run makes it; waiting for that one"),  # noqa: B023
                     )
                 timings.append(Timing(stage.name, time.monotonic() - started_s, _peak_bytes()))
             run.link_stage(stage.name, cache.path(stage.name, keys[stage.name]))
@@ -127,7 +128,8 @@ def run_stages(settings: Settings, console: Console) -> Path:
                 _tell(needs_of_models(store, settings, [one.name for one in missing]), settings, console)
             if stage.name == first:
                 console.print(facts_table(facts_of(run.path, settings)), highlight=False)
-    scores = _publish(settings, run, wanted, timings, console)
+    with run.alone():
+        scores = _publish(settings, run, wanted, timings, console)
     if settings.progress == "json":
         print_json(lines, "run_finished", directory=str(run.path), auroc=scores)
     return run.path

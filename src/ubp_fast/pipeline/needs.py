@@ -33,6 +33,8 @@ TRAINING_BYTES = 1300 << 20
 BYTES_PER_WEIGHT = 16
 # Of a network beside its tables, in float32.
 DENSE_WEIGHTS_BYTES = 64 << 20
+# Weight and two moments, twice; a row of a table adds its place and its last step.
+CHECKPOINTS_PER_WEIGHT, CHECKPOINTS_PER_ROW = 2 * 12, 2 * 8
 # Time, kind and row of the timeline, time and item of the kind.
 BYTES_PER_EVENT, BYTES_PER_SEARCH = 17, 29
 EVENTS_AT_ONCE_BYTES = 600 << 20
@@ -41,13 +43,23 @@ BYTES_OF_PROFILE_SETS = 4_000
 
 
 class Need(NamedTuple):
-    """Of one stage, in bytes: what it leaves on the disk, what it needs there while it runs, memory, GPU memory."""
+    """Of one stage, in bytes.
+
+    Attributes:
+        stage: its name.
+        disk: what it leaves there.
+        disk_at_work: what it needs there while it runs.
+        memory: of the machine.
+        device: of the GPU.
+        checkpoints: the share of `disk_at_work` that two checkpoints take, the last one and the one being written.
+    """
 
     stage: str
     disk: int
     disk_at_work: int = 0
     memory: int = 0
     device: int = 0
+    checkpoints: int = 0
 
 
 def needs_of_store(events: EventDirectory, store: Mapping[str, Any]) -> Need:
@@ -96,23 +108,26 @@ def needs_of_models(store: EventStore, settings: Settings, stages: Iterable[str]
             per_client = 150 * clients + 450 * min(clients, MembershipConfig.clients)
         tables = weights * BYTES_PER_WEIGHT
         disk = DENSE_WEIGHTS_BYTES + weights * 4 + relevant * width * 2 * (len(stacking) + 2)
-        at_work = disk
-        if (
-            settings_of.training.epochs > 1
-        ):  # three checkpoints while one is written, and the weights of the best epochs
-            at_work += weights * 4 * (3 * 3 + 3)
+        rows = store.num_skus + store.num_urls
+        checkpoints = (weights + DENSE_WEIGHTS_BYTES // 4) * CHECKPOINTS_PER_WEIGHT + rows * CHECKPOINTS_PER_ROW
+        # The best epoch's weights, those of the checkpoint's best epoch, and the file that takes their place.
+        best = 3 * (weights * 4 + DENSE_WEIGHTS_BYTES) if settings_of.training.validation_views else 0
         if name in settings.stacking_blocks:
             in_bundle += weights * 4
         work = TRAINING_BYTES + per_client + views * 120 + relevant * 40
         work += _activations(settings_of)
         memory = work + (weights * 8 if on_gpu else tables)
-        found[name] = Need(name, disk, at_work, memory, tables + (2 << 30) if on_gpu else 0)
+        device = tables + (2 << 30) if on_gpu else 0
+        found[name] = Need(name, disk, disk + checkpoints + best, memory, device, checkpoints)
     width = settings.layout.max_width if settings.layout.own else getattr(settings.stacking.config, "profile_width", 7)
     vectors = relevant * width * 2
     memory = TRAINING_BYTES + NETWORK_BYTES + 3 * vectors + relevant * 100
     # Vectors in two and in four bytes, the model of the run and its training; the run's folder holds copies.
-    disk = 6 * vectors + 2 * in_bundle + (0 if settings.stacking.training is None else NETWORK_BYTES)
-    found["stacking"] = Need("stacking", disk, 0, memory, 2 * NETWORK_BYTES if on_gpu else 0)
+    trained = 0 if settings.stacking.training is None else NETWORK_BYTES
+    checkpoints = trained // BYTES_PER_WEIGHT * CHECKPOINTS_PER_WEIGHT
+    disk = 6 * vectors + 2 * in_bundle + trained
+    device = 2 * NETWORK_BYTES if on_gpu else 0
+    found["stacking"] = Need("stacking", disk, disk + checkpoints, memory, device, checkpoints)
     found["baselines"] = Need("baselines", relevant * 320 * 8, 0, BASE_BYTES + EVENTS_AT_ONCE_BYTES + relevant * 400)
     scored = BASE_BYTES + 2 * NETWORK_BYTES + relevant * (2 * width + 6 * 100 * 4)
     found["evaluate"] = Need("evaluate", 0, 0, scored, scored if on_gpu else 0)
@@ -149,6 +164,9 @@ def told(needs: list[Need], root: Path, settings: Settings) -> str:
         parts.append(("GPU memory", device, torch.cuda.mem_get_info()[0], remedy))
     short = [part for part in parts if part[1] > part[2]]
     text = ", ".join(f"{_size(wanted)} of {name} ({_size(there)} there)" for name, wanted, there, _ in parts)
+    largest = max(needs, key=lambda need: need.checkpoints)
+    if largest.checkpoints:
+        text += f"; two checkpoints of '{largest.stage}' are {_size(largest.checkpoints)} of the disk"
     if short and settings.plain["compute"]["on_shortage"] != "try":
         name, wanted, there, remedy = short[0]
         raise UserError(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from rich.table import Table
 
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.split import DAY_S, utc_text
-from ubp_fast.files import OutputDirectoryError, flatten, writable_directory, write_text
+from ubp_fast.files import OutputDirectoryError, flatten, remove_halves, writable_directory, write_text
 from ubp_fast.pipeline.model_stages import cutoffs_of
 from ubp_fast.pipeline.settings import Settings
 from ubp_fast.store.event_store import EventStore
@@ -28,22 +30,34 @@ PACKAGES = ("torch", "numpy", "numba", "polars", "lightning", "schedulefree", "t
 
 
 class RunDirectory:
-    """A directory that holds exactly one configuration's results."""
+    """A directory that holds exactly one configuration's results.
+
+    Several processes may run it at once: each writes inside of `alone`. What a kill has left half written is removed.
+    """
 
     def __init__(self, path: Path, config: Mapping[str, object]) -> None:
         self.path = path
         _refuse_foreign_content(path, config)
         writable_directory(path, "the run directory")
-        write_text(path / CONFIG_FILE, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+        with self.alone():
+            remove_halves(path)
+            write_text(path / CONFIG_FILE, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Waits until no other process writes into the directory, and keeps others waiting."""
+        with (self.path / ".lock").open("w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
 
     def link_stage(self, name: str, target: Path) -> None:
         """Shows a stage's cached output as `stages/<name>` inside the run directory."""
         folder = self.path / "stages"
         folder.mkdir(exist_ok=True)
         temporary = folder / f".{name}.{os.getpid()}.tmp"
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(os.path.relpath(target.resolve(), folder.resolve()), target_is_directory=True)
-        os.replace(temporary, folder / name)
+        with self.alone():
+            temporary.symlink_to(os.path.relpath(target.resolve(), folder.resolve()), target_is_directory=True)
+            os.replace(temporary, folder / name)
 
 
 def environment(threads: int) -> dict[str, object]:

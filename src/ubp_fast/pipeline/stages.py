@@ -160,7 +160,7 @@ def _profiles(settings: Settings, align_to: Path | None = None) -> list[Stage]:
             Stage(
                 name,
                 ("store", "features"),
-                common | settings.part(name) | _of_vectors(settings, "at_once"),
+                common | _model(settings, name) | _of_vectors(settings, "at_once"),
                 make,
                 60,
                 (TRAINING,),
@@ -171,12 +171,24 @@ def _profiles(settings: Settings, align_to: Path | None = None) -> list[Stage]:
         Stage(
             "stacking",
             ("events", "store", "features", *joined),
-            common | settings.part("stacking", "profile") | _of_vectors(settings, "client_order", "at_once") | aligned,
+            common
+            | _model(settings, "stacking")
+            | settings.part("profile")
+            | _of_vectors(settings, "client_order", "at_once")
+            | aligned,
             partial(make_stacking, align_to=align_to),
             30 if settings.stacking.training is not None else 1,
             (TRAINING,),
         ),
     ]
+
+
+def _model(settings: Settings, name: str) -> dict[str, Any]:
+    """The configuration of a model; how often it is saved while it trains changes nothing of it."""
+    group = dict(settings.plain[name])
+    if group["training"] is not None:
+        group["training"] = {key: value for key, value in group["training"].items() if key != "checkpoint_every_s"}
+    return {name: group}
 
 
 def _of_vectors(settings: Settings, *names: str) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from ubp_fast.store.event_store import EventStore
 
 
+# Views whose events and features a digest looks at.
+LOOKED_AT = 1024
 VISIT, SEARCH = (1 + EVENT_KINDS.index(kind) for kind in ("page_visit", "search_query"))
 
 
@@ -223,7 +226,7 @@ class ViewLoader:
                 raise ValueError(f"ViewLoader: {name} must have {len(views.row)} rows like views, got {len(array)}")
         self.store, self.views, self.batch_size, self.shuffle_seed = store, views, batch_size, shuffle_seed
         self.features, self.labels, self.weight = features, dict(labels or {}), weight
-        self.epoch, self.pins = 0, False
+        self.epoch, self.first_batch, self.pins = 0, 0, False
         self._history = self._future = None
         self._longest = history_length if drop_repeats else None
         if store is not None and history_length is not None:
@@ -242,9 +245,34 @@ class ViewLoader:
         """Batches per epoch."""
         return (self.num_views + self.batch_size - 1) // self.batch_size
 
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the order of the next pass; without a seed the order never changes."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Chooses the order of the next pass and where it begins; without a seed the order never changes."""
+        self.epoch, self.first_batch = epoch, first_batch
+
+    def digest(self) -> str:
+        """Hex digest of what a training sees: all views with their order, lengths, weights and labels.
+
+        Of the content of events and features that of `LOOKED_AT` views at most, spread evenly.
+        """
+        state = hashlib.blake2b(repr((self.batch_size, self._longest, self.shuffle_seed)).encode(), digest_size=8)
+
+        def add(values: Tensor | np.ndarray) -> Any:
+            state.update(repr((tuple(values.shape), str(values.dtype))).encode())
+            state.update(np.ascontiguousarray(values).data)
+            return values
+
+        arrays = [*self.views, *(self._history or ()), *(self._future or ())]
+        for array in arrays if self.weight is None else [*arrays, self.weight]:
+            add(array)
+        for name, label in self.labels.items():
+            state.update(name.encode())
+            if isinstance(label, LabelMatrix):
+                add(label.indptr)
+                add(label.indices)
+            elif isinstance(label, np.ndarray):
+                add(label)
+        self.batch(np.unique(np.linspace(0, self.num_views - 1, LOOKED_AT).astype(np.int64))).map(add)
+        return state.hexdigest()
 
     def batch(self, chosen: np.ndarray) -> ViewBatch:
         """The batch of the views with the given numbers, int64 [B]."""
@@ -267,12 +295,13 @@ class ViewLoader:
         return batch.map(Tensor.pin_memory) if self.pins else batch
 
     def __iter__(self) -> Iterator[ViewBatch]:
-        """One epoch; the next batch is assembled in the background while the caller works on the current one."""
+        """The rest of an epoch; the next batch is assembled in the background while the caller works on this one."""
         if self.shuffle_seed is None:
             order = np.arange(self.num_views)
         else:
             order = epoch_order(self.num_views, self.shuffle_seed, self.epoch)
-        parts = [order[begin : begin + self.batch_size] for begin in range(0, self.num_views, self.batch_size)]
+        begins = range(self.first_batch * self.batch_size, self.num_views, self.batch_size)
+        parts = [order[begin : begin + self.batch_size] for begin in begins]
         with ThreadPoolExecutor(1, thread_name_prefix="view-loader") as pool:
             pending = [pool.submit(self.batch, part) for part in parts[:1]]
             for part in [*parts[1:], None]:
