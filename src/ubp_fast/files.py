@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from polars import DataFrame
     from torch import Tensor
 
 # What a file is called while it is written.
@@ -85,12 +87,54 @@ def file_digest(path: Path) -> str:
 
 def write_array(path: Path, array: np.ndarray) -> None:
     """Writes an npy file; an array of objects is a ValueError."""
+    write_atomically(path, lambda file: save_array(file, array))
 
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            np.save(file, np.ascontiguousarray(array), allow_pickle=False)
 
-    write_atomically(path, write)
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Writes an npy file under its name at once, for directories that are published as a whole.
+
+    `np.save` hands large buffers to C, which does not tell when the last of them meets a full disk.
+    """
+    whole = np.ascontiguousarray(array).reshape(np.shape(array))
+    if whole.dtype.hasobject:
+        raise ValueError(f"{path}: arrays of objects are not written, as allow_pickle=False has it")
+    with path.open("wb") as file:
+        header = np.lib.format.header_data_from_array_1_0(whole)
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(whole.reshape(-1).view(np.uint8).data if whole.size else b"")
+
+
+def create_array(path: Path, dtype: np.typing.DTypeLike, shape: tuple[int, ...]) -> np.memmap:
+    """A new npy file, mapped for writing, whose space is taken at once: a full disk is an OSError here.
+
+    Without that, the first touch of a page for which there is no room ends the process without a word.
+    """
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
+
+
+def write_table(path: Path, frame: DataFrame) -> None:
+    """Writes a Parquet file."""
+    write_atomically(path, lambda file: save_table(file, frame))
+
+
+def save_table(path: Path, frame: DataFrame, **options: Any) -> None:
+    """Writes a Parquet file under its name at once, for directories that are published as a whole."""
+    import polars as pl
+
+    try:
+        frame.write_parquet(path, **options)
+    except pl.exceptions.PolarsError as error:
+        raise _of_disk(error) from error
+
+
+def _of_disk(error: Exception) -> OSError:
+    """What a library written in Rust says of the disk, with the number that it mentions."""
+    number = re.search(r"(?:code: |os error )(\d+)", str(error))
+    code = int(number[1]) if number else errno.EIO
+    return OSError(code, os.strerror(code) if number else str(error))
 
 
 def load_array(path: Path, memory_map: bool = False) -> np.ndarray:
@@ -110,7 +154,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     from safetensors.torch import save_file  # torch takes seconds to import, and readers of events need none
 
     stored = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    write_atomically(path, lambda file: save_file(stored, file))
+    write_atomically(path, lambda file: _save_tensors(save_file, stored, file))
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -125,7 +169,16 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     from safetensors.numpy import save_file
 
     stored = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    write_atomically(path, lambda file: save_file(stored, file))
+    write_atomically(path, lambda file: _save_tensors(save_file, stored, file))
+
+
+def _save_tensors(save_file: Callable[..., None], stored: Mapping[str, Any], file: Path) -> None:
+    from safetensors import SafetensorError
+
+    try:
+        save_file(stored, file)
+    except SafetensorError as error:
+        raise _of_disk(error) from error
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:

@@ -27,7 +27,15 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ubp_fast.events.schema import DataError, UserError
-from ubp_fast.files import load_json, load_tensors, write_atomically, write_json, write_tensors
+from ubp_fast.files import (
+    create_array,
+    load_json,
+    load_tensors,
+    save_array,
+    write_atomically,
+    write_json,
+    write_tensors,
+)
 from ubp_fast.kernels import check_deferred
 from ubp_fast.models.layers.auroc import BinnedAuroc
 from ubp_fast.optim import TableUpdates, adopt_tables, clip_gradient_norm, release_tables
@@ -189,10 +197,7 @@ def embed(
     model.eval()
     width: Any = model.embedding_width
     shape = (loader.num_views, width)
-    if file is None or not loader.num_views:
-        vectors = np.empty(shape, dtype)
-    else:
-        vectors = np.lib.format.open_memmap(file, "w+", dtype, shape)
+    vectors = np.empty(shape, dtype) if file is None or not loader.num_views else create_array(file, dtype, shape)
     first = 0
     with torch.inference_mode():
         for step, batch in enumerate(loader, start=1):
@@ -212,7 +217,7 @@ def embed(
     check_deferred()
     if file is not None:
         if not loader.num_views:
-            np.save(file, vectors)
+            save_array(file, vectors)
         return np.load(file, mmap_mode="r", allow_pickle=False)
     return vectors
 

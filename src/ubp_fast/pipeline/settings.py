@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -11,12 +12,15 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from hydra.errors import InstantiationException
-from hydra.utils import get_object, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from ubp_fast.events.schema import UserError
+from ubp_fast.events.sources.challenge import Challenge
 from ubp_fast.events.sources.sql import without_password
 from ubp_fast.events.sources.table import EventRows
+from ubp_fast.events.split import TARGET_DAYS
 from ubp_fast.files import file_digest
 from ubp_fast.pipeline.cache import digest
 from ubp_fast.profiler.bundle import model_folder
@@ -26,9 +30,14 @@ from ubp_fast.profiles.blocks import LayoutConfig
 
 COMPONENTS = ("stacked", "contrastive", "multitask", "features", "profile_features", "baseline_log1p", "baseline_raw")
 DEFAULT_COMPONENTS = ("stacked", "baseline_log1p")
+MODELS = ("contrastive", "multitask", "stacking")
 BLOCKS = ("contrastive", "multitask", "aggregated", "decayed", "scores", "rich")
-# Types of the settings that no dataclass declares.
+# Types of the settings that no dataclass declares; groups of settings are mappings.
 PLAIN_TYPES: dict[str, Any] = {
+    **dict.fromkeys(("data", "profile", "profiles", "store", "windows", "compute", "evaluation", "features"), Mapping),
+    **{f"features.{name}": Mapping for name in ("aggregated", "decayed", "rhythm", "tastes", "pairs")},
+    **{f"{name}{part}": Mapping for name in MODELS for part in ("", ".config", ".optimizer")},
+    **{f"{name}.training": Mapping | None for name in MODELS},
     "seed": int,
     "stages": str | list[str] | None,
     "root": str,
@@ -50,11 +59,15 @@ PLAIN_TYPES: dict[str, Any] = {
     "compute.device": str,
     "compute.threads": int | None,
     "compute.on_shortage": Literal["refuse", "try"],
-    "contrastive.views": int | None,
     "evaluation.components": str | list[str],
     "evaluation.profiles": str | None,
     "evaluation.common_clients": bool,
 }
+# Settings that may be left out.
+OPTIONAL_TYPES: dict[str, Any] = {"contrastive.views": int | None, "features.rich": Mapping | None}
+# Names that say how a group becomes an object.
+OF_OBJECTS = {"_target_": str, "_partial_": bool}
+LONGEST_VALUE = 100
 DATA_SUFFIXES = (".parquet", ".npy", ".csv", ".gz", ".safetensors", ".json")
 
 
@@ -63,7 +76,8 @@ class Windows:
     """Cutoffs that the models learn from, all before the profiles' own cutoff.
 
     Attributes:
-        days: length of a target window, and the distance of two cutoffs.
+        days: length of a target window, of models and evaluation, and the distance of two cutoffs; where the log is
+            short, they are fewer.
         model_cutoffs: cutoffs of the contrastive and multi-task models, at most as many as the history allows.
         stacking_cutoffs: later cutoffs of the stacking model; the newest lies one window before the profiles' cutoff.
         labels: values per label list (category, sku, new sku, price) that the models learn to predict.
@@ -72,7 +86,7 @@ class Windows:
             unseen.
     """
 
-    days: int = 14
+    days: int = TARGET_DAYS
     model_cutoffs: int = 4
     stacking_cutoffs: int = 1
     labels: int = 100
@@ -198,11 +212,15 @@ def read_settings(config: DictConfig) -> Settings:
         raise UserError(
             f"run: {error.full_key} must be given, got none; add {error.full_key}=... to the command"
         ) from error
+    except OmegaConfBaseException as error:  # ${...} that leads nowhere
+        raise UserError(f"run: {error.full_key} cannot be read: {str(error).splitlines()[0]}") from error
     named = {
         name: value for name, value in plain.items() if name not in ("stages", "directory", "root", "cache", "compute")
     }
     _require_types(plain)
-    built = _make(plain["data"])
+    built, windows = _make(plain["data"]), Windows(**plain["windows"])
+    if isinstance(built, Challenge):
+        built.check_days(windows.days)
     if "uri" in plain["data"]:  # what is written beside the results holds no password
         plain["data"]["uri"] = without_password(plain["data"]["uri"])
     source = plain["data"]["_target_"].rsplit(".", 2)[-2]
@@ -225,7 +243,7 @@ def read_settings(config: DictConfig) -> Settings:
         cache=Path(plain["cache"]),
         stages=None if stages in ("all", None) else tuple([stages] if isinstance(stages, str) else stages),
         source=built,
-        windows=Windows(**plain["windows"]),
+        windows=windows,
         aggregated=_make(plain["features"]["aggregated"]),
         decayed=_make(plain["features"]["decayed"]),
         rich=_make(plain["features"].get("rich")),
@@ -281,8 +299,6 @@ def _blocks(plain: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _model(plain: Mapping[str, Any], name: str) -> ModelSettings:
     group = plain[name]
-    if not isinstance(group["training"], Mapping | None):
-        raise UserError(f"run: {name}.training must be a group of settings or null, got {group['training']!r}")
     rate = group["optimizer"].get("lr")
     if not _fits(rate, float) or not rate > 0:
         raise UserError(f"run: {name}.optimizer.lr must be a number > 0, got {rate!r}")
@@ -298,23 +314,64 @@ def _model(plain: Mapping[str, Any], name: str) -> ModelSettings:
 
 
 def _require_types(plain: Mapping[str, Any], path: str = "") -> None:
-    """Refuses a value that its field, of whatever `_target_` names, does not take.
+    """Refuses a value that its field, of whatever `_target_` names, does not take, and a configuration with gaps.
 
     Raises:
         UserError: names the setting.
     """
-    hints = _hints(plain["_target_"]) if "_target_" in plain else {}
+    if not path:
+        for name in PLAIN_TYPES:
+            parent, _, last = name.rpartition(".")
+            if last not in (_at(plain, parent) if parent else plain):
+                raise UserError(f"run: {name} must be given, got none; leave out what removes it")
+    if "_target_" in plain:
+        _require_fit(f"{path}_target_", plain["_target_"], str)
+    hints = _hints(plain["_target_"], path) if "_target_" in plain else {}
     for name, value in plain.items():
-        hint = PLAIN_TYPES.get(path + name) or hints.get(name, Any)
-        if isinstance(value, Mapping) and path + name not in PLAIN_TYPES:
-            _require_types(value, f"{path}{name}.")
-        elif not _fits(value, hint):
-            raise UserError(f"run: {path}{name} must be {_described(hint)}, got {value!r}")
+        place = f"{path}{name}"
+        if str(name).startswith("_") and name not in OF_OBJECTS:
+            raise UserError(f"run: there is no setting '{place}'")
+        hint = (PLAIN_TYPES | OPTIONAL_TYPES).get(place) or {**hints, **OF_OBJECTS}.get(name, Any)
+        _require_fit(place, value, hint)
+        if isinstance(value, Mapping):
+            _require_types(value, f"{place}.")
 
 
-def _hints(target: str) -> dict[str, Any]:
-    """Declared types of what a `_target_` takes; those of other packages check themselves."""
-    return get_type_hints(found) if is_dataclass(found := get_object(target)) else {}
+def _at(plain: Any, path: str) -> Any:
+    """What lies at a path of names; nothing where a value stands in the way, which its type tells."""
+    for name in path.split("."):
+        plain = plain.get(name, {}) if isinstance(plain, Mapping) else {}
+    return plain if isinstance(plain, Mapping) else PLAIN_TYPES
+
+
+def _require_fit(place: str, value: Any, hint: Any) -> None:
+    if _fits(value, hint) and _is_finite(value):
+        return
+    shown = repr(value)
+    shown = shown if len(shown) <= LONGEST_VALUE else f"{shown[:LONGEST_VALUE]}..."
+    raise UserError(f"run: {place} must be {_described(hint) if hint is not Any else 'finite'}, got {shown}")
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _hints(target: str, path: str) -> dict[str, Any]:
+    """Declared types of what a `_target_` takes; those of other packages check themselves.
+
+    Raises:
+        UserError: there is no such class.
+    """
+    module, _, name = target.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        found = None
+    if not isinstance(found, type):
+        raise UserError(f"run: {path}_target_ must name a class, got '{target}'")
+    return get_type_hints(found) if is_dataclass(found) else {}
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -324,6 +381,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, one) for one in inside)
     if origin is Literal:
         return value in inside
+    if Mapping in (hint, origin) or is_dataclass(hint):
+        return isinstance(value, Mapping)
     if origin in (tuple, list, Sequence):
         if not isinstance(value, list | tuple):
             return False
@@ -348,6 +407,8 @@ def _described(hint: Any) -> str:
     if origin in (tuple, list, Sequence):
         number = "" if origin is not tuple or inside[1:] == (...,) else f"{len(inside)} times "
         return f"a list of {number}{_described(inside[0])}"
+    if Mapping in (hint, origin) or is_dataclass(hint):
+        return "a group of settings"
     words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
     return words.get(hint, getattr(hint, "__name__", str(hint)))
 

@@ -11,10 +11,10 @@ from ubp_fast.report.figures import loss_figure, score_figure
 
 Scores = Mapping[str, tuple[float | None, float | None]]
 READER_NOTE = (
-    "What a model behind the vectors makes of them: it learns in the 14 days after the vectors' cutoff and is scored on"
-    " the next 14, mean AUROC of a task's labels. network: the challenge's, the best of its epochs; linear: ridge"
-    " regression; boosting: LightGBM on a sample of the labels; neighbours: the share of the 50 nearest clients that"
-    " have the label. ± is one standard error over row orders (network) or samples of labels."
+    "What a model behind the vectors makes of them: it learns in the target window after the vectors' cutoff and is"
+    " scored on the next one, mean AUROC of a task's labels. network: the challenge's, the best of its epochs;"
+    " linear: ridge regression; boosting: LightGBM on a sample of the labels; neighbours: the share of the 50 nearest"
+    " clients that have the label. ± is one standard error over row orders (network) or samples of labels."
 )
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; }
