@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hydra.errors import ConfigCompositionException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from support.runs import CONF, composed
 
@@ -306,6 +306,7 @@ GROUPS = (
     ("data=synthetic", "experiment=best", "features=rich"),
     ("data=synthetic", "model@stacking=stacking", "optimizer@stacking.optimizer=adamw", "evaluation=off"),
 )
+REMOVED = object()
 PLAIN: tuple[Any, ...] = (-1, 0, 1, 2, 7, 2.5, -0.5, 1e-9, 10**12, 2**63, math.nan, math.inf, None, True, False)
 PLAIN += ("abc", "", " ", "end", "2026-11-28", "/", "none", "\u00e4", "${seed}", "${nowhere}", "${oc.env:NOTHING}")
 PLAIN += ("???", "stacked", "network", "churn", "product_buy", "cuda", "auto", "all", "[", "a=b", "1e400")
@@ -323,7 +324,9 @@ def random_changes(random: np.random.Generator, flat: dict[str, Any]) -> list[tu
         value, other = flat[name], flat[str(random.choice(leaves))]
         if kind < 0.05:
             name = str(random.choice(parents))
-        elif kind < 0.1:
+        elif kind < 0.08:
+            value = REMOVED
+        elif kind < 0.11:
             name += str(random.choice(["s", ".x", "_", "_days"]))
         draw = random.random()
         if draw < 0.3 and isinstance(value, int | float) and not isinstance(value, bool):
@@ -335,7 +338,7 @@ def random_changes(random: np.random.Generator, flat: dict[str, Any]) -> list[tu
             other = alike[random.integers(len(alike))]
         elif draw < 0.9:
             other = PLAIN[random.integers(len(PLAIN))]
-        changes.append((name, other))
+        changes.append((name, REMOVED if value is REMOVED else other))
     return changes
 
 
@@ -343,14 +346,18 @@ def outcome(groups: tuple[str, ...], base: DictConfig, changes: list[tuple[str, 
     """ "plan", or the one sentence that is said."""
     try:
         if typed:
-            config = command.composed(as_typed([*groups, *(f"{name}={_as_text(value)}" for name, value in changes)]))
+            config = command.composed(as_typed([*groups, *(_as_text(name, value) for name, value in changes)]))
         else:
             config = copy.deepcopy(base)
             for name, value in changes:
-                with contextlib.suppress(
-                    OmegaConfBaseException, TypeError, ValueError
-                ):  # no such place, which `composed` says
-                    OmegaConf.update(config, name, value, merge=False, force_add=True)
+                # No such place, which `composed` says.
+                with contextlib.suppress(OmegaConfBaseException, AttributeError, KeyError, TypeError, ValueError):
+                    if value is REMOVED:
+                        parent, _, last = name.rpartition(".")
+                        with open_dict(config):
+                            del (OmegaConf.select(config, parent) if parent else config)[last]
+                    else:
+                        OmegaConf.update(config, name, value, merge=False, force_add=True)
         plan(read_settings(config))
     except UserError as error:
         return str(error)
@@ -359,8 +366,10 @@ def outcome(groups: tuple[str, ...], base: DictConfig, changes: list[tuple[str, 
     return "plan"
 
 
-def _as_text(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, list | dict) else "null" if value is None else str(value)
+def _as_text(name: str, value: Any) -> str:
+    if value is REMOVED:
+        return f"~{name}"
+    return f"{name}={json.dumps(value) if isinstance(value, list | dict) else 'null' if value is None else value}"
 
 
 @pytest.mark.parametrize("count", [70, pytest.param(20_000, marks=pytest.mark.slow)])

@@ -29,6 +29,7 @@ from ubp_fast.files import (
     write_json,
     write_tensors,
     write_text,
+    writing_to,
 )
 
 
@@ -90,6 +91,11 @@ def test_full_and_read_only_disks(tmp_path: Path, code: int) -> None:
     ):
         raise OSError(code, os.strerror(code))  # as a write to a full disk does, which names no file
     assert os.listdir(tmp_path) == []
+
+
+def test_a_link_that_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OutputDirectoryError, match="must be a writable directory"), writing_to(tmp_path, "the run"):
+        raise OSError(errno.ENOSPC, "No space left on device", "../elsewhere", None, str(tmp_path / "stages" / "link"))
 
 
 def test_a_file_in_the_way_of_the_parent(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_run_directory_is_complete(synthetic_run: Path) -> None:
         "stages",
     }
     scores = json.loads((synthetic_run / "scores.json").read_text())
-    assert list(scores) == ["stacked", "baseline_log1p"]
+    assert list(scores) == ["stacked", "baseline_log1p", "warnings"]
     assert scores["stacked"]["config"]["readers"] == ["network", "linear", "boosting", "neighbours"]
     assert list(scores["stacked"]["readers"]) == ["linear", "boosting", "neighbours"]
     assert 0.0 <= scores["stacked"]["tasks"]["churn"]["score"] <= 1.0
@@ -144,7 +144,7 @@ def test_submission_of_somebody_is_scored(synthetic_run: Path, tmp_path: Path) -
     assert printed.count(f"note      {note}\n") == 1
     assert escape(note) in (run / "report.html").read_text()
     scores = json.loads((run / "scores.json").read_text())
-    assert set(scores) == {"submission", "baseline_log1p"}
+    assert set(scores) == {"submission", "baseline_log1p", "warnings"}
     ours = json.loads((synthetic_run / "scores.json").read_text())["stacked"]
     assert scores["submission"]["tasks"]["churn"]["score"] == ours["tasks"]["churn"]["score"]
     assert "contrastive" not in printed
@@ -169,7 +169,7 @@ def test_another_reader_or_component_leaves_the_scores_that_are_there(tmp_path: 
         ),
     ]
     scores = json.loads((run / "scores.json").read_text())
-    assert list(scores) == ["stacked", "features", "profile_features"]
+    assert list(scores) == ["stacked", "features", "profile_features", "warnings"]
     assert scores["features"]["tasks"] == {}, "the network was not asked"
     widths = json.loads((run / "stages" / "raw_features" / "values" / "names.json").read_text())["names"]
     assert {name.split(":")[0] for name in widths} == {"aggregated", "decayed", "static"}
@@ -317,13 +317,18 @@ def test_what_a_user_can_mend_is_one_line(
     assert error.count("\n") == 1
 
 
-def test_a_mistake_of_ours_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistake_of_ours_keeps_its_traceback_and_asks_for_a_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def mistake(*_: object, **__: object) -> None:
         raise ValueError("operands could not be broadcast together")
 
     monkeypatch.setattr("ubp_fast.pipeline.stages.build_store", mistake)
-    with pytest.raises(ValueError, match="broadcast"):
-        run_tiny(tmp_path, *SYNTHETIC, "stages=[store]")
+    assert run_tiny(tmp_path, *SYNTHETIC, "stages=[store]")[0] == 1
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback") and "in make_store" in said
+    assert said.splitlines()[-2] == "ValueError: operands could not be broadcast together"
+    assert said.splitlines()[-1].endswith("Please report it, with the lines above and what `ubp-fast doctor` prints.")
 
 
 @pytest.mark.parametrize("days", [7, 30])

@@ -44,8 +44,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         _flush(temporary)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # writes do not tell of which file they are
         raise
     _flush(path.parent)
 
@@ -126,15 +128,15 @@ def save_table(path: Path, frame: DataFrame, **options: Any) -> None:
 
     try:
         frame.write_parquet(path, **options)
-    except pl.exceptions.PolarsError as error:
-        raise _of_disk(error) from error
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise _of_disk(error, path) from error
 
 
-def _of_disk(error: Exception) -> OSError:
+def _of_disk(error: Exception, path: Path) -> OSError:
     """What a library written in Rust says of the disk, with the number that it mentions."""
     number = re.search(r"(?:code: |os error )(\d+)", str(error))
     code = int(number[1]) if number else errno.EIO
-    return OSError(code, os.strerror(code) if number else str(error))
+    return OSError(code, os.strerror(code) if number else str(error), str(path))
 
 
 def load_array(path: Path, memory_map: bool = False) -> np.ndarray:
@@ -178,7 +180,7 @@ def _save_tensors(save_file: Callable[..., None], stored: Mapping[str, Any], fil
     try:
         save_file(stored, file)
     except SafetensorError as error:
-        raise _of_disk(error) from error
+        raise _of_disk(error, file) from error
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -280,10 +282,10 @@ def writing_to(path: Path, purpose: str, partial: Path | None = None) -> Iterato
     try:
         yield
     except OSError as error:
-        file = None if error.filename is None else Path(os.fsdecode(error.filename))
+        files = [Path(os.fsdecode(name)) for name in (error.filename, error.filename2) if name is not None]
         places = {place for one in (path, partial or path) for place in (one, *one.parents)}
-        is_above = file is None or file in places
-        is_below = file is not None and bool({path, partial} & {*file.parents})
+        is_above = not files or bool(places & {*files})
+        is_below = any({path, partial} & {*file.parents} for file in files)
         if not ((error.errno in _REFUSALS and (is_above or is_below)) or (error.errno in _IN_THE_WAY and is_above)):
             raise
         raise OutputDirectoryError(
@@ -296,5 +298,8 @@ def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         os.close(descriptor)

@@ -111,7 +111,7 @@ def fit(
     Raises:
         DataError: a loader without views.
         UserError: `table_updates` that this optimizer cannot have.
-        FloatingPointError: a loss that is not finite.
+        UserError: a loss that is not finite.
     """
     if not len(loader):
         raise DataError("fit: loader must have at least one view, got none; use an earlier cutoff or more data")
@@ -391,7 +391,7 @@ def _switch(optimizer: torch.optim.Optimizer, *, is_training: bool) -> None:
 def _require_finite(terms: Mapping[str, float], epoch: int, step: int) -> None:
     for name, term in terms.items():
         if not math.isfinite(term):
-            raise FloatingPointError(
+            raise UserError(
                 f"fit: {name} must stay finite, got {term} in epoch {epoch}, step {step};"
                 " use a smaller learning rate or precision='fp32'"
             )

@@ -19,7 +19,7 @@ from rich.console import Console
 from ubp_fast.events.schema import UserError
 from ubp_fast.events.sources.inspect import quoted
 from ubp_fast.files import flatten
-from ubp_fast.pipeline.execute import USER_ERROR, execute, run_stages
+from ubp_fast.pipeline.execute import execute, explained, run_stages
 from ubp_fast.pipeline.run_directory import CONFIG_FILE
 from ubp_fast.pipeline.settings import Settings, read_settings
 
@@ -44,12 +44,7 @@ def main_as_typed() -> int:
         sys.argv[1:] = given
         main()
         return 0
-    try:
-        config = composed(given)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
-    return execute(config)
+    return explained(lambda: execute(composed(given)))
 
 
 def run(settings: Mapping[str, object] | Sequence[str], quiet: bool = False) -> Path:
@@ -117,9 +112,11 @@ def composed(settings: Sequence[str]) -> DictConfig:
     with hydra.initialize_config_dir(CONF, version_base="1.3"):
         try:
             config = hydra.compose("run", overrides=list(settings))
+            _require_groups(config, _chosen(settings))
+        except UserError:
+            raise
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             raise UserError(f"run: {_reason(settings, error)}") from error
-        _require_groups(config, _chosen(settings))
     return config
 
 

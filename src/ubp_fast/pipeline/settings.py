@@ -6,6 +6,7 @@ import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -16,6 +17,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ubp_fast.evaluation import EvaluationConfig
 from ubp_fast.events.schema import UserError
 from ubp_fast.events.sources.challenge import Challenge
 from ubp_fast.events.sources.sql import without_password
@@ -23,20 +25,24 @@ from ubp_fast.events.sources.table import EventRows
 from ubp_fast.events.split import TARGET_DAYS
 from ubp_fast.files import file_digest
 from ubp_fast.pipeline.cache import digest
-from ubp_fast.profiler.bundle import model_folder
+from ubp_fast.profiler.bundle import BUNDLE_FILE, model_folder
 from ubp_fast.profiler.reading import columns_of, seconds_of
 from ubp_fast.profiler.recipe import Recipe
 from ubp_fast.profiles.blocks import LayoutConfig
 
 COMPONENTS = ("stacked", "contrastive", "multitask", "features", "profile_features", "baseline_log1p", "baseline_raw")
 DEFAULT_COMPONENTS = ("stacked", "baseline_log1p")
+FEATURES = ("aggregated", "decayed", "rhythm", "tastes", "pairs")
 MODELS = ("contrastive", "multitask", "stacking")
 BLOCKS = ("contrastive", "multitask", "aggregated", "decayed", "scores", "rich")
+# Groups of settings that become objects.
+OBJECTS = ("data", "profile", "evaluation", *(f"features.{name}" for name in FEATURES))
+OBJECTS += tuple(f"{name}.{part}" for name in MODELS for part in ("config", "optimizer"))
 # Types of the settings that no dataclass declares; groups of settings are mappings.
 PLAIN_TYPES: dict[str, Any] = {
-    **dict.fromkeys(("data", "profile", "profiles", "store", "windows", "compute", "evaluation", "features"), Mapping),
-    **{f"features.{name}": Mapping for name in ("aggregated", "decayed", "rhythm", "tastes", "pairs")},
-    **{f"{name}{part}": Mapping for name in MODELS for part in ("", ".config", ".optimizer")},
+    **dict.fromkeys((*OBJECTS, "profiles", "store", "windows", "compute", "features"), Mapping),
+    **dict.fromkeys(MODELS, Mapping),
+    **dict.fromkeys((f"{name}._target_" for name in OBJECTS), str),
     **{f"{name}.training": Mapping | None for name in MODELS},
     "seed": int,
     "stages": str | list[str] | None,
@@ -47,6 +53,7 @@ PLAIN_TYPES: dict[str, Any] = {
     "profiles.align_to": str | None,
     "profiles.client_order": Literal["ids", "baseline"],
     "profiles.at_once": int,
+    "profiles.old_after_days": int,
     "store.min_url_count": int,
     "store.all_clients": bool,
     "store.shard": tuple[int, int] | None,
@@ -57,8 +64,10 @@ PLAIN_TYPES: dict[str, Any] = {
     "windows.given_lists": bool,
     "stacking.blocks": list[str],
     "compute.device": str,
+    "compute.precision": str,
     "compute.threads": int | None,
     "compute.on_shortage": Literal["refuse", "try"],
+    **{f"evaluation.{one.name}": get_type_hints(EvaluationConfig)[one.name] for one in fields(EvaluationConfig)},
     "evaluation.components": str | list[str],
     "evaluation.profiles": str | None,
     "evaluation.common_clients": bool,
@@ -184,19 +193,14 @@ class Settings:
         return {name: self.plain[name] for name in names}
 
     def data_part(self) -> dict[str, Any]:
-        """What decides the events: the data group and the content of every file that it names."""
+        """What decides the events: the data group, and the content of what a source reads."""
         data = self.plain["data"]
-        if hasattr(self.source, "content"):
-            return {"data": data, "content": self.source.content()}
-        named = (Path(value) for value in data.values() if isinstance(value, str))
-        return {"data": data, "files": {str(path): self.content(path) for path in named if path.exists()}}
+        return {"data": data, "content": self.source.content()} if hasattr(self.source, "content") else {"data": data}
 
     @staticmethod
-    def content(path: Path) -> str:
-        """Digest of a file, or of all data files below a directory."""
-        if path.is_file():
-            return file_digest(path)
-        files = (file for file in sorted(path.rglob("*")) if file.suffix in DATA_SUFFIXES and file.is_file())
+    def content(path: Path, pattern: str = "**/*") -> str:
+        """Digest of the data files of a directory."""
+        files = (file for file in sorted(path.glob(pattern)) if file.suffix in DATA_SUFFIXES and file.is_file())
         return digest({str(file.relative_to(path)): file_digest(file) for file in files})
 
 
@@ -262,7 +266,7 @@ def read_settings(config: DictConfig) -> Settings:
         submission=None if submission is None else Path(submission),
         client_order=plain["profiles"]["client_order"],
         latest=_latest(plain["profiles"]["at"]),
-        align_to=None if plain["profiles"]["align_to"] is None else model_folder(Path(plain["profiles"]["align_to"])),
+        align_to=_old_model(plain["profiles"]["align_to"]),
         common_clients=common_clients,
     )
 
@@ -283,6 +287,15 @@ def _latest(at: Any) -> int | str | None:
         return at if at in (None, "end") else seconds_of(at)
     except UserError as error:
         raise UserError(f"run: profiles.at must be 'end' or a date such as 2026-11-28, got '{at}'") from error
+
+
+def _old_model(run: str | None) -> Path | None:
+    if run is None:
+        return None
+    folder = model_folder(Path(run))
+    if not (folder / BUNDLE_FILE).is_file():
+        raise UserError(f"run: profiles.align_to must be the directory of a run with a model, got '{run}'")
+    return folder
 
 
 def _blocks(plain: Mapping[str, Any]) -> tuple[str, ...]:
@@ -324,17 +337,23 @@ def _require_types(plain: Mapping[str, Any], path: str = "") -> None:
             parent, _, last = name.rpartition(".")
             if last not in (_at(plain, parent) if parent else plain):
                 raise UserError(f"run: {name} must be given, got none; leave out what removes it")
-    if "_target_" in plain:
+    is_object = "_target_" in plain
+    if is_object:
         _require_fit(f"{path}_target_", plain["_target_"], str)
-    hints = _hints(plain["_target_"], path) if "_target_" in plain else {}
+    known = PLAIN_TYPES | OPTIONAL_TYPES
+    hints = _hints(plain["_target_"], path) | OF_OBJECTS if is_object else {}
     for name, value in plain.items():
         place = f"{path}{name}"
-        if str(name).startswith("_") and name not in OF_OBJECTS:
+        if (str(name).startswith("_") and name not in OF_OBJECTS) or not (is_object or place in known):
             raise UserError(f"run: there is no setting '{place}'")
-        hint = (PLAIN_TYPES | OPTIONAL_TYPES).get(place) or {**hints, **OF_OBJECTS}.get(name, Any)
+        hint = known.get(place) or hints.get(name, Any)
         _require_fit(place, value, hint)
-        if isinstance(value, Mapping):
-            _require_types(value, f"{place}.")
+        if is_dataclass(hint) and "_target_" not in value:
+            raise UserError(f"run: {place}._target_ must be given, got none; leave out what removes it")
+        parts = {f"{place}[{number}].": one for number, one in enumerate(value if isinstance(value, list) else ())}
+        for inside, one in {f"{place}.": value, **parts}.items():
+            if isinstance(one, Mapping) and (place in known or "_target_" in one):
+                _require_types(one, inside)
 
 
 def _at(plain: Any, path: str) -> Any:
@@ -371,6 +390,11 @@ def _hints(target: str, path: str) -> dict[str, Any]:
         found = None
     if not isinstance(found, type):
         raise UserError(f"run: {path}_target_ must name a class, got '{target}'")
+    return _fields(found)
+
+
+@cache
+def _fields(found: type) -> dict[str, Any]:
     return get_type_hints(found) if is_dataclass(found) else {}
 
 

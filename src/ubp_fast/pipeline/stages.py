@@ -225,7 +225,7 @@ def _score(settings: Settings, component: str, reader: str) -> Stage:
     config = {name: settings.plain["evaluation"][name] for name in (*ALL_READERS, *OF_READER.get(reader, ()))}
     if settings.submission is not None and (component == "submission" or settings.common_clients):
         config["common_clients"] = settings.common_clients
-        config["files"] = settings.content(settings.submission)
+        config["files"] = settings.content(settings.submission, "*")
     folders = FOLDERS.get(component, ())
 
     def make(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:

@@ -281,6 +281,11 @@ class EventRows:
         if is_log and self.end is None:
             check_outliers(checks, time.name, pl.select(pl.when(~outside).then(times.seconds)).to_series(), time)
         notes += [f"{self.name}: column '{time.name}' is {times.note}"] if times.note else []
+        if times.are_instants and self.timezone is None:
+            notes.append(
+                f"{self.name}: column '{time.name}' holds moments, taken as the clock in UTC shows them: days and weeks"
+                " begin at its midnight; data.timezone names the shop's own, or UTC"
+            )
         return times.seconds.fill_null(0)
 
     def _returns(self, frame: pl.DataFrame, kind: pl.Series, checks: RowChecks, notes: list[str]) -> pl.Series:
