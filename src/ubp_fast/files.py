@@ -112,8 +112,9 @@ def create_array(path: Path, dtype: np.typing.DTypeLike, shape: tuple[int, ...])
     Without that, the first touch of a page for which there is no room ends the process without a word.
     """
     array = np.lib.format.open_memmap(path, "w+", dtype, shape)
-    with path.open("r+b") as file:
-        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    if hasattr(os, "posix_fallocate"):  # macOS has none
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     return array
 
 

@@ -112,10 +112,11 @@ def composed(settings: Sequence[str]) -> DictConfig:
     with hydra.initialize_config_dir(CONF, version_base="1.3"):
         try:
             config = hydra.compose("run", overrides=list(settings))
+        except (HydraException, OmegaConfBaseException, TypeError, ValueError) as error:
+            raise UserError(f"run: {_reason(settings, error)}") from error
+        try:
             _require_groups(config, _chosen(settings))
-        except UserError:
-            raise
-        except (HydraException, OmegaConfBaseException, ValueError) as error:
+        except OmegaConfBaseException as error:
             raise UserError(f"run: {_reason(settings, error)}") from error
     return config
 
@@ -162,7 +163,7 @@ def _chosen(settings: Sequence[str]) -> DictConfig:
     choices = [setting for setting in settings if setting.partition("=")[0] in groups]
     try:
         return hydra.compose("run", overrides=choices)
-    except (HydraException, OmegaConfBaseException, ValueError):
+    except (HydraException, OmegaConfBaseException, TypeError, ValueError):
         return hydra.compose("run")
 
 
