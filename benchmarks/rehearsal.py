@@ -183,7 +183,9 @@ def _facts(run: Path) -> dict[str, Any]:
     if (run / "scores.json").exists():
         scores = json.loads((run / "scores.json").read_text(encoding="utf-8"))
         facts["scores"] = {
-            profile: {task: one["score"] for task, one in found["tasks"].items()} for profile, found in scores.items()
+            profile: {task: one["score"] for task, one in found["tasks"].items()}
+            for profile, found in scores.items()
+            if profile != "warnings"
         }
     return facts
 

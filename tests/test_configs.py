@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import importlib.util
@@ -10,11 +11,13 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 from hydra.errors import ConfigCompositionException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 from support.runs import CONF, composed
 
 from ubp_fast.evaluation import EvaluationConfig
@@ -270,7 +273,14 @@ def test_other_arguments_stay_as_they_are() -> None:
             "windows is a group of settings (days, model_cutoffs, stacking_cutoffs, labels,",
         ),
         ("features.pairs=null", "features.pairs is a group of settings (kinds,"),
+        ("compute=[0,0]", "compute must be one of auto, cpu, gpu, got '[0,0]'"),
+        ("multitask.config.encoder=${nowhere}", "Interpolation key 'nowhere' not found"),
+        ("+windows.months=1", "there is no setting 'windows.months'"),
+        ("~windows.days", "windows.days must be given, got none"),
+        ("data._target_=os.getcwd", "data._target_ must name a class, got 'os.getcwd'"),
+        ("profiles.align_to=/", "profiles.align_to must be the directory of a run with a model, got '/'"),
         ("windows.days=abc", "windows.days must be a whole number, got 'abc'"),
+        ("data=challenge data.dir=x windows.days=7", "windows.days must be 14, as the organisers fixed it, got 7"),
         ("windows.days=true", "windows.days must be a whole number, got True"),
         ("seed=-1", "seed must be >= 0, got -1"),
         ("evaluation.seed=-1", "seed must be >= 0, got -1"),
@@ -287,30 +297,100 @@ def test_other_arguments_stay_as_they_are() -> None:
 )
 def test_mistakes_are_named_with_the_remedy(typed: str, message: str) -> None:
     with pytest.raises(UserError) as raised:
-        read_settings(command.composed(["data=synthetic", typed] if not typed.startswith("data=") else [typed]))
+        read_settings(command.composed(["data=synthetic", typed] if not typed.startswith("data=") else typed.split()))
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
-def test_random_settings_give_a_plan_or_one_sentence() -> None:
-    random = np.random.default_rng(0)
-    base = command.composed(["data=synthetic", "experiment=winner"])
-    names = [
-        name for name in flatten(OmegaConf.to_container(base)) if "._" not in name and not name.startswith("hydra")
-    ]  # type: ignore[arg-type]
-    values = [-1, 0, 1, 2.5, 10**12, math.nan, math.inf, None, True, "abc", "", "end", [], [1], [1, 2], ["a"], {"a": 1}]
-    plans, refusals = 0, []
-    for _ in range(120):
-        config = copy.deepcopy(base)
-        for name in random.choice(names, random.integers(1, 4), replace=False):
-            OmegaConf.update(config, name, values[random.integers(len(values))], merge=False)
-        try:
-            plans += bool(plan(read_settings(config)))
-        except UserError as error:
-            refusals.append(str(error))
-    assert plans > 5
-    assert len(refusals) > 5
-    assert not [text for text in refusals if "\n" in text]
+# Choices of groups that random settings begin with, and values that right and wrong ones are drawn from.
+GROUPS = (
+    ("data=synthetic",),
+    ("data=table", "data.path=events.csv"),
+    ("data=sql", "data.uri=sqlite:///shop.db", "data.query=orders"),
+    ("data=challenge", "data.dir=shop"),
+    ("data=synthetic", "experiment=winner"),
+    ("data=synthetic", "experiment=best", "features=rich"),
+    ("data=synthetic", "model@stacking=stacking", "optimizer@stacking.optimizer=adamw", "evaluation=off"),
+)
+REMOVED = object()
+PLAIN: tuple[Any, ...] = (-1, 0, 1, 2, 7, 2.5, -0.5, 1e-9, 10**12, 2**63, math.nan, math.inf, None, True, False)
+PLAIN += ("abc", "", " ", "end", "2026-11-28", "/", "none", "\u00e4", "${seed}", "${nowhere}", "${oc.env:NOTHING}")
+PLAIN += ("???", "stacked", "network", "churn", "product_buy", "cuda", "auto", "all", "[", "a=b", "1e400")
+PLAIN += ([], [1], [1, 2], [2, 1], [0, 0], ["a"], [None], [[1]], ["network", "network"], {}, {"a": 1})
+PLAIN += ({"_target_": "os.getcwd"}, "ubp_fast.files")
+
+
+def random_changes(random: np.random.Generator, flat: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Some settings and new values: of the old one's kind, of another one's, or of anything."""
+    leaves = list(flat)
+    parents = sorted({name.rsplit(".", depth)[0] for name in leaves for depth in range(1, name.count(".") + 1)})
+    changes = []
+    for _ in range(random.integers(1, 4)):
+        kind, name = random.random(), str(random.choice(leaves))
+        value, other = flat[name], flat[str(random.choice(leaves))]
+        if kind < 0.05:
+            name = str(random.choice(parents))
+        elif kind < 0.08:
+            value = REMOVED
+        elif kind < 0.11:
+            name += str(random.choice(["s", ".x", "_", "_days"]))
+        draw = random.random()
+        if draw < 0.3 and isinstance(value, int | float) and not isinstance(value, bool):
+            other = type(value)(value * random.choice([0, 1, 2, -1, 100]))
+        elif draw < 0.3 and isinstance(value, list) and value:
+            other = [value[index] for index in random.integers(0, len(value), random.integers(0, 4))]
+        elif draw < 0.5:
+            alike = [one for one in flat.values() if isinstance(one, type(value))]
+            other = alike[random.integers(len(alike))]
+        elif draw < 0.9:
+            other = PLAIN[random.integers(len(PLAIN))]
+        changes.append((name, REMOVED if value is REMOVED else other))
+    return changes
+
+
+def outcome(groups: tuple[str, ...], base: DictConfig, changes: list[tuple[str, Any]], typed: bool) -> str:
+    """ "plan", or the one sentence that is said."""
+    try:
+        if typed:
+            config = command.composed(as_typed([*groups, *(_as_text(name, value) for name, value in changes)]))
+        else:
+            config = copy.deepcopy(base)
+            for name, value in changes:
+                # No such place, which `composed` says.
+                with contextlib.suppress(OmegaConfBaseException, AttributeError, KeyError, TypeError, ValueError):
+                    if value is REMOVED:
+                        parent, _, last = name.rpartition(".")
+                        with open_dict(config):
+                            del (OmegaConf.select(config, parent) if parent else config)[last]
+                    else:
+                        OmegaConf.update(config, name, value, merge=False, force_add=True)
+        plan(read_settings(config))
+    except UserError as error:
+        return str(error)
+    except Exception as error:
+        raise AssertionError(f"{groups} {changes}: {type(error).__name__}: {error}") from error
+    return "plan"
+
+
+def _as_text(name: str, value: Any) -> str:
+    if value is REMOVED:
+        return f"~{name}"
+    return f"{name}={json.dumps(value) if isinstance(value, list | dict) else 'null' if value is None else value}"
+
+
+@pytest.mark.parametrize("count", [70, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_random_settings_give_a_plan_or_one_sentence(count: int) -> None:
+    random = np.random.default_rng(count)
+    bases = [(groups, command.composed(groups)) for groups in GROUPS]
+    flats = [flatten(OmegaConf.to_container(base, resolve=False)) for _, base in bases]  # type: ignore[arg-type]
+    said = []
+    for number in range(count):
+        chosen = number % len(GROUPS)
+        said.append(outcome(*bases[chosen], random_changes(random, flats[chosen]), typed=number % 25 == 0))
+    plans = said.count("plan")
+    assert plans > count / 20
+    assert count - plans > count / 5
+    assert not [text for text in said if "\n" in text or not text]
 
 
 def test_name_of_a_run_follows_what_matters() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from ubp_fast import files
 from ubp_fast.files import (
     OutputDirectoryError,
     clear_directory,
@@ -28,6 +29,7 @@ from ubp_fast.files import (
     write_json,
     write_tensors,
     write_text,
+    writing_to,
 )
 
 
@@ -89,6 +91,11 @@ def test_full_and_read_only_disks(tmp_path: Path, code: int) -> None:
     ):
         raise OSError(code, os.strerror(code))  # as a write to a full disk does, which names no file
     assert os.listdir(tmp_path) == []
+
+
+def test_a_link_that_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OutputDirectoryError, match="must be a writable directory"), writing_to(tmp_path, "the run"):
+        raise OSError(errno.ENOSPC, "No space left on device", "../elsewhere", None, str(tmp_path / "stages" / "link"))
 
 
 def test_a_file_in_the_way_of_the_parent(tmp_path: Path) -> None:
@@ -234,6 +241,38 @@ def test_values_come_back(tmp_path: Path) -> None:
     tensors = {"half": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3).t(), "steps": torch.tensor(3)}
     write_tensors(tmp_path / "tensors", tensors)
     torch.testing.assert_close(load_tensors(tmp_path / "tensors"), tensors)
+
+
+@pytest.mark.parametrize(
+    "form", ["save_array", "create_array", "save_table", "write_arrays", "write_tensors", "write_text"]
+)
+def test_a_disk_that_is_full_in_the_middle_of_a_file(tmp_path: Path, form: str) -> None:
+    """No form ends without a word, as `np.save` does when its last buffer does not fit, or by a signal."""
+    program = (
+        "import resource, signal, sys; from pathlib import Path; import numpy as np; from ubp_fast import files\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "values, form, path = np.arange(200.0), sys.argv[1], Path(sys.argv[2])\n"
+        "if form == 'write_tensors': import torch; values = torch.arange(200.0)\n"
+        "given = {'write_text': 'x' * 1700, 'create_array': np.float64}.get(form, {'a': values})\n"
+        "if form == 'save_array': given = values\n"
+        "if form == 'save_table': import polars; given = polars.DataFrame({'a': np.random.rand(200)})\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700))\n"
+        "try: getattr(files, form)(path, given, *([(200,)] if form == 'create_array' else []))\n"
+        "except OSError as error: print(error.errno)"
+    )
+    search = os.pathsep.join(entry for entry in sys.path if entry)
+    command = [sys.executable, "-c", program, form, str(tmp_path / "file")]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": search}, check=False, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, f"{errno.EFBIG}\n"), done.stderr
+
+
+def test_arrays_are_written_here_alone() -> None:
+    source = Path(files.__file__).parent
+    ways = ("np.save(", "open_memmap(", "save_file(", ".tofile(")
+    texts = {path.name: path.read_text() for path in source.rglob("*.py")}
+    assert {name for name, text in texts.items() if any(way in text for way in ways)} == {"files.py"}
 
 
 def test_what_is_no_plain_data_is_refused(tmp_path: Path) -> None:

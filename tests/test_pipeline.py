@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
@@ -16,8 +17,12 @@ import polars as pl
 import pytest
 from support.runs import ALL_BLOCKS, NETWORK, SMALL, contents, run_tiny
 
+from ubp_fast.evaluation import build_targets
 from ubp_fast.events.read import EventDirectory
+from ubp_fast.events.split import DAY_S
 from ubp_fast.profiles import Profiles, validate
+from ubp_fast.sequences import Views
+from ubp_fast.store.event_store import EventStore
 
 SYNTHETIC = ("data=synthetic", "data.clients=200", "data.skus=60", "data.urls=80", ALL_BLOCKS)
 WHOLE_REPORT = ("report.diagnosis=true", "report.clients=true")
@@ -38,7 +43,7 @@ def test_run_directory_is_complete(synthetic_run: Path) -> None:
         *("stages", ".lock"),
     }
     scores = json.loads((synthetic_run / "scores.json").read_text())
-    assert list(scores) == ["stacked", "baseline_log1p"]
+    assert list(scores) == ["stacked", "baseline_log1p", "warnings"]
     assert scores["stacked"]["config"]["readers"] == ["network", "linear", "boosting", "neighbours"]
     assert list(scores["stacked"]["readers"]) == ["linear", "boosting", "neighbours"]
     assert 0.0 <= scores["stacked"]["tasks"]["churn"]["score"] <= 1.0
@@ -151,7 +156,7 @@ def test_submission_of_somebody_is_scored(synthetic_run: Path, tmp_path: Path) -
     assert printed.count(f"note      {note}\n") == 1
     assert escape(note) in (run / "report.html").read_text()
     scores = json.loads((run / "scores.json").read_text())
-    assert set(scores) == {"submission", "baseline_log1p"}
+    assert set(scores) == {"submission", "baseline_log1p", "warnings"}
     ours = json.loads((synthetic_run / "scores.json").read_text())["stacked"]
     assert scores["submission"]["tasks"]["churn"]["score"] == ours["tasks"]["churn"]["score"]
     assert "contrastive" not in printed
@@ -176,7 +181,7 @@ def test_another_reader_or_component_leaves_the_scores_that_are_there(tmp_path: 
         ),
     ]
     scores = json.loads((run / "scores.json").read_text())
-    assert list(scores) == ["stacked", "features", "profile_features"]
+    assert list(scores) == ["stacked", "features", "profile_features", "warnings"]
     assert scores["features"]["tasks"] == {}, "the network was not asked"
     widths = json.loads((run / "stages" / "raw_features" / "values" / "names.json").read_text())["names"]
     assert {name.split(":")[0] for name in widths} == {"aggregated", "decayed", "static"}
@@ -283,7 +288,7 @@ def test_probes_are_recorded_and_change_no_vector(synthetic_run: Path, tmp_path:
     ("override", "message"),
     [
         ("data.days=20", "Synthetic: days must be at least 29, got 20"),
-        ("data.days=40", "training_cutoffs: the store must reach back more than newest_days = 14 days"),
+        ("data.days=40", "training_cutoffs: the store must reach back more than 14 days"),
         ("store.shard=[3,2]", "build_store: shard must be (index, count)"),
         ("multitask.config.encoder.heads=7", "EncoderLayer: heads must divide the width"),
     ],
@@ -297,13 +302,73 @@ def test_what_a_user_can_mend_is_one_line(
     assert error.count("\n") == 1
 
 
-def test_a_mistake_of_ours_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistake_of_ours_keeps_its_traceback_and_asks_for_a_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def mistake(*_: object, **__: object) -> None:
         raise ValueError("operands could not be broadcast together")
 
     monkeypatch.setattr("ubp_fast.pipeline.stages.build_store", mistake)
-    with pytest.raises(ValueError, match="broadcast"):
-        run_tiny(tmp_path, *SYNTHETIC, "stages=[store]")
+    assert run_tiny(tmp_path, *SYNTHETIC, "stages=[store]")[0] == 1
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback") and "in make_store" in said
+    assert said.splitlines()[-2] == "ValueError: operands could not be broadcast together"
+    assert said.splitlines()[-1].endswith("Please report it, with the lines above and what `ubp-fast doctor` prints.")
+
+
+@pytest.mark.parametrize("days", [7, 30])
+def test_windows_of_any_length_decide_every_label(days: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the evaluation, the networks, the joining model, the scorer and the generator's truth ask for."""
+    seen: dict[str, list[tuple[Views, np.ndarray]]] = {}
+    for module in ("pipeline.model_stages", "models.pair_scorer"):
+        found = importlib.import_module(f"ubp_fast.{module}")
+
+        def watched(store, views, lists, module=module, true=found.window_labels):  # type: ignore[no-untyped-def]
+            labels = true(store, views, lists)
+            seen.setdefault(module, []).append((views, labels["churn"]))
+            return labels
+
+        monkeypatch.setattr(found, "window_labels", watched)
+    only = ("evaluation.readers=[linear]", "evaluation.components=[stacked]", f"data.days={max(140, 7 * days)}")
+    code, run, printed = run_tiny(tmp_path, *SYNTHETIC, *only, f"windows.days={days}", "windows.stacking_cutoffs=2")
+    assert code == 0, printed
+
+    events, store = EventDirectory.open(run / "stages" / "events"), EventStore.open(run / "stages" / "store")
+    purchases = events.scan("product_buy").collect()
+    last_s, window_s = int(purchases["timestamp_s"].max()), days * DAY_S  # type: ignore[arg-type]
+    input_end_s = (last_s // DAY_S - (2 * days - 1)) * DAY_S
+    assert (events.split.input_end_s, events.split.validation_start_s) == (input_end_s, input_end_s + window_s)
+
+    def bought(start_s: int, clients: np.ndarray) -> np.ndarray:
+        inside = purchases.filter((pl.col("timestamp_s") >= start_s) & (pl.col("timestamp_s") < start_s + window_s))
+        return np.isin(clients, inside["client_id"].to_numpy())
+
+    assert set(seen) == {"pipeline.model_stages", "models.pair_scorer"}
+    moments = set()
+    for views, churn in (one for found in seen.values() for one in found):
+        for cutoff_s in np.unique(views.cutoff_s).tolist():
+            moments.add((input_end_s - cutoff_s) / window_s)
+            chosen = views.cutoff_s == cutoff_s
+            clients = np.asarray(store.client_ids)[views.row[chosen]]
+            np.testing.assert_array_equal(churn[chosen] == 0, bought(cutoff_s, clients))
+    assert {1, 2, 3} <= moments and all(moment == int(moment) for moment in moments)
+
+    everybody = np.asarray(store.client_ids)
+    targets = build_targets(events, everybody, ("conversion",)).tasks["conversion"]
+    for labels, start_s in ((targets.train, input_end_s), (targets.validation, input_end_s + window_s)):
+        np.testing.assert_array_equal(labels.dense()[:, 0] == 0, bought(start_s, everybody))
+    truth = events.path / "truth"
+    chance = np.load(truth / "train_purchase.npy").mean()
+    share = bought(input_end_s, np.load(truth / "client_ids.npy")).mean()
+    assert abs(chance - share) < 0.1
+
+
+def test_longer_windows_are_another_data_set(tmp_path: Path) -> None:
+    """A run with other windows makes everything anew, the events included."""
+    for days in (14, 10):
+        code, _, printed = run_tiny(tmp_path / "shared", *SYNTHETIC, f"windows.days={days}", "stages=[store]")
+        assert code == 0
+        assert "events done" in printed
 
 
 def test_unknown_stage_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,31 @@ def test_short_windows_are_scored(tmp_path: Path) -> None:
     assert "target windows are 7 days" in printed
 
 
+def test_warnings_reach_screen_scores_and_report(tmp_path: Path) -> None:
+    code, printed = run(tmp_path, shop(), *CHURN, "windows.days=30", "windows.labels=3")
+    assert code == 0
+    expected = (
+        "column 'timestamp' holds moments, taken as the clock in UTC shows them",
+        "target windows are 24 days instead of 30",
+        "the newest vectors are of 2024-02-22 00:00:00, 47 days before the newest event; profiles.at=end",
+        "propensity_sku: 3 of 3 labels that models learn have fewer than 10 buyers in the window from 2024-01-29",
+        "churn: the label has fewer than 10 clients of one class",
+    )
+    warnings = json.loads((tmp_path / "run/scores.json").read_text())["warnings"]
+    report = (tmp_path / "run/report.html").read_text()
+    assert [line.removeprefix("note      ") for line in printed.splitlines() if line.startswith("note ")] == warnings
+    for text in expected:
+        assert [one for one in warnings if text in one], text
+        assert escape(text) in report
+
+
+def test_nothing_is_warned_of_without_reason(tmp_path: Path) -> None:
+    table = shop(clients=40, skus=2).gather_every(8).with_columns(pl.from_epoch("timestamp"))
+    code, printed = run(tmp_path, table, *CHURN)
+    assert code == 0
+    assert "note " not in printed, printed
+
+
 def test_what_a_run_is_about_is_told_before_the_work(tmp_path: Path) -> None:
     table = shop()
     code, printed = run(tmp_path, table, "stages=[profiles]")
@@ -89,7 +115,7 @@ def test_what_a_run_is_about_is_told_before_the_work(tmp_path: Path) -> None:
 
 def test_a_client_who_comes_after_the_moment_of_the_profiles(tmp_path: Path) -> None:
     late = pl.DataFrame({"client_id": [99], "timestamp": [START_S + 85 * DAY_S], "sku": [1]})
-    assert run(tmp_path, pl.concat([shop(), late]), "stages=[profiles]")[0] == 0
+    assert run(tmp_path, pl.concat([shop(), late]), "stages=[profiles]", "data.timezone=UTC")[0] == 0
     assert 99 not in Profiles.load(tmp_path / "run/profiles").client_ids
     assert notes(tmp_path) == [
         f"{tmp_path}/events.parquet: 1 client comes first at or after 2024-03-13 00:00:00, the moment of the profiles:"

@@ -78,13 +78,20 @@ complete -F _ubp_fast ubp-fast
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; 0, 2 and one line when what was given is at fault, 130 or 143 when a signal ended it."""
-    return run_interruptibly(lambda: _main(list(sys.argv[1:] if arguments is None else arguments)))
+    """Runs one command; 0, 2 and one line when what was given is at fault, 130 or 143 when a signal ended it.
+
+    1 with a traceback is a mistake of ours.
+    """
+
+    def work() -> int:
+        from ubp_fast.pipeline.execute import explained
+
+        return explained(lambda: _main(list(sys.argv[1:] if arguments is None else arguments)))
+
+    return run_interruptibly(work)
 
 
 def _main(given: list[str]) -> int:
-    from ubp_fast.pipeline.execute import USER_ERROR, USER_ERRORS
-
     if given[:1] == ["run"]:  # Hydra reads the rest
         if {"-h", "--help"} & set(given):
             print(_run_help(), end="")
@@ -93,40 +100,36 @@ def _main(given: list[str]) -> int:
     options, rest = parser().parse_known_args(given)
     if rest and options.command != "evaluate":
         parser().error(f"unknown arguments: {' '.join(rest)}")
-    try:
-        if options.command == "inspect":
-            from ubp_fast.events.sources.inspect import inspect
+    if options.command == "inspect":
+        from ubp_fast.events.sources.inspect import inspect
 
-            print(inspect(options.files if len(options.files) > 1 else options.files[0]))
-            return 0
-        if options.command == "doctor":
-            from ubp_fast import doctor
+        print(inspect(options.files if len(options.files) > 1 else options.files[0]))
+        return 0
+    if options.command == "doctor":
+        from ubp_fast import doctor
 
-            return doctor.run()
-        if options.command == "settings":
-            from ubp_fast.options import markdown, shown
+        return doctor.run()
+    if options.command == "settings":
+        from ubp_fast.options import markdown, shown
 
-            print(markdown() if options.markdown else shown(options.words), end="" if options.markdown else "\n")
-            return 0
-        if options.command == "completion":
-            print(_completion(options.shell), end="")
-            return 0
-        if options.command == "embed":
-            return _embed(options)
-        if options.command == "forget":
-            return _forget(options)
-        if options.command == "cache":
-            return _cache(options)
-        if options.command == "validate":
-            return _validate(options)
-        if options.command == "leaderboard":
-            from ubp_fast.evaluation import leaderboard
+        print(markdown() if options.markdown else shown(options.words), end="" if options.markdown else "\n")
+        return 0
+    if options.command == "completion":
+        print(_completion(options.shell), end="")
+        return 0
+    if options.command == "embed":
+        return _embed(options)
+    if options.command == "forget":
+        return _forget(options)
+    if options.command == "cache":
+        return _cache(options)
+    if options.command == "validate":
+        return _validate(options)
+    if options.command == "leaderboard":
+        from ubp_fast.evaluation import leaderboard
 
-            return leaderboard.main([*map(str, options.runs), "--reader", options.reader])
-        return _run(["stages=[evaluate]", f"evaluation.profiles={options.profiles}", *rest])
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
+        return leaderboard.main([*map(str, options.runs), "--reader", options.reader])
+    return _run(["stages=[evaluate]", f"evaluation.profiles={options.profiles}", *rest])
 
 
 def parser() -> argparse.ArgumentParser:

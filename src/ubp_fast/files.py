@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from polars import DataFrame
     from torch import Tensor
 
 # What a file is called while it is written.
@@ -42,8 +44,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         _flush(temporary)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # writes do not tell of which file they are
         raise
     _flush(path.parent)
 
@@ -85,12 +89,55 @@ def file_digest(path: Path) -> str:
 
 def write_array(path: Path, array: np.ndarray) -> None:
     """Writes an npy file; an array of objects is a ValueError."""
+    write_atomically(path, lambda file: save_array(file, array))
 
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            np.save(file, np.ascontiguousarray(array), allow_pickle=False)
 
-    write_atomically(path, write)
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Writes an npy file under its name at once, for directories that are published as a whole.
+
+    `np.save` hands large buffers to C, which does not tell when the last of them meets a full disk.
+    """
+    whole = np.ascontiguousarray(array).reshape(np.shape(array))
+    if whole.dtype.hasobject:
+        raise ValueError(f"{path}: arrays of objects are not written, as allow_pickle=False has it")
+    with path.open("wb") as file:
+        header = np.lib.format.header_data_from_array_1_0(whole)
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(whole.reshape(-1).view(np.uint8).data if whole.size else b"")
+
+
+def create_array(path: Path, dtype: np.typing.DTypeLike, shape: tuple[int, ...]) -> np.memmap:
+    """A new npy file, mapped for writing, whose space is taken at once: a full disk is an OSError here.
+
+    Without that, the first touch of a page for which there is no room ends the process without a word.
+    """
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    if hasattr(os, "posix_fallocate"):  # macOS has none
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
+
+
+def write_table(path: Path, frame: DataFrame) -> None:
+    """Writes a Parquet file."""
+    write_atomically(path, lambda file: save_table(file, frame))
+
+
+def save_table(path: Path, frame: DataFrame, **options: Any) -> None:
+    """Writes a Parquet file under its name at once, for directories that are published as a whole."""
+    import polars as pl
+
+    try:
+        frame.write_parquet(path, **options)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise _of_disk(error, path) from error
+
+
+def _of_disk(error: Exception, path: Path) -> OSError:
+    """What a library written in Rust says of the disk, with the number that it mentions."""
+    number = re.search(r"(?:code: |os error )(\d+)", str(error))
+    code = int(number[1]) if number else errno.EIO
+    return OSError(code, os.strerror(code) if number else str(error), str(path))
 
 
 def load_array(path: Path, memory_map: bool = False) -> np.ndarray:
@@ -110,7 +157,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     from safetensors.torch import save_file  # torch takes seconds to import, and readers of events need none
 
     stored = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    write_atomically(path, lambda file: save_file(stored, file))
+    write_atomically(path, lambda file: _save_tensors(save_file, stored, file))
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -125,7 +172,16 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     from safetensors.numpy import save_file
 
     stored = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    write_atomically(path, lambda file: save_file(stored, file))
+    write_atomically(path, lambda file: _save_tensors(save_file, stored, file))
+
+
+def _save_tensors(save_file: Callable[..., None], stored: Mapping[str, Any], file: Path) -> None:
+    from safetensors import SafetensorError
+
+    try:
+        save_file(stored, file)
+    except SafetensorError as error:
+        raise _of_disk(error, file) from error
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -231,10 +287,10 @@ def writing_to(path: Path, purpose: str, partial: Path | None = None) -> Iterato
     try:
         yield
     except OSError as error:
-        file = None if error.filename is None else Path(os.fsdecode(error.filename))
+        files = [Path(os.fsdecode(name)) for name in (error.filename, error.filename2) if name is not None]
         places = {place for one in (path, partial or path) for place in (one, *one.parents)}
-        is_above = file is None or file in places
-        is_below = file is not None and bool({path, partial} & {*file.parents})
+        is_above = not files or bool(places & {*files})
+        is_below = any({path, partial} & {*file.parents} for file in files)
         if not ((error.errno in _REFUSALS and (is_above or is_below)) or (error.errno in _IN_THE_WAY and is_above)):
             raise
         raise OutputDirectoryError(
@@ -247,5 +303,8 @@ def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         os.close(descriptor)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ubp_fast.files import save_table
 from ubp_fast.pipeline.command import run
 from ubp_fast.profiler import Profiler
 from ubp_fast.profiler.reading import frame_of, seconds_of
@@ -73,7 +74,7 @@ class ProfileTransformer(TransformerMixin, BaseEstimator, auto_wrap_output_keys=
         """
         with TemporaryDirectory() as folder:
             path = Path(folder) / "events.parquet"
-            frame_of(X).write_parquet(path)
+            save_table(path, frame_of(X))
             names = {"client": self.client_column, "timestamp": self.timestamp_column, "sku": self.sku_column}
             chosen: dict[str, object] = {
                 "data": "table",

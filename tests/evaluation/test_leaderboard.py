@@ -88,7 +88,8 @@ def test_other_readers_are_paired_by_sample_of_labels(tmp_path: Path, capsys) ->
 
 def write_run(directory: Path, **submissions: Scores) -> str:
     directory.mkdir()
-    write_json(directory / "scores.json", {name: scores.to_json() for name, scores in submissions.items()})
+    stored = {name: scores.to_json() for name, scores in submissions.items()}
+    write_json(directory / "scores.json", {**stored, "warnings": ["the history is short"]})
     return str(directory)
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from ubp_fast.events.read import EventDirectory
-from ubp_fast.events.schema import EVENT_KINDS
+from ubp_fast.events.schema import EVENT_KINDS, DataError
 from ubp_fast.events.sources.challenge import Challenge
-from ubp_fast.events.split import DAY_S, Split, floor_day, split_at
+from ubp_fast.events.split import DAY_S, Split, fitting_days, floor_day, split_at
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 
@@ -67,6 +67,19 @@ def test_windows_are_fourteen_days_from_midnight(end: str) -> None:
     assert split.input_end_s % DAY_S == 0
     assert split.validation_start_s - split.input_end_s == 14 * DAY_S
     assert split.validation_start_s + 13 * DAY_S <= split.end_s < split.validation_start_s + 14 * DAY_S
+
+
+@pytest.mark.parametrize(
+    ("days", "wanted", "found"), [(100, 14, 14), (100, 30, 25), (120, 30, 30), (9, 2, 2), (21, 7, 5)]
+)
+def test_windows_fit_into_the_log(days: int, wanted: int, found: int) -> None:
+    assert fitting_days(0, days * DAY_S, wanted) == found
+
+
+@pytest.mark.parametrize(("days", "wanted", "least"), [(19, 14, 20), (19, 30, 20), (7, 2, 8)])
+def test_a_log_of_fewer_than_four_windows_is_refused(days: int, wanted: int, least: int) -> None:
+    with pytest.raises(DataError, match=f"must span at least {least} days up to the last purchase, got {days} "):
+        fitting_days(0, days * DAY_S, wanted)
 
 
 def test_challenge_dates() -> None:

@@ -470,7 +470,7 @@ def test_a_loss_that_is_not_finite_stops_the_training(store: EventStore, tmp_pat
     model = initialise(lambda: small_contrastive(store), 0)
     with torch.no_grad():
         model.future_activity.bias.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="must stay finite, got nan in epoch 0"):
+    with pytest.raises(UserError, match="must stay finite, got nan in epoch 0"):
         fit(model, training_loader(store), OPTIMIZERS["adamw"], TrainingConfig(), tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import threading
@@ -16,6 +17,7 @@ from support.runs import TINY, composed, run_tiny
 
 from ubp_fast.pipeline import execute as run_command
 from ubp_fast.pipeline import identity
+from ubp_fast.pipeline.cache import digest
 from ubp_fast.pipeline.settings import read_settings
 from ubp_fast.pipeline.stages import Stage, plan
 
@@ -168,3 +170,56 @@ def test_a_rebuilt_extension_is_seen(monkeypatch: pytest.MonkeyPatch, fresh: Non
     assert "contrastive" in found
     assert not found & {"events", "store", "baselines", "features"}
     assert ("ubp_fast._cuda", None) in identity._module("ubp_fast.kernels.cuda")[1], "imported by its name, where it is"
+
+
+# What is changed -> the stages whose keys change; all others are found in the cache.
+ALL = {"events", "store", "features", "contrastive", "stacking", "baselines", "evaluate-stacked-linear"}
+AGAIN = {
+    "a constant of the compiled module": {"contrastive", "stacking", "evaluate-stacked-linear"},
+    "version of numba": ALL,  # texts of ids and codes are parsed by compiled functions
+    "version of torch": ALL - {"events", "store"},
+    "a byte of the data": ALL,
+    "a docstring of report/": set(),
+    "seed": {"features", "contrastive", "stacking", "evaluate-stacked-linear"},
+}
+
+
+@pytest.mark.parametrize("change", AGAIN)
+def test_exactly_the_right_stages_run_again(
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh: None
+) -> None:
+    data = tmp_path / "events.csv"
+    data.write_text("client_id,timestamp,sku\n1,2024-01-31 10:00:00,5\n")
+    named = (f"data.path={data}", "evaluation.readers=[linear]", "evaluation.components=[stacked]")
+    given = ["data=table", *named, "stacking.blocks=[contrastive,decayed]"]
+
+    def keys() -> dict[str, str]:
+        for one in (identity._definition, identity._module, identity._path, identity._tree):
+            one.cache_clear()
+        made = EXECUTE.identified(plan(read_settings(composed(*TINY, *given))))
+        return {name: digest(parts) for name, parts in made.items()}
+
+    before = keys()
+    assert set(before) == ALL
+    version, content = metadata.version, identity.file_digest
+    if change.startswith("version of"):
+        library = change.split()[-1]
+        monkeypatch.setattr(metadata, "version", lambda name: "9.9" if name == library else version(name))
+    elif change == "a constant of the compiled module":
+        monkeypatch.setattr(
+            identity, "file_digest", lambda path: "other" if path.name.startswith("_core") else content(path)
+        )
+    elif change == "a byte of the data":
+        times = data.stat()
+        data.write_text(data.read_text().replace(",5", ",6"))
+        os.utime(data, ns=(times.st_atime_ns, times.st_mtime_ns))
+        assert (data.stat().st_size, data.stat().st_mtime_ns) == (times.st_size, times.st_mtime_ns)
+    elif change == "seed":
+        given.append("seed=5")
+    else:
+        shutil.copytree(identity.ROOT, tmp_path / "ubp_fast", ignore=shutil.ignore_patterns("__pycache__"))
+        path = tmp_path / "ubp_fast" / "report" / "html.py"
+        path.write_text(path.read_text().replace('"""', '"""More. ', 1))
+        monkeypatch.setattr(identity, "ROOT", tmp_path / "ubp_fast")
+    now = keys()
+    assert {name for name in before if before[name] != now[name]} == AGAIN[change]

@@ -2,10 +2,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from support.shops import EMPTY_CLIENT, make_store
 
 from ubp_fast.files import OutputDirectoryError
-from ubp_fast.pipeline.run_directory import RunDirectory, environment
+from ubp_fast.pipeline.run_directory import RunDirectory, _empty_clients, environment
+from ubp_fast.store.event_store import EventStore
 
 CONFIG = {"seed": 0, "data": {"clients": 10}, "stages": "all", "compute": {"threads": 1}}
 
@@ -37,6 +40,16 @@ def test_stage_links_follow_the_output(tmp_path: Path) -> None:
         (output / "value").write_text(version)
         run.link_stage("store", output)
     assert (run.path / "stages" / "store" / "value").read_text() == "two"
+
+
+def test_clients_without_events_are_told(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    (told,) = _empty_clients(store)
+    assert told.startswith("clients: 1 of the 30 with a profile have no event before")
+    wanted = np.asarray(store.is_relevant).copy()
+    wanted[EMPTY_CLIENT] = False
+    np.save(store.path / "is_relevant.npy", wanted)
+    assert _empty_clients(EventStore.open(store.path)) == []
 
 
 def test_environment_names_versions() -> None:

@@ -29,20 +29,21 @@ def test_training_cutoffs_leave_room_for_the_windows(store: EventStore) -> None:
     assert cutoffs == tuple(END_S - days * DAY_S for days in (28, 42, 56))
     many = training_cutoffs(store, 50)
     assert many[-1] >= START_S + 14 * DAY_S > many[-1] - 14 * DAY_S
-    with pytest.raises(ValueError, match="newest_days = 90"):
-        training_cutoffs(store, 1, newest_days=90)
-    with pytest.raises(ValueError, match="count must be >= 1"):
-        training_cutoffs(store, 0)
+    with pytest.raises(ValueError, match="must reach back more than 98 days"):
+        training_cutoffs(store, 1, 7)
+    for count, newest in ((0, 1), (1, 0)):
+        with pytest.raises(ValueError, match="count and newest must be >= 1"):
+            training_cutoffs(store, count, newest)
 
 
 def test_past_cutoffs_are_fewer_where_the_history_is_short(store: EventStore) -> None:
-    assert past_cutoffs(store, 2, 1, 14) == (tuple(END_S - days * DAY_S for days in (28, 42)), (END_S - 14 * DAY_S,))
-    model, stacking = past_cutoffs(store, 50, 50, 14)
+    assert past_cutoffs(store, 2, 1) == (tuple(END_S - days * DAY_S for days in (28, 42)), (END_S - 14 * DAY_S,))
+    model, stacking = past_cutoffs(store, 50, 50)
     assert len(model) == 1 and len(stacking) > 2
     assert model[0] == stacking[-1] - 14 * DAY_S > store.first_timestamp_s
-    assert past_cutoffs(store, 1, 1, 60) == ((), (END_S - 60 * DAY_S,))
-    short = replace(store, header={**store.header, "target_days": 5})
-    assert past_cutoffs(short, 1, 2, 14) == ((END_S - 15 * DAY_S,), (END_S - 5 * DAY_S, END_S - 10 * DAY_S))
+    long, short = (replace(store, header={**store.header, "target_days": days}) for days in (60, 5))
+    assert past_cutoffs(long, 1, 1) == ((), (END_S - 60 * DAY_S,))
+    assert past_cutoffs(short, 1, 2) == ((END_S - 15 * DAY_S,), (END_S - 5 * DAY_S, END_S - 10 * DAY_S))
 
 
 def test_cutoffs_outside_the_store_are_refused(store: EventStore) -> None:

@@ -23,6 +23,8 @@ from ubp_fast.events.schema import DataError
 from ubp_fast.files import load_json
 
 SCORES_FILE = "scores.json"
+# What stands there beside the profiles.
+WARNINGS = "warnings"
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,8 @@ def read_submissions(paths: Sequence[Path]) -> dict[str, Scores]:
         try:
             value = load_json(file)
             parts = {"": value} if "format" in value else value
-            submissions |= {f"{path} {name}".rstrip(): Scores.from_json(part) for name, part in parts.items()}
+            scores = {name: Scores.from_json(part) for name, part in parts.items() if name != WARNINGS}
+            submissions |= {f"{path} {name}".rstrip(): one for name, one in scores.items()}
         except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise DataError(f"{file}: file must hold the scores of a run, got '{error}'; evaluate it first") from error
     return submissions

@@ -207,8 +207,8 @@ class EventDirectory:
 
     @property
     def target_days(self) -> int:
-        """Length of a target window in days: 14, or fewer where the source shortened it to fit a short history."""
-        return int(self.info.get("target_days", TARGET_DAYS))
+        """Length of a target window in days: as asked for, or fewer where the history is short."""
+        return int(self.info.get("target_days", TARGET_DAYS))  # directories of older versions leave out the challenge's
 
     @property
     def relevant_clients(self) -> np.ndarray | None:

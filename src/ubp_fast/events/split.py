@@ -4,7 +4,8 @@
                                         input_end_s           validation_start_s                          end_s
 
 The end is the last purchase; later events of the other kinds do not move it. The input ends at midnight 27 days before
-the end, the validation window starts 14 days after that and includes the end itself.
+the end, the validation window starts 14 days after that and includes the end itself. Other data may have windows of n
+days: 2 n - 1 and n in the place of 27 and 14.
 Source: Synerise/recsys2025, split_data. One deviation: there, the fraction of a second of the last purchase stays in
 all boundaries (an end of 23:59:59.250 puts them at 00:00:00.250); here time is counted in whole seconds.
 """
@@ -17,6 +18,7 @@ from datetime import datetime, timezone
 from ubp_fast.events.schema import DataError
 
 DAY_S = 86_400
+# Of the challenge, and of other data by default.
 TARGET_DAYS = 14
 # Two target windows, one past window to learn from, and as long a history before it.
 WINDOWS_OF_A_LOG = 4
@@ -76,16 +78,17 @@ def split_at(last_purchase_s: int, target_days: int = TARGET_DAYS) -> Split:
     return Split(input_end_s, input_end_s + target_days * DAY_S, last_purchase_s)
 
 
-def fitting_days(first_s: int, last_purchase_s: int) -> int:
-    """Length of the target windows in days: the challenge's 14, or fewer where the log is short.
+def fitting_days(first_s: int, last_purchase_s: int, wanted_days: int = TARGET_DAYS) -> int:
+    """Length of the target windows in days: what is wanted, or fewer where the log is short.
 
     Raises:
-        DataError: the log is shorter than three weeks.
+        DataError: the log is shorter than three weeks, or than four of the wanted windows where these are short.
     """
     days = -(-(last_purchase_s - first_s) // DAY_S)
-    target_days = min(TARGET_DAYS, days // WINDOWS_OF_A_LOG)
-    if target_days < LEAST_TARGET_DAYS:
-        least = WINDOWS_OF_A_LOG * LEAST_TARGET_DAYS
+    target_days = min(wanted_days, days // WINDOWS_OF_A_LOG)
+    least_days = min(wanted_days, LEAST_TARGET_DAYS)
+    if target_days < least_days:
+        least = WINDOWS_OF_A_LOG * least_days
         raise DataError(
             f"events: the history must span at least {least} days up to the last purchase, got {days} (from"
             f" {utc_text(first_s)} to {utc_text(last_purchase_s)}); two target windows, a past window to learn from and"

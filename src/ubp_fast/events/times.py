@@ -102,6 +102,7 @@ class Times:
         seconds: i64, name `timestamp_s`; null where the row holds no time.
         rule, remedy, detail: what every row must do, what to do about those that do not, and why (or ""), for messages.
         note: what was guessed, or "".
+        are_instants: they are moments, which clocks of other zones show otherwise; False: what a clock showed.
     """
 
     seconds: pl.Series
@@ -109,6 +110,7 @@ class Times:
     remedy: str = "write times like 2024-01-31 10:30:00, or give their format in data.timestamp_format"
     detail: str = ""
     note: str = ""
+    are_instants: bool = False
 
 
 def iso_seconds(name: str, text: str) -> int:
@@ -165,7 +167,8 @@ def read_times(file: str, column: pl.Series, form: TimeForm) -> Times:
     dtype = column.dtype
     if isinstance(dtype, pl.Datetime):
         clock = column if dtype.time_zone is None else _on_clock(column, form.timezone)
-        return Times(_floor(clock.to_physical(), NS_PER_SECOND // NS_PER_UNIT[dtype.time_unit]))
+        seconds = _floor(clock.to_physical(), NS_PER_SECOND // NS_PER_UNIT[dtype.time_unit])
+        return Times(seconds, are_instants=dtype.time_zone is not None)
     if dtype == pl.Date:
         return Times(_named(column.to_physical().cast(pl.Int64) * DAY_S))
     if isinstance(dtype, pl.Categorical | pl.Enum):
@@ -233,7 +236,9 @@ def _of_numbers(file: str, column: pl.Series, form: TimeForm) -> Times:
     seconds = _seconds_of(numbers, unit)
     if form.origin is not None:
         return Times(_named(seconds + iso_seconds("timestamp_origin", form.origin)), note=note)
-    return Times(seconds.alias("timestamp_s") if unit == "d" else _zoned(seconds, form.timezone), note=note)
+    if unit == "d":
+        return Times(seconds.alias("timestamp_s"), note=note)
+    return Times(_zoned(seconds, form.timezone), note=note, are_instants=True)
 
 
 _UNIT_NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds", "d": "days"}
@@ -299,9 +304,11 @@ def _by_format(text: pl.Series, form: TimeForm) -> Times:
         raise UserError(
             f"source: timestamp_format must be made of codes like '%d/%m/%Y %H:%M', got '{form.format}': {reason}"
         ) from error
-    if _has_offset(form.format):
+    are_instants = _has_offset(form.format)
+    if are_instants:
         seconds = _zoned(seconds, form.timezone)
-    return Times(_named(seconds), f"hold a time written {form.format}", "correct those rows or data.timestamp_format")
+    rule, remedy = f"hold a time written {form.format}", "correct those rows or data.timestamp_format"
+    return Times(_named(seconds), rule, remedy, are_instants=are_instants)
 
 
 def _has_offset(pattern: str) -> bool:
@@ -347,7 +354,8 @@ def _of_text(file: str, text: pl.Series, form: TimeForm) -> Times:
     if two_ways.any():
         read, note = _two_ways(file, rest, two_ways)
         seconds = seconds.scatter(left, read)
-    return Times(_named(seconds), note=note)
+    are_instants = any(zone is not None or _has_offset(pattern) for pattern, zone in tried)
+    return Times(_named(seconds), note=note, are_instants=are_instants)
 
 
 def _form_of(value: str) -> tuple[str, str | None] | None:

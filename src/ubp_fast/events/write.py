@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ from ubp_fast.events.read import BATCH_ROWS, DATASET_FILE, FORMAT, TARGET_PURCHA
 from ubp_fast.events.schema import EVENT_KINDS, LABEL_LISTS, PRODUCT_TABLE, SKU_KINDS, DataError, LabelLists
 from ubp_fast.events.split import TARGET_DAYS, WINDOWS_OF_A_LOG, Split, fitting_days, split_at, utc_text
 from ubp_fast.events.times import iso_seconds
-from ubp_fast.files import published_directory, write_json
+from ubp_fast.files import published_directory, save_array, save_table, write_json
 
 
 def end_seconds(end: str | None) -> int | None:
@@ -35,11 +34,12 @@ class EventWriter:
 
     Attributes:
         directory: where the files are until all are complete.
+        target_days: length of a target window in days; `fitting_split` shortens it where the log is short.
         notes: remarks for dataset.json.
     """
 
-    def __init__(self, directory: Path, source: str, end_s: int | None) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, source: str, end_s: int | None, target_days: int) -> None:
+        self.directory, self.target_days = directory, target_days
         self._end_s = end_s
         self._products: pl.DataFrame | None = None
         self._rows: dict[str, int] = {}
@@ -95,7 +95,7 @@ class EventWriter:
 
     def write_clients(self, name: str, clients: np.ndarray) -> None:
         """Writes `relevant_clients` or `active_clients`."""
-        np.save(self.directory / f"{name}.npy", clients.astype(np.int64))
+        save_array(self.directory / f"{name}.npy", clients.astype(np.int64))
 
     def write_map(self, name: str, table: pl.DataFrame) -> None:
         """Writes how text ids were numbered: value, id."""
@@ -105,7 +105,7 @@ class EventWriter:
 
     def write_bad_rows(self, rows: pl.DataFrame) -> None:
         """Writes the first of the rows that were left out, for the user to look at."""
-        rows.write_csv(self.directory / "bad_rows.csv")
+        (self.directory / "bad_rows.csv").write_text(rows.write_csv(), encoding="utf-8")
 
     def write_label_lists(self, lists: LabelLists) -> None:
         """Writes label lists: name -> (ids, popularity)."""
@@ -114,11 +114,11 @@ class EventWriter:
         for name in LABEL_LISTS:
             if name in lists:
                 ids, popularity = lists[name]
-                np.save(directory / f"{name}.npy", ids.astype(np.int64))
-                np.save(directory / f"popularity_{name}.npy", popularity.astype(np.float64))
+                save_array(directory / f"{name}.npy", ids.astype(np.int64))
+                save_array(directory / f"popularity_{name}.npy", popularity.astype(np.float64))
 
     def default_split(self) -> Split:
-        """The organisers' split, from the last purchase.
+        """The organisers' split, from the last purchase, with windows of `target_days`.
 
         Raises:
             DataError: there are no purchases, or the windows leave nothing before them.
@@ -128,24 +128,24 @@ class EventWriter:
                 f"product_buy: table must hold purchases, got no purchases at all{self._until()};"
                 " profiles are evaluated on purchases, so bring that table"
             )
-        return split_at(self._last_purchase_s)
+        return split_at(self._last_purchase_s, self.target_days)
 
     def fitting_split(self) -> Split:
-        """The split of a log of three weeks or more; windows that are shorter than the challenge's are noted.
+        """The split of a log of three weeks or more; windows that are shorter than asked for are noted.
 
         Raises:
             DataError: there are no purchases, or the log is shorter.
         """
         self.default_split()
         assert self._last_purchase_s is not None and self._first_s is not None
-        days = fitting_days(self._first_s, self._last_purchase_s)
-        if days < TARGET_DAYS:
+        wanted = self.target_days
+        self.target_days = fitting_days(self._first_s, self._last_purchase_s, wanted)
+        if self.target_days < wanted:
             self.notes.append(
-                f"events: the history is short, target windows are {days} days instead of {TARGET_DAYS};"
-                f" {WINDOWS_OF_A_LOG * TARGET_DAYS} days of events give whole ones"
+                f"events: the history is short, target windows are {self.target_days} days instead of {wanted};"
+                f" {WINDOWS_OF_A_LOG * wanted} days of events give whole ones"
             )
-            self._info["target_days"] = days
-        return split_at(self._last_purchase_s, days)
+        return split_at(self._last_purchase_s, self.target_days)
 
     def finish(self, split: Split, **info: object) -> None:
         """Writes dataset.json: the directory is complete.
@@ -159,10 +159,12 @@ class EventWriter:
         if self._first_s >= split.input_end_s:
             raise DataError(
                 f"events: the first event must lie before the end of the input {utc_text(split.input_end_s)}, got"
-                f" {utc_text(self._first_s)}; the two target windows take the last 28 days, bring a longer history"
+                f" {utc_text(self._first_s)}; the two target windows take the last {2 * self.target_days} days, bring a"
+                " longer history"
             )
         self._info |= {
             "kinds": [kind for kind in EVENT_KINDS if kind in self._rows],
+            "target_days": self.target_days,
             "input_end_s": split.input_end_s,
             "validation_start_s": split.validation_start_s,
             "end_s": split.end_s,
@@ -199,24 +201,24 @@ class EventWriter:
 
 
 @contextmanager
-def event_writer(directory: Path, source: str, end: str | None = None) -> Iterator[EventWriter]:
+def event_writer(
+    directory: Path, source: str, end: str | None = None, target_days: int = TARGET_DAYS
+) -> Iterator[EventWriter]:
     """Gives a writer whose files appear in `directory` together, when the block ends without an error.
 
     Args:
         directory: new or empty.
         source: name of the source, kept in dataset.json.
         end: ISO date-time; later events are removed.
+        target_days: length of a target window in days.
 
     Raises:
         OutputDirectoryError: the directory is in use or cannot be written.
     """
     end_s = end_seconds(end)
     with published_directory(Path(directory)) as partial:
-        yield EventWriter(partial, source, end_s)
+        yield EventWriter(partial, source, end_s, target_days)
 
 
 def _write_parquet(path: Path, frame: pl.DataFrame) -> None:
-    try:
-        stored_form(frame).write_parquet(path, compression="zstd", compression_level=1, row_group_size=BATCH_ROWS)
-    except pl.exceptions.PolarsError as error:  # how Polars tells of a full disk
-        raise OSError(errno.EIO, str(error)) from error
+    save_table(path, stored_form(frame), compression="zstd", compression_level=1, row_group_size=BATCH_ROWS)

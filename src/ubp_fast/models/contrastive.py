@@ -1,4 +1,4 @@
-"""Contrastive two-tower model: a client's history and the same client's next 14 days should point in one direction.
+"""Contrastive two-tower model: a client's history and what follows it in the target window point in one direction.
 
     loss = NT-Xent(future, history) + w * BCE(head(history), "no event at all in the future")
            [+ v * NT-Xent(state after event t, event t + 1)] [+ probes]

@@ -1,4 +1,4 @@
-"""Pair scores: how likely a client buys a label within two weeks, by one model for all labels of a list.
+"""Pair scores: how likely a client buys a label in the next target window, by one model for all labels of a list.
 
     score(client, label) = MLP(own counts of label and category | how the client's tastes fit the label |
                                popularity of the label | activity of the client)
@@ -198,7 +198,7 @@ class PairScorer:
         config: PairScorerConfig | None = None,
         seed: int = 0,
     ) -> PairScorer:
-        """Learns from the windows of two weeks after each cutoff.
+        """Learns from the target windows after each cutoff.
 
         Args:
             store: event store that reaches to the end of every window.

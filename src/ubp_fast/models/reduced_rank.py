@@ -26,12 +26,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from ubp_fast.events.labels import LabelMatrix
 from ubp_fast.events.schema import DataError
 from ubp_fast.features.scaling import ROWS_AT_ONCE, SMALLEST_DEVIATION, Rows, moments, standardised
-from ubp_fast.files import write_atomically
+from ubp_fast.files import write_arrays
 from ubp_fast.kernels.row_product import row_product
 
 
@@ -142,7 +142,7 @@ class ReducedRankModel:
     def save(self, path: Path) -> None:
         """Writes the fitted arrays as safetensors."""
         arrays = {"directions": np.ascontiguousarray(self.directions), "singular_values": self.singular_values}
-        write_atomically(path, lambda file: save_file(arrays, file))
+        write_arrays(path, arrays)
 
     @classmethod
     def load(cls, path: Path, config: ReducedRankConfig) -> ReducedRankModel:

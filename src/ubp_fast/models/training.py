@@ -31,7 +31,16 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ubp_fast.events.schema import DataError, UserError
-from ubp_fast.files import clear_directory, load_json, load_tensors, write_atomically, write_json, write_tensors
+from ubp_fast.files import (
+    clear_directory,
+    create_array,
+    load_json,
+    load_tensors,
+    save_array,
+    write_atomically,
+    write_json,
+    write_tensors,
+)
 from ubp_fast.kernels import check_deferred
 from ubp_fast.models.layers.auroc import BinnedAuroc
 from ubp_fast.optim import TableUpdates, adopt_tables, clip_gradient_norm, release_tables
@@ -112,7 +121,7 @@ def fit(
     Raises:
         DataError: a loader without views.
         UserError: `table_updates` that this optimizer cannot have.
-        FloatingPointError: a loss that is not finite.
+        UserError: a loss that is not finite.
     """
     if not len(loader):
         raise DataError("fit: loader must have at least one view, got none; use an earlier cutoff or more data")
@@ -199,10 +208,7 @@ def embed(
     model.eval()
     width: Any = model.embedding_width
     shape = (loader.num_views, width)
-    if file is None or not loader.num_views:
-        vectors = np.empty(shape, dtype)
-    else:
-        vectors = np.lib.format.open_memmap(file, "w+", dtype, shape)
+    vectors = np.empty(shape, dtype) if file is None or not loader.num_views else create_array(file, dtype, shape)
     first = 0
     with torch.inference_mode():
         for step, batch in enumerate(loader, start=1):
@@ -222,7 +228,7 @@ def embed(
     check_deferred()
     if file is not None:
         if not loader.num_views:
-            np.save(file, vectors)
+            save_array(file, vectors)
         return np.load(file, mmap_mode="r", allow_pickle=False)
     return vectors
 
@@ -518,7 +524,7 @@ def _switch(optimizer: torch.optim.Optimizer, *, is_training: bool) -> None:
 def _require_finite(terms: Mapping[str, float], epoch: int, step: int) -> None:
     for name, term in terms.items():
         if not math.isfinite(term):
-            raise FloatingPointError(
+            raise UserError(
                 f"fit: {name} must stay finite, got {term} in epoch {epoch}, step {step};"
                 " use a smaller learning rate or precision='fp32'"
             )

@@ -20,7 +20,7 @@ from rich.console import Console
 from ubp_fast.events.schema import UserError
 from ubp_fast.events.sources.inspect import quoted
 from ubp_fast.files import flatten
-from ubp_fast.pipeline.execute import USER_ERROR, execute, run_stages
+from ubp_fast.pipeline.execute import USER_ERROR, execute, explained, run_stages
 from ubp_fast.pipeline.run_directory import CONFIG_FILE
 from ubp_fast.pipeline.settings import Settings, read_settings
 
@@ -50,12 +50,7 @@ def main_as_typed() -> int:
         sys.argv[1:] = given
         main()
         return 0
-    try:
-        config = composed(given)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
-    return execute(config)
+    return explained(lambda: execute(composed(given)))
 
 
 def run(settings: Mapping[str, object] | Sequence[str], quiet: bool = False) -> Path:
@@ -133,9 +128,12 @@ def composed(settings: Sequence[str]) -> DictConfig:
     with hydra.initialize_config_dir(CONF, version_base="1.3"):
         try:
             config = hydra.compose("run", overrides=list(settings))
-        except (HydraException, OmegaConfBaseException, ValueError) as error:
+        except (HydraException, OmegaConfBaseException, TypeError, ValueError) as error:
             raise UserError(f"run: {_reason(settings, error)}") from error
-        _require_groups(config, _chosen(settings))
+        try:
+            _require_groups(config, _chosen(settings))
+        except OmegaConfBaseException as error:
+            raise UserError(f"run: {_reason(settings, error)}") from error
     return config
 
 
@@ -187,7 +185,7 @@ def _chosen(settings: Sequence[str]) -> DictConfig:
     choices = [setting for setting in settings if setting.partition("=")[0] in known]
     try:
         return hydra.compose("run", overrides=choices)
-    except (HydraException, OmegaConfBaseException, ValueError):
+    except (HydraException, OmegaConfBaseException, TypeError, ValueError):
         return hydra.compose("run")
 
 

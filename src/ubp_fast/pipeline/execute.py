@@ -5,7 +5,8 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,20 @@ from rich.console import Console
 from rich.table import Table
 
 from ubp_fast.evaluation import READERS, Scores
-from ubp_fast.evaluation.leaderboard import Difference, compare
+from ubp_fast.evaluation.leaderboard import SCORES_FILE, WARNINGS, Difference, compare
 from ubp_fast.evaluation.readers import reader_named
 from ubp_fast.evaluation.scores import Spread
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import DataError, UserError
-from ubp_fast.files import OutputDirectoryError, copy_directory, copy_path, load_json, write_json, write_text
+from ubp_fast.files import (
+    OutputDirectoryError,
+    copy_directory,
+    copy_path,
+    load_json,
+    write_json,
+    write_text,
+    writing_to,
+)
 from ubp_fast.interruption import run_interruptibly
 from ubp_fast.kernels import BackendUnavailable
 from ubp_fast.models.training import LOSSES_FILE
@@ -30,7 +39,7 @@ from ubp_fast.pipeline.cache import StageCache, differences, digest, made_of
 from ubp_fast.pipeline.identity import made_by
 from ubp_fast.pipeline.model_stages import PROFILE_TABLE, TRAINING
 from ubp_fast.pipeline.needs import Need, needs_of_models, needs_of_store, told
-from ubp_fast.pipeline.run_directory import RunDirectory, environment, facts_of, facts_table
+from ubp_fast.pipeline.run_directory import RunDirectory, environment, facts_of, facts_table, warnings_of
 from ubp_fast.pipeline.settings import Settings, read_settings
 from ubp_fast.pipeline.stages import (
     ALIGNMENT,
@@ -49,8 +58,9 @@ from ubp_fast.report import RunSummary, Timing, data_read, render_report
 from ubp_fast.store.event_store import EventStore
 
 # What a message alone explains. Anything else is a mistake of ours and keeps its traceback.
-USER_ERRORS = (UserError, OutputDirectoryError, BackendUnavailable, FloatingPointError)
-USER_ERROR = 2
+USER_ERRORS = (UserError, OutputDirectoryError, BackendUnavailable)
+USER_ERROR, OUR_ERROR = 2, 1
+PLEA = "This is a mistake of ubp_fast. Please report it, with the lines above and what `ubp-fast doctor` prints."
 # Stage whose vectors a run shows -> folder of the run.
 PROFILE_FOLDERS = {"stacking": "profiles", f"{LATEST}stacking": "latest"}
 STORES = {"store", f"{LATEST}store"}
@@ -61,25 +71,42 @@ def execute(config: DictConfig, console: Console | None = None) -> int:
     """Runs a composed configuration to its end.
 
     Returns:
-        Exit code: 0; 2 when the input or the configuration is at fault (one line on stderr says what); 130 after
-        Ctrl-C, 143 after SIGTERM. Whatever was finished is found again by the next run.
+        Exit code: 0; 2 when the input or the configuration is at fault (one line on stderr says what); 1 when we are;
+        130 after Ctrl-C, 143 after SIGTERM. Whatever was finished is found again by the next run.
     """
 
     def work() -> int:
-        try:
-            settings = read_settings(config)
-            # Of JSON lines nothing else may stand in the way.
-            run_stages(settings, console or Console(stderr=settings.progress == "json"))
-        except USER_ERRORS as error:
-            print(f"error: {error}", file=sys.stderr)
-            return USER_ERROR
+        settings = read_settings(config)
+        # Of JSON lines nothing else may stand in the way.
+        run_stages(settings, console or Console(stderr=settings.progress == "json"))
         return 0
 
-    return run_interruptibly(work)
+    return run_interruptibly(lambda: explained(work))
+
+
+def explained(work: Callable[[], int]) -> int:
+    """The exit code of `work()`; errors are said on stderr: those of users in one line, ours as they are."""
+    try:
+        return work()
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except Exception:
+        traceback.print_exc()
+        print(PLEA, file=sys.stderr)
+        return OUR_ERROR
 
 
 def run_stages(settings: Settings, console: Console) -> Path:
     """Makes what is missing, then profiles, scores and report; returns the run directory."""
+    with (
+        writing_to(settings.cache, "the cache directory"),
+        writing_to(settings.directory, "the run directory"),
+    ):
+        return _run_stages(settings, console)
+
+
+def _run_stages(settings: Settings, console: Console) -> Path:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     run = RunDirectory(settings.directory, settings.plain)
@@ -206,11 +233,12 @@ def _publish(
     if ALIGNMENT in names and "stacked" in found:
         remarks = {**found["stacked"].remarks, ALIGNMENT: _kept(run)}
         found["stacked"] = replace(found["stacked"], remarks=remarks)
+    warnings = warnings_of(run.path, settings, found)
     if found:
-        write_json(run.path / "scores.json", {component: scores.to_json() for component, scores in found.items()})
+        stored = {component: scores.to_json() for component, scores in found.items()}
+        write_json(run.path / SCORES_FILE, {**stored, WARNINGS: warnings})
     scores = {component: one.summary() for component, one in found.items() if one.tasks}
     readers = {component: one.aurocs() for component, one in found.items()}
-    warnings = _warnings(run, found)
     paired, notes = _paired(found)
     summary = RunSummary(
         title=settings.name,
@@ -291,17 +319,6 @@ def _facts(run: RunDirectory, names: set[str], stage: str) -> dict[str, Any]:
 
 def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
-
-
-def _warnings(run: RunDirectory, scores: dict[str, Scores]) -> list[str]:
-    """What the reader must know before trusting the numbers: notes of the data set, remarks of the scores."""
-    folder = run.path / "stages" / "events"
-    notes = list(EventDirectory.open(folder).info["notes"]) if folder.exists() else []
-    for component, one in scores.items():
-        notes += [f"{task}: left out, {reason}" for task, reason in one.missing.items()]
-        notes += [f"{name}: {remark}" for name, remark in one.remarks.items()]
-        notes += [f"{component}, {warning}" for warning in one.warnings()]
-    return list(dict.fromkeys(notes))
 
 
 def _losses(run: RunDirectory, names: set[str]) -> dict[str, list[dict[str, float]]]:

@@ -328,7 +328,7 @@ def _train_stacking(
 def cutoffs_of(store: EventStore, settings: Settings) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Cutoffs of the contrastive and multi-task models, and the later ones of the stacking model."""
     windows = settings.windows
-    return past_cutoffs(store, windows.model_cutoffs, windows.stacking_cutoffs, windows.days)
+    return past_cutoffs(store, windows.model_cutoffs, windows.stacking_cutoffs)
 
 
 def _labels(store: EventStore, views: Views, features: Path, wanted: Sequence[str]) -> dict[str, Any]:

@@ -16,10 +16,12 @@ import polars as pl
 import yaml
 from rich.table import Table
 
+from ubp_fast.evaluation import Scores
+from ubp_fast.evaluation.evaluator import LEAST_CLIENTS
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.split import DAY_S, utc_text
 from ubp_fast.files import OutputDirectoryError, flatten, remove_halves, writable_directory, write_text
-from ubp_fast.pipeline.model_stages import cutoffs_of
+from ubp_fast.pipeline.model_stages import cutoffs_of, load_lists
 from ubp_fast.pipeline.settings import Settings
 from ubp_fast.store.event_store import EventStore
 
@@ -185,3 +187,69 @@ def facts_table(facts: dict[str, str]) -> Table:
     for name, text in facts.items():
         table.add_row(name, text)
     return table
+
+
+def warnings_of(run: Path, settings: Settings, scores: Mapping[str, Scores]) -> list[str]:
+    """What must be known before a run is trusted, one sentence each: of the data, clients, labels, age and scores.
+
+    Args:
+        run: its directory.
+        settings: its settings.
+        scores: component -> its scores, of those that were scored.
+    """
+    folders = run / "stages"
+    found: list[str] = []
+    if (folders / "events").exists():
+        events = EventDirectory.open(folders / "events")
+        found += events.info["notes"]
+        newest = next((folders / name for name in ("latest-store", "store") if (folders / name).exists()), None)
+        if newest is not None:
+            store = EventStore.open(newest)
+            found += [*_empty_clients(store), *_old(store, events, settings.plain["profiles"]["old_after_days"])]
+            found += _rare_labels(newest.with_name(newest.name.replace("store", "features")), store, events)
+    for component, one in scores.items():
+        found += [f"{task}: left out, {reason}" for task, reason in one.missing.items()]
+        found += [f"{name}: {remark}" for name, remark in one.remarks.items()]
+        found += [f"{component}, {warning}" for warning in one.warnings()]
+    return list(dict.fromkeys(found))
+
+
+def _empty_clients(store: EventStore) -> list[str]:
+    wanted = np.asarray(store.is_relevant)
+    empty = int((np.diff(store.timeline.offsets)[wanted] == 0).sum())
+    if not empty:
+        return []
+    return [
+        f"clients: {empty:,} of the {int(wanted.sum()):,} with a profile have no event before"
+        f" {utc_text(store.cutoff_s)}; their vectors are alike and say only that"
+    ]
+
+
+def _old(store: EventStore, events: EventDirectory, limit_days: int) -> list[str]:
+    days = (events.last_s - store.cutoff_s) / DAY_S
+    if days <= limit_days:
+        return []
+    return [
+        f"profiles: the newest vectors are of {utc_text(store.cutoff_s)}, {days:.0f} days before the newest event;"
+        " profiles.at=end makes those of the end"
+    ]
+
+
+def _rare_labels(features: Path, store: EventStore, events: EventDirectory) -> list[str]:
+    """Labels that models learn and hardly anybody bought in the window that they were chosen from."""
+    start_s = store.cutoff_s - store.target_days * DAY_S
+    lists = load_lists(features) if features.exists() else {}
+    purchases = events.purchases(start_s, store.cutoff_s) if lists else None
+    found = []
+    for name, (ids, _) in lists.items():
+        assert purchases is not None
+        column = name.rpartition("_")[2]
+        buyers = purchases.group_by(column).agg(pl.col("client_id").n_unique()).rows()
+        often = {value for value, count in buyers if count >= LEAST_CLIENTS}
+        rare = sum(label not in often for label in ids.tolist())
+        if rare:
+            found.append(
+                f"{name}: {rare} of {len(ids)} labels that models learn have fewer than {LEAST_CLIENTS} buyers in the"
+                f" window from {utc_text(start_s)}; windows.labels asks for fewer, windows.days for longer windows"
+            )
+    return found

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from hydra.errors import InstantiationException
-from hydra.utils import get_object, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from ubp_fast.evaluation import EvaluationConfig
 from ubp_fast.events.schema import UserError
+from ubp_fast.events.sources.challenge import Challenge
 from ubp_fast.events.sources.sql import without_password
 from ubp_fast.events.sources.table import EventRows
+from ubp_fast.events.split import TARGET_DAYS
 from ubp_fast.files import file_digest
 from ubp_fast.pipeline.cache import digest
-from ubp_fast.profiler.bundle import model_folder
+from ubp_fast.profiler.bundle import BUNDLE_FILE, model_folder
 from ubp_fast.profiler.reading import columns_of, seconds_of
 from ubp_fast.profiler.recipe import Recipe
 from ubp_fast.profiles.blocks import LayoutConfig
@@ -27,9 +33,18 @@ from ubp_fast.progress import Style
 
 COMPONENTS = ("stacked", "contrastive", "multitask", "features", "profile_features", "baseline_log1p", "baseline_raw")
 DEFAULT_COMPONENTS = ("stacked", "baseline_log1p")
+FEATURES = ("aggregated", "decayed", "rhythm", "tastes", "pairs")
+MODELS = ("contrastive", "multitask", "stacking")
 BLOCKS = ("contrastive", "multitask", "aggregated", "decayed", "scores", "rich")
-# Types of the settings that no dataclass declares.
+# Groups of settings that become objects.
+OBJECTS = ("data", "profile", "evaluation", *(f"features.{name}" for name in FEATURES))
+OBJECTS += tuple(f"{name}.{part}" for name in MODELS for part in ("config", "optimizer"))
+# Types of the settings that no dataclass declares; groups of settings are mappings.
 PLAIN_TYPES: dict[str, Any] = {
+    **dict.fromkeys((*OBJECTS, "profiles", "store", "windows", "compute", "features"), Mapping),
+    **dict.fromkeys(MODELS, Mapping),
+    **dict.fromkeys((f"{name}._target_" for name in OBJECTS), str),
+    **{f"{name}.training": Mapping | None for name in MODELS},
     "seed": int,
     "stages": str | list[str] | None,
     "root": str,
@@ -40,6 +55,7 @@ PLAIN_TYPES: dict[str, Any] = {
     "profiles.align_to": str | None,
     "profiles.client_order": Literal["ids", "baseline"],
     "profiles.at_once": int,
+    "profiles.old_after_days": int,
     "store.min_url_count": int,
     "store.all_clients": bool,
     "store.shard": tuple[int, int] | None,
@@ -54,13 +70,19 @@ PLAIN_TYPES: dict[str, Any] = {
     "report.show_ids": bool,
     "stacking.blocks": list[str],
     "compute.device": str,
+    "compute.precision": str,
     "compute.threads": int | None,
     "compute.on_shortage": Literal["refuse", "try"],
-    "contrastive.views": int | None,
+    **{f"evaluation.{one.name}": get_type_hints(EvaluationConfig)[one.name] for one in fields(EvaluationConfig)},
     "evaluation.components": str | list[str],
     "evaluation.profiles": str | None,
     "evaluation.common_clients": bool,
 }
+# Settings that may be left out.
+OPTIONAL_TYPES: dict[str, Any] = {"contrastive.views": int | None, "features.rich": Mapping | None}
+# Names that say how a group becomes an object.
+OF_OBJECTS = {"_target_": str, "_partial_": bool}
+LONGEST_VALUE = 100
 DATA_SUFFIXES = (".parquet", ".npy", ".csv", ".gz", ".safetensors", ".json")
 
 
@@ -69,7 +91,8 @@ class Windows:
     """Cutoffs that the models learn from, all before the profiles' own cutoff.
 
     Attributes:
-        days: length of a target window, and the distance of two cutoffs.
+        days: length of a target window, of models and evaluation, and the distance of two cutoffs; where the log is
+            short, they are fewer.
         model_cutoffs: cutoffs of the contrastive and multi-task models, at most as many as the history allows.
         stacking_cutoffs: later cutoffs of the stacking model; the newest lies one window before the profiles' cutoff.
         labels: values per label list (category, sku, new sku, price) that the models learn to predict.
@@ -78,7 +101,7 @@ class Windows:
             unseen.
     """
 
-    days: int = 14
+    days: int = TARGET_DAYS
     model_cutoffs: int = 4
     stacking_cutoffs: int = 1
     labels: int = 100
@@ -197,19 +220,14 @@ class Settings:
         return {name: self.plain[name] for name in names}
 
     def data_part(self) -> dict[str, Any]:
-        """What decides the events: the data group and the content of every file that it names."""
+        """What decides the events: the data group, and the content of what a source reads."""
         data = self.plain["data"]
-        if hasattr(self.source, "content"):
-            return {"data": data, "content": self.source.content()}
-        named = (Path(value) for value in data.values() if isinstance(value, str))
-        return {"data": data, "files": {str(path): self.content(path) for path in named if path.exists()}}
+        return {"data": data, "content": self.source.content()} if hasattr(self.source, "content") else {"data": data}
 
     @staticmethod
-    def content(path: Path) -> str:
-        """Digest of a file, or of all data files below a directory."""
-        if path.is_file():
-            return file_digest(path)
-        files = (file for file in sorted(path.rglob("*")) if file.suffix in DATA_SUFFIXES and file.is_file())
+    def content(path: Path, pattern: str = "**/*") -> str:
+        """Digest of the data files of a directory."""
+        files = (file for file in sorted(path.glob(pattern)) if file.suffix in DATA_SUFFIXES and file.is_file())
         return digest({str(file.relative_to(path)): file_digest(file) for file in files})
 
 
@@ -225,13 +243,17 @@ def read_settings(config: DictConfig) -> Settings:
         raise UserError(
             f"run: {error.full_key} must be given, got none; add {error.full_key}=... to the command"
         ) from error
+    except OmegaConfBaseException as error:  # ${...} that leads nowhere
+        raise UserError(f"run: {error.full_key} cannot be read: {str(error).splitlines()[0]}") from error
     named = {
         name: value
         for name, value in plain.items()
         if name not in ("stages", "directory", "root", "cache", "progress", "compute", "report")
     }
     _require_types(plain)
-    built = _make(plain["data"])
+    built, windows = _make(plain["data"]), Windows(**plain["windows"])
+    if isinstance(built, Challenge):
+        built.check_days(windows.days)
     if "uri" in plain["data"]:  # what is written beside the results holds no password
         plain["data"]["uri"] = without_password(plain["data"]["uri"])
     source = plain["data"]["_target_"].rsplit(".", 2)[-2]
@@ -254,7 +276,7 @@ def read_settings(config: DictConfig) -> Settings:
         cache=Path(plain["cache"]),
         stages=None if stages in ("all", None) else tuple([stages] if isinstance(stages, str) else stages),
         source=built,
-        windows=Windows(**plain["windows"]),
+        windows=windows,
         aggregated=_make(plain["features"]["aggregated"]),
         decayed=_make(plain["features"]["decayed"]),
         rich=_make(plain["features"].get("rich")),
@@ -273,7 +295,7 @@ def read_settings(config: DictConfig) -> Settings:
         submission=None if submission is None else Path(submission),
         client_order=plain["profiles"]["client_order"],
         latest=_latest(plain["profiles"]["at"]),
-        align_to=None if plain["profiles"]["align_to"] is None else model_folder(Path(plain["profiles"]["align_to"])),
+        align_to=_old_model(plain["profiles"]["align_to"]),
         common_clients=common_clients,
         report=Report(**plain.get("report", {})),
         progress=plain.get("progress", "auto"),
@@ -298,6 +320,15 @@ def _latest(at: Any) -> int | str | None:
         raise UserError(f"run: profiles.at must be 'end' or a date such as 2026-11-28, got '{at}'") from error
 
 
+def _old_model(run: str | None) -> Path | None:
+    if run is None:
+        return None
+    folder = model_folder(Path(run))
+    if not (folder / BUNDLE_FILE).is_file():
+        raise UserError(f"run: profiles.align_to must be the directory of a run with a model, got '{run}'")
+    return folder
+
+
 def _blocks(plain: Mapping[str, Any]) -> tuple[str, ...]:
     """Named blocks; rich features that were asked for are one more."""
     named = list(plain["stacking"]["blocks"])
@@ -312,8 +343,6 @@ def _blocks(plain: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _model(plain: Mapping[str, Any], name: str) -> ModelSettings:
     group = plain[name]
-    if not isinstance(group["training"], Mapping | None):
-        raise UserError(f"run: {name}.training must be a group of settings or null, got {group['training']!r}")
     rate = group["optimizer"].get("lr")
     if not _fits(rate, float) or not rate > 0:
         raise UserError(f"run: {name}.optimizer.lr must be a number > 0, got {rate!r}")
@@ -329,23 +358,75 @@ def _model(plain: Mapping[str, Any], name: str) -> ModelSettings:
 
 
 def _require_types(plain: Mapping[str, Any], path: str = "") -> None:
-    """Refuses a value that its field, of whatever `_target_` names, does not take.
+    """Refuses a value that its field, of whatever `_target_` names, does not take, and a configuration with gaps.
 
     Raises:
         UserError: names the setting.
     """
-    hints = _hints(plain["_target_"]) if "_target_" in plain else {}
+    if not path:
+        for name in PLAIN_TYPES:
+            parent, _, last = name.rpartition(".")
+            if last not in (_at(plain, parent) if parent else plain):
+                raise UserError(f"run: {name} must be given, got none; leave out what removes it")
+    is_object = "_target_" in plain
+    if is_object:
+        _require_fit(f"{path}_target_", plain["_target_"], str)
+    known = PLAIN_TYPES | OPTIONAL_TYPES
+    hints = _hints(plain["_target_"], path) | OF_OBJECTS if is_object else {}
     for name, value in plain.items():
-        hint = PLAIN_TYPES.get(path + name) or hints.get(name, Any)
-        if isinstance(value, Mapping) and path + name not in PLAIN_TYPES:
-            _require_types(value, f"{path}{name}.")
-        elif not _fits(value, hint):
-            raise UserError(f"run: {path}{name} must be {described(hint)}, got {value!r}")
+        place = f"{path}{name}"
+        if (str(name).startswith("_") and name not in OF_OBJECTS) or not (is_object or place in known):
+            raise UserError(f"run: there is no setting '{place}'")
+        hint = known.get(place) or hints.get(name, Any)
+        _require_fit(place, value, hint)
+        if is_dataclass(hint) and "_target_" not in value:
+            raise UserError(f"run: {place}._target_ must be given, got none; leave out what removes it")
+        parts = {f"{place}[{number}].": one for number, one in enumerate(value if isinstance(value, list) else ())}
+        for inside, one in {f"{place}.": value, **parts}.items():
+            if isinstance(one, Mapping) and (place in known or "_target_" in one):
+                _require_types(one, inside)
 
 
-def _hints(target: str) -> dict[str, Any]:
-    """Declared types of what a `_target_` takes; those of other packages check themselves."""
-    return get_type_hints(one) if is_dataclass(one := get_object(target)) else {}
+def _at(plain: Any, path: str) -> Any:
+    """What lies at a path of names; nothing where a value stands in the way, which its type tells."""
+    for name in path.split("."):
+        plain = plain.get(name, {}) if isinstance(plain, Mapping) else {}
+    return plain if isinstance(plain, Mapping) else PLAIN_TYPES
+
+
+def _require_fit(place: str, value: Any, hint: Any) -> None:
+    if _fits(value, hint) and _is_finite(value):
+        return
+    shown = repr(value)
+    shown = shown if len(shown) <= LONGEST_VALUE else f"{shown[:LONGEST_VALUE]}..."
+    raise UserError(f"run: {place} must be {described(hint) if hint is not Any else 'finite'}, got {shown}")
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _hints(target: str, path: str) -> dict[str, Any]:
+    """Declared types of what a `_target_` takes; those of other packages check themselves.
+
+    Raises:
+        UserError: there is no such class.
+    """
+    module, _, name = target.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        found = None
+    if not isinstance(found, type):
+        raise UserError(f"run: {path}_target_ must name a class, got '{target}'")
+    return _fields(found)
+
+
+@cache
+def _fields(found: type) -> dict[str, Any]:
+    return get_type_hints(found) if is_dataclass(found) else {}
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -355,6 +436,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, one) for one in inside)
     if origin is Literal:
         return value in inside
+    if Mapping in (hint, origin) or is_dataclass(hint):
+        return isinstance(value, Mapping)
     if origin in (tuple, list, Sequence):
         if not isinstance(value, list | tuple):
             return False
@@ -379,6 +462,8 @@ def described(hint: Any) -> str:
     if origin in (tuple, list, Sequence):
         number = "" if origin is not tuple or inside[1:] == (...,) else f"{len(inside)} times "
         return f"a list of {number}{described(inside[0])}"
+    if Mapping in (hint, origin) or is_dataclass(hint):
+        return "a group of settings"
     words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
     return words.get(hint, getattr(hint, "__name__", str(hint)))
 

@@ -27,6 +27,7 @@ from ubp_fast.events.labels import make_label_lists
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import DataError, LabelLists, UserError
 from ubp_fast.events.sources.challenge import Challenge
+from ubp_fast.events.split import DAY_S
 from ubp_fast.features.decayed import decayed_features
 from ubp_fast.features.matrix import Features, load_features
 from ubp_fast.features.organisers import CountsConfig, count_features_once
@@ -36,7 +37,7 @@ from ubp_fast.features.scaling import DayStatistics
 from ubp_fast.features.static import static_features
 from ubp_fast.features.tastes import fit_tastes, taste_features
 from ubp_fast.features.writing import in_client_blocks
-from ubp_fast.files import load_json, write_array, write_arrays, write_json
+from ubp_fast.files import load_json, save_array, write_array, write_arrays, write_json
 from ubp_fast.models.pair_scorer import PairScorer
 from ubp_fast.models.training import on_device
 from ubp_fast.pipeline.identity import Place, targets
@@ -61,7 +62,7 @@ from ubp_fast.profiles import Profiles, validate
 from ubp_fast.progress import Progress
 from ubp_fast.report.clients import portray
 from ubp_fast.report.drift import drift
-from ubp_fast.sequences import training_cutoffs, window_days
+from ubp_fast.sequences import training_cutoffs
 from ubp_fast.store.build import build_store
 from ubp_fast.store.clients import clients_of
 from ubp_fast.store.event_store import EventStore
@@ -126,7 +127,8 @@ def plan(settings: Settings) -> list[Stage]:
 
     A model is trained when the stacking model joins its vectors, when it is scored, or when it is asked for by name.
     """
-    events = Stage("events", (), settings.data_part(), make_events, 3)
+    config = settings.data_part() | {"target_days": settings.windows.days}
+    events = Stage("events", (), config, make_events, 3)
     baselines = Stage("baselines", ("events",), {}, make_baselines, 5)
     if settings.submission is not None:
         scored = ("submission", *(name for name in settings.components if name in BASELINES))
@@ -270,7 +272,7 @@ def _score(settings: Settings, component: str, reader: str) -> Stage:
     config = {name: settings.plain["evaluation"][name] for name in (*ALL_READERS, *OF_READER.get(reader, ()))}
     if settings.submission is not None and (component == "submission" or settings.common_clients):
         config["common_clients"] = settings.common_clients
-        config["files"] = settings.content(settings.submission)
+        config["files"] = settings.content(settings.submission, "*")
     folders = FOLDERS.get(component, ())
 
     def make(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
@@ -287,7 +289,7 @@ def _reader(name: str) -> tuple[Place, ...]:
 
 def make_events(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
     """Raw tables, checked and in canonical form."""
-    settings.source.prepare(directory, progress)
+    settings.source.prepare(directory, progress, settings.windows.days)
 
 
 def make_store(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
@@ -307,13 +309,13 @@ def make_latest_store(settings: Settings, inputs: Inputs, directory: Path, progr
 def make_features(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
     """Label lists of the newest known window, and feature matrices at every cutoff that a model looks at."""
     store, events = EventStore.open(inputs["store"]), EventDirectory.open(inputs["events"])
-    start_s = store.cutoff_s - window_days(store, settings.windows.days) * 86_400
+    start_s = store.cutoff_s - store.target_days * DAY_S
     lists = make_label_lists(events, start_s, store.cutoff_s, settings.windows.labels)
     if settings.windows.given_lists:
         lists |= _given_lists(settings, events)
     for name, (ids, popularity) in lists.items():
-        np.save(directory / f"{name}.npy", ids)
-        np.save(directory / f"popularity_{name}.npy", popularity)
+        save_array(directory / f"{name}.npy", ids)
+        save_array(directory / f"popularity_{name}.npy", popularity)
     lists = load_lists(directory)  # in one order wherever columns are made of them
     model, stacking = cutoffs_of(store, settings)
     make = _feature_makers(settings, store, lists)
@@ -349,8 +351,7 @@ def _given_lists(settings: Settings, events: EventDirectory) -> LabelLists:
 
 def _fit_scorer(settings: Settings, store: EventStore, lists: LabelLists) -> PairScorer:
     """Learned from the newest windows before the profiles' cutoff."""
-    days = window_days(store, settings.windows.days)
-    cutoffs = training_cutoffs(store, settings.pairs.windows, newest_days=days, step_days=days)
+    cutoffs = training_cutoffs(store, settings.pairs.windows, 1)
     return PairScorer.fit(store, cutoffs, lists, settings.pairs, settings.seed)
 
 

@@ -14,7 +14,16 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from ubp_fast.files import OutputDirectoryError, clear_directory, complete_directory, load_json, write_json, writing_to
+from ubp_fast.files import (
+    OutputDirectoryError,
+    clear_directory,
+    complete_directory,
+    create_array,
+    load_json,
+    save_array,
+    write_json,
+    writing_to,
+)
 from ubp_fast.profiles import Profiles
 from ubp_fast.profiles.blocks import Layout
 from ubp_fast.profiles.matrix import BLOCK_ROWS, EMBEDDINGS_FILE, part_file
@@ -98,9 +107,9 @@ def _done(partial: Path, identity: str) -> int:
 def _opened(path: Path, shape: tuple[int, int], is_there: bool) -> np.ndarray:
     if is_there or not shape[0]:
         if not shape[0]:
-            np.save(path, np.zeros(shape, np.float16))
+            save_array(path, np.zeros(shape, np.float16))
         return np.load(path, mmap_mode="r+" if shape[0] else None, allow_pickle=False)
-    return np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
+    return create_array(path, np.float16, shape)
 
 
 def _publish(partial: Path, output: Path, layout: Layout) -> None:

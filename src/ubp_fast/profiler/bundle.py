@@ -32,8 +32,8 @@ from ubp_fast.files import (
     load_json,
     load_tensors,
     write_arrays,
-    write_atomically,
     write_json,
+    write_table,
     write_tensors,
     writing_to,
 )
@@ -76,7 +76,7 @@ def save_bundle(
     directory.mkdir(parents=True, exist_ok=True)
     (directory / MAPS).mkdir(exist_ok=True)
     for name, table in maps.items():
-        write_atomically(directory / MAPS / f"{name}.parquet", table.write_parquet)
+        write_table(directory / MAPS / f"{name}.parquet", table)
     write_arrays(directory / "vocabulary.safetensors", fitted.vocabulary.arrays)
     lists: dict[str, np.ndarray] = {}
     for name, (ids, popularity) in fitted.lists.items():

@@ -18,7 +18,7 @@ import numpy as np
 import polars as pl
 
 from ubp_fast.events.schema import DataError, UserError
-from ubp_fast.files import clear_directory, complete_directory, load_array
+from ubp_fast.files import clear_directory, complete_directory, load_array, write_table
 from ubp_fast.profiler.history import History
 from ubp_fast.profiler.profiler import LATEST, Profiler
 from ubp_fast.profiler.reading import own_ids
@@ -110,9 +110,7 @@ def _without_rows(table: Path, gone: pl.Series) -> None:
         frame = pl.read_parquet(file)
         kept = frame.filter(~pl.col("client_id").is_in(gone.cast(frame["client_id"].dtype, strict=False).implode()))
         if len(kept) < len(frame):
-            temporary = file.with_name(f".{file.name}.tmp")
-            kept.write_parquet(temporary)
-            temporary.replace(file)
+            write_table(file, kept)
 
 
 def _remove_stages(stages: Path) -> Iterator[Path]:

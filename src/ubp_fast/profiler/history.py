@@ -20,7 +20,15 @@ import polars as pl
 
 from ubp_fast.events.read import EventDirectory, read_table
 from ubp_fast.events.schema import DataError
-from ubp_fast.files import clear_directory, complete_directory, load_array, load_json, write_json
+from ubp_fast.files import (
+    clear_directory,
+    complete_directory,
+    load_array,
+    load_json,
+    save_array,
+    save_table,
+    write_json,
+)
 from ubp_fast.profiler.reading import ClientIds, NewEvents
 from ubp_fast.store.event_store import EventStore
 from ubp_fast.store.in_memory import Histories
@@ -127,20 +135,20 @@ class History:
         path = run / FOLDER / str(self.number)
         partial = path.with_name(f".{path.name}.partial")
         clear_directory(partial)
-        np.save(partial / "client_ids.npy", self.histories.client_ids)
-        np.save(partial / "wanted.npy", self.wanted)
+        save_array(partial / "client_ids.npy", self.histories.client_ids)
+        save_array(partial / "wanted.npy", self.wanted)
         for kind, arrays in self.histories.kinds.items():
             for name, array in zip(COLUMNS, arrays[:-1], strict=True):
                 assert array is not None
-                np.save(partial / f"{kind}.{name}.npy", array)
+                save_array(partial / f"{kind}.{name}.npy", array)
         if self.histories.products is not None:
-            self.histories.products.write_parquet(partial / "products.parquet")
+            save_table(partial / "products.parquet", self.histories.products)
         if self.clients is not None:
             table = pl.DataFrame({"value": self.clients.own, "id": self.clients.numbers})
-            table.write_parquet(partial / "own_ids.parquet")
+            save_table(partial / "own_ids.parquet", table)
         (partial / "maps").mkdir()
         for name, table in self.maps.items():
-            table.write_parquet(partial / "maps" / f"{name}.parquet")
+            save_table(partial / "maps" / f"{name}.parquet", table)
         shutil.rmtree(path, ignore_errors=True)
         complete_directory(partial, path)
         current = {"number": self.number, "appended": list(self.appended), "names_clients": self.names_clients}

@@ -362,7 +362,7 @@ def _strong(fitted: Fitted, made: Made, day: DayStatistics, name: str) -> list[P
             size = CLIENTS_OF_NETWORKS if fitted.strong.config.profile_width % LANES == 0 else 1
         vectors = halves(fitted.strong, ViewLoader(None, views, batch_size=size, features=inputs), alone)
         columns = [f"activation_{column}" for column in range(vectors.shape[1])]
-    what = "what says most about the next two weeks"
+    what = "what says most about what clients do next"
     return [Part(name, vectors, columns, None, what, _source(fitted, fitted.recipe.joined))]
 
 

@@ -22,7 +22,7 @@ import polars as pl
 
 from ubp_fast.events.read import read_array, read_table
 from ubp_fast.events.schema import DataError, UserError
-from ubp_fast.files import load_json, published_directory, write_array, write_atomically, write_json
+from ubp_fast.files import load_json, published_directory, save_table, write_array, write_json, write_table
 from ubp_fast.profiles.blocks import MAX_DIM, Layout
 
 __all__ = ["MAX_DIM", "Profiles"]
@@ -183,7 +183,7 @@ class Profiles:
             (directory / LAYOUT_FILE).unlink(missing_ok=True)
         if self.own_ids is not None and self.own_ids.dtype == pl.String:
             table = pl.DataFrame([self.own_ids.alias("value")])
-            write_atomically(directory / OWN_IDS_FILE, table.write_parquet)
+            write_table(directory / OWN_IDS_FILE, table)
         else:
             (directory / OWN_IDS_FILE).unlink(missing_ok=True)
 
@@ -215,12 +215,12 @@ class Profiles:
         if path.is_dir():
             shutil.rmtree(path)
         if len(starts) == 1:
-            write_atomically(path, self.to_frame(per_block).write_parquet)
+            write_table(path, self.to_frame(per_block))
             return
         path.unlink(missing_ok=True)
         with published_directory(path) as partial:
             for number, start in enumerate(starts):
-                self._rows(start, start + BLOCK_ROWS).to_frame(per_block).write_parquet(part_file(partial, number))
+                save_table(part_file(partial, number), self._rows(start, start + BLOCK_ROWS).to_frame(per_block))
 
     def _rows(self, first: int, last: int) -> Profiles:
         own_ids = None if self.own_ids is None else self.own_ids.slice(first, last - first)

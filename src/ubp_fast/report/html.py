@@ -16,10 +16,10 @@ from ubp_fast.report.figures import Scores, number_text, table_html
 # What must be seen before the numbers are trusted, as a list among facts.
 WARNINGS = "warnings"
 READER_NOTE = (
-    "What a model behind the vectors makes of them: it learns in the 14 days after the vectors' cutoff and is scored on"
-    " the next 14, mean AUROC of a task's labels. network: the challenge's, the best of its epochs; linear: ridge"
-    " regression; boosting: LightGBM on a sample of the labels; neighbours: the share of the 50 nearest clients that"
-    " have the label. ± is one standard error over row orders (network) or samples of labels."
+    "What a model behind the vectors makes of them: it learns in the target window after the vectors' cutoff and is"
+    " scored on the next one, mean AUROC of a task's labels. network: the challenge's, the best of its epochs;"
+    " linear: ridge regression; boosting: LightGBM on a sample of the labels; neighbours: the share of the 50 nearest"
+    " clients that have the label. ± is one standard error over row orders (network) or samples of labels."
 )
 CHALLENGE_NOTE = (
     "Churn and conversion: AUROC. Propensity: 0.8 AUROC + 0.1 diversity + 0.1 novelty. Best of three epochs of the"

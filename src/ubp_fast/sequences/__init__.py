@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ubp_fast.sequences.batch import SequenceBatch, ViewBatch
 from ubp_fast.sequences.loader import ViewLoader, window_labels
-from ubp_fast.sequences.sampling import Views, age_quantiles_days, past_cutoffs, training_cutoffs, views_at, window_days
+from ubp_fast.sequences.sampling import Views, age_quantiles_days, past_cutoffs, training_cutoffs, views_at
 
 __all__ = [
     "SequenceBatch",
@@ -15,6 +15,5 @@ __all__ = [
     "past_cutoffs",
     "training_cutoffs",
     "views_at",
-    "window_days",
     "window_labels",
 ]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ubp_fast.events.schema import DataError, UserError
-from ubp_fast.events.split import DAY_S, TARGET_DAYS
+from ubp_fast.events.split import DAY_S
 
 if TYPE_CHECKING:
     from ubp_fast.store.event_store import EventStore
@@ -69,69 +69,53 @@ def views_at(
     return Views(views.row[kept], views.cutoff_s[kept])
 
 
-def training_cutoffs(
-    store: EventStore, count: int, *, newest_days: int = 28, step_days: int = 14, oldest_history_days: int = 14
-) -> tuple[int, ...]:
-    """Up to `count` past cutoffs, newest first, whose target windows end before those of later stages begin.
+def training_cutoffs(store: EventStore, count: int, newest: int = 2) -> tuple[int, ...]:
+    """Up to `count` past cutoffs, newest first, one target window apart; before all but the newest lies a whole window.
 
     Args:
         count: how many cutoffs to return at most, at least 1.
-        newest_days: days from the newest cutoff to the store's cutoff.
-        step_days: days between two cutoffs.
-        oldest_history_days: days of history that must lie before a cutoff; the newest one is returned in any case.
+        newest: target windows from the newest cutoff to the store's cutoff, at least 1.
 
     Raises:
-        UserError: `count` below 1, or a `newest_days` shorter than the target window.
+        UserError: `count` or `newest` below 1.
         DataError: not a single event before the newest cutoff.
     """
-    if count < 1 or newest_days < store.target_days:
-        raise UserError(
-            f"training_cutoffs: count must be >= 1 and newest_days >= {store.target_days},"
-            f" got {count} and {newest_days}"
-        )
-    newest_s = store.cutoff_s - newest_days * DAY_S
+    if count < 1 or newest < 1:
+        raise UserError(f"training_cutoffs: count and newest must be >= 1, got {count} and {newest}")
+    window_s = store.target_days * DAY_S
+    newest_s = store.cutoff_s - newest * window_s
     if newest_s <= store.first_timestamp_s:
         raise DataError(
-            f"training_cutoffs: the store must reach back more than newest_days = {newest_days} days,"
-            f" got {(store.cutoff_s - store.first_timestamp_s) / DAY_S:.1f} days; use data of a longer period"
+            f"training_cutoffs: the store must reach back more than {newest * store.target_days} days, got"
+            f" {(store.cutoff_s - store.first_timestamp_s) / DAY_S:.1f} days; use data of a longer period, or fewer"
+            " windows.days"
         )
-    cutoffs = [newest_s - step * step_days * DAY_S for step in range(count)]
-    oldest_s = store.first_timestamp_s + oldest_history_days * DAY_S
-    return (newest_s, *(cutoff_s for cutoff_s in cutoffs[1:] if cutoff_s >= oldest_s))
+    oldest_s = store.first_timestamp_s + window_s
+    others = (newest_s - step * window_s for step in range(1, count))
+    return (newest_s, *(cutoff_s for cutoff_s in others if cutoff_s >= oldest_s))
 
 
-def window_days(store: EventStore, days: int) -> int:
-    """Length of the windows that models learn from: `days`, or fewer where the target windows are short."""
-    return days if store.target_days == TARGET_DAYS else min(days, store.target_days)
-
-
-def past_cutoffs(
-    store: EventStore, model_count: int, stacking_count: int, days: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def past_cutoffs(store: EventStore, model_count: int, stacking_count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Cutoffs of the contrastive and multi-task models, and the later ones of the model that joins them.
 
-    Both are fewer where the history is short. The first are none where it ends before them, and windows are as short as
-    the store's target windows.
+    All are one target window apart. Both are fewer where the history is short; the first are none where it ends before
+    them.
 
     Args:
         model_count: of the first, at most.
         stacking_count: of the later ones, at most.
-        days: length of a window, and the distance of two cutoffs.
 
     Raises:
         DataError: no event before the newest of the later ones.
     """
-    days = window_days(store, days)
-    history_days = min(days, store.target_days)
-    stacking = training_cutoffs(
-        store, stacking_count, newest_days=days, step_days=days, oldest_history_days=history_days
-    )
-    while len(stacking) > 1 and stacking[-1] - days * DAY_S <= store.first_timestamp_s:
+    window_s = store.target_days * DAY_S
+    stacking = training_cutoffs(store, stacking_count, 1)
+    while len(stacking) > 1 and stacking[-1] - window_s <= store.first_timestamp_s:
         stacking = stacking[:-1]
-    newest_days = days * (len(stacking) + 1)
-    if store.cutoff_s - newest_days * DAY_S <= store.first_timestamp_s:
+    newest = len(stacking) + 1
+    if store.cutoff_s - newest * window_s <= store.first_timestamp_s:
         return (), stacking
-    return training_cutoffs(store, model_count, newest_days=newest_days, step_days=days), stacking
+    return training_cutoffs(store, model_count, newest), stacking
 
 
 def epoch_order(num_views: int, seed: int, epoch: int) -> np.ndarray:

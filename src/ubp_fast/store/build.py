@@ -17,7 +17,7 @@ import polars as pl
 from ubp_fast.compiled import njit
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, NUM_CODES, SKU_KINDS, DataError
-from ubp_fast.files import published_directory, write_json
+from ubp_fast.files import published_directory, save_array, write_json
 from ubp_fast.progress import Progress, Steps
 from ubp_fast.store.clients import clients_of, in_shard, no_history
 from ubp_fast.store.event_store import FORMAT, HEADER_FILE, TIMELINE, ColumnWriter, EventStore
@@ -272,7 +272,7 @@ class _Builder:
 
     def save(self, name: str, column: np.ndarray) -> None:
         """Writes one column at once."""
-        np.save(self._directory / f"{name}.npy", np.ascontiguousarray(column))
+        save_array(self._directory / f"{name}.npy", column)
 
     def close(self) -> None:
         """Removes the spilled events."""

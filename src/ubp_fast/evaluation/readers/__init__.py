@@ -1,7 +1,7 @@
 """What reads a vector: the models that people put behind one, each taught and scored by the same rule.
 
-A reader learns a task's labels in the train window (the 14 days after the vectors' cutoff) and is scored on the
-validation window (the 14 days after those): same clients, same vectors. What it chooses, it chooses inside the train
+A reader learns a task's labels in the train window (that after the vectors' cutoff) and is scored on the
+validation window (the next one): same clients, same vectors. What it chooses, it chooses inside the train
 window.
 
 | reader | what |

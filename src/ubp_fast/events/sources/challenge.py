@@ -21,6 +21,7 @@ from ubp_fast.events.schema import EVENT_KINDS, PRODUCT_TABLE, DataError, UserEr
 from ubp_fast.events.split import DAY_S, TARGET_DAYS, Split, floor_day, split_at
 from ubp_fast.events.times import parse_timestamps
 from ubp_fast.events.write import EventWriter, event_writer
+from ubp_fast.files import file_digest
 from ubp_fast.progress import Progress, Steps
 
 LAYOUTS = ("auto", "raw", "split")
@@ -41,13 +42,15 @@ class Challenge:
     layout: str = "auto"
     end: str | None = None
 
-    def prepare(self, directory: Path, progress: Progress | None = None) -> None:
+    def prepare(self, directory: Path, progress: Progress | None = None, target_days: int = TARGET_DAYS) -> None:
         """Writes the canonical event directory; file order is kept.
 
         Raises:
             DataError: a table is missing or breaks a rule.
             OutputDirectoryError: `directory` cannot be written.
+            UserError: another length of the target windows than the organisers'.
         """
+        self.check_days(target_days)
         if self.layout not in LAYOUTS:
             raise UserError(f"Challenge: layout must be one of {list(LAYOUTS)}, got '{self.layout}'")
         root = Path(self.dir)
@@ -59,6 +62,25 @@ class Challenge:
             split = self._write_split(root, writer, steps) if split_layout else self._write_raw(root, writer, steps)
             self._write_lists(root, writer)
             writer.finish(split, layout="split" if split_layout else "raw")
+
+    def content(self) -> dict[str, str]:
+        """Digest of every file of the directory that may be read; other files beside them do not count."""
+        root = Path(self.dir)
+        found = [*root.glob("*.parquet"), *(root / "input").glob("*"), *(root / "target").glob("*")]
+        parts = [part for path in found if path.is_dir() for part in path.rglob("*.parquet")]
+        return {str(file.relative_to(root)): file_digest(file) for file in sorted({*found, *parts}) if file.is_file()}
+
+    @staticmethod
+    def check_days(target_days: int) -> None:
+        """Refuses other target windows than the organisers fixed.
+
+        Raises:
+            UserError: `target_days` are not 14.
+        """
+        if target_days != TARGET_DAYS:
+            raise UserError(
+                f"Challenge: windows.days must be {TARGET_DAYS}, as the organisers fixed it, got {target_days}"
+            )
 
     def _write_raw(self, root: Path, writer: EventWriter, steps: Steps) -> Split:
         writer.write_products(read_products(root / f"{PRODUCT_TABLE}.parquet"))

@@ -24,6 +24,7 @@ from ubp_fast.events.checks import CODES, PRODUCT_SCHEMA, event_schema
 from ubp_fast.events.labels import label_lists
 from ubp_fast.events.read import EventDirectory, read_table
 from ubp_fast.events.schema import NUM_PRICE_BUCKETS, DataError
+from ubp_fast.events.split import TARGET_DAYS
 from ubp_fast.events.times import parse_timestamps
 from ubp_fast.events.write import event_writer
 from ubp_fast.progress import Progress, Steps
@@ -44,7 +45,7 @@ class CompleteJourney:
 
     end: str | None = None
 
-    def prepare(self, directory: Path, progress: Progress | None = None) -> None:
+    def prepare(self, directory: Path, progress: Progress | None = None, target_days: int = TARGET_DAYS) -> None:
         """Writes the canonical event directory, with label lists made from the purchases of the train target window.
 
         Raises:
@@ -54,7 +55,7 @@ class CompleteJourney:
         steps = Steps(progress, 3)
         transactions, products = _read_package()
         steps.done()
-        with event_writer(directory, "complete_journey", self.end) as writer:
+        with event_writer(directory, "complete_journey", self.end, target_days) as writer:
             writer.write_products(product_table(transactions, products))
             steps.done()
             writer.write_events("product_buy", purchase_table(transactions), "transactions.parquet")

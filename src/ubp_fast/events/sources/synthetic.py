@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-from numpy.lib.format import open_memmap
 
 from ubp_fast.events.checks import CODES, PRODUCT_SCHEMA, event_schema
 from ubp_fast.events.labels import label_lists
@@ -26,6 +25,7 @@ from ubp_fast.events.sources.synthetic_world import (
 )
 from ubp_fast.events.split import DAY_S, TARGET_DAYS, Split
 from ubp_fast.events.write import end_seconds, event_writer
+from ubp_fast.files import create_array
 from ubp_fast.progress import Progress, Steps
 
 VISITS_PER_SESSION, SEARCHES_PER_SESSION, REMOVE_PROBABILITY = 6.0, 0.4, 0.35
@@ -43,7 +43,7 @@ class Synthetic:
 
     Attributes:
         clients: how many clients ever come.
-        days: length of the log; the last 28 days are the target windows.
+        days: length of the log; two target windows end it.
         seed: of everything random.
         skus: products.
         categories: of products.
@@ -67,7 +67,7 @@ class Synthetic:
     block_clients: int = 20_000
     end: str | None = None
 
-    def prepare(self, directory: Path, progress: Progress | None = None) -> None:
+    def prepare(self, directory: Path, progress: Progress | None = None, target_days: int = TARGET_DAYS) -> None:
         """Writes the canonical event directory, with label lists from the train target window.
 
         Rows are in order of time inside each block of clients; memory holds one block, and one number per client.
@@ -77,11 +77,11 @@ class Synthetic:
             DataError: too few clients or days for a single purchase.
             OutputDirectoryError: `directory` cannot be written.
         """
-        self._check()
+        self._check(target_days)
         blocks = -(-self.clients // self.block_clients)
         steps = Steps(progress, 2 * blocks + 1)
         catalogue = draw_catalogue(np.random.default_rng([self.seed, 0]), self.skus, self.categories)
-        with event_writer(directory, "synthetic", self.end) as writer:
+        with event_writer(directory, "synthetic", self.end, target_days) as writer:
             writer.write_products(_product_table(catalogue))
             weights = []
             for block, ids, clients in self._blocks(catalogue):
@@ -98,10 +98,10 @@ class Synthetic:
             lists = label_lists(EventDirectory.open(writer.directory).purchases(*split.train_window_s))
             writer.write_label_lists(lists)
             steps.done()
-            self._write_truth(writer.directory / "truth", catalogue, split, lists, steps, chosen)
+            self._write_truth(writer.directory / "truth", catalogue, split, target_days, lists, steps, chosen)
 
-    def _check(self) -> None:
-        for name, least in (("clients", 1), ("days", 2 * TARGET_DAYS + 1), ("categories", 1), ("block_clients", 1)):
+    def _check(self, target_days: int) -> None:
+        for name, least in (("clients", 1), ("days", 2 * target_days + 1), ("categories", 1), ("block_clients", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"Synthetic: {name} must be at least {least}, got {getattr(self, name)}")
         if not self.activity > 0:
@@ -176,6 +176,7 @@ class Synthetic:
         directory: Path,
         catalogue: Catalogue,
         split: Split,
+        target_days: int,
         lists: LabelLists,
         steps: Steps,
         chosen: np.ndarray | None,
@@ -189,7 +190,7 @@ class Synthetic:
         def write(name: str, first: int, values: np.ndarray) -> None:
             if name not in columns:
                 shape = (count, *values.shape[1:])
-                columns[name] = open_memmap(directory / f"{name}.npy", "w+", values.dtype, shape)
+                columns[name] = create_array(directory / f"{name}.npy", values.dtype, shape)
             columns[name][first : first + len(values)] = values
 
         first = 0
@@ -205,7 +206,7 @@ class Synthetic:
             for window, start_s in starts.items():
                 day = (start_s - self._start_s) // DAY_S
                 for name, share in shares.items():
-                    truth = purchase_probability(clients, share, day, TARGET_DAYS)
+                    truth = purchase_probability(clients, share, day, target_days)
                     write(f"{window}_{name}", first, truth[:, 0] if name == "purchase" else truth)
             first += len(kept)
             steps.done()

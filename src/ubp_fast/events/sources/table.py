@@ -16,7 +16,7 @@ from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, NUM_CODES, SKU_KIND
 from ubp_fast.events.sources.inspect import OF_COMMAND, suggestion
 from ubp_fast.events.sources.table_products import product_table
 from ubp_fast.events.sources.table_rows import RowChecks, check_outliers, duplicate_note, numbers, whole_ids
-from ubp_fast.events.split import fitting_days, split_at, utc_text
+from ubp_fast.events.split import TARGET_DAYS, fitting_days, split_at, utc_text
 from ubp_fast.events.times import TimeForm, outside_years, read_times
 from ubp_fast.events.write import EventWriter, end_seconds, event_writer
 from ubp_fast.files import file_digest
@@ -99,7 +99,7 @@ class EventRows:
         self._time_form()
         self._condition()
 
-    def prepare(self, directory: Path, progress: Progress | None = None) -> None:
+    def prepare(self, directory: Path, progress: Progress | None = None, target_days: int = TARGET_DAYS) -> None:
         """Writes the canonical event directory; rows keep their order.
 
         Raises:
@@ -108,13 +108,13 @@ class EventRows:
             ValueError: the configuration breaks a rule.
         """
         steps = Steps(progress, 3 + len(EVENT_KINDS))
-        with event_writer(directory, "table", self.end) as writer:
+        with event_writer(directory, "table", self.end, target_days) as writer:
             raw = self.raw()
             rows, checks = self._checked(raw, writer.notes, is_log=True)
             if checks.count:
                 writer.write_bad_rows(checks.first())
             steps.done()
-            input_end_s = self._input_end_s(rows)
+            input_end_s = self._input_end_s(rows, target_days)
             rows = self._number(rows, writer)
             steps.done()
             writer.write_products(self._products(rows, input_end_s, writer))
@@ -281,6 +281,11 @@ class EventRows:
         if is_log and self.end is None:
             check_outliers(checks, time.name, pl.select(pl.when(~outside).then(times.seconds)).to_series(), time)
         notes += [f"{self.name}: column '{time.name}' is {times.note}"] if times.note else []
+        if times.are_instants and self.timezone is None:
+            notes.append(
+                f"{self.name}: column '{time.name}' holds moments, taken as the clock in UTC shows them: days and weeks"
+                " begin at its midnight; data.timezone names the shop's own, or UTC"
+            )
         return times.seconds.fill_null(0)
 
     def _returns(self, frame: pl.DataFrame, kind: pl.Series, checks: RowChecks, notes: list[str]) -> pl.Series:
@@ -354,15 +359,15 @@ class EventRows:
         notes.append(duplicate_note(self.name, rows, is_first, self.duplicates == "drop"))
         return rows.filter(is_first) if self.duplicates == "drop" else rows
 
-    def _input_end_s(self, rows: pl.DataFrame) -> int:
+    def _input_end_s(self, rows: pl.DataFrame, target_days: int) -> int:
         purchases = rows.filter(pl.col("kind") == "product_buy")["timestamp_s"].to_numpy()
         if not len(purchases):
             raise DataError(
                 f"{self.name}: table must hold purchases, got no purchases at all;"
                 " map the name of your purchases to product_buy in data.kinds, or check data.end"
             )
-        last_s = int(purchases.max())
-        return split_at(last_s, fitting_days(int(rows["timestamp_s"].min()), last_s)).input_end_s  # type: ignore[arg-type]
+        first_s, last_s = int(rows["timestamp_s"].min()), int(purchases.max())  # type: ignore[arg-type]
+        return split_at(last_s, fitting_days(first_s, last_s, target_days)).input_end_s
 
     def _number(self, rows: pl.DataFrame, writer: EventWriter) -> pl.DataFrame:
         """Ids as i64; skus and urls only where their kind has them, so that a shared column is numbered twice."""
