@@ -22,7 +22,6 @@ from torch import Tensor
 
 from ubp_fast.compiled import njit
 from ubp_fast.events.schema import SKU_KINDS
-from ubp_fast.events.split import DAY_S
 from ubp_fast.features.history import Column, History, features_of
 from ubp_fast.features.matrix import Features
 from ubp_fast.store.event_store import EventStore
@@ -77,9 +76,11 @@ def fit_tastes(store: EventStore, cutoff_s: int, config: TastesConfig | None = N
     width = max(len(history.present(config.kinds)), 1) * store.num_skus
     parts, first = [(np.zeros((2, 0), np.int64), np.zeros(0, np.float32))], 0
     for part in history.parts(config.rank):
-        offsets, place, value = _decayed_counts(part, config)
-        client, seen = first + np.repeat(np.arange(len(part.rows)), np.diff(offsets)), value >= FAINT
-        parts.append((np.stack((client[seen], place[seen])), value[seen]))
+        for number, (offsets, items, values) in enumerate(_logarithms(part, config)):
+            client = first + np.repeat(np.arange(len(part.rows)), np.diff(offsets))
+            seen = values >= FAINT
+            place = number * store.num_skus + items
+            parts.append((np.stack((client[seen], place[seen])), values[seen]))
         first += len(part.rows)
     indices, value = (np.concatenate(arrays, axis=-1) for arrays in zip(*parts, strict=True))
     length = np.sqrt(np.bincount(indices[1], value.astype(np.float64) ** 2, minlength=width))
@@ -132,35 +133,26 @@ def tastes_of(part: History, config: TastesConfig, weights: np.ndarray) -> np.nd
             f"tastes_of: weights must be [kinds, {part.store.num_skus}, {config.rank}], got {list(weights.shape)}"
         )
     found = np.zeros((len(part.rows), config.rank))
-    _fold_in(*_decayed_counts(part, config), weights.reshape(-1, config.rank), found)
+    for counted, of_items in zip(_logarithms(part, config), weights, strict=False):  # no kinds have weights, too
+        _fold_in(*counted, of_items, found)
     return found.astype(np.float32)
 
 
-def _decayed_counts(part: History, config: TastesConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The rows of A before its columns are divided: offsets i64 [U + 1]; ascending columns i64, values float32."""
-    num_items, kinds = part.store.num_skus, part.present(config.kinds)
-    width = max(len(kinds), 1) * num_items
-    places, weights = [np.zeros(0, np.int64)], [np.zeros(0)]
-    for number, kind in enumerate(kinds):
-        events = part.events(kind)
-        assert events.item is not None
-        client = np.repeat(np.arange(len(part.rows)), np.diff(events.offsets))
-        seen = np.flatnonzero(events.timestamp_s < part.cutoff_s)
-        age_days = (part.cutoff_s - events.timestamp_s[seen].astype(np.int64)) / DAY_S
-        places.append(client[seen] * width + number * num_items + events.item[seen])
-        weights.append(0.5 ** (age_days / config.half_life_days))
-    different, which = np.unique(np.concatenate(places), return_inverse=True)
-    decayed = np.bincount(which, np.concatenate(weights), minlength=len(different))
-    offsets = np.searchsorted(different, np.arange(len(part.rows) + 1) * width)
-    return offsets, different % width, np.log1p(decayed).astype(np.float32)
+def _logarithms(part: History, config: TastesConfig) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The rows of A before its columns are divided, kind by kind: offsets i64 [U + 1]; items i32, values float32."""
+    num_items = part.store.num_skus
+    every = part.once("every item", lambda: np.arange(num_items, dtype=np.int32)[:, None])
+    for kind in part.present(config.kinds):
+        found = part.decayed(kind, (config.half_life_days,), every, num_items)
+        yield found.offsets, found.slots, np.log1p(found.counts[:, 0]).astype(np.float32)
 
 
 @njit
-def _fold_in(offsets, places, values, weights, found):  # pragma: no cover - compiled
+def _fold_in(offsets, items, values, weights, found):  # pragma: no cover - compiled
     for client in range(offsets.size - 1):
         for entry in range(offsets[client], offsets[client + 1]):
             for factor in range(weights.shape[1]):
-                found[client, factor] += values[entry] * weights[places[entry], factor]
+                found[client, factor] += values[entry] * weights[items[entry], factor]
 
 
 def _weights(matrix: Tensor, rank: int, seed: int) -> np.ndarray:

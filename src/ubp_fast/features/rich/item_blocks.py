@@ -124,7 +124,7 @@ class Baskets:
             for index, (window, window_s) in enumerate(zip(windows[:-1], windows_s, strict=False)):
                 assert window_s is not None
                 start_s = history.cutoff_s - window_s
-                before = history.aggregate(self, kind, ("items",), anchor_s=start_s, windows_s=windows_s, **tables)
+                before = history.aggregate((self, "before"), kind, ("items",), anchor_s=start_s, windows_s=(None,))
                 first_met = found.distinct[:, -1, 0] - before.distinct[:, -1, 0]
                 yield Column(f"{kind}_new_items_{window}", "log1p items", np.log1p(first_met))
                 share = known_where(found.totals[:, index] > 0, share_of(first_met, found.distinct[:, index, 0]))

@@ -191,27 +191,31 @@ def end_of_history(timestamp_s, start, end, limit_s):
     return start
 
 
+# Functions below take whole results and a client's row: a slice of an array costs as much as a few events.
+
+
 @njit
-def _add_bands(array):
-    """[W, C] in place: from the events of each band to those of each window."""
-    for window in range(1, array.shape[0]):
-        for column in range(array.shape[1]):
-            array[window, column] += array[window - 1, column]
+def _add_bands(array, client):
+    """[U, W, C] in place: from the events of each band to those of each window."""
+    for window in range(1, array.shape[1]):
+        for column in range(array.shape[2]):
+            array[client, window, column] += array[client, window - 1, column]
 
 
 @njit
 def _decay(
-    start, end, timestamp_s, codes, slots, half_lives_s, coarse, fine, anchor_s, decayed_totals, decayed_counts
+    client, start, end, timestamp_s, codes, slots, half_lives_s, coarse, fine, anchor_s, decayed_totals,
+    decayed_counts,
 ):  # fmt: skip
     """Adds the weights of rows [start, end), newest first."""
     for row in range(end - 1, start - 1, -1):
         age_s, code = anchor_s - timestamp_s[row], codes[row]
         for half_life in range(half_lives_s.size):
             weight = decay_weight(age_s, half_life, half_lives_s, coarse, fine)
-            decayed_totals[half_life] += weight
+            decayed_totals[client, half_life] += weight
             for column in range(slots.shape[1]):
                 if slots[code, column] >= 0:
-                    decayed_counts[half_life, slots[code, column]] += weight
+                    decayed_counts[client, half_life, slots[code, column]] += weight
 
 
 @njit
@@ -224,7 +228,7 @@ def decay_weight(age_s, half_life, half_lives_s, coarse, fine):
 
 
 @njit
-def _add_groups(code, band, mark, groups, group_start, gains, seen, grouped, distinct, entropy):
+def _add_groups(client, code, band, mark, groups, group_start, gains, seen, grouped, distinct, entropy):
     """One event in its groups: a new one is counted, sum c ln c follows."""
     for column in range(groups.shape[1]):
         group = groups[code, column]
@@ -234,25 +238,25 @@ def _add_groups(code, band, mark, groups, group_start, gains, seen, grouped, dis
         if seen[place, 0] != mark:
             seen[place, 0] = mark
             seen[place, 1] = 0
-            distinct[band, column] += 1
+            distinct[client, band, column] += 1
         count = seen[place, 1]
         seen[place, 1] = count + 1
-        grouped[band, column] += 1
+        grouped[0, band, column] += 1
         if count < gains.size:
-            entropy[band, column] += gains[count]
+            entropy[client, band, column] += gains[count]
         else:
-            entropy[band, column] += (count + 1) * np.log(count + 1) - count * np.log(count)
+            entropy[client, band, column] += (count + 1) * np.log(count + 1) - count * np.log(count)
 
 
 @njit
 def _one_client(
-    mark, start, end, timestamp_s, codes, slots, groups, values, group_start, starts_s, periods_s, gains,
+    client, mark, start, end, timestamp_s, codes, slots, groups, values, group_start, starts_s, periods_s, gains,
     seen, grouped, period_start_s, totals, counts, distinct, distinct_times, sums, entropy,
 ):  # fmt: skip
     """Adds the events in rows [start, end) of one client to its row of the results, newest first."""
     num_windows = starts_s.size
     # Few events: each one goes to all its windows at once. Many: to its smallest one, and a running sum follows.
-    is_summed = (end - start) * slots.shape[1] > counts.shape[1]
+    is_summed = (end - start) * slots.shape[1] > counts.shape[2]
     band = 0
     for row in range(end - 1, start - 1, -1):
         time_s, code = timestamp_s[row], codes[row]
@@ -260,21 +264,21 @@ def _one_client(
             band += 1
         if band == num_windows:
             break
-        totals[band] += 1
+        totals[client, band] += 1
         for column in range(slots.shape[1]):
             slot = slots[code, column]
             if slot >= 0:
                 for window in range(band, band + 1 if is_summed else num_windows):
-                    counts[window, slot] += 1
-        _add_groups(code, band, mark, groups, group_start, gains, seen, grouped, distinct, entropy)
+                    counts[client, window, slot] += 1
+        _add_groups(client, code, band, mark, groups, group_start, gains, seen, grouped, distinct, entropy)
         for column in range(periods_s.size):
             if row == end - 1 or time_s < period_start_s[column]:
                 period_start_s[column] = time_s - time_s % periods_s[column]
-                distinct_times[band, column] += 1
+                distinct_times[client, band, column] += 1
         for column in range(values.shape[1]):
-            sums[band, column] += values[code, column]
+            sums[client, band, column] += values[code, column]
     if is_summed:
-        _add_bands(counts)
+        _add_bands(counts, client)
 
 
 @njit
@@ -285,7 +289,7 @@ def _aggregate(
 ):  # fmt: skip
     """Clients in rows [first, last)."""
     seen = np.zeros((group_start[-1], 2), np.int32)
-    grouped = np.zeros((starts_s.size, groups.shape[1]), np.int64)
+    grouped = np.zeros((1, starts_s.size, groups.shape[1]), np.int64)
     period_start_s = np.zeros(periods_s.size, np.int64)
     for client in range(first, last):
         start = offsets[client]
@@ -297,26 +301,24 @@ def _aggregate(
         last_age_s[client] = anchor_s - timestamp_s[end - 1]
         if half_lives_s.size:
             _decay(
-                start, end, timestamp_s, codes, slots, half_lives_s, coarse, fine, anchor_s, decayed_totals[client],
-                decayed_counts[client],
+                client, start, end, timestamp_s, codes, slots, half_lives_s, coarse, fine, anchor_s, decayed_totals,
+                decayed_counts,
             )  # fmt: skip
         if starts_s.size == 0 or timestamp_s[end - 1] < starts_s[-1]:
             continue
         grouped[:] = 0
         _one_client(
-            client - first + 1, start, end, timestamp_s, codes, slots, groups, values, group_start, starts_s,
-            periods_s, gains, seen, grouped, period_start_s, totals[client], counts[client], distinct[client],
-            distinct_times[client], sums[client], entropy[client],
+            client, client - first + 1, start, end, timestamp_s, codes, slots, groups, values, group_start, starts_s,
+            periods_s, gains, seen, grouped, period_start_s, totals, counts, distinct, distinct_times, sums, entropy,
         )  # fmt: skip
-        totals_of_client = totals[client]
         for window in range(1, starts_s.size):
-            totals_of_client[window] += totals_of_client[window - 1]
-        _add_bands(distinct[client])
-        _add_bands(distinct_times[client])
-        _add_bands(sums[client])
-        _add_bands(entropy[client])
-        _add_bands(grouped)
-        _finish_entropy(grouped, distinct[client], entropy[client])
+            totals[client, window] += totals[client, window - 1]
+        _add_bands(distinct, client)
+        _add_bands(distinct_times, client)
+        _add_bands(sums, client)
+        _add_bands(entropy, client)
+        _add_bands(grouped, 0)
+        _finish_entropy(client, grouped, distinct, entropy)
 
 
 @njit
@@ -356,12 +358,12 @@ def _count(
 
 
 @njit
-def _finish_entropy(grouped, distinct, entropy):
+def _finish_entropy(client, grouped, distinct, entropy):
     """From sum c ln c to ln n - (sum c ln c) / n, in place; exactly 0 for a single group."""
-    for window in range(grouped.shape[0]):
-        for column in range(grouped.shape[1]):
-            events = grouped[window, column]
-            if distinct[window, column] > 1:
-                entropy[window, column] = np.log(events) - entropy[window, column] / events
+    for window in range(grouped.shape[1]):
+        for column in range(grouped.shape[2]):
+            events = grouped[0, window, column]
+            if distinct[client, window, column] > 1:
+                entropy[client, window, column] = np.log(events) - entropy[client, window, column] / events
             else:
-                entropy[window, column] = 0.0
+                entropy[client, window, column] = 0.0

@@ -115,14 +115,14 @@ def sparse_decay(
     arrays = (problem.offsets, problem.timestamp_s, problem.codes, problem.slots)
     inputs = [read_only(array) for array in arrays]
     clients, half_lives = len(problem.offsets) - 1, len(problem.half_lives_s)
-    lengths, num_events = np.zeros((2, clients), np.int64)
-    starts_s = read_only(np.array([problem.anchor_s - ALL_HISTORY], np.int64))
-    _lengths(0, clients, *inputs, starts_s, problem.limit_s, problem.num_slots, lengths, num_events)
-    places = np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths)))
-    found = np.empty(places[-1], np.int32), np.empty((places[-1], half_lives)), np.zeros((clients, half_lives))
+    # Room for what there can be at most; of memory that nobody writes to there is none.
+    most = np.minimum(np.diff(problem.offsets) * problem.slots.shape[1], problem.num_slots).sum()
+    places, found, counts = np.zeros(clients + 1, np.int64), np.empty(most, np.int32), np.empty((most, half_lives))
+    totals = np.zeros((clients, half_lives))
     tables = [read_only(array) for array in (problem.half_lives_s, *decay_tables(problem))]
-    _fill_decay(*inputs, *tables, problem.anchor_s, problem.limit_s, problem.num_slots, places, *found)
-    return SparseDecay(places, *found)
+    limits = (problem.anchor_s, problem.limit_s, problem.num_slots)
+    _fill_decay(*inputs, *tables, *limits, places, found, counts, totals)
+    return SparseDecay(places, found[: places[-1]], counts[: places[-1]], totals)
 
 
 @njit
@@ -135,7 +135,7 @@ def _fill_decay(
     for client in range(offsets.size - 1):
         start = offsets[client]
         end = end_of_history(timestamp_s, start, offsets[client + 1], limit_s)
-        own = found[places[client] : places[client + 1]]
+        first = places[client]
         different = 0
         for row in range(end - 1, start - 1, -1):
             for half_life in range(half_lives_s.size):
@@ -148,15 +148,16 @@ def _fill_decay(
                     continue
                 if seen[slot] != client + 1:
                     seen[slot] = client + 1
-                    own[different] = slot
+                    found[first + different] = slot
                     different += 1
                 for half_life in range(half_lives_s.size):
                     table[slot, half_life] += weights[half_life]
-        _sort(own)
-        for index in range(own.size):
+        _sort(found[first : first + different])
+        for entry in range(first, first + different):
             for half_life in range(half_lives_s.size):
-                counts[places[client] + index, half_life] = table[own[index], half_life]
-                table[own[index], half_life] = 0.0
+                counts[entry, half_life] = table[found[entry], half_life]
+                table[found[entry], half_life] = 0.0
+        places[client + 1] = first + different
 
 
 @njit
