@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import time
@@ -136,7 +137,7 @@ def _measured(command: list[str], root: Path) -> dict[str, Any]:
     Raises:
         RuntimeError: it failed.
     """
-    started_s = time.monotonic()
+    started_s, cpu_before_s = time.monotonic(), _cpu_s()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     peak = {"anonymous": 0, "resident": 0}
     while process.poll() is None:
@@ -150,10 +151,17 @@ def _measured(command: list[str], root: Path) -> dict[str, Any]:
     disk = sum(path.stat().st_size for path in root.rglob("*") if path.is_file() and not path.is_symlink())
     return {
         "seconds": round(time.monotonic() - started_s, 1),
+        "cpu_seconds": round(_cpu_s() - cpu_before_s, 1),
         "peak_anonymous_mb": round(peak["anonymous"] / 1e6),
         "peak_resident_mb": round(peak["resident"] / 1e6),
         "disk_mb": round(disk / 1e6),
     }
+
+
+def _cpu_s() -> float:
+    """Of all processes that this one has started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _status(pid: int, field: str) -> int:
