@@ -41,7 +41,7 @@ OBJECTS = ("data", "profile", "evaluation", *(f"features.{name}" for name in FEA
 OBJECTS += tuple(f"{name}.{part}" for name in MODELS for part in ("config", "optimizer"))
 # Types of the settings that no dataclass declares; groups of settings are mappings.
 PLAIN_TYPES: dict[str, Any] = {
-    **dict.fromkeys((*OBJECTS, "profiles", "store", "windows", "compute", "features"), Mapping),
+    **dict.fromkeys((*OBJECTS, "profiles", "store", "windows", "compute", "features", "report"), Mapping),
     **dict.fromkeys(MODELS, Mapping),
     **dict.fromkeys((f"{name}._target_" for name in OBJECTS), str),
     **{f"{name}.training": Mapping | None for name in MODELS},
