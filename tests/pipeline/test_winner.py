@@ -99,7 +99,7 @@ def test_the_rehearsal_is_the_experiment_made_small() -> None:
     spec.loader.exec_module(rehearsal)
     found = {}
     for full in (False, True):
-        options = Namespace(share=0.1, steps=7, full_widths=full, overrides=["seed=3"])
+        options = Namespace(share=0.1, steps=7, full_widths=full, files=False, overrides=["seed=3"])
         found[full] = read_settings(composed(*rehearsal._command(options)[3:]))
         assert (found[full].source.clients, found[full].source.relevant, found[full].seed) == (1_900_000, 100_000, 3)
         assert {getattr(found[full], name).training.max_steps for name in ("contrastive", "multitask", "stacking")} == {
