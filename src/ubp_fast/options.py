@@ -21,7 +21,7 @@ import yaml
 
 from ubp_fast.events.schema import UserError
 from ubp_fast.pipeline.command import CONF, plain
-from ubp_fast.pipeline.settings import PLAIN_TYPES, described
+from ubp_fast.pipeline.settings import OPTIONAL_TYPES, PLAIN_TYPES, described
 
 # Sources of events, the first of which settings have by default; with what each needs to be composed.
 SOURCES = {
@@ -123,10 +123,10 @@ def _options(config: Mapping[str, Any], prefix: str, comments: Mapping[str, str]
         name = prefix + key
         if key == "_target_" or key == "_partial_":
             continue
-        if isinstance(value, Mapping) and name not in PLAIN_TYPES:
+        if isinstance(value, Mapping) and ("_target_" in value or name not in PLAIN_TYPES):
             yield from _options(value, f"{name}.", comments, needed)
             continue
-        hint = PLAIN_TYPES.get(name, hints.get(key))
+        hint = (PLAIN_TYPES | OPTIONAL_TYPES).get(name, hints.get(key))
         kind = "as the library has it" if hint is None else described(hint).replace("Mapping", "a mapping")
         text = (texts.get(key) or comments.get(name, "")).replace("None", "null")
         yield Option(name, "needed" if name in needed else _typed(value), kind, text)
