@@ -80,6 +80,8 @@ def test_profiles_pass_the_organisers_rules(synthetic_run: Path) -> None:
     assert list(named) == ["strong", "graded", "near", "scores", "own", "tastes", "rhythm", "learned"]
     assert len(named["strong"].columns) == 7 and named["strong"].columns[-1] == "constant"
     assert (profiles.embeddings[:, 6] == 1).all()
+    assert named["scores"].columns[:2] == ("buys", "carts") and isinstance(named["scores"].scale, tuple)
+    assert named["scores"].scale[:3] == (0.005, 0.005, 0.0001), "what is said of a client alone is not lost"
     assert "contrastive.0" in named["learned"].columns and "aggregated.product_buy_count_7d" in named["own"].columns
     assert np.unique(profiles.embeddings, axis=0).shape[0] > profiles.num_clients // 2, (
         "profiles must tell clients apart"

@@ -171,6 +171,15 @@ def test_tastes_tell_what_was_never_bought(tmp_path: Path) -> None:
     assert found[(4,)] > 0.9 and found[(4,)] > found[()] + 0.1
 
 
+def test_a_past_window_is_scored_by_the_tastes_of_its_time(shop: EventStore, scorer: PairScorer) -> None:
+    found = scores(scorer, shop, CUTOFFS[0])
+    then = PairScorer(CONFIG, scorer.lists, scorer.groups, scorer.past[CUTOFFS[0]])
+    np.testing.assert_array_equal(found, scores(then, shop, CUTOFFS[0]))
+    today = PairScorer.of_arrays(scorer.arrays, CONFIG)
+    assert not np.array_equal(found, scores(today, shop, CUTOFFS[0]))
+    np.testing.assert_array_equal(scores(scorer, shop), scores(today, shop))
+
+
 def test_nothing_from_the_cutoff_on_is_seen(shop: EventStore, tmp_path: Path) -> None:
     cutoff_s = END_S - 14 * DAY_S
     changed = make_store(tmp_path, clients=150, scrambled_from_s=cutoff_s)
