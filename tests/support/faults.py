@@ -119,9 +119,9 @@ def trials(root: Path, reference: Path, stages: list[str]) -> Iterator[tuple[str
         prepare(root, reference, missing)
         begins: list[int] = []
         ends: list[int] = []
-        record, link = execution.StageCache.record, execution.RunDirectory.link_stage
+        build, link = execution.StageCache.build, execution.RunDirectory.link_stage
 
-        def recorded(cache, name, *rest, missing=missing, begins=begins, true=record):  # type: ignore[no-untyped-def]
+        def built(cache, name, *rest, begins=begins, true=build):  # type: ignore[no-untyped-def]
             begins.append(disk.faulty_calls())
             return true(cache, name, *rest)
 
@@ -130,10 +130,10 @@ def trials(root: Path, reference: Path, stages: list[str]) -> Iterator[tuple[str
             if name == missing:
                 ends.append(disk.faulty_calls())
 
-        execution.StageCache.record, execution.RunDirectory.link_stage = recorded, linked
+        execution.StageCache.build, execution.RunDirectory.link_stage = built, linked
         disk.faulty_arm(-1, 0, 0)
         code, said = run(root)
-        execution.StageCache.record, execution.RunDirectory.link_stage = record, link
+        execution.StageCache.build, execution.RunDirectory.link_stage = build, link
         assert code == 0, said
         if missing == NOTHING_THERE:
             span = range(begins[0])
