@@ -204,8 +204,9 @@ PYBIND11_MODULE(_core, module) {
   using Pairs = ubp::PairNetwork;
   ubp::Struct<Pairs>(module, "PairNetwork")
       .fields("of_client", &Pairs::of_client, "of_label", &Pairs::of_label, "of_both", &Pairs::of_both,
-              "both_weight", &Pairs::both_weight, "both", &Pairs::both, "offsets", &Pairs::offsets, "label", &Pairs::label, "inputs", &Pairs::inputs, "input_weight", &Pairs::input_weight,
-              "weight", &Pairs::weight, "bias", &Pairs::bias, "last_weight", &Pairs::last_weight, "last_bias",
+              "both_weight", &Pairs::both_weight, "both", &Pairs::both, "offsets", &Pairs::offsets, "label",
+              &Pairs::label, "inputs", &Pairs::inputs, "input_weight", &Pairs::input_weight, "weight",
+              &Pairs::weight, "bias", &Pairs::bias, "last_weight", &Pairs::last_weight, "last_bias",
               &Pairs::last_bias, "out", &Pairs::out, "clients", &Pairs::clients, "width", &Pairs::width,
               "labels", &Pairs::labels, "first", &Pairs::first, "second", &Pairs::second);
   module.def("pair_network", &pair_network);

@@ -151,7 +151,7 @@ def group_figure(groups: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
     """
     panels, rows = [], []
     for task, found in _by_task(groups).items():
-        names = [_limits_text(group) for group in next(iter(found.values()))]
+        names = [_limits_text(group) for group in next(iter(found.values()), ())]
         spreads = {name: [(group["auroc"], group["error"]) for group in one] for name, one in found.items()}
         values = _ends(spread for one in spreads.values() for spread in one)
         if not values:
