@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from ubp_fast.evaluation.leaderboard import Difference
-from ubp_fast.report import RunSummary, Timing, render_report
+from ubp_fast.report import RunSummary, Timing, figures, render_report
 
 VOID = {"meta", "link", "br", "input", "circle", "rect", "path", "polyline"}
 READERS = {
@@ -251,3 +251,17 @@ def test_page_works_in_a_browser(browser: Callable[..., Any], tmp_path: Path, wi
     )
     assert colours == [5, 3, 2]
     assert browser("/se/log", {"type": "browser"}) == []
+
+
+@pytest.mark.parametrize(
+    "drawn",
+    [
+        lambda: figures.roc_figure({"profile": {"churn": []}}),
+        lambda: figures.calibration_figure({"profile": {"churn": []}}),
+        lambda: figures.size_figure({"profile": {"churn": []}}),
+        lambda: figures.group_figure({"profile": {"churn": []}}, "events", "Who."),
+        lambda: figures.block_figure({"churn": {}}),
+    ],
+)
+def test_a_task_with_nothing_to_show_is_no_error(drawn: Callable[[], str]) -> None:
+    assert "<figure" in drawn()

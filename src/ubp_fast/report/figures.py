@@ -182,7 +182,7 @@ def block_figure(blocks: Mapping[str, Mapping[str, float | None]]) -> str:
     panels, rows = [], []
     for task, found in blocks.items():
         values = {name: value or 0.0 for name, value in found.items()}
-        low, high = min(0.0, *values.values()), max(0.001, *values.values())
+        low, high = min([0.0, *values.values()]), max([0.001, *values.values()])
         room = 0.05 * (high - low)
         panel = Panel(
             short_name(task), (low - room * (low < 0), high + room), list(values), "AUROC lost", "", height=HEIGHT - 10
