@@ -114,7 +114,8 @@ def test_other_rows_are_another_run(tmp_path: Path) -> None:
     [
         ("sqlite:///{}/shop.db", "no_such", "the database must answer 'SELECT .* FROM no_such', got: .*no such table"),
         ("sqlite:///{}/shop.db", "select 1 as x", "column 'client_id' must exist, got columns"),
-        ("duckdb:///{}/none.duckdb", "events", "the database must answer"),
+        ("sqlite:///{}/none.db", "events", "none.db: the file must exist, got none at '/.*none.db'"),
+        ("duckdb:///{}/none.duckdb", "events", "none.duckdb: the file must exist"),
         (
             "postgresql://ada:secret@127.0.0.1:1/x",
             "events",
@@ -123,8 +124,11 @@ def test_other_rows_are_another_run(tmp_path: Path) -> None:
     ],
 )
 def test_what_a_database_refuses_is_one_line(tmp_path: Path, uri: str, query: str, message: str) -> None:
+    with closing(sqlite3.connect(tmp_path / "shop.db")) as connection:
+        connection.execute("create table orders (time text)")
     with pytest.raises(DataError, match=message) as caught:
         Sql(uri.format(tmp_path), query).prepare(tmp_path / "events")
+    assert [path.name for path in tmp_path.iterdir()] == ["shop.db"]
     assert "\n" not in str(caught.value) and "secret" not in str(caught.value)
 
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -64,6 +65,9 @@ class Sql(EventRows):
         query = f"SELECT * FROM {self.query}" if _TABLE.fullmatch(self.query) else self.query.rstrip("; \n")
         columns = self._wanted()
         read, uri = _reader(self.uri)
+        # A driver would make an empty database of a path that is not there.
+        if uri != self.uri and not Path(uri).is_file():
+            raise DataError(f"{self.uri}: the file must exist, got none at '{Path(uri).absolute()}'; check data.uri")
         try:
             frame = read(uri, query)
         except UserError:
