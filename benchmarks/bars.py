@@ -195,6 +195,25 @@ def readers_markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def variations_markdown(report: dict[str, Any]) -> str:
+    """What `constants.py` wrote as a table: AUROC of the unvaried vectors, and how far each variation is from them."""
+    found = report["variations"]
+    tasks = list(next(iter(found.values()))["seeds"][0])
+    names = " | ".join(task.removeprefix("propensity_") for task in tasks)
+    lines = [f"| vectors | varied | {names} | mean |", "|---" * (len(tasks) + 3) + "|"]
+    for name, one in found.items():
+        values = np.array([[seed[task] for task in tasks] for seed in one["seeds"]])
+        is_base = name == one["of"]
+        if not is_base:
+            values = values - np.array([[seed[task] for task in tasks] for seed in found[one["of"]]["seeds"]])
+        by_seed = np.concatenate([values, values.mean(axis=1, keepdims=True)], axis=1)
+        cells = [f"{mean:.4f}" if is_base else f"{mean:+.4f}" for mean in by_seed.mean(axis=0)]
+        if len(by_seed) > 1:
+            cells[-1] += f" ± {by_seed[:, -1].std(ddof=1) / len(by_seed) ** 0.5:.4f}"
+        lines.append(f"| {one['of']} | {'' if is_base else name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _is_level(row: dict[str, Any], best: dict[str, Any], task: str) -> bool:
     ours, theirs = (np.mean(one["auroc"][task], axis=0) for one in (row, best))
     shared = min(len(ours), len(theirs))
@@ -217,10 +236,9 @@ def rewrite(text: str, root: Path) -> str:
         else:
             stored = json.loads((root / named.strip()).read_text(encoding="utf-8"))
             make = {"benchmarks": markdown, "breakdown": breakdown}[kind]
-            if "readers" in stored:
-                table = readers_markdown(stored)
-            else:
-                table = components_markdown(stored) if "rows" in stored else make(stored["cases"])
+            named_by = {"readers": readers_markdown, "rows": components_markdown, "variations": variations_markdown}
+            kinds = [show for key, show in named_by.items() if key in stored]
+            table = kinds[0](stored) if kinds else make(stored["cases"])
         return f"{opening[: opening.index('-->') + 3]}\n\n{table}\n\n<!-- end -->"
 
     return re.sub(r"<!-- (benchmarks|breakdown|headline):\s+(.*?) ?-->.*?<!-- end -->", table_of, text, flags=re.S)

@@ -133,11 +133,11 @@ def _score(
     overrides, folder = ROWS[name]
     scored = []
     for seed in range(options.seeds if _is_random(name) else 1):
-        run = _run([*options.overrides, *overrides, f"seed={seed}"], folder, options.root)
+        run = run_to([*options.overrides, *overrides, f"seed={seed}"], folder, options.root)
         profiles = Profiles.load(run / "stages" / folder)
         order = row_orders(profiles.client_ids, EvaluationConfig(orders=options.orders + 1))[number]
         profiles = Profiles(profiles.client_ids[order], profiles.embeddings[order])
-        targets = _targets(run, profiles)
+        targets = targets_of(run, profiles)
         scored.append(_aurocs(profiles, targets, tasks))
         report["oracle"] = report["oracle"] or _oracle(run, targets)
     report["tasks_without_labels"] = sorted({*report.get("tasks_without_labels", ()), *set(tasks) - set(scored[0])})
@@ -206,7 +206,7 @@ def _read(path: Path, options: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def _run(overrides: Sequence[str], folder: str, root: Path) -> Path:
+def run_to(overrides: Sequence[str], folder: str, root: Path) -> Path:
     """Makes the stage that `folder` belongs to; the run's directory."""
     stage = folder.split("/")[0]
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -214,7 +214,8 @@ def _run(overrides: Sequence[str], folder: str, root: Path) -> Path:
     return run_stages(read_settings(config), Console(quiet=True))
 
 
-def _targets(run: Path, profiles: Profiles) -> Targets:
+def targets_of(run: Path, profiles: Profiles) -> Targets:
+    """What the run's clients did, in the order of the profiles' rows."""
     return build_targets(EventDirectory.open(run / "stages" / "events"), profiles.client_ids)
 
 
