@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from ubp_fast.evaluation import Scores
 from ubp_fast.events.checks import CODES
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import PRODUCT_TABLE
@@ -190,8 +191,8 @@ def _facts(run: Path) -> dict[str, Any]:
         facts["valid"] = validate(run / "profiles", events.relevant_clients).passed
     if (run / "scores.json").exists():
         scores = json.loads((run / "scores.json").read_text(encoding="utf-8"))
-        facts["scores"] = {
-            profile: {task: one["score"] for task, one in found["tasks"].items()}
+        facts["auroc_linear"] = {
+            profile: {task: auroc for task, (auroc, _) in Scores.from_json(found).aurocs()["linear"].items()}
             for profile, found in scores.items()
             if profile != "warnings"
         }
