@@ -88,6 +88,9 @@ def _sizes(share: float) -> dict[str, int]:
 def _as_files(options: argparse.Namespace) -> Path:
     """The synthetic events as the challenge's files; what is there already stays."""
     directory = options.root.with_name(options.root.name + "-files")
+    written_last = directory / "input" / "relevant_clients.npy"
+    if written_last.exists():
+        return directory
     generated = options.root.with_name(options.root.name + "-generated")
     if not generated.exists():
         Synthetic(**_sizes(options.share), activity=ACTIVITY).prepare(generated)
@@ -103,7 +106,7 @@ def _as_files(options: argparse.Namespace) -> Path:
             rows.rename({"timestamp_s": "timestamp"}, strict=False).sink_parquet(partial)
             partial.rename(directory / f"{name}.parquet")
     assert events.relevant_clients is not None
-    np.save(directory / "input" / "relevant_clients.npy", events.relevant_clients)
+    np.save(written_last, events.relevant_clients)
     return directory
 
 
