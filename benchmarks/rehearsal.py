@@ -7,7 +7,9 @@ categories at most, because the generator computes a taste of every client for e
 are written as the challenge's files first, outside the measurement, and the run reads those. Every stage runs in a
 process of its own. Widths are cut to what a CPU can do and trainings to a few steps; what does not depend on them, the
 stages without training, is as in a full run. `--kill` makes everything once more in another folder, kills every stage
-at a random moment, continues, and compares the profiles byte by byte. What lies in `--root` already is not made again.
+at a random moment, continues, and compares the profiles byte by byte. `--stacking-inputs` reads what the stack learns
+from once, as its training would; vectors of networks that were not trained are random numbers. What lies in `--root` is
+not made again.
 """
 
 from __future__ import annotations
@@ -26,13 +28,20 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from hydra import compose, initialize_config_dir
 
+import ubp_fast
 from ubp_fast.evaluation import Scores
 from ubp_fast.events.checks import CODES
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import PRODUCT_TABLE
 from ubp_fast.events.sources.synthetic import Synthetic
+from ubp_fast.features.matrix import load_features
+from ubp_fast.models.stacking import JoinedBlocks, StackingModel
+from ubp_fast.pipeline.model_stages import cutoffs_of
+from ubp_fast.pipeline.settings import read_settings
 from ubp_fast.profiles import validate
+from ubp_fast.sequences import ViewLoader, views_at
 from ubp_fast.store.event_store import EventStore
 
 CLIENTS, RELEVANT, SKUS, URLS = 19_000_000, 1_000_000, 1_260_000, 373_000
@@ -49,6 +58,8 @@ CUT = (
     "multitask.training.epochs=2",
 )
 STEPS = 100
+VECTORS = "vectors"
+CONF = Path(ubp_fast.__file__).resolve().parent / "conf"
 
 
 def main() -> None:
@@ -60,17 +71,25 @@ def main() -> None:
     parser.add_argument("--full-widths", action="store_true")
     parser.add_argument("--files", action="store_true", help="read the challenge's files instead of a generator")
     parser.add_argument("--kill", action="store_true")
+    parser.add_argument("--stacking-inputs", action="store_true", help="also read what the stack learns from")
+    parser.add_argument("--read-only", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage to run")
     parser.add_argument("overrides", nargs="*", help="more settings of the run")
     options = parser.parse_args()
     command = _command(options)
+    if options.read_only:
+        return _read_inputs(command[3:], options.root)
     stages = STAGES[: STAGES.index(options.until) + 1]
     report: dict[str, Any] = {"share": options.share, "overrides": command[3:], "machine": _machine(), "stages": {}}
     for stage in stages:
         report["stages"][stage] = _measured([*command, f"root={options.root}", f"stages=[{stage}]"], options.root)
         print(stage, json.dumps(report["stages"][stage]), flush=True)
         options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (run,) = (path for path in options.root.iterdir() if path.name != "cache")
+    if options.stacking_inputs:
+        again = [sys.executable, *sys.argv, "--read-only"]
+        report["stages"]["stacking inputs"] = _measured(again, options.root)
+        print("stacking inputs", json.dumps(report["stages"]["stacking inputs"]), flush=True)
+    run = _run_in(options.root)
     report |= _facts(run)
     if options.kill:
         report["same_after_kills"] = _killed(
@@ -212,8 +231,48 @@ def _killed(command: list[str], stages: tuple[str, ...], root: Path, run: Path) 
         process.kill()
         process.wait()
         subprocess.run(whole, check=True, stdout=subprocess.DEVNULL)
-    (other,) = (path for path in root.iterdir() if path.name != "cache")
-    return _digest(other) == _digest(run)
+    return _digest(_run_in(root)) == _digest(run)
+
+
+def _run_in(root: Path) -> Path:
+    (run,) = (path for path in root.iterdir() if path.name not in ("cache", VECTORS))
+    return run
+
+
+def _read_inputs(overrides: list[str], root: Path) -> None:
+    """One epoch of the stack's inputs: vectors that no network has made are written, joined, scaled and read."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        settings = read_settings(compose("run", overrides=overrides))
+    run = _run_in(root)
+    store, features = EventStore.open(run / "stages" / "store"), run / "stages" / "features"
+    _, cutoffs = cutoffs_of(store, settings)
+    named = settings.stacking_blocks
+    (root / VECTORS).mkdir(exist_ok=True)
+    blocks = [
+        [
+            load_features(features / f"{name}-{when}")
+            if (features / f"{name}-{when}").exists()
+            else _random_vectors(root / VECTORS / f"{name}-{when}.npy", int(store.is_relevant.sum()))
+            for name in named
+        ]
+        for when in cutoffs
+    ]
+    joined = JoinedBlocks(blocks, [name == "aggregated" for name in named], raw_counts=settings.recipe.raw_counts)
+    StackingModel(settings.stacking.config, joined.shape[1], {"churn": 1}).fit_scaling(joined)
+    size = settings.stacking.training.batch_size
+    views = views_at(store, cutoffs)
+    loader = ViewLoader(None, views, batch_size=size, features=joined, labels={}, shuffle_seed=0)
+    assert sum(len(batch.features) for batch in loader) == len(views.row)
+
+
+def _random_vectors(path: Path, clients: int) -> np.ndarray:
+    """float16 [clients, 512] in a file, written block by block."""
+    vectors = np.lib.format.open_memmap(path, "w+", np.float16, (clients, 512))
+    for first in range(0, clients, 65536):
+        block = vectors[first : first + 65536]
+        block[:] = np.random.default_rng(first).standard_normal(block.shape, np.float32)
+    vectors.flush()
+    return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def _digest(run: Path) -> list[str]:
