@@ -195,15 +195,23 @@ def copy_directory(source: Path, target: Path) -> None:
     """Copies the files of `source` and of its folders to `target`, each complete or not there."""
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
-        copy_path(file, target / file.name)
+        if file.is_dir():
+            copy_directory(file, target / file.name)
+        else:
+            copy_file(file, target / file.name)
 
 
-def copy_path(source: Path, target: Path) -> None:
-    """Copies a file, or a directory as `copy_directory` does."""
-    if source.is_dir():
-        copy_directory(source, target)
-    else:
-        write_atomically(target, lambda copy: shutil.copyfile(source, copy))
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a file, complete or not at all."""
+    write_atomically(target, lambda copy: shutil.copyfile(source, copy))
+
+
+def replace_by_copy(source: Path, target: Path) -> None:
+    """Puts a copy of a file or directory in the place of what is there: never some files of these, some of those."""
+    partial = target.with_name(f".{target.name}.partial")
+    _delete(partial)
+    (copy_directory if source.is_dir() else copy_file)(source, partial)
+    put_in_place(partial, target)
 
 
 @contextmanager
@@ -232,14 +240,76 @@ def published_directory(path: Path) -> Iterator[Path]:
 
 
 def complete_directory(partial: Path, path: Path) -> None:
-    """Flushes all files below `partial` to disk and gives it the name `path`; halves that a kill left stay behind."""
+    """Flushes all files below `partial` to disk and puts it in the place of `path`; halves that a kill left go."""
     remove_halves(partial)
     for file in sorted(partial.rglob("*")):
         if file.is_file():
             _flush(file)
     _flush(partial)
-    os.replace(partial, path)
+    put_in_place(partial, path)
+
+
+def put_in_place(complete: Path, path: Path) -> None:
+    """Gives a complete file or directory the name of another one beside it, which stays whole until then.
+
+    Only between two files that is one step. Else a kill in the middle leaves the earlier one as `.<name>.before`, and
+    `restore` gives it back.
+    """
+    restore(path)
+    before = _before(path)
+    if path.exists() and (path.is_dir() or complete.is_dir()):
+        os.replace(path, before)
+        try:
+            os.replace(complete, path)
+        except BaseException:
+            os.replace(before, path)
+            raise
+    else:
+        os.replace(complete, path)
     _flush(path.parent)
+    remove_at_once(before)
+
+
+def restore(path: Path) -> None:
+    """Clears up what a kill in the middle of `put_in_place` or `remove_at_once` has left beside `path`."""
+    if _before(path).exists() and not path.exists():
+        os.replace(_before(path), path)
+    remove_at_once(_before(path))
+    _delete(_doomed(path))
+
+
+def remove_at_once(path: Path) -> None:
+    """Deletes a file or directory, if it is there; nobody finds half of it."""
+    doomed = _doomed(path)
+    _delete(doomed)
+    if path.exists():
+        os.replace(path, doomed)
+        _delete(doomed)
+
+
+def _before(path: Path) -> Path:
+    return path.with_name(f".{path.name}.before")
+
+
+def _doomed(path: Path) -> Path:
+    return path.with_name(f".{path.name}.doomed")
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def scratch_directory(path: Path) -> Iterator[Path]:
+    """A directory of that name, empty, while the block runs; one that a kill has left is emptied by the next."""
+    clear_directory(path)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_halves(directory: Path) -> None:
