@@ -90,6 +90,8 @@ FOLDERS = {
 # Settings of the evaluation that change the scores of every reader, and of one.
 ALL_READERS = ("tasks", "orders", "seed")
 OF_READER = {"network": ("precision", "epochs", "batch_size", "learning_rate"), "boosting": ("labels_per_task",)}
+# Of an evaluation that is not complete yet.
+SCORED = "scored"
 READER_COST = {"network": 60, "linear": 5, "boosting": 10, "neighbours": 2}
 
 
@@ -279,7 +281,7 @@ def _score(settings: Settings, component: str, reader: str) -> Stage:
         _write_scores(settings, component, reader, inputs, directory, progress)
 
     name, cost = f"evaluate-{component}-{reader}", READER_COST[reader]
-    return Stage(name, ("events", *folders), config, make, cost, (), _reader(reader))
+    return Stage(name, ("events", *folders), config, make, cost, (SCORED,), _reader(reader))
 
 
 def _reader(name: str) -> tuple[Place, ...]:
@@ -446,7 +448,8 @@ def _write_scores(
     targets = build_targets(events, profiles.client_ids, settings.evaluation.tasks)
     config = replace(settings.evaluation, readers=(reader,))
     has_units = component in ("features", "profile_features")
-    scores = evaluate(profiles, targets, config, on_device(settings.device), progress, has_units)
+    keep = directory / SCORED
+    scores = evaluate(profiles, targets, config, on_device(settings.device), progress, has_units, keep=keep)
     scores = replace(scores, remarks={**scores.remarks, **({"clients": remark} if remark else {})})
     write_json(directory / "scores.json", scores.to_json())
 
