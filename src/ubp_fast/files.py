@@ -15,6 +15,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -249,6 +250,12 @@ def complete_directory(partial: Path, path: Path) -> None:
     put_in_place(partial, path)
 
 
+def complete_file(partial: Path, path: Path) -> None:
+    """Flushes a file to disk and puts it in the place of `path`."""
+    _flush(partial)
+    put_in_place(partial, path)
+
+
 def put_in_place(complete: Path, path: Path) -> None:
     """Gives a complete file or directory the name of another one beside it, which stays whole until then.
 
@@ -319,10 +326,15 @@ def remove_halves(directory: Path) -> None:
 
 
 def clear_directory(directory: Path, keep: frozenset[str] = frozenset()) -> None:
-    """Creates a directory or empties it, but for the names in `keep`; half files that a kill left there go, too."""
+    """Creates a directory or empties it, but for what `keep` names; half files that a kill left there go, too.
+
+    Args:
+        directory: created with its parents.
+        keep: names, with `*` and `[!.]` as in a shell.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     for child in directory.iterdir():
-        if child.name in keep:
+        if any(fnmatchcase(child.name, pattern) for pattern in keep):
             remove_halves(child)
         elif child.is_dir() and not child.is_symlink():
             shutil.rmtree(child)

@@ -164,8 +164,8 @@ class StageCache:
             name: stage name.
             key: its key, the digest of `made_of`.
             make: fills an empty directory (but for `keep`).
-            keep: names inside a partial output that survive an interrupted run, such as a folder of checkpoints;
-                they stay in the complete output.
+            keep: what of a partial output survives an interrupted run, such as a folder of checkpoints, see
+                `clear_directory`; it stays in the complete output.
             waiting: called when another process is making the output, before it is waited for.
         """
         target = self.path(name, key)
