@@ -211,7 +211,7 @@ def _of_vectors(settings: Settings, *names: str) -> dict[str, Any]:
 
 
 def _features_config(settings: Settings) -> dict[str, Any]:
-    sets = _feature_sets(settings) + _profile_sets(settings)
+    sets = feature_sets(settings) + profile_sets(settings)
     seed = settings.part("seed") if "scores" in sets else {}
     return seed | settings.part("windows", "features") | {"sets": sets, "multitask": "multitask" in _trained(settings)}
 
@@ -234,7 +234,7 @@ def _trained(settings: Settings) -> tuple[str, ...]:
     return tuple(name for name in NETWORKS if name in wanted)
 
 
-def _feature_sets(settings: Settings) -> list[str]:
+def feature_sets(settings: Settings) -> list[str]:
     """Features that the stacking model, the graded directions or a trained model look at."""
     looked_at = {*settings.stacking_blocks, *graded_blocks(settings.recipe)}
     if "multitask" in _trained(settings):
@@ -242,10 +242,10 @@ def _feature_sets(settings: Settings) -> list[str]:
     return [name for name in ("static", "aggregated", "decayed", "scores", "rich") if name in looked_at]
 
 
-def _profile_sets(settings: Settings) -> list[str]:
+def profile_sets(settings: Settings) -> list[str]:
     """Features that no model looks at: the profile takes them as they are."""
     sets = [name for name in ("tastes", "rhythm") if getattr(settings.layout, name)]
-    has_scores = "scores" in _feature_sets(settings) or not settings.layout.scores
+    has_scores = "scores" in feature_sets(settings) or not settings.layout.scores
     return sets if has_scores else ["scores", *sets]
 
 
@@ -337,7 +337,7 @@ def make_features(settings: Settings, inputs: Inputs, directory: Path, progress:
             write_array(directory / TASTE_WEIGHTS, fit_tastes(store, store.cutoff_s, settings.tastes))
         weights = load_array(directory / TASTE_WEIGHTS, memory_map=True)
         make["tastes"] = partial(make["tastes"], weights=weights)
-    if "scores" in (*_feature_sets(settings), *_profile_sets(settings)):
+    if "scores" in (*feature_sets(settings), *profile_sets(settings)):
         scorer = _fit_scorer(settings, store, lists, directory / LEARNED)
         write_arrays(directory / PAIRS_FILE, scorer.arrays)
         make["scores"] = scorer.transform
@@ -345,10 +345,10 @@ def make_features(settings: Settings, inputs: Inputs, directory: Path, progress:
     wanted = [
         (name, cutoff_s)
         for cutoff_s in (*of_multitask, *stacking, store.cutoff_s)
-        for name in _feature_sets(settings)
+        for name in feature_sets(settings)
         if name == "static" or cutoff_s not in model
     ]
-    wanted += [(name, store.cutoff_s) for name in _profile_sets(settings)]
+    wanted += [(name, store.cutoff_s) for name in profile_sets(settings)]
     day = DayStatistics()
     if (directory / DAY_FILE).exists():
         day.arrays |= load_arrays(directory / DAY_FILE)
