@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from polars import DataFrame
     from torch import Tensor
 
+NO_REASON = "a write that failed, of which is said no more than"
 # What a file is called while it is written.
 _HALF = ".*.tmp"
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -135,10 +136,18 @@ def save_table(path: Path, frame: DataFrame, **options: Any) -> None:
 
 
 def _of_disk(error: Exception, path: Path) -> OSError:
-    """What a library written in Rust says of the disk, with the number that it mentions."""
+    """What a library written in Rust says of the disk, with the number that it mentions; else a second try finds it."""
     number = re.search(r"(?:code: |os error )(\d+)", str(error))
-    code = int(number[1]) if number else errno.EIO
-    return OSError(code, os.strerror(code) if number else str(error), str(path))
+    if number:
+        return OSError(int(number[1]), os.strerror(int(number[1])), str(path))
+    try:
+        with path.open("ab") as file:
+            file.write(bytes(4096))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as reason:
+        return OSError(reason.errno, reason.strerror, str(path))
+    return OSError(errno.EIO, f"{NO_REASON} '{error}'", str(path))
 
 
 def load_array(path: Path, memory_map: bool = False) -> np.ndarray:

@@ -78,8 +78,8 @@ def fit(what, store, lists, cutoffs, folder):
     return bytes_of_tastes(store, config.factors) + 2 * found.factors.items.nbytes
 
 folder = Path(sys.argv[1])
-fit(sys.argv[2], *shop(100, 100, folder / "compile"), folder / "compiled")
-given = shop(60_000, 4_000, folder / "shop")
+fit(sys.argv[2], *shop(2_000, 500, folder / "compile"), folder / "compiled")
+given = shop(90_000, 8_000, folder / "shop")
 Path("/proc/self/clear_refs").write_text("5")
 before = in_memory("VmRSS:")
 said = fit(sys.argv[2], *given, folder / "fitted")
@@ -95,7 +95,8 @@ def test_fits_of_many_items_take_no_more_memory_than_was_said(what: str, tmp_pat
     done = subprocess.run(command, cwd=tests, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     said, taken = map(int, done.stdout.split())
-    assert said / 3 < taken < said, f"{taken / 1e6:.0f} MB of {said / 1e6:.0f} MB"
+    libraries = 80e6  # theirs, which a run counts apart
+    assert said / 3 < taken < said + libraries, f"{taken / 1e6:.0f} MB of {said / 1e6:.0f} MB"
 
 
 def test_more_clients_and_wider_tables_need_more(run: Path) -> None:

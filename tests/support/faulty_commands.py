@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import random
 import shutil
 import sys
@@ -23,7 +22,7 @@ from typing import NamedTuple
 import polars as pl
 from omegaconf import DictConfig
 from rich.console import Console
-from support.faults import NUMBERS, disk, execution
+from support.faults import NUMBERS, disk, execution, is_sentence
 from support.runs import TINY, composed, contents
 
 from ubp_fast.cli import main as ubp_fast
@@ -180,7 +179,7 @@ def failures(trial: Trial, root: Path, before_at: Path, before: Units, after: Un
     bad = wrong(root, before, after) if code else differing(root, after)
     if code not in (0, 2):
         bad.append(f"ended with {code}, {said[-1500:]!r}")
-    elif code == 2 and not (said.startswith("error: ") and said.count("\n") == 1 and os.strerror(trial.number) in said):
+    elif code == 2 and not is_sentence(said, trial.number):
         bad.append(f"said {said!r}")
     code, said = act(trial.command, root)
     bad += [f"again: {one}" for one in differing(root, after)]
