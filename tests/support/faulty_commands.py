@@ -157,7 +157,7 @@ def wrong(root: Path, before: Units, after: Units) -> list[str]:
     now = units(root)
     bad = [f"{name} is wrong" for name, files in now.items() if files not in (before.get(name), after.get(name))]
     for name in before.keys() & after.keys() - now.keys():
-        path = Path(name)
+        path = root / "run" / "model" if name.startswith(("model", "days/")) else Path(name)
         aside = path.with_name(f".{path.name}.before")  # where the disk refused to give it back, too
         if path.suffix != ".json" and not (path.is_absolute() and aside.exists()):
             bad.append(f"{name} is gone")

@@ -29,6 +29,7 @@ from ubp_fast.files import (
     file_digest,
     load_json,
     replace_by_copy,
+    restore,
     write_json,
     write_text,
     writing_to,
@@ -230,6 +231,7 @@ def _publish(
         replace_by_copy(made / PROFILE_TABLE, run.path / f"{folder}.parquet")
     if published:  # the model of the newest
         model, shown = run.path / "stages" / list(published)[-1] / MODEL_FOLDER, run.path / MODEL_FOLDER
+        restore(shown)
         if (shown / BUNDLE_FILE).exists() and file_digest(shown / BUNDLE_FILE) == file_digest(model / BUNDLE_FILE):
             copy_directory(model, shown)  # days that were added since are of this model
         else:
