@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.runs import contents
 
 from ubp_fast import files
 from ubp_fast.files import (
@@ -284,3 +286,73 @@ def test_what_is_no_plain_data_is_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "array.npy", np.array([{}]), allow_pickle=True)
     with pytest.raises(ValueError, match="allow_pickle"):
         load_array(tmp_path / "array.npy")
+
+
+@pytest.mark.parametrize("kinds", ["file file", "file directory", "directory file", "directory directory"])
+@pytest.mark.parametrize("dies_at", [0, 1, 2])
+def test_what_is_replaced_is_there_until_the_other_is(
+    kinds: str, dies_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(name: str, kind: str, text: str) -> Path:
+        path = tmp_path / name
+        if kind == "directory":
+            path.mkdir()
+        (path / "inside" if kind == "directory" else path).write_text(text)
+        return path
+
+    def seen(path: Path) -> str:
+        return (path / "inside" if path.is_dir() else path).read_text()
+
+    old, new = kinds.split()
+    path, complete = make("shown", old, "old"), make("complete", new, "new")
+    calls: list[object] = []
+    replace = os.replace
+
+    def dies(*arguments: object) -> None:
+        calls.append(arguments)
+        if len(calls) > dies_at:  # a killed process gives nothing back
+            raise KeyboardInterrupt
+        replace(*arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(os, "replace", dies)
+        files.put_in_place(complete, path)
+    files.restore(path)
+    assert seen(path) == ("new" if not complete.exists() else "old")
+    if complete.exists():
+        files.put_in_place(complete, path)
+    assert seen(path) == "new"
+    assert [child.name for child in tmp_path.iterdir()] == ["shown"]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_delete", lambda path: path.exists() and 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            files.remove_at_once(path)
+    assert not path.exists(), "not even half of it"
+    files.remove_at_once(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_copy_takes_the_place_of_all_that_was_there(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    for folder in (source, target / "inner"):
+        folder.mkdir(parents=True)
+    (source / "new").write_text("new")
+    (target / "inner" / "old").write_text("old")
+    files.replace_by_copy(source, target)
+    assert contents(target) == {"new": b"new"}
+    files.replace_by_copy(source / "new", target)
+    assert target.read_text() == "new"
+    files.replace_by_copy(source, target)
+    assert contents(target) == {"new": b"new"}
+    assert sorted(child.name for child in tmp_path.iterdir()) == ["source", "target"]
+
+
+def test_a_scratch_directory_begins_empty_and_goes(tmp_path: Path) -> None:
+    place = tmp_path / ".scratch"
+    place.mkdir()
+    (place / "left by a kill").touch()
+    with files.scratch_directory(place) as folder:
+        assert list(folder.iterdir()) == []
+        (folder / "something").touch()
+    assert not place.exists()

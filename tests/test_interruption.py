@@ -17,20 +17,21 @@ ALL = (*SHOP, "stacking.blocks=[contrastive,multitask,aggregated,decayed]")
 
 # A process that takes a signal at the first moment of every stage, then in its middle, and starts again each time.
 STAGES = """
-    import importlib, io, os, signal, sys
+    import importlib, io, os, signal, sys, time
     from dataclasses import replace
     from pathlib import Path
     from rich.console import Console
     from support.runs import composed
 
     module = importlib.import_module("ubp_fast.pipeline.execute")
-    plan, waiting, name = module.plan, [], sys.argv[1]
+    plan, waiting, sent, slowest, name = module.plan, [], [], 0, sys.argv[1]
     def interrupted(stage):
         def make(settings, inputs, folder, update):
             asked = [moment for moment in waiting if moment[0] == stage.name]
             def take(moment):
                 if asked and asked[0][1] == moment:
                     waiting.remove(asked[0])
+                    sent.append(time.monotonic())
                     os.kill(os.getpid(), asked.pop(0)[2])
             def seen(done, total):
                 update(done, total)
@@ -42,11 +43,12 @@ STAGES = """
     config = composed(*sys.argv[2:], "root=" + name)
     stages = [stage.name for stage in plan(module.read_settings(config))]
     for stage in stages:
-        waiting += [(stage, "start", signal.SIGTERM), (stage, "middle", signal.SIGINT)]
+        waiting += [(stage, "start", signal.SIGTERM), (stage, "start", signal.SIGINT), (stage, "middle", signal.SIGINT)]
     counts = {130: 0, 143: 0}
     while (code := module.execute(config, Console(file=io.StringIO()))) != 0:
         counts[code] += 1
-    print(len(stages), counts[143], counts[130], [moment[0] for moment in waiting])
+        slowest = max(slowest, time.monotonic() - sent[-1])
+    print(len(stages), counts[143], counts[130], slowest, [moment[0] for moment in waiting])
 """
 
 # Compiled code that does not let go: the handler of Python never runs.
@@ -104,10 +106,11 @@ def test_every_stage_ends_at_once_and_is_continued(tmp_path: Path) -> None:
     process = started(STAGES, str(tmp_path / "cut"), *TINY, *ALL)
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    stages, terminated, interrupted, left = output.split(maxsplit=3)
+    stages, terminated, interrupted, slowest_s, left = output.split(maxsplit=4)
     assert int(terminated) == int(stages) >= 9
     # Stages that tell of no progress have no middle.
-    assert int(interrupted) >= 6
+    assert int(interrupted) >= int(stages) + 6
+    assert float(slowest_s) < 5
     assert not {"contrastive", "multitask", "store"} & set(left.split("'"))
     assert errors.count("terminated; the same command continues from here\n") == int(terminated)
     assert errors.count("interrupted; the same command continues from here\n") == int(interrupted)

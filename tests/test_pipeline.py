@@ -11,6 +11,7 @@ import sys
 import time
 from html import escape
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import polars as pl
@@ -20,6 +21,7 @@ from support.runs import ALL_BLOCKS, NETWORK, SMALL, contents, run_tiny
 from ubp_fast.evaluation import build_targets
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.split import DAY_S
+from ubp_fast.pipeline import model_stages, stages
 from ubp_fast.profiles import Profiles, validate
 from ubp_fast.sequences import Views
 from ubp_fast.store.event_store import EventStore
@@ -103,6 +105,36 @@ def test_another_place_gives_the_same_bytes(synthetic_run: Path, tmp_path: Path)
     assert code == 0
     assert contents(run / "profiles") == contents(synthetic_run / "profiles")
     assert not (run / "scores.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "module", "finishes"),
+    [("features", stages, "complete_directory"), ("contrastive", model_stages, "complete_file")],
+)
+def test_a_stage_that_is_interrupted_makes_its_finished_parts_once(
+    stage: str, module: ModuleType, finishes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete, finished = getattr(module, finishes), []
+
+    def counted(partial: Path, path: Path) -> None:
+        if len(finished) == 2:
+            finished.append("stopped")
+            raise KeyboardInterrupt
+        complete(partial, path)
+        finished.append(path.name)
+
+    monkeypatch.setattr(module, finishes, counted)
+    settings = (*SYNTHETIC, "windows.stacking_cutoffs=2", f"stages=[{stage}]")
+    with pytest.raises(KeyboardInterrupt):
+        run_tiny(tmp_path / "stopped", *settings)
+    code, run, printed = run_tiny(tmp_path / "stopped", *settings)
+    assert code == 0, printed
+    names = [name for name in finished if name != "stopped"]
+    assert len(names) == len({*names}) > 2, "each once"
+    monkeypatch.undo()
+    code, other, printed = run_tiny(tmp_path / "whole", *settings)
+    assert code == 0, printed
+    assert contents(run / "stages" / stage) == contents(other / "stages" / stage)
 
 
 def test_models_that_nothing_needs_are_not_trained(tmp_path: Path) -> None:

@@ -333,6 +333,7 @@ def _cache(options: argparse.Namespace) -> int:
         print(f"removed {len(doomed)} of {len(outputs)} outputs, {_megabytes(sum(one.size for one in doomed))}")
         return 0
     table = Table("output", "size", "age", "runs", title=f"{options.cache}", title_justify="left")
+    table.columns[0].overflow = table.columns[3].overflow = "fold"  # names are for looking them up
     for output in outputs:
         age = f"{(time.time() - output.used_s) / 86_400:.1f} days"
         table.add_row(output.path.name, _megabytes(output.size), age, "\n".join(map(str, output.runs)) or "-")

@@ -15,6 +15,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from polars import DataFrame
     from torch import Tensor
 
+NO_REASON = "a write that failed, of which is said no more than"
 # What a file is called while it is written.
 _HALF = ".*.tmp"
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -134,10 +136,18 @@ def save_table(path: Path, frame: DataFrame, **options: Any) -> None:
 
 
 def _of_disk(error: Exception, path: Path) -> OSError:
-    """What a library written in Rust says of the disk, with the number that it mentions."""
+    """What a library written in Rust says of the disk, with the number that it mentions; else a second try finds it."""
     number = re.search(r"(?:code: |os error )(\d+)", str(error))
-    code = int(number[1]) if number else errno.EIO
-    return OSError(code, os.strerror(code) if number else str(error), str(path))
+    if number:
+        return OSError(int(number[1]), os.strerror(int(number[1])), str(path))
+    try:
+        with path.open("ab") as file:
+            file.write(bytes(4096))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as reason:
+        return OSError(reason.errno, reason.strerror, str(path))
+    return OSError(errno.EIO, f"{NO_REASON} '{error}'", str(path))
 
 
 def load_array(path: Path, memory_map: bool = False) -> np.ndarray:
@@ -195,15 +205,23 @@ def copy_directory(source: Path, target: Path) -> None:
     """Copies the files of `source` and of its folders to `target`, each complete or not there."""
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
-        copy_path(file, target / file.name)
+        if file.is_dir():
+            copy_directory(file, target / file.name)
+        else:
+            copy_file(file, target / file.name)
 
 
-def copy_path(source: Path, target: Path) -> None:
-    """Copies a file, or a directory as `copy_directory` does."""
-    if source.is_dir():
-        copy_directory(source, target)
-    else:
-        write_atomically(target, lambda copy: shutil.copyfile(source, copy))
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a file, complete or not at all."""
+    write_atomically(target, lambda copy: shutil.copyfile(source, copy))
+
+
+def replace_by_copy(source: Path, target: Path) -> None:
+    """Puts a copy of a file or directory in the place of what is there: never some files of these, some of those."""
+    partial = target.with_name(f".{target.name}.partial")
+    _delete(partial)
+    (copy_directory if source.is_dir() else copy_file)(source, partial)
+    put_in_place(partial, target)
 
 
 @contextmanager
@@ -232,14 +250,82 @@ def published_directory(path: Path) -> Iterator[Path]:
 
 
 def complete_directory(partial: Path, path: Path) -> None:
-    """Flushes all files below `partial` to disk and gives it the name `path`; halves that a kill left stay behind."""
+    """Flushes all files below `partial` to disk and puts it in the place of `path`; halves that a kill left go."""
     remove_halves(partial)
     for file in sorted(partial.rglob("*")):
         if file.is_file():
             _flush(file)
     _flush(partial)
-    os.replace(partial, path)
+    put_in_place(partial, path)
+
+
+def complete_file(partial: Path, path: Path) -> None:
+    """Flushes a file to disk and puts it in the place of `path`."""
+    _flush(partial)
+    put_in_place(partial, path)
+
+
+def put_in_place(complete: Path, path: Path) -> None:
+    """Gives a complete file or directory the name of another one beside it, which stays whole until then.
+
+    Only between two files that is one step. Else a kill in the middle leaves the earlier one as `.<name>.before`, and
+    `restore` gives it back.
+    """
+    restore(path)
+    before = _before(path)
+    if path.exists() and (path.is_dir() or complete.is_dir()):
+        os.replace(path, before)
+        try:
+            os.replace(complete, path)
+        except BaseException:
+            os.replace(before, path)
+            raise
+    else:
+        os.replace(complete, path)
     _flush(path.parent)
+    remove_at_once(before)
+
+
+def restore(path: Path) -> None:
+    """Clears up what a kill in the middle of `put_in_place` or `remove_at_once` has left beside `path`."""
+    if _before(path).exists() and not path.exists():
+        os.replace(_before(path), path)
+    remove_at_once(_before(path))
+    _delete(_doomed(path))
+
+
+def remove_at_once(path: Path) -> None:
+    """Deletes a file or directory, if it is there; nobody finds half of it."""
+    doomed = _doomed(path)
+    _delete(doomed)
+    if path.exists():
+        os.replace(path, doomed)
+        _delete(doomed)
+
+
+def _before(path: Path) -> Path:
+    return path.with_name(f".{path.name}.before")
+
+
+def _doomed(path: Path) -> Path:
+    return path.with_name(f".{path.name}.doomed")
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def scratch_directory(path: Path) -> Iterator[Path]:
+    """A directory of that name, empty, while the block runs; one that a kill has left is emptied by the next."""
+    clear_directory(path)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_halves(directory: Path) -> None:
@@ -249,10 +335,15 @@ def remove_halves(directory: Path) -> None:
 
 
 def clear_directory(directory: Path, keep: frozenset[str] = frozenset()) -> None:
-    """Creates a directory or empties it, but for the names in `keep`; half files that a kill left there go, too."""
+    """Creates a directory or empties it, but for what `keep` names; half files that a kill left there go, too.
+
+    Args:
+        directory: created with its parents.
+        keep: names, with `*` and `[!.]` as in a shell.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     for child in directory.iterdir():
-        if child.name in keep:
+        if any(fnmatchcase(child.name, pattern) for pattern in keep):
             remove_halves(child)
         elif child.is_dir() and not child.is_symlink():
             shutil.rmtree(child)

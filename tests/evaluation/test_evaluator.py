@@ -97,6 +97,26 @@ def test_equal_tasks_are_trained_once(profiles, targets, trainings):
     assert steps[-1] == (5 * training_cost(len(everyone), EvaluationConfig()),) * 2
 
 
+def test_an_interrupted_evaluation_trains_what_it_has_not_scored(profiles, targets, trainings, tmp_path):
+    config, kept, steps = EvaluationConfig(orders=2), tmp_path / "kept", []
+    plain = evaluate(profiles, targets, config)
+    number = len(trainings)
+    trainings.clear()
+
+    def stopped(done: int, total: int) -> None:
+        if len(trainings) == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(profiles, targets, config, progress=stopped, keep=kept)
+    trainings.clear()
+    again = evaluate(profiles, targets, config, progress=lambda *pair: steps.append(pair), keep=kept)
+    assert len(trainings) == number - 7, "the eighth was not finished"
+    assert again.to_json() == plain.to_json()
+    assert again.tasks == plain.tasks
+    assert steps[-1][0] == steps[-1][1] and not kept.exists()
+
+
 def test_labels_of_few_or_one_class_are_told(profiles, targets, trainings):
     """A task of one class is not trained; one with a handful of positives is, with a warning."""
     conversion = targets.tasks["conversion"]

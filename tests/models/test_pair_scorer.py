@@ -15,6 +15,7 @@ from ubp_fast.events.split import DAY_S
 from ubp_fast.features import writing
 from ubp_fast.features.scaling import DayStatistics
 from ubp_fast.files import load_arrays, write_arrays
+from ubp_fast.models import pair_scorer
 from ubp_fast.models.pair_scorer import OF_SKUS, Factors, PairScorer, PairScorerConfig
 from ubp_fast.store.event_store import EventStore
 
@@ -230,6 +231,41 @@ def test_files_hold_all_of_it(shop: EventStore, scorer: PairScorer, tmp_path: Pa
     read = PairScorer.of_arrays(load_arrays(tmp_path / "pairs.safetensors"), CONFIG)
     assert read.names == scorer.names
     np.testing.assert_array_equal(scores(read, shop), scores(scorer, shop))
+
+
+def test_a_model_without_tastes_is_read_from_its_file(shop: EventStore) -> None:
+    config = replace(CONFIG, tastes=(), epochs=1)
+    scorer = PairScorer.fit(shop, CUTOFFS, ALL, config)
+    np.testing.assert_array_equal(scores(PairScorer.of_arrays(scorer.arrays, config), shop), scores(scorer, shop))
+
+
+def test_an_interrupted_fit_goes_on_from_its_parts(
+    shop: EventStore, scorer: PairScorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted, train, calls = pair_scorer._fit_factors, pair_scorer._train, []
+
+    def counted(true, *arguments):  # type: ignore[no-untyped-def]
+        if len(calls) in (2, 5):
+            calls.append("stopped")
+            raise KeyboardInterrupt
+        calls.append(true.__name__)
+        return true(*arguments)
+
+    monkeypatch.setattr(pair_scorer, "_fit_factors", lambda *rest: counted(fitted, *rest))
+    monkeypatch.setattr(pair_scorer, "_train", lambda *rest: counted(train, *rest))
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            PairScorer.fit(shop, CUTOFFS, ALL, CONFIG, folder=tmp_path)
+    found = PairScorer.fit(shop, CUTOFFS, ALL, CONFIG, folder=tmp_path)
+    assert calls.count("_fit_factors") == len(CUTOFFS) + 1
+    trained = calls.count("_train")
+    again = PairScorer.fit(shop, CUTOFFS, ALL, CONFIG, folder=tmp_path)
+    assert calls.count("_train") == trained, "all of it was there"
+    for one in (found, again):
+        assert one.arrays.keys() == scorer.arrays.keys()
+        assert all(np.array_equal(one.arrays[name], array) for name, array in scorer.arrays.items())
+        for cutoff_s in (CUTOFFS[0], END_S):
+            np.testing.assert_array_equal(scores(one, shop, cutoff_s), scores(scorer, shop, cutoff_s))
 
 
 def test_lists_and_kinds_may_be_missing(tmp_path: Path) -> None:

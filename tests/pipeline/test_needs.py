@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,58 @@ def test_stages_leave_no_more_than_was_said(run: Path) -> None:
         assert size_of(stages / name) < need.disk + small, name
     tables = store.num_skus * 384 + store.num_urls * 384
     assert found["multitask"].memory > tables * 12
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from support import shops
+from ubp_fast.events.labels import make_label_lists
+from ubp_fast.events.read import EventDirectory
+from ubp_fast.features.tastes import TastesConfig, fit_tastes
+from ubp_fast.models.pair_scorer import PairScorer, PairScorerConfig
+from ubp_fast.pipeline.needs import bytes_of_tastes
+from ubp_fast.sequences import training_cutoffs
+
+def in_memory(what):
+    return int(Path("/proc/self/status").read_text().split(what)[1].split()[0]) * 1024
+
+def shop(skus, clients, folder):
+    shops.NUM_SKUS = skus
+    store = shops.make_store(folder, kinds=("product_buy", "add_to_cart"), clients=clients)
+    events = EventDirectory.open(next(folder.rglob("dataset.json")).parent)
+    lists = make_label_lists(events, store.cutoff_s - 14 * shops.DAY_S, store.cutoff_s, 10)
+    return store, lists, training_cutoffs(store, 2, 1)
+
+def fit(what, store, lists, cutoffs, folder):
+    if what == "tastes":
+        fit_tastes(store, store.cutoff_s)
+        return bytes_of_tastes(store, TastesConfig())
+    config = PairScorerConfig(epochs=1, client_epochs=1, pairs=500, clients=500)
+    found = PairScorer.fit(store, cutoffs, lists, config, folder=folder)
+    assert len(found.past) == 3
+    return bytes_of_tastes(store, config.factors) + 2 * found.factors.items.nbytes
+
+folder = Path(sys.argv[1])
+fit(sys.argv[2], *shop(2_000, 500, folder / "compile"), folder / "compiled")
+given = shop(90_000, 8_000, folder / "shop")
+Path("/proc/self/clear_refs").write_text("5")
+before = in_memory("VmRSS:")
+said = fit(sys.argv[2], *given, folder / "fitted")
+print(said, in_memory("VmHWM:") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's high-water mark of memory")
+@pytest.mark.parametrize("what", ["tastes", "scorer"])
+def test_fits_of_many_items_take_no_more_memory_than_was_said(what: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", MEASURE, str(tmp_path), what]
+    tests = Path(__file__).resolve().parents[1]
+    done = subprocess.run(command, cwd=tests, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    said, taken = map(int, done.stdout.split())
+    libraries = 80e6  # theirs, which a run counts apart
+    assert said / 3 < taken < said + libraries, f"{taken / 1e6:.0f} MB of {said / 1e6:.0f} MB"
 
 
 def test_more_clients_and_wider_tables_need_more(run: Path) -> None:

@@ -89,6 +89,20 @@ def test_what_failed_goes_on_where_it_was(
     assert contents(tmp_path / "whole" / name) != contents(output), "parts of another moment are not taken"
 
 
+def test_parts_of_one_column_are_not_continued_by_those_of_a_column_per_block(
+    run: Path, tmp_path: Path, small_parts: None
+) -> None:
+    def broken(done: int, total: int) -> None:
+        if done > 100:
+            raise KeyboardInterrupt
+
+    profiler, output = Profiler.load(run), tmp_path / "today.parquet"
+    with pytest.raises(KeyboardInterrupt):
+        profiler.embed_to(output, events_of(run), progress=broken)
+    profiler.embed_to(output, events_of(run), per_block=True)
+    assert all("profile" not in pl.read_parquet_schema(part) for part in output.iterdir())
+
+
 def test_killed_at_random_moments(run: Path, tmp_path: Path) -> None:
     text = (
         "import sys; from ubp_fast.profiler import Profiler, bulk; bulk.BLOCK_ROWS = 8;"

@@ -28,6 +28,8 @@ from omegaconf import DictConfig
 from rich.console import Console
 from support.runs import TINY, composed, contents
 
+from ubp_fast.files import NO_REASON
+
 SHOP = (
     *("data=synthetic", "data.clients=40", "data.days=70", "data.skus=20", "data.urls=20", "data.categories=4"),
     *("windows.labels=10", "stacking.blocks=[contrastive,decayed]"),
@@ -144,6 +146,11 @@ def trials(root: Path, reference: Path, stages: list[str]) -> Iterator[tuple[str
         yield from ((missing, call) for call in span)
 
 
+def is_sentence(said: str, number: int) -> bool:
+    """Whether one line tells of this error; where a library hides it and the next try works, of an error."""
+    return said.startswith("error: ") and said.count("\n") == 1 and (os.strerror(number) in said or NO_REASON in said)
+
+
 def failures(trial: Trial, root: Path, reference: Path, expected: dict[str, dict[str, bytes]]) -> list[str]:
     """What is wrong after a run with a refused call, and after the run that continues it."""
     prepare(root, reference, trial.missing)
@@ -154,7 +161,7 @@ def failures(trial: Trial, root: Path, reference: Path, expected: dict[str, dict
     bad = wrong(root, expected, whole=code == 0)
     if code not in (0, 2):
         bad.append(f"ended with {code}, {said[-500:]!r}")
-    elif code == 2 and not (said.startswith("error: ") and said.count("\n") == 1 and os.strerror(trial.number) in said):
+    elif code == 2 and not is_sentence(said, trial.number):
         bad.append(f"said {said!r}")
     if trial.missing == NOTHING_THERE:
         fill(root, reference)

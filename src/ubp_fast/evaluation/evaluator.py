@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from ubp_fast.evaluation.readers import EvaluationConfig, LabelScores, ReaderData, TaskScore, reader_named
-from ubp_fast.evaluation.scores import Scores
+from ubp_fast.evaluation.readers import EvaluationConfig, LabelScores, Reader, ReaderData, TaskScore, reader_named
+from ubp_fast.evaluation.scores import Scores, task_from_json, task_to_json
 from ubp_fast.evaluation.tasks import Targets, TaskTargets
 from ubp_fast.events.schema import DataError, UserError
+from ubp_fast.files import load_json, write_json
 from ubp_fast.profiles import Profiles
 from ubp_fast.profiles.blocks import NEAR
 from ubp_fast.progress import Progress, Steps
@@ -30,6 +34,7 @@ def evaluate(
     progress: Progress | None = None,
     has_units: bool = False,
     read: Profiles | None = None,
+    keep: Path | None = None,
 ) -> Scores:
     """Scores profiles with every reader that `config` names.
 
@@ -46,6 +51,8 @@ def evaluate(
             them, in float16.
         read: other vectors of the same clients and width, which are scored; `profiles` are learned from. None: the
             same. Of the readers `linear` and `boosting` know it.
+        keep: a folder where the network's scores of every task and row order are kept until all are there, for the same
+            evaluation to go on with when it was interrupted; nothing else may use it.
 
     Raises:
         DataError: a client has no profile, a value does not fit float16, or vectors of width 0.
@@ -69,7 +76,10 @@ def evaluate(
     challenge: dict[str, TaskScore] = {}
     others: dict[str, dict[str, LabelScores]] = {}
     for name, reader in readers.items():
-        results = reader.read(_of_reader(name, data, aligned), asked, config, steps.done)
+        if name == "network" and keep is not None:
+            results: Sequence[TaskScore | LabelScores] = _kept_one_by_one(reader, data, asked, config, steps.done, keep)
+        else:
+            results = reader.read(_of_reader(name, data, aligned), asked, config, steps.done)
         for task, twin in zip(chosen, twins, strict=True):
             result = results[different.index(twin)]
             if isinstance(result, TaskScore):
@@ -80,6 +90,29 @@ def evaluate(
     missing = {name: reason for name, reason in targets.missing.items() if name in config.tasks}
     remarks = {task.task.name: text for task in chosen if (text := _few(task))}
     return Scores(challenge, config, digests, len(targets.client_ids), missing, others, remarks)
+
+
+def _kept_one_by_one(
+    reader: Reader,
+    data: ReaderData,
+    tasks: Sequence[TaskTargets],
+    config: EvaluationConfig,
+    report: Callable[[int], None],
+    folder: Path,
+) -> list[TaskScore]:
+    """The network's scores, a training at a time; what lies in the folder is not trained again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found: list[list[TaskScore]] = [[] for _ in tasks]
+    for number, order in enumerate(data.orders):
+        for scores, task in zip(found, tasks, strict=True):
+            path, one = folder / f"{task.task.name}-{number}.json", replace(data, orders=(order,))
+            if path.exists():
+                report(reader.cost(one, [task], config))
+            else:
+                write_json(path, task_to_json(reader.read(one, [task], config, report)[0]))  # type: ignore[arg-type]
+            scores.append(task_from_json(load_json(path)))
+    shutil.rmtree(folder)
+    return [replace(parts[0], orders=tuple(part.orders[0] for part in parts)) for parts in found]
 
 
 def _of_reader(name: str, data: ReaderData, profiles: Profiles) -> ReaderData:

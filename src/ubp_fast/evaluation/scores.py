@@ -100,7 +100,7 @@ class Scores:
             "orders": list(self.order_digests),
             "missing_tasks": dict(self.missing),
             "remarks": dict(self.remarks),
-            "tasks": {name: _task_to_json(task) for name, task in self.tasks.items()},
+            "tasks": {name: task_to_json(task) for name, task in self.tasks.items()},
             "readers": {
                 reader: {name: _labels_to_json(task) for name, task in tasks.items()}
                 for reader, tasks in self.others.items()
@@ -116,14 +116,7 @@ class Scores:
         """
         if value.get("format") not in READABLE:
             raise DataError(f"Scores: format must be 1 or {FORMAT}, got {value.get('format')}; evaluate again")
-        tasks = {
-            name: TaskScore(
-                tuple(tuple(map(_metrics_from_json, order["epochs"])) for order in task["orders"]),
-                task.get("labels", 1),
-                task.get("skipped_labels", 0),
-            )
-            for name, task in value["tasks"].items()
-        }
+        tasks = {name: task_from_json(task) for name, task in value["tasks"].items()}
         others = {
             reader: {name: _labels_from_json(task) for name, task in found.items()}
             for reader, found in value.get("readers", {}).items()
@@ -137,7 +130,8 @@ class Scores:
         )
 
 
-def _task_to_json(task: TaskScore) -> dict[str, Any]:
+def task_to_json(task: TaskScore) -> dict[str, Any]:
+    """A JSON-able value without NaN; `task_from_json` reads it."""
     orders = [
         {"score": score, "best_epoch": epoch, "epochs": [_metrics_to_json(metrics) for metrics in epochs]}
         for score, epoch, epochs in zip(task.best, task.best_epochs, task.orders, strict=True)
@@ -151,6 +145,15 @@ def _task_to_json(task: TaskScore) -> dict[str, Any]:
         "orders": orders,
         "warnings": list(task.warnings),
     }
+
+
+def task_from_json(value: Mapping[str, Any]) -> TaskScore:
+    """What `task_to_json` has written."""
+    return TaskScore(
+        tuple(tuple(map(_metrics_from_json, order["epochs"])) for order in value["orders"]),
+        value.get("labels", 1),
+        value.get("skipped_labels", 0),
+    )
 
 
 def _labels_to_json(task: LabelScores) -> dict[str, Any]:

@@ -20,7 +20,7 @@ depend on the other clients or labels at hand, nor on threads.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,6 +40,7 @@ from ubp_fast.features.matrix import Features
 from ubp_fast.features.popular import label_slots
 from ubp_fast.features.scaling import DayStatistics
 from ubp_fast.features.tastes import TastesConfig, fit_tastes, tastes_of
+from ubp_fast.files import load_arrays, write_arrays
 from ubp_fast.kernels.row_product import pair_network, row_product
 from ubp_fast.sequences import Views, window_labels
 from ubp_fast.store.event_store import EventStore
@@ -152,6 +153,59 @@ class Factors(NamedTuple):
     items: np.ndarray
     labels: Mapping[str, Sequence[np.ndarray]]
 
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """By name; for safetensors."""
+        of_lists = {f"{name}/{len(array)}": array for name, arrays in self.labels.items() for array in arrays}
+        return {"items/weights": self.items, **of_lists}
+
+    @classmethod
+    def of_arrays(cls, arrays: Mapping[str, np.ndarray], lists: Iterable[str], config: PairScorerConfig) -> Factors:
+        """The factors that `arrays` belong to.
+
+        Raises:
+            KeyError: an array is missing.
+        """
+        labels = {name: [arrays[f"{name}/{rank}"] for rank in config.tastes] for name in lists if name in LISTS}
+        return cls(arrays["items/weights"], labels)
+
+
+class _PastFactors(Mapping[int, Factors]):
+    """Factors of some cutoffs, fitted when they are asked for first: kept in memory, or in files of a folder.
+
+    Of a million skus those of one cutoff are 140 MB.
+    """
+
+    def __init__(
+        self,
+        store: EventStore,
+        cutoffs_s: Iterable[int],
+        lists: LabelLists,
+        config: PairScorerConfig,
+        folder: Path | None,
+    ) -> None:
+        self._store, self._lists, self._config = store, lists, config
+        self._cutoffs_s, self._folder = frozenset(cutoffs_s), folder
+        self._made: dict[int, Factors] = {}
+
+    def __getitem__(self, cutoff_s: int) -> Factors:
+        if cutoff_s not in self._cutoffs_s:
+            raise KeyError(cutoff_s)
+        if self._folder is None:
+            if cutoff_s not in self._made:
+                self._made[cutoff_s] = _fit_factors(self._store, cutoff_s, self._lists, self._config)
+            return self._made[cutoff_s]
+        file = self._folder / f"factors-{cutoff_s}.safetensors"
+        if not file.exists():
+            write_arrays(file, _fit_factors(self._store, cutoff_s, self._lists, self._config).arrays)
+        return Factors.of_arrays(load_arrays(file), self._lists, self._config)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._cutoffs_s)
+
+    def __len__(self) -> int:
+        return len(self._cutoffs_s)
+
 
 @dataclass(frozen=True)
 class _Group:
@@ -197,6 +251,7 @@ class PairScorer:
         lists: LabelLists,
         config: PairScorerConfig | None = None,
         seed: int = 0,
+        folder: Path | None = None,
     ) -> PairScorer:
         """Learns from the target windows after each cutoff.
 
@@ -206,6 +261,8 @@ class PairScorer:
             lists: label lists; those of other columns than category, sku and price are ignored.
             config: constants.
             seed: of drawn clients and pairs, initial weights and order. The same seed gives the same weights.
+            folder: keeps what is learned part by part, and factors of past windows out of memory. Of a fit that was
+                interrupted, the same one goes on from there; nothing else may use it.
 
         Raises:
             ValueError: a window that reaches beyond the store's cutoff.
@@ -216,8 +273,14 @@ class PairScorer:
         slots = _slots_of(store, known)
         # What is learned here knows nothing that lies behind the newest window.
         newest_s = max((when + store.target_days * DAY_S for when in cutoffs_s), default=store.cutoff_s)
-        factors = {when: _fit_factors(store, when, known, config) for when in {*cutoffs_s, newest_s}}
-        scorer = cls(config, known, {}, factors[newest_s], factors)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        past = _PastFactors(store, {*cutoffs_s, newest_s}, known, config, folder)
+        learned = None if folder is None else folder / "learned.safetensors"
+        if learned is not None and learned.exists():
+            found = cls.of_arrays(load_arrays(learned), config)
+            return cls(config, found.lists, found.groups, found.factors, past)
+        scorer = cls(config, known, {}, past[newest_s], past)
         random = np.random.default_rng(seed)
         drawn: dict[str, list[tuple[np.ndarray, ...]]] = {name: [] for name in known if name in LISTS}
         alone: dict[str, list[tuple[np.ndarray, ...]]] = {}
@@ -226,15 +289,15 @@ class PairScorer:
             rows = history.clients
             if len(rows) > config.clients:
                 rows = np.sort(random.choice(rows, config.clients, replace=False))
-            labels = window_labels(store, Views(rows, np.full(len(rows), cutoff_s)), known)
-            counts = _counts(replace(history, rows=rows, seen={}), config, factors[cutoff_s].items)
+            labels, factors = window_labels(store, Views(rows, np.full(len(rows), cutoff_s)), known), past[cutoff_s]
+            counts = _counts(replace(history, rows=rows, seen={}), config, factors.items)
             popularity = scorer._popularity(history, DayStatistics())
-            for name, found in drawn.items():
+            for name, parts in drawn.items():
                 label = labels[LISTS[name]]
                 assert isinstance(label, LabelMatrix)
                 group = _Group(slots[name], _category_slots(known, slots, name), {})
-                of_labels = factors[cutoff_s].labels[name]
-                found.append(_draw(label, counts, popularity, of_labels, group, config, len(cutoffs_s), random))
+                of_labels = factors.labels[name]
+                parts.append(_draw(label, counts, popularity, of_labels, group, config, len(cutoffs_s), random))
             for name, (label_name, opposite) in OF_CLIENTS.items():
                 if label_name in labels:
                     happened = labels[label_name]
@@ -257,7 +320,10 @@ class PairScorer:
             inputs, widths = np.concatenate([*named.values()], axis=1), {key: x.shape[1] for key, x in named.items()}
             arrays = _train(inputs, bought, weight, widths, config, config.epochs, seed)
             groups[name] = _Group(slots[name], _category_slots(known, slots, name), arrays)
-        return cls(config, known, groups, factors[newest_s], factors)
+        scorer = cls(config, known, groups, scorer.factors, past)
+        if learned is not None:
+            write_arrays(learned, scorer.arrays)
+        return scorer
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -371,9 +437,7 @@ class PairScorer:
     @property
     def arrays(self) -> dict[str, np.ndarray]:
         """What was fitted, by name; for safetensors."""
-        found: dict[str, np.ndarray] = {"factors/items/weights": self.factors.items}
-        for name, of_labels in self.factors.labels.items():
-            found |= {f"factors/{name}/{len(array)}": array for array in of_labels}
+        found = {f"factors/{name}": array for name, array in self.factors.arrays.items()}
         for name, (ids, popularity) in self.lists.items():
             found |= {f"lists/{name}/ids": ids, f"lists/{name}/popularity": popularity}
         for name, group in self.groups.items():
@@ -388,10 +452,11 @@ class PairScorer:
         Raises:
             KeyError: an array is missing.
         """
-        found: dict[str, dict[str, dict[str, np.ndarray]]] = {"lists": {}, "groups": {}, "factors": {}}
+        found: dict[str, dict[str, dict[str, np.ndarray]]] = {"lists": {}, "groups": {}}
         for path, array in arrays.items():
             kind, name, key = path.split("/")
-            found[kind].setdefault(name, {})[key] = array
+            if kind in found:
+                found[kind].setdefault(name, {})[key] = array
         ordered = [name for name in (*LISTS, OF_SKUS) if name in found["lists"]]
         lists = {name: (found["lists"][name]["ids"], found["lists"][name]["popularity"]) for name in ordered}
         groups = {}
@@ -399,9 +464,10 @@ class PairScorer:
             if name in found["groups"]:
                 group = found["groups"][name]
                 groups[name] = _Group(group.pop("slots"), group.pop("category_slots"), group)
-        items = found["factors"].pop("items")["weights"]
-        of_labels = {name: [of_list[str(rank)] for rank in config.tastes] for name, of_list in found["factors"].items()}
-        return cls(config, lists, groups, Factors(items, of_labels))
+        factors = {
+            path.removeprefix("factors/"): array for path, array in arrays.items() if path.startswith("factors/")
+        }
+        return cls(config, lists, groups, Factors.of_arrays(factors, lists, config))
 
 
 def _scaled(values: np.ndarray, arrays: Mapping[str, np.ndarray], name: str) -> np.ndarray:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +25,7 @@ from ubp_fast.files import (
     complete_directory,
     flatten,
     load_json,
+    remove_at_once,
     remove_halves,
     writable_directory,
     write_json,
@@ -124,7 +124,7 @@ class StageCache:
         Raises:
             UserError: somebody is making one of them.
         """
-        with self._locked(self.directory):
+        with writing_to(self.directory, "the cache directory"), self._locked(self.directory):
             doomed = [output for output in self.outputs() if not output.runs and output.used_s <= oldest_s]
             for output in doomed:
                 self.remove(output)
@@ -143,9 +143,7 @@ class StageCache:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise UserError(f"cache: {output.path} is being made by a run; wait for it, or stop it") from error
-            doomed = output.path.with_name(f".{output.path.name}.doomed")
-            output.path.rename(doomed)  # at once, so that nobody finds half of it
-            shutil.rmtree(doomed)
+            remove_at_once(output.path)
             (self.directory / RECORDS / f"{output.path.name}.json").unlink(missing_ok=True)
 
     def has(self, name: str, key: str) -> bool:
@@ -166,8 +164,8 @@ class StageCache:
             name: stage name.
             key: its key, the digest of `made_of`.
             make: fills an empty directory (but for `keep`).
-            keep: names inside a partial output that survive an interrupted run, such as a folder of checkpoints;
-                they stay in the complete output.
+            keep: what of a partial output survives an interrupted run, such as a folder of checkpoints, see
+                `clear_directory`; it stays in the complete output.
             waiting: called when another process is making the output, before it is waited for.
         """
         target = self.path(name, key)

@@ -26,8 +26,10 @@ from ubp_fast.events.schema import DataError, UserError
 from ubp_fast.files import (
     OutputDirectoryError,
     copy_directory,
-    copy_path,
+    file_digest,
     load_json,
+    replace_by_copy,
+    restore,
     write_json,
     write_text,
     writing_to,
@@ -52,7 +54,7 @@ from ubp_fast.pipeline.stages import (
     Stage,
     plan,
 )
-from ubp_fast.profiler.bundle import MODEL_FOLDER
+from ubp_fast.profiler.bundle import BUNDLE_FILE, MODEL_FOLDER
 from ubp_fast.progress import RunProgress, duration, print_json
 from ubp_fast.report import RunSummary, Timing, data_read, render_report
 from ubp_fast.store.event_store import EventStore
@@ -225,10 +227,15 @@ def _publish(
     published = {name: folder for name, folder in PROFILE_FOLDERS.items() if name in names}
     for name, folder in published.items():
         made = run.path / "stages" / name
-        copy_directory(made / "stacked", run.path / folder)
-        copy_path(made / PROFILE_TABLE, run.path / f"{folder}.parquet")
+        replace_by_copy(made / "stacked", run.path / folder)
+        replace_by_copy(made / PROFILE_TABLE, run.path / f"{folder}.parquet")
     if published:  # the model of the newest
-        copy_directory(run.path / "stages" / list(published)[-1] / MODEL_FOLDER, run.path / MODEL_FOLDER)
+        model, shown = run.path / "stages" / list(published)[-1] / MODEL_FOLDER, run.path / MODEL_FOLDER
+        restore(shown)
+        if (shown / BUNDLE_FILE).exists() and file_digest(shown / BUNDLE_FILE) == file_digest(model / BUNDLE_FILE):
+            copy_directory(model, shown)  # days that were added since are of this model
+        else:
+            replace_by_copy(model, shown)
     found = _score_files(run, stages)
     if ALIGNMENT in names and "stacked" in found:
         remarks = {**found["stacked"].remarks, ALIGNMENT: _kept(run)}

@@ -22,7 +22,7 @@ from ubp_fast.features.decayed import OF_LABEL
 from ubp_fast.features.matrix import load_features
 from ubp_fast.features.popular import lists_of_kinds
 from ubp_fast.features.scaling import DayStatistics, MinMaxScaler, ScaledRows
-from ubp_fast.files import load_array, load_arrays, load_json, write_json
+from ubp_fast.files import complete_file, load_array, load_arrays, load_json, write_json
 from ubp_fast.models.contrastive import PROBE_LABELS, ContrastiveModel
 from ubp_fast.models.layers.event_embedding import EventSizes
 from ubp_fast.models.membership import weighted_views
@@ -56,7 +56,7 @@ from ubp_fast.sequences import ViewLoader, Views, age_quantiles_days, past_cutof
 from ubp_fast.store.event_store import EventStore
 from ubp_fast.store.in_memory import Histories, Vocabulary
 
-TRAINING = "training"
+TRAINING, VECTORS = "training", "vectors-*"
 INFERENCE_BATCH = 512
 SCALER, OUTPUTS_FILE, TASTE_WEIGHTS = "scaler", "outputs.json", "taste_weights.npy"
 # What stands beside vectors that were turned: those of the earlier model, and the new ones as they were.
@@ -409,8 +409,14 @@ def _write_vectors(
         def told(done: int, of: int, before: int = steps, number: int = batches[cutoff_s]) -> None:
             progress(before + done * number // of, total)
 
-        vectors = network.vectors(store, cutoff_s, static, at_once, directory / f"vectors-{cutoff_s}.npy", told)
+        made = directory / f"vectors-{cutoff_s}.npy"
+        if not made.exists():  # by a run that was interrupted
+            unfinished = made.with_name(f".{made.name}.partial")
+            network.vectors(store, cutoff_s, static, at_once, unfinished, told)
+            complete_file(unfinished, made)
         steps += batches[cutoff_s]
+        progress(steps, total)
+    vectors = load_array(made, memory_map=True)
     Profiles(store.client_ids[store.is_relevant], vectors).save(directory / name)
 
 

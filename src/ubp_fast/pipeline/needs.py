@@ -12,15 +12,18 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import polars as pl
 import torch
 
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import EVENT_KINDS, UserError
+from ubp_fast.features.tastes import SPARE_FACTORS, TastesConfig
 from ubp_fast.models.membership import MembershipConfig
 from ubp_fast.models.training import on_device
 from ubp_fast.pipeline.model_stages import cutoffs_of
 from ubp_fast.pipeline.settings import ModelSettings, Settings
+from ubp_fast.pipeline.stages import feature_sets, profile_sets
 from ubp_fast.store.event_store import EventStore
 
 # Interpreter, libraries and their threads.
@@ -40,6 +43,8 @@ BYTES_PER_EVENT, BYTES_PER_SEARCH = 17, 29
 EVENTS_AT_ONCE_BYTES = 600 << 20
 # Scores, rhythm and tastes of one client.
 BYTES_OF_PROFILE_SETS = 4_000
+# Of a sparse matrix and its transpose, sorted: indices and value. Narrow matrices that products and QR hold at once.
+BYTES_PER_ENTRY, NARROW_MATRICES = 90, 4
 
 
 class Need(NamedTuple):
@@ -90,7 +95,20 @@ def needs_of_models(store: EventStore, settings: Settings, stages: Iterable[str]
     counts = int(min(900, 60 + 25 * length))
     of_profile = BYTES_OF_PROFILE_SETS if settings.layout.scores or settings.layout.own else 0
     sets = of_profile + 46 * 4 * (len(model_cutoffs) + len(stacking) + 1) + counts * 8 * (len(stacking) + 1)
-    found["features"] = Need("features", relevant * sets, 0, BASE_BYTES + EVENTS_AT_ONCE_BYTES + 24 * clients)
+    # Weights of items, of the profile's tastes and of the scorer; those of past windows lie on the disk meanwhile.
+    fits, weights_of_items, of_past = [0], 0, 0
+    if settings.layout.tastes:
+        fits.append(bytes_of_tastes(store, settings.tastes))
+        weights_of_items += _item_weights(store, settings.tastes)
+    if "scores" in (*feature_sets(settings), *profile_sets(settings)) and settings.pairs.tastes:
+        of_scorer = _item_weights(store, settings.pairs.factors)
+        fits.append(bytes_of_tastes(store, settings.pairs.factors) + 2 * of_scorer)
+        weights_of_items += of_scorer
+        of_past = (settings.pairs.windows + 1) * of_scorer
+    in_bundle += weights_of_items
+    disk = relevant * sets + weights_of_items
+    memory = BASE_BYTES + EVENTS_AT_ONCE_BYTES + 24 * clients + max(fits)
+    found["features"] = Need("features", disk, disk + of_past, memory)
     widths = (
         ("contrastive", settings.contrastive.config.events.width),
         ("multitask", settings.multitask.config.profile_width),
@@ -121,7 +139,7 @@ def needs_of_models(store: EventStore, settings: Settings, stages: Iterable[str]
         found[name] = Need(name, disk, disk + checkpoints + best, memory, device, checkpoints)
     width = settings.layout.max_width if settings.layout.own else getattr(settings.stacking.config, "profile_width", 7)
     vectors = relevant * width * 2
-    memory = TRAINING_BYTES + NETWORK_BYTES + 3 * vectors + relevant * 100
+    memory = TRAINING_BYTES + NETWORK_BYTES + 3 * vectors + relevant * 100 + weights_of_items
     # Vectors in two and in four bytes, the model of the run and its training; the run's folder holds copies.
     trained = 0 if settings.stacking.training is None else NETWORK_BYTES
     checkpoints = trained // BYTES_PER_WEIGHT * CHECKPOINTS_PER_WEIGHT
@@ -133,6 +151,21 @@ def needs_of_models(store: EventStore, settings: Settings, stages: Iterable[str]
     found["evaluate"] = Need("evaluate", 0, 0, scored, scored if on_gpu else 0)
     groups = dict.fromkeys(name.removeprefix("latest-").split("-")[0] for name in stages)
     return [found[name] for name in groups if name in found]
+
+
+def bytes_of_tastes(store: EventStore, config: TastesConfig) -> int:
+    """What `fit_tastes` holds in memory at most, its result included."""
+    relevant = np.asarray(store.is_relevant)
+    clients = min(int(relevant.sum()), config.clients)
+    kinds = [kind for kind in config.kinds if kind in store.kinds]
+    events = sum(int(np.diff(store.kind(kind).offsets)[relevant].sum()) for kind in kinds)
+    rows = len(kinds) * store.num_skus + clients
+    narrow = rows * 4 * (config.rank + NARROW_MATRICES * (config.rank + SPARE_FACTORS))
+    return narrow + events * clients // max(int(relevant.sum()), 1) * BYTES_PER_ENTRY
+
+
+def _item_weights(store: EventStore, config: TastesConfig) -> int:
+    return len(set(config.kinds) & {*store.kinds}) * store.num_skus * config.rank * 4
 
 
 def _activations(settings: ModelSettings) -> int:

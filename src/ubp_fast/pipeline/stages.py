@@ -9,6 +9,7 @@ the profiles is the backtest's; `profiles.at` asks for a second one, of another 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,7 +38,16 @@ from ubp_fast.features.scaling import DayStatistics
 from ubp_fast.features.static import static_features
 from ubp_fast.features.tastes import fit_tastes, taste_features
 from ubp_fast.features.writing import in_client_blocks
-from ubp_fast.files import load_json, save_array, write_array, write_arrays, write_json
+from ubp_fast.files import (
+    complete_directory,
+    load_array,
+    load_arrays,
+    load_json,
+    save_array,
+    write_array,
+    write_arrays,
+    write_json,
+)
 from ubp_fast.models.pair_scorer import PairScorer
 from ubp_fast.models.training import on_device
 from ubp_fast.pipeline.identity import Place, targets
@@ -49,6 +59,7 @@ from ubp_fast.pipeline.model_stages import (
     TASTE_WEIGHTS,
     TRAINING,
     UNALIGNED,
+    VECTORS,
     Inputs,
     cutoffs_of,
     load_lists,
@@ -90,6 +101,8 @@ FOLDERS = {
 # Settings of the evaluation that change the scores of every reader, and of one.
 ALL_READERS = ("tasks", "orders", "seed")
 OF_READER = {"network": ("precision", "epochs", "batch_size", "learning_rate"), "boosting": ("labels_per_task",)}
+# Of stages that are not complete yet: what has its name, tasks that were scored, parts of the scorer of pairs.
+FINISHED, SCORED, LEARNED = "[!.]*", "scored", "pairs"
 READER_COST = {"network": 60, "linear": 5, "boosting": 10, "neighbours": 2}
 
 
@@ -103,7 +116,7 @@ class Stage:
         config: everything of the configuration that can change its output.
         make: fills its folder: make(settings, folders of the inputs, own folder, progress).
         cost: rough share of a run's time; shapes the estimate of the remaining time only.
-        keep: names in its folder from which an interrupted run continues.
+        keep: what in its folder an interrupted run continues from, names as of `clear_directory`.
         reaches: more places of the source than the function itself names.
     """
 
@@ -157,7 +170,7 @@ def _profiles(settings: Settings, align_to: Path | None = None) -> list[Stage]:
     joined = tuple(name for name in NETWORKS if name in settings.stacking_blocks)
     return [
         Stage("store", ("events",), settings.part("store"), make_store, 2),
-        Stage("features", ("events", "store"), _features_config(settings), make_features, 8),
+        Stage("features", ("events", "store"), _features_config(settings), make_features, 8, (FINISHED,)),
         *(
             Stage(
                 name,
@@ -165,7 +178,7 @@ def _profiles(settings: Settings, align_to: Path | None = None) -> list[Stage]:
                 common | _model(settings, name) | _of_vectors(settings, "at_once"),
                 make,
                 60,
-                (TRAINING,),
+                (TRAINING, VECTORS),
             )
             for name, make in (("contrastive", make_contrastive), ("multitask", make_multitask))
             if name in _trained(settings)
@@ -198,7 +211,7 @@ def _of_vectors(settings: Settings, *names: str) -> dict[str, Any]:
 
 
 def _features_config(settings: Settings) -> dict[str, Any]:
-    sets = _feature_sets(settings) + _profile_sets(settings)
+    sets = feature_sets(settings) + profile_sets(settings)
     seed = settings.part("seed") if "scores" in sets else {}
     return seed | settings.part("windows", "features") | {"sets": sets, "multitask": "multitask" in _trained(settings)}
 
@@ -221,7 +234,7 @@ def _trained(settings: Settings) -> tuple[str, ...]:
     return tuple(name for name in NETWORKS if name in wanted)
 
 
-def _feature_sets(settings: Settings) -> list[str]:
+def feature_sets(settings: Settings) -> list[str]:
     """Features that the stacking model, the graded directions or a trained model look at."""
     looked_at = {*settings.stacking_blocks, *graded_blocks(settings.recipe)}
     if "multitask" in _trained(settings):
@@ -229,10 +242,10 @@ def _feature_sets(settings: Settings) -> list[str]:
     return [name for name in ("static", "aggregated", "decayed", "scores", "rich") if name in looked_at]
 
 
-def _profile_sets(settings: Settings) -> list[str]:
+def profile_sets(settings: Settings) -> list[str]:
     """Features that no model looks at: the profile takes them as they are."""
     sets = [name for name in ("tastes", "rhythm") if getattr(settings.layout, name)]
-    has_scores = "scores" in _feature_sets(settings) or not settings.layout.scores
+    has_scores = "scores" in feature_sets(settings) or not settings.layout.scores
     return sets if has_scores else ["scores", *sets]
 
 
@@ -279,7 +292,7 @@ def _score(settings: Settings, component: str, reader: str) -> Stage:
         _write_scores(settings, component, reader, inputs, directory, progress)
 
     name, cost = f"evaluate-{component}-{reader}", READER_COST[reader]
-    return Stage(name, ("events", *folders), config, make, cost, (), _reader(reader))
+    return Stage(name, ("events", *folders), config, make, cost, (SCORED,), _reader(reader))
 
 
 def _reader(name: str) -> tuple[Place, ...]:
@@ -320,27 +333,36 @@ def make_features(settings: Settings, inputs: Inputs, directory: Path, progress:
     model, stacking = cutoffs_of(store, settings)
     make = _feature_makers(settings, store, lists)
     if settings.layout.tastes:
-        weights = fit_tastes(store, store.cutoff_s, settings.tastes)
-        write_array(directory / TASTE_WEIGHTS, weights)
+        if not (directory / TASTE_WEIGHTS).exists():
+            write_array(directory / TASTE_WEIGHTS, fit_tastes(store, store.cutoff_s, settings.tastes))
+        weights = load_array(directory / TASTE_WEIGHTS, memory_map=True)
         make["tastes"] = partial(make["tastes"], weights=weights)
-    if "scores" in (*_feature_sets(settings), *_profile_sets(settings)):
-        scorer = _fit_scorer(settings, store, lists)
+    if "scores" in (*feature_sets(settings), *profile_sets(settings)):
+        scorer = _fit_scorer(settings, store, lists, directory / LEARNED)
         write_arrays(directory / PAIRS_FILE, scorer.arrays)
         make["scores"] = scorer.transform
     of_multitask = model if "multitask" in _trained(settings) else ()
     wanted = [
         (name, cutoff_s)
         for cutoff_s in (*of_multitask, *stacking, store.cutoff_s)
-        for name in _feature_sets(settings)
+        for name in feature_sets(settings)
         if name == "static" or cutoff_s not in model
     ]
-    wanted += [(name, store.cutoff_s) for name in _profile_sets(settings)]
+    wanted += [(name, store.cutoff_s) for name in profile_sets(settings)]
     day = DayStatistics()
+    if (directory / DAY_FILE).exists():
+        day.arrays |= load_arrays(directory / DAY_FILE)
     for done, (name, cutoff_s) in enumerate(wanted):
-        kept = {"day": day} if name in OF_DAY and cutoff_s == store.cutoff_s else {}
-        make[name](store, cutoff_s, directory=directory / f"{name}-{cutoff_s}", **kept)
+        made = directory / f"{name}-{cutoff_s}"
+        if not made.exists():
+            unfinished = made.with_name(f".{made.name}.partial")
+            kept = {"day": day} if name in OF_DAY and cutoff_s == store.cutoff_s else {}
+            make[name](store, cutoff_s, directory=unfinished, **kept)
+            write_arrays(directory / DAY_FILE, day.arrays)
+            complete_directory(unfinished, made)
         progress(done + 1, len(wanted))
-    write_arrays(directory / DAY_FILE, day.arrays)
+    if (directory / LEARNED).exists():
+        shutil.rmtree(directory / LEARNED)
 
 
 def _given_lists(settings: Settings, events: EventDirectory) -> LabelLists:
@@ -349,10 +371,10 @@ def _given_lists(settings: Settings, events: EventDirectory) -> LabelLists:
     return {name: values for name, values in (given or {}).items() if name in GIVEN_LISTS}
 
 
-def _fit_scorer(settings: Settings, store: EventStore, lists: LabelLists) -> PairScorer:
+def _fit_scorer(settings: Settings, store: EventStore, lists: LabelLists, folder: Path) -> PairScorer:
     """Learned from the newest windows before the profiles' cutoff."""
     cutoffs = training_cutoffs(store, settings.pairs.windows, 1)
-    return PairScorer.fit(store, cutoffs, lists, settings.pairs, settings.seed)
+    return PairScorer.fit(store, cutoffs, lists, settings.pairs, settings.seed, folder)
 
 
 def _feature_makers(settings: Settings, store: EventStore, lists: LabelLists) -> dict[str, Callable[..., Features]]:
@@ -446,7 +468,8 @@ def _write_scores(
     targets = build_targets(events, profiles.client_ids, settings.evaluation.tasks)
     config = replace(settings.evaluation, readers=(reader,))
     has_units = component in ("features", "profile_features")
-    scores = evaluate(profiles, targets, config, on_device(settings.device), progress, has_units)
+    keep = directory / SCORED
+    scores = evaluate(profiles, targets, config, on_device(settings.device), progress, has_units, keep=keep)
     scores = replace(scores, remarks={**scores.remarks, **({"clients": remark} if remark else {})})
     write_json(directory / "scores.json", scores.to_json())
 

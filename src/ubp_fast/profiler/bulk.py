@@ -6,7 +6,6 @@ FILE.parquet    one table, or a directory of parts of 65,536 clients, and FILE.j
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,8 @@ from ubp_fast.files import (
     complete_directory,
     create_array,
     load_json,
+    put_in_place,
+    restore,
     save_array,
     write_json,
     writing_to,
@@ -59,13 +60,15 @@ def write_in_parts(
         OutputDirectoryError: `output` is something else, or cannot be written.
     """
     is_table = output.suffix == ".parquet"
+    partial, identity = output.with_name(f".{output.name}.partial"), f"{identity} {per_block}"
+    with writing_to(output, "the output", partial):
+        restore(output)
     if output.is_dir() and any(output.iterdir()):
         mark = part_file(output, 0) if is_table else output / EMBEDDINGS_FILE
         if not mark.exists():
             raise OutputDirectoryError(f"{output}: output must be new or hold profiles, got other files; name another")
     elif output.exists() and not is_table:
         raise OutputDirectoryError(f"{output}: output must be a directory or end in .parquet, got a file; name another")
-    partial = output.with_name(f".{output.name}.partial")
     with writing_to(output, "the output", partial):
         output.parent.mkdir(parents=True, exist_ok=True)
         done = _done(partial, identity)
@@ -89,6 +92,7 @@ def write_in_parts(
             halves: np.ndarray = np.load(partial / EMBEDDINGS_FILE, mmap_mode="r", allow_pickle=False)
             Profiles(client_ids, halves, layout, own_ids).save_beside(partial)
         (partial / PROGRESS_FILE).unlink()
+    with writing_to(output.parent, "the folder of the output"):
         _publish(partial, output, layout)
 
 
@@ -113,15 +117,14 @@ def _opened(path: Path, shape: tuple[int, int], is_there: bool) -> np.ndarray:
 
 
 def _publish(partial: Path, output: Path, layout: Layout) -> None:
-    if output.suffix == ".parquet":
-        write_json(output.with_suffix(".json"), layout.to_json())
-        if output.is_dir():
-            shutil.rmtree(output)
-        if not part_file(partial, 1).exists():
-            os.replace(part_file(partial, 0), output)
-            shutil.rmtree(partial)
-            return
-        output.unlink(missing_ok=True)
-    elif output.is_dir():
-        shutil.rmtree(output)
-    complete_directory(partial, output)
+    if output.suffix != ".parquet":
+        complete_directory(partial, output)
+        return
+    facts = output.with_suffix(".json")
+    facts.unlink(missing_ok=True)  # never of other vectors than those beside it
+    if part_file(partial, 1).exists():
+        complete_directory(partial, output)
+    else:
+        put_in_place(part_file(partial, 0), output)
+        shutil.rmtree(partial)
+    write_json(facts, layout.to_json())

@@ -61,6 +61,11 @@ def model_folder(run: Path) -> Path:
     return run / MODEL_FOLDER if not (run / BUNDLE_FILE).exists() and (run / MODEL_FOLDER).is_dir() else run
 
 
+def versions() -> dict[str, str]:
+    """Of what decides the numbers of a model and of its vectors."""
+    return {name: metadata.version(name) for name in PACKAGES}
+
+
 def save_bundle(
     directory: Path, fitted: Fitted, layout: Layout, day: DayStatistics, maps: Mapping[str, pl.DataFrame]
 ) -> None:
@@ -112,7 +117,7 @@ def save_bundle(
         directory / BUNDLE_FILE,
         {
             "format": FORMAT,
-            "versions": {name: metadata.version(name) for name in PACKAGES},
+            "versions": versions(),
             "cutoff_s": fitted.cutoff_s,
             "windows": fitted.windows,
             "recipe": to_plain(fitted.recipe),

@@ -8,7 +8,6 @@ in `history/`, so that days can be appended as before.
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,15 @@ import numpy as np
 import polars as pl
 
 from ubp_fast.events.schema import DataError, UserError
-from ubp_fast.files import clear_directory, complete_directory, load_array, write_table
+from ubp_fast.files import (
+    clear_directory,
+    complete_directory,
+    load_array,
+    remove_at_once,
+    restore,
+    write_table,
+    writing_to,
+)
 from ubp_fast.profiler.history import History
 from ubp_fast.profiler.profiler import LATEST, Profiler
 from ubp_fast.profiler.reading import own_ids
@@ -59,7 +66,11 @@ def forget(run: Path | str, clients: Sequence[Any] | np.ndarray | pl.Series) -> 
         DataError: no whole run, or an id that the search found where nobody expected it.
         UserError: ids of another kind than those of the events, or none.
     """
-    path = Path(run)
+    with writing_to(Path(run), "the run directory"):
+        return _forget(Path(run), clients)
+
+
+def _forget(path: Path, clients: Sequence[Any] | np.ndarray | pl.Series) -> Forgotten:
     profiler = Profiler.load(path)
     if profiler.directory.parent != path or not len(clients):
         raise UserError(
@@ -74,10 +85,14 @@ def forget(run: Path | str, clients: Sequence[Any] | np.ndarray | pl.Series) -> 
         numbers = history.clients.numbers[known.is_in(gone.implode()).to_numpy()]
     found = int(np.isin(history.histories.client_ids, numbers).sum())
     for name in VECTORS:
+        for shown in (path / name, path / f"{name}.parquet"):
+            restore(shown)
         _without_vectors(path / name, numbers)
         _without_rows(path / f"{name}.parquet", gone)
     history.without(numbers).save(path)
     (path / REPORT).unlink(missing_ok=True)
+    for unfinished in path.glob(".*.partial"):  # left by a kill
+        remove_at_once(unfinished)
     removed = tuple(_remove_stages(path / "stages"))
     if left := [str(file) for file in path.rglob("*") if file.is_file() and _holds(file, gone, numbers)]:
         raise DataError(f"{path}: no file may hold an id of who was forgotten, got {left}; remove them")
@@ -99,7 +114,6 @@ def _without_vectors(folder: Path, numbers: np.ndarray) -> None:
     own = None if profiles.own_ids is None else profiles.own_ids.filter(pl.Series(kept))
     rows = replace(profiles, client_ids=profiles.client_ids[kept], embeddings=profiles.embeddings[kept], own_ids=own)
     rows.save(partial)
-    shutil.rmtree(folder)
     complete_directory(partial, folder)
 
 
@@ -119,7 +133,8 @@ def _remove_stages(stages: Path) -> Iterator[Path]:
             continue
         target = entry.resolve()
         if target.is_dir():
-            shutil.rmtree(target)
+            with writing_to(target, "a stage that holds clients"):
+                remove_at_once(target)
             yield target
         if entry.is_symlink():
             entry.unlink()

@@ -10,7 +10,6 @@ one. The run's own store is where it begins.
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from ubp_fast.files import (
     complete_directory,
     load_array,
     load_json,
+    remove_at_once,
     save_array,
     save_table,
     write_json,
@@ -149,13 +149,12 @@ class History:
         (partial / "maps").mkdir()
         for name, table in self.maps.items():
             save_table(partial / "maps" / f"{name}.parquet", table)
-        shutil.rmtree(path, ignore_errors=True)
         complete_directory(partial, path)
         current = {"number": self.number, "appended": list(self.appended), "names_clients": self.names_clients}
         write_json(run / FOLDER / CURRENT_FILE, current)
         for other in (run / FOLDER).iterdir():
             if other.is_dir() and other != path:
-                shutil.rmtree(other)
+                remove_at_once(other)
 
     @classmethod
     def _load(cls, folder: Path) -> History:

@@ -17,7 +17,7 @@ import polars as pl
 from ubp_fast.events.schema import UserError
 from ubp_fast.events.split import utc_text
 from ubp_fast.features.scaling import DayStatistics
-from ubp_fast.files import writable_directory
+from ubp_fast.files import scratch_directory, writing_to
 from ubp_fast.profiler.bulk import write_in_parts
 from ubp_fast.profiler.bundle import (
     BUNDLE_FILE,
@@ -27,6 +27,7 @@ from ubp_fast.profiler.bundle import (
     load_maps,
     model_folder,
     save_day,
+    versions,
 )
 from ubp_fast.profiler.history import History
 from ubp_fast.profiler.parts import Blocks, Fitted, Made, features_and_networks, measure, rows_of, vectors_of
@@ -148,10 +149,10 @@ class Profiler:
         if len(job.numbers) != len(np.unique(job.numbers)):
             raise UserError("clients: ids must be named once to be written, got some twice; remove the repeats")
         report = progress or _silent
-        place = writable_directory(target.parent, "the folder of the output") if everybody else None
-        with nullcontext("") if place is None else TemporaryDirectory(dir=place) as folder:
+        scratch = target.with_name(f".{target.name}.everybody")
+        with writing_to(target, "the output", scratch), scratch_directory(scratch) if everybody else nullcontext():
             if everybody:
-                job = self._kept(job, clients, Path(folder), _share(report, 0.0, MEASURING))
+                job = self._kept(job, clients, scratch, _share(report, 0.0, MEASURING))
                 report = _share(report, MEASURING, 1.0) if job.made is not None else report
             write_in_parts(target, job.identity, job.numbers, job.own_ids, job.layout, job.make, per_block, report)
         return len(job.numbers)
@@ -195,15 +196,16 @@ class Profiler:
         numbers, own = now.population()
         report = progress or _silent
         job = _Job(self, now.histories, at_s, DayStatistics(), self.layout, numbers, own)
-        with TemporaryDirectory(dir=run) as folder:
-            job = job.measured(Path(folder), _share(report, 0.0, MEASURING))
-            save_day(self.directory, at_s, job.day)
-            given = (job.identity, numbers, own, self.layout, job.make)
-            write_in_parts(run / LATEST, *given, progress=_share(report, MEASURING, 0.95))
-        profiles = replace(Profiles.load(run / LATEST), own_ids=own)
-        profiles.write_parquet(run / f"{LATEST}.parquet")
-        if now is not before:
-            now.save(run)
+        with writing_to(run, "the run directory"):
+            with scratch_directory(run / ".append.partial") as folder:
+                job = job.measured(folder, _share(report, 0.0, MEASURING))
+                save_day(self.directory, at_s, job.day)
+                given = (job.identity, numbers, own, self.layout, job.make)
+                write_in_parts(run / LATEST, *given, progress=_share(report, MEASURING, 0.95))
+            profiles = replace(Profiles.load(run / LATEST), own_ids=own)
+            profiles.write_parquet(run / f"{LATEST}.parquet")
+            if now is not before:
+                now.save(run)
         report(1, 1)
         return profiles
 
@@ -301,7 +303,7 @@ class _Job:
         """A digest of everything that decides the vectors."""
         state = hashlib.blake2b(digest_size=16)
         state.update((self.profiler.directory / BUNDLE_FILE).read_bytes())
-        state.update(repr((self.at_s, self.layout)).encode())
+        state.update(repr((self.at_s, self.layout, versions())).encode())
         for name, array in sorted(self.day.arrays.items()):
             state.update(name.encode() + array.tobytes())
         state.update(self.numbers.tobytes())

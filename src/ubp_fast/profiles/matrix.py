@@ -13,7 +13,6 @@ Files of a profile directory, as in a submission to the challenge:
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +21,15 @@ import polars as pl
 
 from ubp_fast.events.read import read_array, read_table
 from ubp_fast.events.schema import DataError, UserError
-from ubp_fast.files import load_json, published_directory, save_table, write_array, write_json, write_table
+from ubp_fast.files import (
+    complete_directory,
+    load_json,
+    put_in_place,
+    scratch_directory,
+    write_array,
+    write_json,
+    write_table,
+)
 from ubp_fast.profiles.blocks import MAX_DIM, Layout
 
 __all__ = ["MAX_DIM", "Profiles"]
@@ -212,15 +219,13 @@ class Profiles:
     def write_parquet(self, path: Path, per_block: bool = False) -> None:
         """Writes `to_frame`: a file or, of more clients than 65,536, a directory of parts; it appears when complete."""
         starts = range(0, max(self.num_clients, 1), BLOCK_ROWS)
-        if path.is_dir():
-            shutil.rmtree(path)
-        if len(starts) == 1:
-            write_table(path, self.to_frame(per_block))
-            return
-        path.unlink(missing_ok=True)
-        with published_directory(path) as partial:
+        with scratch_directory(path.with_name(f".{path.name}.partial")) as partial:
             for number, start in enumerate(starts):
-                save_table(part_file(partial, number), self._rows(start, start + BLOCK_ROWS).to_frame(per_block))
+                write_table(part_file(partial, number), self._rows(start, start + BLOCK_ROWS).to_frame(per_block))
+            if len(starts) == 1:
+                put_in_place(part_file(partial, 0), path)
+            else:
+                complete_directory(partial, path)
 
     def _rows(self, first: int, last: int) -> Profiles:
         own_ids = None if self.own_ids is None else self.own_ids.slice(first, last - first)
