@@ -100,7 +100,7 @@ def contrastive_call(place: Place) -> Callable[[], tuple[torch.Tensor, ...]]:
     losses = contrastive.forward(problem)
     if place.kernel == "statistics":
         return lambda: contrastive.forward(problem)
-    return lambda: contrastive.backward(problem, weight, tau, losses)[:2]
+    return lambda: contrastive.backward(problem, weight, tau, losses, losses)[:2]
 
 
 OPERATORS: dict[str, tuple[ModuleType, Callable[[], Iterator[Place]], Callable[[Place], Any], str]] = {

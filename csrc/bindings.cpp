@@ -213,9 +213,9 @@ PYBIND11_MODULE(_core, module) {
               &Contrastive::has_ids, "places", &Contrastive::places, "right_bias", &Contrastive::right_bias,
               "positive_bias", &Contrastive::positive_bias, "is_normalized", &Contrastive::is_normalized,
               "temperature", &Contrastive::temperature, "threads", &Contrastive::threads, "losses",
-              &Contrastive::losses, "weight", &Contrastive::weight, "factor", &Contrastive::factor,
-              "grad_left", &Contrastive::grad_left, "grad_right", &Contrastive::grad_right, "grad_positive",
-              &Contrastive::grad_positive);
+              &Contrastive::losses, "weight", &Contrastive::weight, "shares", &Contrastive::shares, "factor",
+              &Contrastive::factor, "grad_left", &Contrastive::grad_left, "grad_right",
+              &Contrastive::grad_right, "grad_positive", &Contrastive::grad_positive);
   module.def("nt_xent_forward", &nt_xent<&ubp::Kernels::nt_xent_forward>);
   module.def("nt_xent_backward", &nt_xent<&ubp::Kernels::nt_xent_backward>,
              "Returns sum_i weight_i sum_j p_ij gap_ij, see nt_xent.h.");

@@ -2,7 +2,10 @@
 //
 //   s_ij = <a_i, b_j>   gap_ij = (s_ij - s_i,p(i)) / tau + bias_j - bias_p(i)
 //   loss_i = log(1 + sum_negatives exp(gap_ij))
-//   p_ij = exp(gap_ij - loss_i)   sum_negatives p_ij = 1 - exp(-loss_i)
+//   p_ij = exp(gap_ij - loss_i)
+//
+// Where right holds some of the candidates only, losses are those of all: backward then adds up over the
+// parts, each with the shares of its negatives, which are 1 - exp(-loss_i) together.
 //
 // Forms: cross (rows of left meet rows of right), symmetric (and rows of right meet left: the columns of the
 // same matrix), simclr (all rows of both meet each other). Row i of right is the positive of row i of left,
@@ -36,6 +39,7 @@ struct NTXentProblem {
   double* losses;  // [left_count] for cross, else [2 left_count]; forward writes them, backward reads them
   // backward only
   const float* weight;                           // as losses
+  const double* shares;                          // as losses: sum_negatives p_ij
   double factor;                                 // of all gradients of rows
   void *grad_left, *grad_right, *grad_positive;  // as the rows; only those that take part are written
   double* moment;                                // sum_i weight_i sum_j p_ij (s_ij - s_i,p(i)) / tau

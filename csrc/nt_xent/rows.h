@@ -316,7 +316,7 @@ void write_row(const NTXentProblem& problem, const Place& place, const double* n
 // The positive's entry of the gradient is minus the sum of the row's others: no cancellation when the loss is
 // near zero.
 double slope_of_positive(const NTXentProblem& problem, int64_t index) {
-  return std::expm1(-problem.losses[index]) * static_cast<double>(problem.weight[index]);
+  return -problem.shares[index] * static_cast<double>(problem.weight[index]);
 }
 
 double slope_of_pair(const NTXentProblem& problem, int64_t pair) {

@@ -132,7 +132,7 @@ def nt_xent(core: Any, generator: random.Random) -> None:
     for name, count in rows_of.items():
         tensors[name] = numbers(generator, dtype, count * width)
         tensors[f"grad_{name}"] = array(TYPECODES[dtype], bytes(ITEM_BYTES[dtype] * count * width))
-    tensors["losses"] = array("d", bytes(16 * max(counts)))
+    tensors |= {name: array("d", bytes(16 * max(counts))) for name in ("losses", "shares")}
     tensors["weight"] = array("f", (2 * generator.random() - 1 for _ in range(2 * max(counts))))
     problem = core.NTXentProblem(
         **addresses(tensors),

@@ -80,7 +80,7 @@ def forward(problem: Problem) -> Tensor:
 
 
 def backward(
-    problem: Problem, weight: Tensor, factor: Tensor, row_losses: Tensor
+    problem: Problem, weight: Tensor, factor: Tensor, row_losses: Tensor, shares: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Gradients of left, right, positive and temperature; the similarities are computed again."""
     count = len(problem.left)
@@ -89,7 +89,7 @@ def backward(
         return tuple(None if part is None else torch.zeros_like(part) for part in given)  # type: ignore[return-value]
     rows, directions = _rows(problem), problem.directions
     factor = factor / _temperature(problem)
-    pull = (torch.expm1(-row_losses) * weight).view(directions, -1).sum(dim=0).float()
+    pull = -(shares * weight).view(directions, -1).sum(dim=0).float()
     share = functional.pad(pull.repeat(2), (0, len(rows.stored) - 2 * count))  # slope of each row at its partner
     unasked = (0, len(rows.stored) - directions * count)
     asked, weights = (functional.pad(part.float(), unasked) for part in (row_losses, weight))

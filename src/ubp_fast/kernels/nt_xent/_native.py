@@ -38,7 +38,7 @@ def forward(problem: Problem) -> Tensor:
 
 
 def backward(
-    problem: Problem, weight: Tensor, factor: Tensor, row_losses: Tensor
+    problem: Problem, weight: Tensor, factor: Tensor, row_losses: Tensor, shares: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Gradients of left, right, positive and temperature; the similarities are computed again."""
     kept, right_kept = _kept(problem)
@@ -52,9 +52,11 @@ def backward(
     if not len(kept) or not len(right_kept):
         nothing = [None if part is None else part.zero_() for part in (left, right, positive)]
         return *nothing, torch.zeros_like(problem.temperature)  # type: ignore[return-value]
-    losses, weights = (part.view(problem.directions, -1)[:, kept].contiguous() for part in (row_losses, weight))
+    losses, weights, shares = (
+        part.view(problem.directions, -1)[:, kept].contiguous() for part in (row_losses, weight, shares)
+    )
     scale = float(factor) / float(problem.temperature)
-    found = {"weight": weights.float(), "factor": scale, "grad_left": left, "grad_right": right}
+    found = {"weight": weights.float(), "shares": shares, "factor": scale, "grad_left": left, "grad_right": right}
     if positive is not None:
         found["grad_positive"] = positive
     moment = _call(_core.nt_xent_backward, problem, kept, right_kept, losses, **found)

@@ -105,7 +105,7 @@ def forward(problem: Problem) -> Tensor:
 
 
 def backward(
-    problem: Problem, weight: Tensor, factor: Tensor, row_losses: Tensor
+    problem: Problem, weight: Tensor, factor: Tensor, row_losses: Tensor, shares: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Gradients of left, right, positive and temperature; the similarities are computed again."""
     given = (problem.left, problem.right, problem.positive)
@@ -132,8 +132,7 @@ def backward(
         _launch("gradient_kernel", grid, problem, *tensors, *own, *others, chosen=chosen, **sides)
         moments.append(moment.sum() * math.log(2.0))
     factor = factor / rows.temperature
-    # What the positive gains is what its negatives lose: sum of p over them = 1 - exp(-loss).
-    pull = -(torch.expm1(-row_losses) * weight).view(problem.directions, -1).sum(dim=0)
+    pull = (shares * weight).view(problem.directions, -1).sum(dim=0)  # the positive gains what its negatives lose
     _finish(problem, slope, pull, factor, left, right, positive)
     to_temperature = (-torch.stack(moments).sum() * factor).to(problem.temperature)
     return left, right, positive, to_temperature  # type: ignore[return-value]

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -38,6 +38,9 @@ from ubp_fast.kernels import backends, deferred, transforms
 from ubp_fast.kernels.checks import number, require_same, require_tensors, to_autocast
 from ubp_fast.kernels.nt_xent import _cuda, _native, _triton, reference
 from ubp_fast.kernels.nt_xent.reference import Problem
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 NEGATIVES = ("cross", "symmetric", "simclr")
 REDUCTIONS = ("mean", "sum", "none")
@@ -67,6 +70,8 @@ def nt_xent(
     candidate_bias: Tensor | None = None,
     normalize: bool = True,
     reduction: str = "mean",
+    group: ProcessGroup | None = None,
+    exchange: str = "gather",
     backend: str = "auto",
 ) -> Tensor:
     """Contrastive loss: row i of left belongs to row i of right, or where `positive` says; other rows are negatives.
@@ -102,6 +107,13 @@ def nt_xent(
         normalize: divide every row by its length first. Zero rows stay zero and get gradient 0.
         reduction: "mean", "sum" (of weight times loss) or "none" (weight times loss of each row, 0 where it is not
             valid; the mean of its two directions for symmetric and simclr).
+        group: processes of `torch.distributed` that share the loss: rows are the local ones, any number on each (also
+            none), candidates those of all. Mean and sum are of all rows and the same number everywhere; the local rows
+            get their gradient of it, and what the processes share, such as the temperature, has the sum of their
+            gradients. All make the same calls with the same options. Without `positive`, `candidate_valid` and
+            `candidate_ids`. None: this process alone.
+        exchange: with a group, "gather" (each process holds the rows of all) or "ring" (those of one other at a time:
+            memory does not grow with their number; only plain backwards).
         backend: "auto" or a name. "auto" is, for float32, bfloat16 and float16, "native" on the CPU and "triton" on
             NVIDIA GPUs, else "reference" (float64). Native computes small problems in float64, and so all others whose
             similarities divided by the temperature may exceed 60 (for bfloat16 it stays with its own products): about
@@ -131,6 +143,17 @@ def nt_xent(
     _check_rows(left, right, negatives)
     _check_facts("N", left, weight=weight, valid=valid, ids=ids)
     tau = _temperature_tensor(temperature, left.device)
+    if group is not None:
+        given = {"positive": positive, "candidate_valid": candidate_valid, "candidate_ids": candidate_ids}
+        given |= {} if negatives == "cross" else {"candidate_bias": candidate_bias}
+        for name, part in given.items():
+            if part is not None:
+                raise ValueError(f"nt_xent: {name} must be None with a group and negatives='{negatives}', got a tensor")
+        _require_pairs(left, right)
+        _check_facts("N", right, candidate_bias=candidate_bias)
+        bias = None if candidate_bias is None else candidate_bias.to(torch.float64)
+        more = (weight, valid, _long(ids), bias, normalize, backend, group, exchange)
+        return _over_ranks(left, right, tau, negatives, more, reduction)
     of_candidates = {"valid": candidate_valid, "ids": candidate_ids, "bias": candidate_bias}
     if positive is None and all(part is None for part in of_candidates.values()):
         _require_pairs(left, right)
@@ -165,6 +188,25 @@ def nt_xent(
     )
     row_losses = row_losses_of(left, right, rows, tau, *facts, backend)
     return reduced(row_losses, row_weight(left, weight, valid), reduction, loss_dtype(left.dtype), negatives != "cross")
+
+
+@torch.compiler.disable
+def _over_ranks(
+    left: Tensor, right: Tensor, temperature: Tensor, negatives: str, more: tuple[Any, ...], reduction: str
+) -> Tensor:
+    from ubp_fast.kernels.nt_xent import ranks  # it takes this module's parts, and few need it
+
+    weight, valid, *_, group, exchange = more
+    if exchange not in ranks.EXCHANGES:
+        raise ValueError(f"nt_xent: exchange must be one of {list(ranks.EXCHANGES)}, got '{exchange}'")
+    losses = ranks.row_losses(left, right, temperature, negatives, *more)
+    weights, dtype = row_weight(left, weight, valid), loss_dtype(left.dtype)
+    total = ranks.total(weights.sum(), group)
+    # In float64 until all parts are there.
+    share = reduced(losses, weights, reduction, torch.float64, negatives != "cross", total)
+    if reduction == "none":
+        return share.to(dtype)
+    return (ranks.total(share, group) + (share - share.detach())).to(dtype)
 
 
 def row_losses_of(*arguments: Any) -> Tensor:
@@ -211,8 +253,8 @@ def _transformed(left, right, positive, temperature, negatives, *others) -> Tens
     values = [None if part is None else transforms.untransformed(part) for part in tensors]
     with transforms.outside_of_transforms():  # inside nobody may look at a value
         if not any(part is not None and is_batchedtensor(part) for part in values):
-            _check_values(*values)  # type: ignore[arg-type]
-    problem = _problem(left, right, positive, temperature, negatives, *facts, normalize=normalize)
+            check_values(*values)  # type: ignore[arg-type]
+    problem = problem_of(left, right, positive, temperature, negatives, *facts, normalize=normalize)
     return reference.forward(problem)
 
 
@@ -319,7 +361,7 @@ def _check_temperature(value: float) -> None:
         raise ValueError(f"nt_xent: temperature must be finite and > 0, got {value}")
 
 
-def _check_values(
+def check_values(
     left: Tensor,
     right: Tensor,
     positive: Tensor | None,
@@ -383,7 +425,7 @@ def loss_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _problem(
+def problem_of(
     left: Tensor,
     right: Tensor,
     positive: Tensor | None,
@@ -416,9 +458,9 @@ def _problem(
 def _nt_xent(left, right, positive, temperature, negatives, *facts):
     *facts, weight, normalize, backend = facts
     deferred.poll(left.device)
-    _check_values(left, right, positive, temperature, *facts, weight)
-    problem = _problem(left, right, positive, temperature, negatives, *facts, normalize=normalize)
-    return _implementation(backend, problem).forward(problem).to(torch.float64)
+    check_values(left, right, positive, temperature, *facts, weight)
+    problem = problem_of(left, right, positive, temperature, negatives, *facts, normalize=normalize)
+    return implementation(backend, problem).forward(problem).to(torch.float64)
 
 
 @torch.library.custom_op(
@@ -428,28 +470,31 @@ def _nt_xent(left, right, positive, temperature, negatives, *facts):
 )
 def _nt_xent_backward(grad, row_losses, left, right, positive, temperature, negatives, *facts):
     *facts, _, normalize, backend = facts
-    problem = _problem(left, right, positive, temperature, negatives, *facts, normalize=normalize)
+    problem = problem_of(left, right, positive, temperature, negatives, *facts, normalize=normalize)
     found = backward_of(problem, backend, grad, row_losses)
     return tuple(left.new_empty(0) if part is None else part for part in found)
 
 
 def backward_of(
-    problem: Problem, backend: str, grad: Tensor, row_losses: Tensor
+    problem: Problem, backend: str, grad: Tensor, row_losses: Tensor, shares: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Gradients of left, right, positive and temperature from those of all row losses; both float64."""
+    """Gradients of left, right, positive and temperature from those of all row losses; all float64.
+
+    Shares are those of `reference.backward`; None: right holds all candidates.
+    """
     if not len(grad):
         nothing = [None if part is None else torch.zeros_like(part) for part in problem[:4]]
         return tuple(nothing)  # type: ignore[return-value]
     # Largest weight 1: kernels keep small numbers in 16 bits.
     peak = grad.abs().amax()
     factor = torch.where(peak > 0, peak, torch.ones_like(peak))
-    found: tuple[Tensor, Tensor, Tensor | None, Tensor] = _implementation(backend, problem).backward(
-        problem, grad / factor, factor, row_losses
+    found: tuple[Tensor, Tensor, Tensor | None, Tensor] = implementation(backend, problem).backward(
+        problem, grad / factor, factor, row_losses, -torch.expm1(-row_losses) if shares is None else shares
     )
     return found
 
 
-def _implementation(backend: str, problem: Problem) -> ModuleType:
+def implementation(backend: str, problem: Problem) -> ModuleType:
     return IMPLEMENTATIONS[backends.resolve("nt_xent", backend, IMPLEMENTATIONS, ORDER, problem)]
 
 
@@ -476,7 +521,7 @@ def _backward(ctx, grad):
         transforms.require_reference("nt_xent", ctx.backend)
         gradients = transforms.differentiable_gradients(
             lambda *inputs: reference.forward(
-                _problem(*inputs, ctx.negatives, *facts, normalize=ctx.normalize)
+                problem_of(*inputs, ctx.negatives, *facts, normalize=ctx.normalize)
             ).double(),
             rows,
             ctx.needs_input_grad,

@@ -120,14 +120,16 @@ def forward(problem: Problem) -> Tensor:
 
 
 def backward(
-    problem: Problem, weight: Tensor, factor: Tensor, row_losses: Tensor
+    problem: Problem, weight: Tensor, factor: Tensor, row_losses: Tensor, shares: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Gradients of left, right, positive and temperature.
 
     Args:
         weight: float64, the derivative by every row loss of `forward` without `factor`, largest magnitude 1.
         factor: float64, 0-d.
-        row_losses: float64, as `forward` returned them.
+        row_losses: float64, as `forward` returned them; where right holds a part of the candidates, of all of them.
+        shares: float64, sum of p over the negatives of a row in right; 1 - exp(-loss) where it has them all. Taken by
+            backends that do not see all p of a row at once.
     """
     dtype = torch.promote_types(problem.left.dtype, torch.float32)
     weight, row_losses, factor = weight.to(dtype), row_losses.to(dtype), (factor / problem.temperature).to(dtype)
