@@ -95,13 +95,12 @@ def attention_call(place: Place) -> Callable[[], tuple[torch.Tensor, ...]]:
 def contrastive_call(place: Place) -> Callable[[], tuple[torch.Tensor, ...]]:
     """Forward, or backward, of 8,192 rows, bfloat16."""
     rows = [torch.randn(8192, min(place.width, 512), device="cuda", dtype=torch.bfloat16) for _ in range(2)]
-    weight, tau = torch.ones(8192, device="cuda"), torch.tensor(0.1, device="cuda", dtype=torch.float64)
-    problem = ContrastiveProblem(*rows, tau, "cross", weight, None, None, True)
-    _, losses = contrastive.forward(problem)
-    grad = torch.ones((), device="cuda")
+    weight, tau = (torch.full(shape, 0.1, device="cuda", dtype=torch.float64) for shape in ((8192,), ()))
+    problem = ContrastiveProblem(*rows, None, tau, "cross", *[None] * 7, True)
+    losses = contrastive.forward(problem)
     if place.kernel == "statistics":
         return lambda: contrastive.forward(problem)
-    return lambda: contrastive.backward(problem, grad, losses)[:2]
+    return lambda: contrastive.backward(problem, weight, tau, losses, losses)[:2]
 
 
 OPERATORS: dict[str, tuple[ModuleType, Callable[[], Iterator[Place]], Callable[[Place], Any], str]] = {

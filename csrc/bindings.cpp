@@ -96,28 +96,45 @@ void flash_attention(Attention problem) {
 }
 
 // Rows are read and written through `kept`, so its numbers must lie inside the tensors.
+void check_kept(const int64_t* kept, const int32_t* ids, int64_t count, int64_t rows,
+                const std::string& side) {
+  if (count < 1 || count >= (int64_t{1} << 30) || count > rows)
+    refuse(kContrastive,
+           side + "_count must be in 1..2^30 - 1 and at most the rows, got " + std::to_string(count));
+  int64_t previous = -1;
+  for (int64_t at = 0; at < count; ++at) {
+    if (kept[at] <= previous || kept[at] >= rows)
+      refuse(kContrastive, side + "_kept must rise and stay below the number of rows, got " +
+                               std::to_string(kept[at]) + " at entry " + std::to_string(at));
+    if (ids[at] < 0)
+      refuse(kContrastive,
+             side + "_ids must be >= 0, got " + std::to_string(ids[at]) + " at entry " + std::to_string(at));
+    previous = kept[at];
+  }
+}
+
 template <ubp::NTXentFunction ubp::Kernels::* kFunction>
 double nt_xent(Contrastive problem) {
   require_common(kContrastive, problem.dtype, problem.threads);
   const int form = static_cast<int>(problem.form);
   if (form < 0 || form > 2) refuse(kContrastive, "form must be 0, 1 or 2, got " + std::to_string(form));
-  if (problem.pairs < 1 || problem.pairs >= (int64_t{1} << 30) || problem.pairs > problem.rows)
-    refuse(kContrastive,
-           "pairs must be in 1..2^30 - 1 and at most the rows, got " + std::to_string(problem.pairs));
+  check_kept(problem.left_kept, problem.left_ids, problem.left_count, problem.left_rows, "left");
+  check_kept(problem.right_kept, problem.right_ids, problem.right_count, problem.right_rows, "right");
+  if (problem.positive == nullptr && (problem.left_count != problem.right_count || problem.places != nullptr))
+    refuse(kContrastive, "left_count must be right_count, and places null, for matched rows");
+  if (problem.positive != nullptr && (form != 0 || problem.places == nullptr))
+    refuse(kContrastive, "positive must come with form 0 and places");
+  for (int64_t row = 0; problem.places != nullptr && row < problem.left_count; ++row)
+    if (problem.places[row] < -1 || problem.places[row] >= problem.right_count)
+      refuse(kContrastive, "places must be in -1..right_count - 1, got " +
+                               std::to_string(problem.places[row]) + " at entry " + std::to_string(row));
+  if (problem.positive == nullptr || (problem.right_bias == nullptr) != (problem.positive_bias == nullptr))
+    if (problem.right_bias != nullptr || problem.positive_bias != nullptr)
+      refuse(kContrastive, "right_bias and positive_bias must both be there, with positive, or both be null");
   if (problem.width < 1 || problem.width > 2048)
     refuse(kContrastive, "width must be in 1..2048, got " + std::to_string(problem.width));
   if (!(problem.temperature > 0))
     refuse(kContrastive, "temperature must be > 0, got " + std::to_string(problem.temperature));
-  int64_t previous = -1;
-  for (int64_t pair = 0; pair < problem.pairs; ++pair) {
-    if (problem.kept[pair] <= previous || problem.kept[pair] >= problem.rows)
-      refuse(kContrastive, "kept must rise and stay below the number of rows, got " +
-                               std::to_string(problem.kept[pair]) + " at entry " + std::to_string(pair));
-    if (problem.ids[pair] < 0)
-      refuse(kContrastive, "ids must be >= 0, got " + std::to_string(problem.ids[pair]) + " at entry " +
-                               std::to_string(pair));
-    previous = problem.kept[pair];
-  }
   double moment = 0;
   problem.moment = &moment;
   py::gil_scoped_release released;
@@ -187,13 +204,18 @@ PYBIND11_MODULE(_core, module) {
   module.def("flash_attention_forward", &flash_attention<&ubp::Kernels::flash_attention_forward>);
   module.def("flash_attention_backward", &flash_attention<&ubp::Kernels::flash_attention_backward>);
   ubp::Struct<Contrastive>(module, "NTXentProblem")
-      .fields("left", &Contrastive::left, "right", &Contrastive::right, "dtype", &Contrastive::dtype, "kept",
-              &Contrastive::kept, "ids", &Contrastive::ids, "rows", &Contrastive::rows, "pairs",
-              &Contrastive::pairs, "width", &Contrastive::width, "form", &Contrastive::form, "has_ids",
-              &Contrastive::has_ids, "is_normalized", &Contrastive::is_normalized, "temperature",
-              &Contrastive::temperature, "threads", &Contrastive::threads, "losses", &Contrastive::losses,
-              "weight", &Contrastive::weight, "factor", &Contrastive::factor, "grad_left",
-              &Contrastive::grad_left, "grad_right", &Contrastive::grad_right);
+      .fields("left", &Contrastive::left, "right", &Contrastive::right, "positive", &Contrastive::positive,
+              "dtype", &Contrastive::dtype, "left_kept", &Contrastive::left_kept, "right_kept",
+              &Contrastive::right_kept, "left_ids", &Contrastive::left_ids, "right_ids",
+              &Contrastive::right_ids, "left_rows", &Contrastive::left_rows, "right_rows",
+              &Contrastive::right_rows, "left_count", &Contrastive::left_count, "right_count",
+              &Contrastive::right_count, "width", &Contrastive::width, "form", &Contrastive::form, "has_ids",
+              &Contrastive::has_ids, "places", &Contrastive::places, "right_bias", &Contrastive::right_bias,
+              "positive_bias", &Contrastive::positive_bias, "is_normalized", &Contrastive::is_normalized,
+              "temperature", &Contrastive::temperature, "threads", &Contrastive::threads, "losses",
+              &Contrastive::losses, "weight", &Contrastive::weight, "shares", &Contrastive::shares, "factor",
+              &Contrastive::factor, "grad_left", &Contrastive::grad_left, "grad_right",
+              &Contrastive::grad_right, "grad_positive", &Contrastive::grad_positive);
   module.def("nt_xent_forward", &nt_xent<&ubp::Kernels::nt_xent_forward>);
   module.def("nt_xent_backward", &nt_xent<&ubp::Kernels::nt_xent_backward>,
              "Returns sum_i weight_i sum_j p_ij gap_ij, see nt_xent.h.");

@@ -93,12 +93,13 @@ PYBIND11_MODULE(_cuda, module) {
   Struct<Contrastive>(module, "NTXentProblem")
       .fields("own", &Contrastive::own, "other", &Contrastive::other, "dtype", &Contrastive::dtype,
               "own_rows", &Contrastive::own_rows, "other_rows", &Contrastive::other_rows, "own_first",
-              &Contrastive::own_first, "other_first", &Contrastive::other_first, "pairs", &Contrastive::pairs,
-              "width", &Contrastive::width, "scales", &Contrastive::scales, "valid", &Contrastive::valid,
-              "ids", &Contrastive::ids, "inverse_temperature", &Contrastive::inverse_temperature, "splits",
-              &Contrastive::splits, "positives", &Contrastive::positives, "largest", &Contrastive::largest,
-              "sums", &Contrastive::sums, "losses", &Contrastive::losses, "weights", &Contrastive::weights,
-              "grad", &Contrastive::grad, "moments", &Contrastive::moments);
+              &Contrastive::own_first, "other_first", &Contrastive::other_first, "group", &Contrastive::group,
+              "bias", &Contrastive::bias, "width", &Contrastive::width, "scales", &Contrastive::scales,
+              "valid", &Contrastive::valid, "ids", &Contrastive::ids, "inverse_temperature",
+              &Contrastive::inverse_temperature, "splits", &Contrastive::splits, "positives",
+              &Contrastive::positives, "largest", &Contrastive::largest, "sums", &Contrastive::sums, "losses",
+              &Contrastive::losses, "weights", &Contrastive::weights, "grad", &Contrastive::grad, "moments",
+              &Contrastive::moments);
   module.def("flash_attention", &flash_attention);
   module.def("nt_xent", &nt_xent);
   module.def("flash_attention_warps", &flash_attention_warps);

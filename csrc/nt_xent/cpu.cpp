@@ -34,10 +34,11 @@ struct Tile {
   using Real = typename A::Real;
   int64_t first_row, rows, first_column, columns, padded;
   bool is_diagonal;  // of a symmetric matrix: columns repeat the rows
-  bool is_masked;    // some pairs are no negatives
+  bool is_masked;    // some pairs are no negatives, or there are biases
   alignas(64) Real scales[kBlock], positives[kBlock], factors[kBlock];
   alignas(64) Real losses[kBlock], rests[kBlock];  // loss = Real + rest: large losses keep their digits
-  alignas(64) typename A::Int ids[kBlock];
+  alignas(64) Real biases[kBlock];
+  alignas(64) typename A::Int ids[kBlock], numbers[kBlock];
   alignas(64) Real products[kStripe * kBlock];
   // Products after rounding to pairs of neighbours in a row, and in a column.
   alignas(64) uint32_t across[kIsScaled<A> ? kStripe * kBlock / 2 : 1];
@@ -45,35 +46,46 @@ struct Tile {
 };
 
 template <class A>
-bool overlaps_diagonal(const Run<A>& run, int64_t first_row, int64_t first_column) {
+bool has_positive(const Run<A>& run, const Tile<A>& tile) {
+  const NTXentProblem& problem = *run.problem;
+  if (problem.positive != nullptr) {
+    for (int64_t row = tile.first_row; row < tile.first_row + tile.rows; ++row) {
+      const int64_t distance = problem.places[row] - tile.first_column;
+      if (distance >= 0 && distance < tile.columns) return true;
+    }
+    return false;
+  }
   const auto overlaps = [&](int64_t shift) {
-    const int64_t distance = first_column - first_row - shift;
+    const int64_t distance = tile.first_column - tile.first_row - shift;
     return distance > -kBlock && distance < kBlock;
   };
-  const int64_t pairs = run.problem->pairs;
-  return overlaps(0) || (run.problem->form == NTXentForm::kSimclr && (overlaps(pairs) || overlaps(-pairs)));
+  const int64_t pairs = problem.left_count;
+  return overlaps(0) || (problem.form == NTXentForm::kSimclr && (overlaps(pairs) || overlaps(-pairs)));
 }
 
 template <class A>
 void place_tile(const Run<A>& run, int64_t row_block, int64_t column_block, Tile<A>& tile) {
   using Real = typename A::Real;
   const NTXentProblem& problem = *run.problem;
-  const int64_t side = run.row_side.count;
   tile.first_row = row_block * kBlock;
   tile.first_column = column_block * kBlock;
-  tile.rows = smaller(kBlock, side - tile.first_row);
-  tile.columns = smaller(kBlock, side - tile.first_column);
+  tile.rows = smaller(kBlock, run.row_side.count - tile.first_row);
+  tile.columns = smaller(kBlock, run.column_side.count - tile.first_column);
   tile.padded = round_up(tile.columns, kPanel<A>);
   tile.is_diagonal = problem.form == NTXentForm::kSimclr && row_block == column_block;
-  tile.is_masked = problem.has_ids || tile.columns < tile.padded ||
-                   overlaps_diagonal(run, tile.first_row, tile.first_column);
+  tile.is_masked = problem.has_ids || problem.right_bias != nullptr || tile.columns < tile.padded ||
+                   has_positive(run, tile);
   const bool has_loss = run.is_backward && problem.form != NTXentForm::kCross;
   for (int64_t at = 0; at < tile.padded; ++at) {
     const bool exists = at < tile.columns;
     const int64_t index = run.column_side.first + tile.first_column + (exists ? at : 0);
     tile.scales[at] = run.column_scales[index];
-    tile.positives[at] = run.positives[index % problem.pairs];
-    tile.ids[at] = exists ? problem.ids[index % problem.pairs] : -1;
+    tile.positives[at] = problem.positive == nullptr ? run.positives[index % problem.left_count] : Real{0};
+    tile.biases[at] = problem.right_bias == nullptr
+                          ? Real{0}
+                          : static_cast<Real>(problem.right_bias[index - problem.left_count]);
+    tile.ids[at] = exists ? static_cast<typename A::Int>(id_of(problem, index)) : -1;
+    tile.numbers[at] = static_cast<typename A::Int>(tile.first_column + at);
     tile.factors[at] = has_loss ? run.factors[index] : Real{0};
     const double loss = has_loss ? problem.losses[index] : 0.0;
     tile.losses[at] = static_cast<Real>(loss);
@@ -97,18 +109,20 @@ void multiply_stripe(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t ro
 // The same steps in the same order as in the tiles: equal rows then have a gap of exactly 0.
 template <class A>
 void positive_products(Run<A>& run) {
-  const Side<A>&a = run.row_side, &b = run.column_side;
-  for (int64_t pair = 0; pair < run.problem->pairs; ++pair) {
-    const int64_t column = run.problem->pairs + pair - b.first, lane = column % kPanel<A>;
+  const Side<A>&a = run.row_side, &b = run.positive_side;
+  const double* biases = run.problem->positive_bias;
+  for (int64_t row = 0; row < run.problem->left_count; ++row) {
+    const int64_t partner = partner_of(run, row), column = partner - b.first, lane = column % kPanel<A>;
     const typename A::Element* panel = b.panels + (column - lane) * b.width + lane / A::kLanes * A::kLanes;
     alignas(64) typename A::Real products[A::kLanes];
     for (int64_t part = 0; part < a.width; part += A::kPart)
-      register_tile<A, false, 1, 1>(products, 0, {a.rows + pair * a.stride + part, a.stride},
+      register_tile<A, false, 1, 1>(products, 0, {a.rows + row * a.stride + part, a.stride},
                                     {panel + part * kPanel<A>, kPanel<A>}, smaller(A::kPart, a.width - part),
                                     part > 0);
     typename A::Real positive = products[lane % A::kLanes];
-    if (kIsScaled<A>) positive = positive * run.scales[pair] * run.column_scales[run.problem->pairs + pair];
-    run.positives[pair] = positive;
+    if (kIsScaled<A>) positive = positive * run.scales[row] * run.column_scales[partner];
+    run.positive_bias[row] = biases == nullptr ? 0 : static_cast<typename A::Real>(biases[row]);
+    run.positives[row] = positive + run.positive_bias[row];
   }
 }
 
@@ -121,9 +135,11 @@ UBP_INLINE typename A::Vec similarity(const Tile<A>& tile, const typename A::Rea
 }
 
 template <class A>
-UBP_INLINE typename A::IntVec no_negative(const Tile<A>& tile, int64_t at, typename A::Int id) {
+UBP_INLINE typename A::IntVec no_negative(const Tile<A>& tile, int64_t at, typename A::Int id,
+                                          typename A::Int place) {
   const auto ids = load_as<typename A::IntVec>(tile.ids + at);
-  return (ids == id) | (ids < 0);
+  const auto numbers = load_as<typename A::IntVec>(tile.numbers + at);
+  return (ids == id) | (ids < 0) | (numbers == place);
 }
 
 template <class A, bool kIsMasked>
@@ -132,12 +148,15 @@ void shared_sums(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t rows,
   using Vec = typename A::Vec;
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t index = tile.first_row + first + row;
-    const auto id = static_cast<typename A::Int>(run.problem->ids[index % run.problem->pairs]);
+    const auto id = static_cast<typename A::Int>(id_of(*run.problem, index)),
+               place = static_cast<typename A::Int>(place_of_query(*run.problem, index));
     const typename A::Real* products = tile.products + row * kBlock;
     Vec sum = {};
     for (int64_t at = 0; at < tile.padded; at += A::kLanes) {
-      Vec value = exponential(similarity(tile, products, at, run.scales[index]));
-      if (kIsMasked) value = no_negative(tile, at, id) ? Vec{} : value;
+      Vec value = similarity(tile, products, at, run.scales[index]);
+      if (kIsMasked) value += load_as<Vec>(tile.biases + at);
+      value = exponential(value);
+      if (kIsMasked) value = no_negative(tile, at, id, place) ? Vec{} : value;
       sum += value;
       store_as(column_sums + at, load_as<Vec>(column_sums + at) + value);
     }
@@ -195,12 +214,13 @@ void mask_similarities(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t 
   using Vec = typename A::Vec;
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t index = tile.first_row + first + row;
-    const auto id = static_cast<typename A::Int>(run.problem->ids[index % run.problem->pairs]);
+    const auto id = static_cast<typename A::Int>(id_of(*run.problem, index)),
+               place = static_cast<typename A::Int>(place_of_query(*run.problem, index));
     typename A::Real* products = tile.products + row * kBlock;
     for (int64_t at = 0; at < tile.padded; at += A::kLanes) {
-      const Vec value = similarity(tile, products, at, run.scales[index]);
+      const Vec value = similarity(tile, products, at, run.scales[index]) + load_as<Vec>(tile.biases + at);
       const Vec lowest = Vec{} - static_cast<typename A::Real>(INFINITY);
-      store_as(products + at, no_negative(tile, at, id) ? lowest : value);
+      store_as(products + at, no_negative(tile, at, id, place) ? lowest : value);
     }
   }
 }
@@ -226,7 +246,8 @@ void forward_tile(const Run<A>& run, Tile<A>& tile) {
   }
 }
 
-// Products -> G in place. Returns sum G (s - positive), rows and columns each with their own positive.
+// Products -> G in place. Returns sum G (s - positive) without biases, rows and columns each with their own
+// positive.
 template <class A, bool kIsShared, bool kIsMasked>
 double gradient_stripe(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t rows) {
   using Real = typename A::Real;
@@ -235,14 +256,16 @@ double gradient_stripe(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t 
   const bool has_columns = run.problem->form != NTXentForm::kCross;
   for (int64_t row = 0; row < rows; ++row) {
     Real* products = tile.products + row * kBlock;
-    const int64_t index = tile.first_row + first + row, pair = index % run.problem->pairs;
-    const auto id = static_cast<typename A::Int>(run.problem->ids[pair]);
-    const Real positive = run.positives[pair], factor = run.factors[index], scale = run.scales[index],
-               loss = static_cast<Real>(run.problem->losses[index]),
+    const int64_t index = tile.first_row + first + row, pair = index % run.problem->left_count;
+    const auto id = static_cast<typename A::Int>(id_of(*run.problem, index)),
+               place = static_cast<typename A::Int>(place_of_query(*run.problem, index));
+    const Real positive = run.positives[pair], bias = run.positive_bias[pair], factor = run.factors[index],
+               scale = run.scales[index], loss = static_cast<Real>(run.problem->losses[index]),
                rest = static_cast<Real>(run.problem->losses[index] - static_cast<double>(loss));
     Vec moment = {};
     for (int64_t at = 0; at < tile.padded; at += A::kLanes) {
-      const Vec value = similarity(tile, products, at, scale);
+      const Vec plain = similarity(tile, products, at, scale);
+      const Vec value = kIsMasked ? plain + load_as<Vec>(tile.biases + at) : plain;
       const Vec row_gap = value - positive, column_gap = value - load_as<Vec>(tile.positives + at);
       Vec by_row, by_column = {};
       if (kIsShared) {
@@ -257,11 +280,11 @@ double gradient_stripe(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t 
               load_as<Vec>(tile.factors + at);
       }
       if (kIsMasked) {
-        const auto excluded = no_negative(tile, at, id);
+        const auto excluded = no_negative(tile, at, id, place);
         by_row = excluded ? Vec{} : by_row;
         by_column = excluded ? Vec{} : by_column;
       }
-      moment += by_row * row_gap + by_column * column_gap;
+      moment += by_row * (kIsMasked ? plain - (positive - bias) : row_gap) + by_column * column_gap;
       const Vec both = by_row + by_column;
       store_as(products + at, kIsScaled<A> ? both * scale * load_as<Vec>(tile.scales + at) : both);
     }
@@ -329,13 +352,17 @@ void backward_tile(const Run<A>& run, Tile<A>& tile, int64_t row_block) {
 template <class A>
 void run_item(void* context, int64_t item, int) {
   const Run<A>& run = *static_cast<Run<A>*>(context);
-  int64_t row_block = item, column_block = (item + run.phase) % run.blocks;
+  int64_t row_block = item, column_block = (item + run.phase) % run.column_blocks;
+  if (run.row_blocks > run.column_blocks) {
+    row_block = (item + run.phase) % run.row_blocks;
+    column_block = item;
+  }
   if (run.problem->form == NTXentForm::kSimclr) {
-    const int64_t odd = run.blocks | 1, one = (run.phase + item) % odd,
+    const int64_t odd = run.row_blocks | 1, one = (run.phase + item) % odd,
                   other = (run.phase - item + odd) % odd;
     row_block = smaller(one, other);
     column_block = one + other - row_block;
-    if (column_block >= run.blocks) return;
+    if (column_block >= run.row_blocks) return;
   }
   Tile<A> tile;
   place_tile(run, row_block, column_block, tile);
@@ -348,9 +375,11 @@ void run_item(void* context, int64_t item, int) {
 template <class A>
 void run_phases(Run<A>& run) {
   const bool is_simclr = run.problem->form == NTXentForm::kSimclr;
-  const int64_t phases = is_simclr ? run.blocks | 1 : run.blocks;
+  const bool is_tall = run.row_blocks > run.column_blocks;
+  const int64_t fewer = is_tall ? run.column_blocks : run.row_blocks,
+                more = is_tall ? run.row_blocks : run.column_blocks, phases = is_simclr ? more | 1 : more;
   for (run.phase = 0; run.phase < phases; ++run.phase)
-    parallel_for(is_simclr ? (phases + 1) / 2 : run.blocks, run.problem->threads, &run_item<A>, &run);
+    parallel_for(is_simclr ? (phases + 1) / 2 : fewer, run.problem->threads, &run_item<A>, &run);
 }
 
 template <class A>
@@ -369,17 +398,25 @@ Side<A> make_side(const Run<A>& run, Memory& memory, int64_t first, int64_t coun
     side.panels = memory.take_zeros<typename A::Element>(round_up(count, kPanel<A>) * side.width);
   if (!run.is_backward) return side;
   if (kIsScaled<A>) side.steps = memory.take_zeros<typename A::Element>((count + 1) / 2 * side.step_stride);
-  side.grad = memory.take_zeros<typename A::Real>(count * side.step_stride);
+  if (first < run.rows) side.grad = memory.take_zeros<typename A::Real>(count * side.step_stride);
   return side;
 }
 
 template <class A>
 void for_each_side(Run<A>& run, void (*task)(void*, int64_t, int)) {
   SideOfRun<A> part{&run, &run.row_side};
-  parallel_for(run.blocks, run.problem->threads, task, &part);
+  parallel_for(run.row_blocks, run.problem->threads, task, &part);
   if (run.problem->form == NTXentForm::kSimclr) return;
   part.side = &run.column_side;
-  parallel_for(run.blocks, run.problem->threads, task, &part);
+  parallel_for(run.column_blocks, run.problem->threads, task, &part);
+}
+
+template <class A>
+void prepare_sides(Run<A>& run) {
+  for_each_side(run, &prepare_block<A>);
+  if (run.problem->positive == nullptr) return;
+  SideOfRun<A> part{&run, &run.positive_side};
+  parallel_for(run.row_blocks, run.problem->threads, &prepare_block<A>, &part);
 }
 
 template <class A>
@@ -387,17 +424,24 @@ void start(Run<A>& run, Memory& memory, double exponent) {
   using Real = typename A::Real;
   const NTXentProblem& problem = *run.problem;
   const bool is_simclr = problem.form == NTXentForm::kSimclr;
-  const int64_t rows = 2 * problem.pairs, side = is_simclr ? rows : problem.pairs;
-  run.blocks = ceil_div(side, kBlock);
+  run.rows = problem.left_count + problem.right_count;
   run.inverse = 1.0 / problem.temperature;
-  run.scales = memory.take<Real>(rows);
-  run.column_scales = memory.take<Real>(rows);
-  run.stored_lengths = memory.take<double>(rows);
-  run.lengths = memory.take<double>(rows);
-  run.positives = memory.take<Real>(problem.pairs);
-  run.row_side = make_side(run, memory, 0, side, is_simclr);
-  run.column_side = is_simclr ? run.row_side : make_side(run, memory, side, side, true);
-  for_each_side(run, &prepare_block<A>);
+  const int64_t all = run.rows + (problem.positive == nullptr ? 0 : problem.left_count);
+  run.scales = memory.take<Real>(all);
+  run.column_scales = memory.take<Real>(all);
+  run.stored_lengths = memory.take<double>(all);
+  run.lengths = memory.take<double>(all);
+  run.positives = memory.take<Real>(problem.left_count);
+  run.positive_bias = memory.take<Real>(problem.left_count);
+  run.row_side = make_side(run, memory, 0, is_simclr ? run.rows : problem.left_count, is_simclr);
+  run.column_side =
+      is_simclr ? run.row_side : make_side(run, memory, problem.left_count, problem.right_count, true);
+  run.positive_side = problem.positive == nullptr
+                          ? run.column_side
+                          : make_side(run, memory, run.rows, problem.left_count, true);
+  run.row_blocks = ceil_div(run.row_side.count, kBlock);
+  run.column_blocks = ceil_div(run.column_side.count, kBlock);
+  prepare_sides(run);
   run.is_shared = exponent <= kLargestShared<A>;
   positive_products(run);
 }
@@ -414,14 +458,13 @@ void forward(const NTXentProblem& problem, double exponent) {
   Run<A> run{};
   run.problem = &problem;
   start(run, memory, exponent);
-  const int64_t rows = 2 * problem.pairs;
-  run.maxima = memory.take<typename A::Real>(rows);
-  run.sums = memory.take_zeros<double>(rows);
-  for (int64_t row = 0; row < rows; ++row) run.maxima[row] = run.positives[row % problem.pairs];
+  const int64_t losses = problem.form == NTXentForm::kCross ? problem.left_count : run.rows;
+  run.maxima = memory.take<typename A::Real>(losses);
+  run.sums = memory.take_zeros<double>(losses);
+  for (int64_t row = 0; row < losses; ++row) run.maxima[row] = run.positives[row % problem.left_count];
   run_phases(run);
-  const int64_t losses = problem.form == NTXentForm::kCross ? problem.pairs : rows;
   for (int64_t row = 0; row < losses; ++row) {
-    const typename A::Real positive = run.positives[row % problem.pairs];
+    const typename A::Real positive = run.positives[row % problem.left_count];
     if (run.is_shared) {
       problem.losses[row] = std::log1p(run.sums[row] / exponential_of<A>(positive));
     } else {
@@ -439,26 +482,28 @@ void backward(const NTXentProblem& problem, double exponent) {
   run.problem = &problem;
   run.is_backward = true;
   start(run, memory, exponent);
-  const int64_t rows = problem.form == NTXentForm::kCross ? problem.pairs : 2 * problem.pairs;
+  const int64_t rows = problem.form == NTXentForm::kCross ? problem.left_count : run.rows;
   run.factors = memory.take<typename A::Real>(rows);
-  run.moments = memory.take_zeros<double>(run.blocks);
+  run.moments = memory.take_zeros<double>(run.row_blocks);
   for (int64_t row = 0; row < rows; ++row) {
-    const int64_t pair = row % problem.pairs;
-    double factor = static_cast<double>(problem.weight[pair]);
+    const int64_t pair = row % problem.left_count;
+    double factor = static_cast<double>(problem.weight[row]);
     if (run.is_shared) factor *= std::exp(-problem.losses[row]) / exponential_of<A>(run.positives[pair]);
     run.factors[row] = static_cast<typename A::Real>(factor);
   }
   run_phases(run);
   double moment = 0;
-  for (int64_t block = 0; block < run.blocks; ++block) moment += run.moments[block];
+  for (int64_t block = 0; block < run.row_blocks; ++block) moment += run.moments[block];
   *problem.moment = moment;
   for_each_side(run, &finish_block<A>);
   memory.release();
 }
 
 bool is_small(const NTXentProblem& problem) {
-  const int64_t side = problem.form == NTXentForm::kSimclr ? 2 * problem.pairs : problem.pairs;
-  return side <= kExactOperations / side / problem.width;
+  const bool is_simclr = problem.form == NTXentForm::kSimclr;
+  const int64_t rows = is_simclr ? 2 * problem.left_count : problem.left_count,
+                columns = is_simclr ? rows : problem.right_count;
+  return rows <= kExactOperations / columns / problem.width;
 }
 
 template <bool kIsBackward>

@@ -89,19 +89,20 @@ __device__ __forceinline__ Steps<T> steps_of_block(const NTXentDeviceProblem& pr
 // A row as query or candidate.
 struct Row {
   bool exists;  // and is valid
-  int index;    // among [left; right]
-  int pair, id;
-  float scale;
+  int index;    // among all
+  int group, id;
+  float scale, bias;
 };
 
 __device__ __forceinline__ Row make_row(const NTXentDeviceProblem& problem, int row, int rows, int first) {
-  Row made{row < rows, 0, 0, -1, 0.0f};
+  Row made{row < rows, 0, 0, -1, 0.0f, 0.0f};
   if (!made.exists) return made;
   made.index = first + row;
-  made.pair = made.index < problem.pairs ? made.index : made.index - problem.pairs;
-  made.exists = problem.valid == nullptr || problem.valid[made.pair];
-  made.id = problem.ids == nullptr ? made.pair : problem.ids[made.pair];
+  made.exists = problem.valid == nullptr || problem.valid[made.index];
+  made.group = problem.group[made.index];
+  made.id = problem.ids == nullptr ? made.index : problem.ids[made.index];
   made.scale = problem.scales[made.index];
+  made.bias = problem.bias == nullptr ? 0.0f : problem.bias[made.index];
   return made;
 }
 
@@ -118,7 +119,7 @@ __device__ __forceinline__ Row other_row(const NTXentDeviceProblem& problem, int
 }
 
 __device__ __forceinline__ bool are_negatives(const Row& one, const Row& other) {
-  return one.exists && other.exists && one.id != other.id;
+  return one.exists && other.exists && one.group != other.group && one.id != other.id;
 }
 
 // The product of the scales comes first, so that s_ij and s_ji, and the positive, are the same number.
@@ -141,8 +142,8 @@ __global__ void __launch_bounds__(kThreads) positives_kernel(const NTXentDeviceP
     for (int at = 0; at < 4; ++at) {
       const Row other = other_row(problem, steps.first_tile * kRows, tile, at % 2);
       const Row& own = rows[at / 2];
-      if (own.exists && other.exists && own.pair == other.pair)
-        problem.positives[own.pair] = similarity(sum[tile][at], own, other);
+      if (own.exists && other.exists && own.index - problem.own_first == other.index - problem.other_first)
+        problem.positives[own.index] = similarity(sum[tile][at], own, other);
     }
   }
 }
@@ -156,7 +157,7 @@ __global__ void __launch_bounds__(kThreads, 4) forward_kernel(const NTXentDevice
   float positive[2], largest[2] = {}, total[2] = {};
 #pragma unroll
   for (int half = 0; half < 2; ++half)
-    positive[half] = rows[half].exists ? problem.positives[rows[half].pair] : 0.0f;
+    positive[half] = rows[half].exists ? problem.positives[rows[half].index] : 0.0f;
   if (steps.tiles > 0) steps.start(0);
   for (int number = 0; number < steps.tiles; ++number) {
     float sum[kTiles][4] = {}, tile_largest[2] = {};
@@ -169,7 +170,8 @@ __global__ void __launch_bounds__(kThreads, 4) forward_kernel(const NTXentDevice
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float& value = sum[tile][half * 2 + column];
-          const float gap = (similarity(value, rows[half], other) - positive[half]) * inverse_temperature;
+          const float gap = (similarity(value, rows[half], other) - positive[half]) * inverse_temperature +
+                            (other.bias - rows[half].bias);
           value = are_negatives(rows[half], other) ? gap : -INFINITY;
           tile_largest[half] = fmaxf(tile_largest[half], value);
         }
@@ -204,7 +206,7 @@ struct Query {
 
 __device__ __forceinline__ Query query_of(const NTXentDeviceProblem& problem, const Row& row) {
   if (!row.exists) return {};
-  return {problem.positives[row.pair], problem.losses[row.index], problem.weights[row.index]};
+  return {problem.positives[row.index], problem.losses[row.index], problem.weights[row.index]};
 }
 
 // Factor of the slopes, which are at most 4: small probabilities stay normal numbers in float16.
@@ -230,14 +232,15 @@ __device__ __forceinline__ void compute_slopes(const NTXentDeviceProblem& proble
         if (are_negatives(rows[half], other)) {
           const float value = similarity(sum[tile][half * 2 + column], rows[half], other);
           const Query& here = queries[half];
+          const float bias = other.bias - rows[half].bias;
           if (here.weight != 0.0f) {
             const float gap = (value - here.positive) * inverse_temperature;
-            slope = here.weight * exponential<T>(gap - here.loss);
+            slope = here.weight * exponential<T>(gap + bias - here.loss);
             moment[half] = fmaf(slope, gap, moment[half]);
           }
           if (there.weight != 0.0f)
-            slope +=
-                there.weight * exponential<T>((value - there.positive) * inverse_temperature - there.loss);
+            slope += there.weight *
+                     exponential<T>((value - there.positive) * inverse_temperature - bias - there.loss);
         }
         sum[tile][half * 2 + column] = slope * (other.scale * kLift<T>);
       }

@@ -75,24 +75,26 @@ struct Side {
   int64_t stride, step_stride, width;  // `width`: steps of a row
 };
 
-// What all tiles share. Per-row arrays have 2 pairs entries: left, then right.
+// What all tiles share. Per-row arrays have an entry for each row of left, then of right, then of positive.
 template <class A>
 struct Run {
   const NTXentProblem* problem;
   Side<A> row_side, column_side;  // the same for simclr
-  int64_t blocks;                 // of rows, and of columns
-  double inverse;                 // 1 / temperature
+  Side<A> positive_side;          // rows given as positives, numbered after those of right; else the columns
+  int64_t rows, row_blocks, column_blocks;  // `rows`: of left and right
+  double inverse;                           // 1 / temperature
   bool is_shared, is_backward;
   int64_t phase;
   typename A::Real *scales,
-      *column_scales;           // pairs: row = scale * stored row; columns also times 1 / temperature
-  double* stored_lengths;       // pairs: length of the stored row
-  double* lengths;              // of the input row
-  typename A::Real* positives;  // [pairs] s_i,p(i) / temperature
-  typename A::Real* maxima;     // forward, running maximum of s / temperature
-  double* sums;                 // forward, sum of exponentials of the negatives
-  typename A::Real* factors;    // backward, shared: weight exp(-s_i,p(i) / tau - loss); else weight
-  double* moments;              // [blocks]
+      *column_scales;               // pairs: row = scale * stored row; columns also times 1 / temperature
+  double* stored_lengths;           // pairs: length of the stored row
+  double* lengths;                  // of the input row
+  typename A::Real* positives;      // [left_count] s_i,p(i) / temperature + bias
+  typename A::Real* positive_bias;  // [left_count]
+  typename A::Real* maxima;         // forward, running maximum of s / temperature
+  double* sums;                     // forward, sum of exponentials of the negatives
+  typename A::Real* factors;        // backward, shared: weight exp(-s_i,p(i) / tau - loss); else weight
+  double* moments;                  // [row_blocks]
 };
 
 template <class A>
@@ -111,16 +113,39 @@ void read_numbers(const void* tensor, int64_t row, int64_t width, double* target
   for (int64_t at = 0; at < width; ++at) target[at] = static_cast<double>(to_float(source[at]));
 }
 
-void read_row(const NTXentProblem& problem, int64_t index, double* target) {
-  const bool is_left = index < problem.pairs;
-  const void* tensor = is_left ? problem.left : problem.right;
-  const int64_t row = problem.kept[is_left ? index : index - problem.pairs];
-  if (problem.dtype == DType::kFloat32) read_numbers<float>(tensor, row, problem.width, target);
-  if (problem.dtype == DType::kBFloat16) read_numbers<BFloat16>(tensor, row, problem.width, target);
-  if (problem.dtype == DType::kFloat16) read_numbers<Float16>(tensor, row, problem.width, target);
+// A row that takes part: where it lies, and where its gradient goes.
+struct Place {
+  const void* tensor;
+  void* grad;
+  int64_t row;
+};
+
+Place place_of(const NTXentProblem& problem, int64_t index) {  // among [left; right; positive]
+  const int64_t left = problem.left_count, right = problem.right_count;
+  if (index < left) return {problem.left, problem.grad_left, problem.left_kept[index]};
+  if (index < left + right) return {problem.right, problem.grad_right, problem.right_kept[index - left]};
+  return {problem.positive, problem.grad_positive, problem.left_kept[index - left - right]};
+}
+
+int64_t id_of(const NTXentProblem& problem, int64_t index) {
+  return index < problem.left_count ? problem.left_ids[index] : problem.right_ids[index - problem.left_count];
+}
+
+// The column that is no negative of a row whatever its id; matched rows have ids for that.
+int64_t place_of_query(const NTXentProblem& problem, int64_t index) {
+  return problem.places == nullptr ? -1 : problem.places[index];
+}
+
+void read_row(const NTXentProblem& problem, const Place& place, double* target) {
+  if (problem.dtype == DType::kFloat32) read_numbers<float>(place.tensor, place.row, problem.width, target);
+  if (problem.dtype == DType::kBFloat16)
+    read_numbers<BFloat16>(place.tensor, place.row, problem.width, target);
+  if (problem.dtype == DType::kFloat16) read_numbers<Float16>(place.tensor, place.row, problem.width, target);
 }
 
 constexpr int64_t kDoubles = kWidth / 2;  // in a vector
+
+double larger(double one, double other) { return one > other ? one : other; }
 
 double dot_product(const double* a, const double* b, int64_t count) {  // `count` in whole vectors
   DoubleVec sum = {};
@@ -142,19 +167,28 @@ void divide(double* row, int64_t count, double by) {
   for (int64_t at = 0; at < count; at += kDoubles) store_as(row + at, load_as<DoubleVec>(row + at) / by);
 }
 
-// No |s| / tau is larger.
+// No |s| / tau + bias is larger.
 double largest_exponent(const NTXentProblem& problem) {
-  if (problem.is_normalized) return 1.0 / problem.temperature;
-  double left = 0, right = 0;
-  alignas(64) double row[kMaxWidth + 16] = {};
-  for (int64_t index = 0; index < 2 * problem.pairs; ++index) {
-    read_row(problem, index, row);
-    const double length = std::sqrt(dot_product(row, row, round_up(problem.width, 16)));
-    double& longest = index < problem.pairs ? left : right;
-    if (!(length <= longest)) longest = length;
+  double biases = 0;
+  if (problem.right_bias != nullptr) {
+    for (int64_t row = 0; row < problem.right_count; ++row)
+      biases = larger(biases, std::fabs(problem.right_bias[row]));
+    for (int64_t row = 0; row < problem.left_count; ++row)
+      biases = larger(biases, std::fabs(problem.positive_bias[row]));
   }
-  const double longer = left > right ? left : right;
-  return (problem.form == NTXentForm::kSimclr ? longer * longer : left * right) / problem.temperature;
+  if (problem.is_normalized) return 1.0 / problem.temperature + biases;
+  double longest[3] = {};  // of left, right and positive
+  alignas(64) double row[kMaxWidth + 16] = {};
+  const auto measure = [&](const Place& place, double& most) {
+    read_row(problem, place, row);
+    const double length = std::sqrt(dot_product(row, row, round_up(problem.width, 16)));
+    if (!(length <= most)) most = length;
+  };
+  const int64_t left = problem.left_count, both = left + problem.right_count;
+  for (int64_t index = 0; index < both + (problem.positive == nullptr ? 0 : left); ++index)
+    measure(place_of(problem, index), longest[index < left ? 0 : index < both ? 1 : 2]);
+  if (problem.form == NTXentForm::kSimclr) longest[0] = longest[1] = larger(longest[0], longest[1]);
+  return longest[0] * larger(longest[1], longest[2]) / problem.temperature + biases;
 }
 
 double power_of_two_below(double value) {
@@ -238,7 +272,7 @@ void prepare_block(void* context, int64_t block, int) {
                 end = smaller(start + kBlock, side->count);
   for (int64_t at = start; at < end; ++at) {
     for (int64_t column = run->problem->width; column < padded; ++column) row[column] = 0.0;
-    read_row(*run->problem, side->first + at, row);
+    read_row(*run->problem, place_of(*run->problem, side->first + at), row);
     normalise(*run, side->first + at, row, padded);
     store_row(*side, at, row);
     if (side->panels != nullptr) pack_column(*run, *side, at, row);
@@ -272,21 +306,44 @@ void write_numbers(void* tensor, int64_t row, int64_t width, const double* numbe
   for (int64_t at = 0; at < width; ++at) from_float(static_cast<float>(numbers[at]), target[at]);
 }
 
-void write_row(const NTXentProblem& problem, int64_t index, const double* numbers) {
-  const bool is_left = index < problem.pairs;
-  void* tensor = is_left ? problem.grad_left : problem.grad_right;
-  const int64_t row = problem.kept[is_left ? index : index - problem.pairs];
-  if (problem.dtype == DType::kFloat32) write_numbers<float>(tensor, row, problem.width, numbers);
-  if (problem.dtype == DType::kBFloat16) write_numbers<BFloat16>(tensor, row, problem.width, numbers);
-  if (problem.dtype == DType::kFloat16) write_numbers<Float16>(tensor, row, problem.width, numbers);
+void write_row(const NTXentProblem& problem, const Place& place, const double* numbers) {
+  if (problem.dtype == DType::kFloat32) write_numbers<float>(place.grad, place.row, problem.width, numbers);
+  if (problem.dtype == DType::kBFloat16)
+    write_numbers<BFloat16>(place.grad, place.row, problem.width, numbers);
+  if (problem.dtype == DType::kFloat16) write_numbers<Float16>(place.grad, place.row, problem.width, numbers);
 }
 
 // The positive's entry of the gradient is minus the sum of the row's others: no cancellation when the loss is
 // near zero.
-double slope_of_positive(const NTXentProblem& problem, int64_t pair) {
-  double share = std::expm1(-problem.losses[pair]);
-  if (problem.form != NTXentForm::kCross) share += std::expm1(-problem.losses[pair + problem.pairs]);
-  return share * static_cast<double>(problem.weight[pair]);
+double slope_of_positive(const NTXentProblem& problem, int64_t index) {
+  return -problem.shares[index] * static_cast<double>(problem.weight[index]);
+}
+
+double slope_of_pair(const NTXentProblem& problem, int64_t pair) {
+  const double slope = slope_of_positive(problem, pair);
+  return problem.form == NTXentForm::kCross ? slope
+                                            : slope + slope_of_positive(problem, pair + problem.left_count);
+}
+
+// From the gradient of a row of the loss to that of the input row.
+void finish_row(const NTXentProblem& problem, const Place& place, const double* unit, double length,
+                double* slope) {
+  const int64_t padded = round_up(problem.width, 16);
+  double factor = problem.factor;
+  if (problem.is_normalized) {
+    const double along = dot_product(slope, unit, padded);
+    for (int64_t column = 0; column < padded; ++column) slope[column] -= unit[column] * along;
+    factor = length > 0.0 ? factor / length : 0.0;
+  }
+  for (int64_t column = 0; column < padded; ++column)
+    slope[column] = factor == 0.0 ? 0.0 : slope[column] * factor;
+  write_row(problem, place, slope);
+}
+
+// Number of the positive of a row of left.
+template <class A>
+int64_t partner_of(const Run<A>& run, int64_t row) {
+  return (run.problem->positive == nullptr ? run.problem->left_count : run.rows) + row;
 }
 
 template <class A>
@@ -296,25 +353,30 @@ void finish_block(void* context, int64_t block, int) {
   alignas(64) double unit[kMaxWidth], partner[kMaxWidth], slope[kMaxWidth];
   const int64_t padded = round_up(problem.width, 16);
   for (int64_t at = block * kBlock; at < smaller((block + 1) * kBlock, side->count); ++at) {
-    const int64_t index = side->first + at, pair = index % problem.pairs;
-    const int64_t other = index < problem.pairs ? index + problem.pairs : pair;
-    const Side<A>& partner_side = other < run->column_side.first ? run->row_side : run->column_side;
+    const int64_t index = side->first + at;
+    const bool is_left = index < problem.left_count, is_matched = problem.positive == nullptr;
     unit_row(*run, *side, at, padded, unit);
-    unit_row(*run, partner_side, other - partner_side.first, padded, partner);
-    const double by_positive = slope_of_positive(problem, pair),
-                 stored = kIsScaled<A> ? run->stored_lengths[index] * problem.temperature : 1.0;
-    const typename A::Real* grad = side->grad + at * side->step_stride;
-    for (int64_t column = 0; column < padded; ++column)
-      slope[column] = static_cast<double>(grad[column]) * stored + by_positive * partner[column];
-    double factor = problem.factor;
-    if (problem.is_normalized) {
-      const double along = dot_product(slope, unit, padded), length = run->lengths[index];
-      for (int64_t column = 0; column < padded; ++column) slope[column] -= unit[column] * along;
-      factor = length > 0.0 ? factor / length : 0.0;
+    double by_positive = 0.0;
+    if (is_left) {
+      const Side<A>& partners = run->positive_side;
+      const int64_t number = partner_of(*run, index);
+      unit_row(*run, partners, number - partners.first, padded, partner);
+      by_positive = is_matched ? slope_of_pair(problem, index) : slope_of_positive(problem, index);
+      if (!is_matched) {
+        for (int64_t column = 0; column < padded; ++column) slope[column] = by_positive * unit[column];
+        finish_row(problem, place_of(problem, number), partner, run->lengths[number], slope);
+      }
+    } else if (is_matched) {
+      unit_row(*run, run->row_side, index - problem.left_count, padded, partner);
+      by_positive = slope_of_pair(problem, index - problem.left_count);
     }
-    for (int64_t column = 0; column < padded; ++column)
-      slope[column] = factor == 0.0 ? 0.0 : slope[column] * factor;
-    write_row(problem, index, slope);
+    const double stored = kIsScaled<A> ? run->stored_lengths[index] * problem.temperature : 1.0;
+    const typename A::Real* grad = side->grad + at * side->step_stride;
+    for (int64_t column = 0; column < padded; ++column) {
+      slope[column] = static_cast<double>(grad[column]) * stored;
+      if (by_positive != 0.0) slope[column] += by_positive * partner[column];
+    }
+    finish_row(problem, place_of(problem, index), unit, run->lengths[index], slope);
   }
 }
 

@@ -142,11 +142,13 @@ def contrastive_builds() -> Iterator[Build]:
 def contrastive_build(device: str, kernel: str, dtype: torch.dtype, width: int) -> Build:
     item = TYPES[dtype]
     rows, row = torch.empty(64, width, dtype=dtype, device="meta"), torch.empty(64, device="meta")
-    problem = ContrastiveProblem(rows, rows, row, "simclr", row, row.bool(), row.long(), True)
-    tensors = dict.fromkeys(("inverse_ptr", "positive_ptr", "temperature_ptr", "loss_ptr"), "*fp64")
+    facts = (row.bool(), row.bool(), row.long(), row.long(), row.long(), row.double(), row.double())
+    problem = ContrastiveProblem(rows, rows, rows, row, "cross", *facts, True)
+    tensors = dict.fromkeys(("inverse_ptr", "positive_ptr", "temperature_ptr", "loss_ptr", "bias_ptr"), "*fp64")
     tensors |= dict.fromkeys(("maximum_ptr", "sum_ptr", "moment_ptr"), "*fp64")
     tensors |= {
         "rows_ptr": f"*{item}",
+        "group_ptr": "*i32",
         "ids_ptr": "*i64",
         "valid_ptr": "*i1",
         "weight_ptr": "*fp32",
@@ -172,9 +174,9 @@ def pair_builds() -> Iterator[Build]:
     )
     tensors |= {"slope_ptr": "*fp32", "valid_ptr": "*i1"}
     for is_normalized, capability in zip((True, False), CAPABILITIES, strict=True):
-        problem = ContrastiveProblem(rows, rows, row, "simclr", row, row.bool(), None, is_normalized)
+        problem = ContrastiveProblem(rows, rows, None, row, "simclr", *[None] * 7, is_normalized)
         for kernel in ("prepare", "finish"):
-            constants = contrastive._row_options(problem)
+            constants = contrastive.row_options(problem, is_pair=True, has_valid=True)
             options = {"num_warps": constants.pop("num_warps")}
             function = getattr(contrastive_kernels, f"{kernel}_kernel")
             yield Build(f"nt_xent {kernel} bf16 E=512", capability, function, tensors, constants, options, False)

@@ -104,25 +104,40 @@ def nt_xent(core: Any, generator: random.Random) -> None:
     width = generator.choice((1, 2, 3, 15, 16, 17, 59, 64, 100, 0, 2049))
     if generator.random() < 0.15:
         rows, width = generator.choice(((193, 512), (300, 256), (385, 131), (97, 2048)))
-    kept = [row for row in range(rows) if generator.random() < 0.8] or [0]
-    pairs, damage = len(kept), generator.random()
-    if damage < 0.1:
-        kept[generator.randrange(pairs)] = generator.choice((-1, rows, 0, 2**62, -(2**62)))
-    ids = [generator.randrange(1 + rows // 2) for _ in kept]
-    if 0.1 < damage < 0.15:
-        ids[-1] = -1
-    kept_rows, row_ids = array("q", kept), array("i", ids)
     dtype, form = generator.randrange(3), generator.choice((0, 1, 2, 2, 3))
-    sides = [numbers(generator, dtype, rows * width) for _ in range(2)]
-    gradients = [array(TYPECODES[dtype], bytes(ITEM_BYTES[dtype] * rows * width)) for _ in range(2)]
-    losses, weight = array("d", bytes(16 * pairs)), array("f", (generator.random() for _ in kept))
-    tensors = dict(zip(("left", "right", "grad_left", "grad_right"), (*sides, *gradients), strict=True))
-    tensors |= {"kept": kept_rows, "ids": row_ids, "losses": losses, "weight": weight}
+    is_rectangular, damage, tensors, sizes = generator.random() < 0.4, generator.random(), {}, {}
+    columns = generator.choice((1, 70, 200, 400)) if is_rectangular else rows
+    for side, count in (("left", rows), ("right", columns)):
+        kept = [row for row in range(count) if generator.random() < 0.8] or [0]
+        ids = [generator.randrange(1 + rows // 2) for _ in kept]
+        if side == "right" and not is_rectangular:
+            kept, ids = list(tensors["left_kept"]), list(tensors["left_ids"])
+        if damage < 0.1:
+            kept[generator.randrange(len(kept))] = generator.choice((-1, count, 0, 2**62, -(2**62)))
+        if 0.1 < damage < 0.15:
+            ids[-1] = -1
+        tensors |= {f"{side}_kept": array("q", kept), f"{side}_ids": array("i", ids)}
+        sizes |= {f"{side}_rows": count, f"{side}_count": len(kept)}
+    counts = sizes["left_count"], sizes["right_count"]
+    rows_of = {"left": rows, "right": columns}
+    if is_rectangular:
+        form, rows_of["positive"] = generator.choice((0, 0, 0, 1)), rows
+        places = [generator.randrange(-1, counts[1]) for _ in range(counts[0])]
+        if 0.15 < damage < 0.2:
+            places[0] = generator.choice((-2, counts[1], 2**31 - 1))
+        tensors["places"] = array("i", places)
+        if generator.random() < 0.5:
+            biases = [array("d", (4 * generator.random() for _ in range(count))) for count in counts]
+            tensors |= dict(zip(("positive_bias", "right_bias"), biases, strict=True))
+    for name, count in rows_of.items():
+        tensors[name] = numbers(generator, dtype, count * width)
+        tensors[f"grad_{name}"] = array(TYPECODES[dtype], bytes(ITEM_BYTES[dtype] * count * width))
+    tensors |= {name: array("d", bytes(16 * max(counts))) for name in ("losses", "shares")}
+    tensors["weight"] = array("f", (2 * generator.random() - 1 for _ in range(2 * max(counts))))
     problem = core.NTXentProblem(
         **addresses(tensors),
+        **sizes,
         dtype=dtype,
-        rows=rows,
-        pairs=pairs,
         width=width,
         form=form,
         has_ids=generator.random() < 0.5,

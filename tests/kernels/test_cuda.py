@@ -20,7 +20,17 @@ import torch
 from support import cuda_emulation
 from support.cases import ATTENTION_CASES, PackedCase, case_options, packed_inputs
 from support.closeness import assert_matches_reference
-from support.contrastive_cases import RESULTS, assert_small_probabilities_count, options, pair, results
+from support.contrastive_cases import (
+    RECTANGULAR,
+    RESULTS,
+    Rectangular,
+    assert_rectangular_is_close,
+    assert_small_probabilities_count,
+    facts,
+    options,
+    pair,
+    results,
+)
 from support.waits import nothing_waits
 from torch import Tensor
 
@@ -211,6 +221,12 @@ def test_nt_xent_matches_reference(case: tuple, dtype: torch.dtype, negatives: s
         assert_matches_reference(*parts, f"nt_xent {name}", case)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [case for case in RECTANGULAR if case.is_small], ids=str)
+def test_rectangular_nt_xent_matches_reference(case: Rectangular, dtype: torch.dtype, device: str) -> None:
+    assert_rectangular_is_close(case, dtype, "cuda", device)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("negatives", NEGATIVES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -263,7 +279,7 @@ def test_nt_xent_is_a_registered_op(negatives: str, device: str) -> None:
     left, right = (part.to(device) for part in pair(5, 4, torch.float32))
     chosen = moved(options(5).values(), device)
     tau = torch.tensor(0.2, device=device, requires_grad=True)
-    arguments = (left.requires_grad_(), right.requires_grad_(), tau, negatives, *chosen, True, "cuda")
+    arguments = (left.requires_grad_(), right.requires_grad_(), None, tau, negatives, *facts(*chosen), True, "cuda")
     torch.library.opcheck(torch.ops.ubp_fast.nt_xent.default, arguments)
 
     def loss(left: Tensor, right: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from support.contrastive_cases import assert_native_is_close, options, pair, results, rows
+from support.contrastive_cases import assert_native_is_close, facts, options, pair, results, rows
 from torch import Tensor
 from torch.nn import functional
 
@@ -258,12 +258,12 @@ def test_opcheck(used: tuple[str, ...], negatives: str, backend: str) -> None:
     left, right = pair(5, 4, torch.float32)
     chosen = [value if name in used else None for name, value in options(5).items()]
     tau = torch.tensor(0.2, requires_grad=True)
-    arguments = (left.requires_grad_(), right.requires_grad_(), tau, negatives, *chosen, True, backend)
+    arguments = (left.requires_grad_(), right.requires_grad_(), None, tau, negatives, *facts(*chosen), True, backend)
     torch.library.opcheck(torch.ops.ubp_fast.nt_xent.default, arguments)
-    row_losses = torch.ops.ubp_fast.nt_xent(*arguments)[1]
+    row_losses = torch.ops.ubp_fast.nt_xent(*arguments)
     detached = tuple(value.detach() if isinstance(value, Tensor) else value for value in arguments)
     torch.library.opcheck(
-        torch.ops.ubp_fast.nt_xent_backward.default, (torch.tensor(1.0), row_losses.detach(), *detached)
+        torch.ops.ubp_fast.nt_xent_backward.default, (torch.ones_like(row_losses), row_losses.detach(), *detached)
     )
 
 

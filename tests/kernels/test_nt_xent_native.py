@@ -154,22 +154,29 @@ def test_small_problems_on_every_isa(every_isa: list[str]) -> None:
 
 
 WRONG_NUMBERS = {
-    "pairs": {"pairs": 0},
+    "left_count": {"left_count": 0},
+    "right_count": {"right_count": 4},
     "width": {"width": 2049},
     "dtype": {"dtype": 3},
     "form": {"form": -1},
     "temperature": {"temperature": float("nan")},
     "threads": {"threads": 0},
-    "kept": {"kept": torch.tensor([2, 1])},
-    "ids": {"ids": torch.tensor([0, -1], dtype=torch.int32)},
+    "left_kept": {"left_kept": torch.tensor([2, 1])},
+    "right_kept": {"right_kept": torch.tensor([0, 3])},
+    "right_ids": {"right_ids": torch.tensor([0, -1], dtype=torch.int32)},
+    "places": {"positive": torch.zeros(3, 8), "places": torch.tensor([0, 2], dtype=torch.int32)},
+    "positive": {"positive": torch.zeros(3, 8), "form": 1},
+    "right_bias and positive_bias": {"right_bias": torch.zeros(2, dtype=torch.float64)},
 }
 
 
 @pytest.mark.parametrize("argument", WRONG_NUMBERS)
 def test_wrong_numbers_never_reach_the_kernel(argument: str) -> None:
     rows, ids = torch.zeros(3, 8), torch.tensor([0, 1], dtype=torch.int32)
-    given = {"left": rows, "right": rows, "rows": 3, "pairs": 2, "width": 8, "temperature": 0.1, "threads": 1}
-    given |= {"kept": torch.tensor([0, 1]), "ids": ids, "losses": torch.zeros(4, dtype=torch.float64)}
+    given = {"width": 8, "temperature": 0.1, "threads": 1, "losses": torch.zeros(4, dtype=torch.float64)}
+    for side in ("left", "right"):
+        given |= {side: rows, f"{side}_rows": 3, f"{side}_count": 2, f"{side}_ids": ids}
+        given[f"{side}_kept"] = torch.tensor([0, 1])
     given |= WRONG_NUMBERS[argument]
     with pytest.raises(ValueError, match=f"^nt_xent: {argument} must"):
         _core.nt_xent_forward(_core.NTXentProblem(**given))

@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 import torch
 from support.closeness import assert_matches_reference
-from support.contrastive_cases import RESULTS, assert_small_probabilities_count, options, pair, results
+from support.contrastive_cases import (
+    RECTANGULAR,
+    RESULTS,
+    Rectangular,
+    assert_rectangular_is_close,
+    assert_small_probabilities_count,
+    facts,
+    options,
+    pair,
+    results,
+)
 from support.gpu import DEVICE, DTYPES, HAS_GPU, require_triton_device
 from torch import Tensor
 
@@ -62,6 +72,12 @@ def test_matches_reference(
     case = f"N={count} E={width} tau={temperature} {negatives} {variant}"
     more = {"negatives": negatives, "normalize": variant != "lengths", **chosen}
     assert_triton_is_close(left.to(dtype), right.to(dtype), temperature, case, **more)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", RECTANGULAR if HAS_GPU else [c for c in RECTANGULAR if c.is_small], ids=str)
+def test_rectangular_problems(case: Rectangular, dtype: torch.dtype) -> None:
+    assert_rectangular_is_close(case, dtype, "triton", DEVICE)
 
 
 @FORMS
@@ -193,12 +209,12 @@ def test_opcheck(used: tuple[str, ...]) -> None:
     left, right = (side.to(DEVICE) for side in pair(5, 4, torch.float32))
     chosen = [value.to(DEVICE) if name in used else None for name, value in options(5).items()]
     tau = torch.tensor(0.2, requires_grad=True)
-    arguments = (left.requires_grad_(), right.requires_grad_(), tau, "simclr", *chosen, True, "triton")
+    arguments = (left.requires_grad_(), right.requires_grad_(), None, tau, "simclr", *facts(*chosen), True, "triton")
     torch.library.opcheck(torch.ops.ubp_fast.nt_xent.default, arguments)
-    row_losses = torch.ops.ubp_fast.nt_xent(*arguments)[1]
+    row_losses = torch.ops.ubp_fast.nt_xent(*arguments)
     detached = tuple(value.detach() if isinstance(value, Tensor) else value for value in arguments)
-    grad = torch.tensor(1.0, device=DEVICE)
-    torch.library.opcheck(torch.ops.ubp_fast.nt_xent_backward.default, (grad, row_losses.detach(), *detached))
+    given = (torch.ones_like(row_losses), row_losses.detach(), *detached)
+    torch.library.opcheck(torch.ops.ubp_fast.nt_xent_backward.default, given)
 
 
 def test_compiles_as_one_graph() -> None:
@@ -252,25 +268,22 @@ def test_rows_beyond_int32_elements(kernel: str) -> None:
         own, others = (end - last, last), (end - last, last)  # of right, the second half of the rows
         chosen = _triton._tiles_here(kernel, problem)
         grid = (math.ceil(last / chosen.block_m), 1)
-        facts = (*prepared, *_triton._row_facts(problem))
         if kernel == "statistics":
             results = tuple(torch.zeros(1, last, dtype=torch.float64, device=DEVICE) for _ in range(2))
-            _triton._launch(
-                "statistics_kernel", grid, problem, *facts, *results, count, *own, *others, last, chosen=chosen
-            )
+            _triton._launch("statistics_kernel", grid, problem, *prepared, *results, *own, *others, last, chosen=chosen)
             found.append(torch.cat(results))
             continue
         slope = torch.zeros(2 * count, 512, dtype=torch.float32, device=DEVICE)
         moment = torch.zeros(grid[0], dtype=torch.float64, device=DEVICE)
         losses = torch.full((2 * count,), 9.0, dtype=torch.float64, device=DEVICE)
-        weight = torch.ones(count, dtype=torch.float32, device=DEVICE)
+        weight = torch.ones(2 * count, dtype=torch.float32, device=DEVICE)
         sides = {"HAS_ROW_LOSS": True, "HAS_COLUMN_LOSS": True}
-        more = (losses, weight, slope, moment, count, *own, *others)
-        _triton._launch("gradient_kernel", grid, problem, *facts, *more, chosen=chosen, **sides)
+        more = (losses, weight, slope, moment, *own, *others)
+        _triton._launch("gradient_kernel", grid, problem, *prepared, *more, chosen=chosen, **sides)
         found.append(slope[-last:].clone())
     assert torch.equal(*found) and found[0].any()
 
 
 def _problem_of(rows: Tensor) -> Problem:
-    weight, tau = torch.ones(len(rows), device=DEVICE), torch.tensor(0.1, dtype=torch.float64, device=DEVICE)
-    return Problem(rows, rows, tau, "symmetric", weight, None, None, True)
+    tau = torch.tensor(0.1, dtype=torch.float64, device=DEVICE)
+    return Problem(rows, rows, None, tau, "symmetric", *[None] * 7, True)

@@ -2,7 +2,8 @@
 
 Rows that are not valid are left out; the others are read, normalised and written where they lie. Small problems are
 computed in float64, large ones in float32, or, for bfloat16 rows where the processor has the instruction, in bfloat16
-products of the rows as they are. Memory: a few [2N, E] matrices. The same for every number of threads, bit by bit.
+products of the rows as they are. Memory: a few matrices of the inputs' size. The same for every number of threads, bit
+by bit.
 """
 
 from __future__ import annotations
@@ -25,61 +26,103 @@ def unsupported(problem: Problem) -> str | None:
     return unsupported_on_cpu(problem.left)
 
 
-def forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Loss (0-d) and the row losses [N] ([2N] for symmetric and simclr), float64; 0 for rows that are not valid."""
-    directions, count = _directions(problem), len(problem.left)
-    row_losses = torch.zeros(directions, count, dtype=torch.float64)
-    kept = _kept(problem)
-    if len(kept):
-        losses = torch.empty(directions, len(kept), dtype=torch.float64)
-        _call(_core.nt_xent_forward, problem, kept, losses)
-        row_losses = losses if len(kept) == count else row_losses.index_copy_(1, kept, losses)
-    weight = problem.row_weight.double()
-    total = weight.sum() * directions
-    loss = (row_losses * weight).sum() / torch.where(total == 0, 1.0, total)
-    return loss.float(), row_losses.flatten()
+def forward(problem: Problem) -> Tensor:
+    """Row losses [N] ([2N] for symmetric and simclr), float64; 0 for rows that are not valid."""
+    row_losses = torch.zeros(problem.directions, len(problem.left), dtype=torch.float64)
+    kept, right_kept = _kept(problem)
+    if len(kept) and len(right_kept):
+        losses = torch.empty(problem.directions, len(kept), dtype=torch.float64)
+        _call(_core.nt_xent_forward, problem, kept, right_kept, losses)
+        row_losses = losses if len(kept) == len(problem.left) else row_losses.index_copy_(1, kept, losses)
+    return row_losses.flatten()
 
 
-def backward(problem: Problem, grad: Tensor, row_losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of left, right and temperature; the similarities are computed again."""
-    kept, total = _kept(problem), float(problem.row_weight.double().sum()) * _directions(problem)
-    make = torch.empty if len(kept) == len(problem.left) else torch.zeros
-    grad_left, grad_right = (make(problem.left.shape, dtype=problem.left.dtype) for _ in range(2))
-    if not len(kept) or total == 0:
-        return grad_left.zero_(), grad_right.zero_(), torch.zeros_like(problem.temperature)
-    losses = row_losses.view(_directions(problem), -1)[:, kept].contiguous()
-    weight = problem.row_weight[kept].contiguous()
-    factor = float(grad) / (total * float(problem.temperature))
-    found = {"weight": weight, "factor": factor, "grad_left": grad_left, "grad_right": grad_right}
-    moment = _call(_core.nt_xent_backward, problem, kept, losses, **found)
-    return grad_left, grad_right, torch.full_like(problem.temperature, -moment * factor)
+def backward(
+    problem: Problem, weight: Tensor, factor: Tensor, row_losses: Tensor, shares: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Gradients of left, right, positive and temperature; the similarities are computed again."""
+    kept, right_kept = _kept(problem)
+    is_whole = len(kept) == len(problem.left) and len(right_kept) == len(problem.right)
+    make = torch.empty_like if is_whole else torch.zeros_like
+    form = torch.contiguous_format
+    left, right, positive = (
+        None if part is None else make(part, memory_format=form)
+        for part in (problem.left, problem.right, problem.positive)
+    )
+    if not len(kept) or not len(right_kept):
+        nothing = [None if part is None else part.zero_() for part in (left, right, positive)]
+        return *nothing, torch.zeros_like(problem.temperature)  # type: ignore[return-value]
+    losses, weights, shares = (
+        part.view(problem.directions, -1)[:, kept].contiguous() for part in (row_losses, weight, shares)
+    )
+    scale = float(factor) / float(problem.temperature)
+    found = {"weight": weights.float(), "shares": shares, "factor": scale, "grad_left": left, "grad_right": right}
+    if positive is not None:
+        found["grad_positive"] = positive
+    moment = _call(_core.nt_xent_backward, problem, kept, right_kept, losses, **found)
+    return left, right, positive, torch.full_like(problem.temperature, -moment * scale)  # type: ignore[return-value]
 
 
-def _directions(problem: Problem) -> int:
-    return 1 if problem.negatives == "cross" else 2
+def _kept(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Numbers of the rows of both sides that take part, int64."""
+    sides = ((problem.left, problem.valid), (problem.right, problem.right_valid))
+    left, right = (torch.arange(len(rows)) if valid is None else valid.nonzero().flatten() for rows, valid in sides)
+    return left, right
 
 
-def _kept(problem: Problem) -> Tensor:
-    """Numbers of the rows that take part, int64 [K]."""
-    return torch.arange(len(problem.left)) if problem.valid is None else problem.valid.nonzero().flatten()
+def _ids(problem: Problem, kept: Tensor, right_kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Dense ids int32 of the rows that take part."""
+    if problem.ids is None or problem.right_ids is None:
+        own = torch.arange(len(kept), dtype=torch.int32)
+        # Without pairs only places say who is no negative.
+        return (own, own) if problem.positive is None else (own.fill_(1), torch.zeros(len(right_kept)).int())
+    given = torch.cat((problem.ids[kept], problem.right_ids[right_kept]))
+    dense = torch.unique(given, return_inverse=True)[1].int()
+    return dense[: len(kept)], dense[len(kept) :]
+
+
+def _rectangular(problem: Problem, kept: Tensor, right_kept: Tensor) -> dict[str, Tensor]:
+    """What pairs do not have; positions are counted among the rows that take part."""
+    if problem.positive is None or problem.places is None:
+        return {}
+    places = problem.places[kept]
+    if problem.right_valid is not None:
+        number = torch.full((len(problem.right) + 1,), -1)  # the last entry is for -1
+        number[right_kept] = torch.arange(len(right_kept))
+        places = number[places]
+    found = {"positive": problem.positive.contiguous(), "places": places.int()}
+    if problem.bias is not None and problem.positive_bias is not None:
+        biases = (problem.bias[right_kept], problem.positive_bias[kept])
+        # Only their differences count: small numbers keep more digits of similarities.
+        both = torch.cat(biases)
+        middle = (both.amax() + both.amin()) / 2
+        found |= {"right_bias": biases[0] - middle, "positive_bias": biases[1] - middle}
+    return found
 
 
 def _call(
-    function: Callable[[_core.NTXentProblem], float], problem: Problem, kept: Tensor, losses: Tensor, **more: Any
+    function: Callable[[_core.NTXentProblem], float],
+    problem: Problem,
+    kept: Tensor,
+    right_kept: Tensor,
+    losses: Tensor,
+    **more: Any,
 ) -> float:
     left, right = problem.left.contiguous(), problem.right.contiguous()
-    if problem.ids is None:
-        ids = torch.arange(len(kept), dtype=torch.int32)
-    else:
-        ids = torch.unique(problem.ids[kept], return_inverse=True)[1].int()
+    ids, right_ids = _ids(problem, kept, right_kept)
+    rectangular = _rectangular(problem, kept, right_kept)  # lives until the call: the struct holds addresses
     compiled = _core.NTXentProblem(
         left=left,
         right=right,
         dtype=DTYPES[left.dtype],
-        kept=kept,
-        ids=ids,
-        rows=len(left),
-        pairs=len(kept),
+        left_kept=kept,
+        right_kept=right_kept,
+        left_ids=ids,
+        right_ids=right_ids,
+        left_rows=len(left),
+        right_rows=len(right),
+        left_count=len(kept),
+        right_count=len(right_kept),
         width=left.shape[1],
         form=FORMS[problem.negatives],
         has_ids=problem.ids is not None,
@@ -87,6 +130,7 @@ def _call(
         temperature=float(problem.temperature),
         threads=torch.get_num_threads(),
         losses=losses,
+        **rectangular,
         **more,
     )
     return function(compiled)

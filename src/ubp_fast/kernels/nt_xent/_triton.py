@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ubp_fast.kernels import tiles as tile_table
 from ubp_fast.kernels.backends import on_device, triton_unavailable, unsupported_dtype
-from ubp_fast.kernels.nt_xent.reference import Problem
+from ubp_fast.kernels.nt_xent.reference import Problem, each_row, groups
 
 TABLE = Path(__file__).with_name("tiles.json")
 MAX_ROWS = 2**29  # row numbers of both sides are int32
@@ -35,18 +35,35 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-class Prepared(NamedTuple):
-    """Rows of both sides [2N, E] in the dtype of the inputs; float64: inverse lengths [2N], similarities [N]."""
+class Rows(NamedTuple):
+    """All rows of a problem, one behind the other, and what belongs to them.
+
+    Attributes:
+        rows: [R, E] in the dtype of the inputs: left, then right; or left, positive, right.
+        inverse: float64 [R], inverse lengths.
+        positive: float64, similarities of queries to their positives, from the first row on.
+        group: int32 [R]; rows of one group are no negatives of each other.
+        ids: int64 [R] or None.
+        valid: bool [R] or None.
+        bias: float64 [R] in units of log 2, of queries that of their positives, or None.
+        temperature: float64, 0-d.
+    """
 
     rows: Tensor
     inverse: Tensor
     positive: Tensor
+    group: Tensor
+    ids: Tensor | None
+    valid: Tensor | None
+    bias: Tensor | None
+    temperature: Tensor
 
 
 def unsupported(problem: Problem) -> str | None:
     """Why this problem cannot run here, or None."""
-    if len(problem.left) >= MAX_ROWS:
-        return f"it takes fewer than {MAX_ROWS} rows, got {len(problem.left)}"
+    most = max(len(problem.left), len(problem.right))
+    if most >= MAX_ROWS:
+        return f"it takes fewer than {MAX_ROWS} rows, got {most}"
     return unsupported_dtype(problem.left) or triton_unavailable(problem.left.device)
 
 
@@ -63,14 +80,12 @@ def tiles(kernel: str, dtype: torch.dtype, width: int, device: tuple[str, ...]) 
     return Tiles(m, n, whole if k is None else k, whole if e is None else e, warps, stages)
 
 
-def forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Loss (0-d) and the row losses [N] ([2N] for symmetric and simclr), float64; 0 for rows that are not valid."""
-    count, device = len(problem.left), problem.left.device
-    weight = problem.row_weight.double().repeat(_directions(problem))
-    if count == 0:
-        return problem.row_weight.sum(), weight
-    prepared = _prepare(problem)
-    losses = []
+def forward(problem: Problem) -> Tensor:
+    """Row losses [N] ([2N] for symmetric and simclr), float64; 0 for rows that are not valid."""
+    device = problem.left.device
+    if not len(problem.left) or not len(problem.right):
+        return torch.zeros(len(problem.left) * problem.directions, dtype=torch.float64, device=device)
+    rows, losses = _prepare(problem), []
     for own, others in _meetings(problem):
         chosen = _tiles_here("statistics", problem)
         blocks = math.ceil(own[1] / chosen.block_m)
@@ -78,47 +93,49 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
         step = math.ceil(math.ceil(others[1] / parts) / chosen.block_n) * chosen.block_n
         parts = math.ceil(others[1] / step)
         maximum, total = (torch.empty((parts, own[1]), dtype=torch.float64, device=device) for _ in range(2))
-        tensors = (*prepared, *_row_facts(problem), maximum, total)
-        _launch("statistics_kernel", (blocks, parts), problem, *tensors, count, *own, *others, step, chosen=chosen)
+        _launch(
+            "statistics_kernel", (blocks, parts), problem, *rows, maximum, total, *own, *others, step, chosen=chosen
+        )
         peak = maximum.amax(dim=0)
         sums = (total * torch.exp2(maximum - peak)).sum(dim=0)
         peak = peak * math.log(2.0)
         losses.append(peak + torch.log1p(torch.expm1(-peak) + sums))
     row_losses = torch.cat(losses)
-    if problem.valid is not None:
-        row_losses = row_losses.masked_fill(~problem.valid.repeat(_directions(problem)), 0)
-    mass = weight.sum()
-    loss = (row_losses * weight).sum() / torch.where(mass == 0, 1.0, mass)
-    return loss.float(), row_losses
+    return row_losses if problem.valid is None else row_losses.masked_fill(~problem.valid.repeat(problem.directions), 0)
 
 
-def backward(problem: Problem, grad: Tensor, row_losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of left, right and temperature; the similarities are computed again."""
-    (count, width), device = problem.left.shape, problem.left.device
-    grad_left, grad_right = (torch.empty((count, width), dtype=problem.left.dtype, device=device) for _ in range(2))
-    if count == 0:
-        return grad_left, grad_right, torch.zeros_like(problem.temperature)
-    prepared, weight = _prepare(problem), problem.row_weight.float()
-    slope = torch.empty((2 * count, width), dtype=torch.float32, device=device)
+def backward(
+    problem: Problem, weight: Tensor, factor: Tensor, row_losses: Tensor, shares: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Gradients of left, right, positive and temperature; the similarities are computed again."""
+    given = (problem.left, problem.right, problem.positive)
+    left, right, positive = (
+        None if part is None else torch.zeros_like(part, memory_format=torch.contiguous_format) for part in given
+    )
+    if not len(problem.left) or not len(problem.right):
+        return left, right, positive, torch.zeros_like(problem.temperature)  # type: ignore[return-value]
+    rows, width = _prepare(problem), problem.left.shape[1]
+    slope = torch.empty((len(rows.rows), width), dtype=torch.float32, device=problem.left.device)
+    if problem.positive is not None:
+        slope[len(problem.left) : 2 * len(problem.left)] = 0
     chosen = _tiles_here("gradient", problem)
     moments = []
     for own, others in _meetings(problem, is_backward=True):
         blocks = math.ceil(own[1] / chosen.block_m)
-        moment = torch.zeros(blocks, dtype=torch.float64, device=device)
-        tensors = (*prepared, *_row_facts(problem), row_losses / math.log(2.0), weight, slope, moment)
+        moment = torch.zeros(blocks, dtype=torch.float64, device=problem.left.device)
         sides = {
             "HAS_ROW_LOSS": own[0] == 0 or problem.negatives != "cross",
             "HAS_COLUMN_LOSS": others[0] == 0 or problem.negatives != "cross",
         }
+        tensors = (*rows, row_losses / math.log(2.0), weight.float(), slope, moment)
         grid = (blocks, math.ceil(width / chosen.block_e))
-        _launch("gradient_kernel", grid, problem, *tensors, count, *own, *others, chosen=chosen, **sides)
+        _launch("gradient_kernel", grid, problem, *tensors, *own, *others, chosen=chosen, **sides)
         moments.append(moment.sum() * math.log(2.0))
-    mass = problem.row_weight.double().sum() * _directions(problem)
-    factor = grad.double() / (torch.where(mass == 0, 1.0, mass) * _temperature(problem))
-    # What the positive gains is what its negatives lose: sum of p over them = 1 - exp(-loss).
-    pull = -(torch.expm1(-row_losses).view(-1, count).sum(dim=0) * problem.row_weight.double())
-    _finish(problem, slope, pull, factor, grad_left, grad_right)
-    return grad_left, grad_right, (-torch.stack(moments).sum() * factor).to(problem.temperature)
+    factor = factor / rows.temperature
+    pull = (shares * weight).view(problem.directions, -1).sum(dim=0)  # the positive gains what its negatives lose
+    _finish(problem, slope, pull, factor, left, right, positive)
+    to_temperature = (-torch.stack(moments).sum() * factor).to(problem.temperature)
+    return left, right, positive, to_temperature  # type: ignore[return-value]
 
 
 def _tiles_here(kernel: str, problem: Problem) -> Tiles:
@@ -126,62 +143,76 @@ def _tiles_here(kernel: str, problem: Problem) -> Tiles:
     return tiles(kernel, problem.left.dtype, problem.left.shape[1], device)
 
 
-def _directions(problem: Problem) -> int:
-    return 1 if problem.negatives == "cross" else 2
-
-
 def _meetings(problem: Problem, is_backward: bool = False) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """(first row, rows) of the owners and of the others: who meets whom; in backward both sides own."""
-    count = len(problem.left)
+    count, others = len(problem.left), len(problem.right)
     if problem.negatives == "simclr":
         return [((0, 2 * count), (0, 2 * count))]
-    left, right = (0, count), (count, count)
+    left, right = (0, count), (count if problem.positive is None else 2 * count, others)
     return [(left, right), (right, left)] if is_backward or problem.negatives == "symmetric" else [(left, right)]
 
 
-def _temperature(problem: Problem) -> Tensor:
-    return problem.temperature.to(problem.left.device, torch.float64, non_blocking=True)
+def _pairs_and_others(problem: Problem) -> list[tuple[Tensor, Tensor | None, Tensor | None, int]]:
+    """What the kernels of single rows take: a row, its partner or none, valid, its first place in `Rows`."""
+    if problem.positive is None:
+        return [(problem.left, problem.right, problem.valid, 0)]
+    of_right = (problem.right, None, problem.right_valid, 2 * len(problem.left))
+    return [(problem.left, problem.positive, problem.valid, 0), of_right]
 
 
-def _row_facts(problem: Problem) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """Ids, valid and temperature, as the kernels read them."""
-    ids, valid = (None if part is None else part.contiguous() for part in (problem.ids, problem.valid))
-    return ids, valid, _temperature(problem)
+def _prepare(problem: Problem) -> Rows:
+    (count, width), device = problem.left.shape, problem.left.device
+    ids = each_row(problem, problem.ids, problem.right_ids, None)
+    valid = each_row(problem, problem.valid, problem.right_valid, problem.valid)
+    bias = each_row(problem, problem.positive_bias, problem.bias, None)
+    bias = None if bias is None else bias / math.log(2.0)
+    total = 2 * count if problem.positive is None else 2 * count + len(problem.right)
+    rows = torch.empty((total, width), dtype=problem.left.dtype, device=device)
+    inverse = torch.empty(total, dtype=torch.float64, device=device)
+    positive = torch.empty(2 * count, dtype=torch.float64, device=device)
+    temperature = problem.temperature.to(device, torch.float64, non_blocking=True)
+    for one, partner, kept, first in _pairs_and_others(problem):
+        _row_launch("prepare_kernel", problem, one, partner, kept, rows[first:], inverse[first:], positive)
+    return Rows(rows, inverse, positive, groups(problem), ids, valid, bias, temperature)
 
 
-def _sides(problem: Problem) -> tuple[Any, ...]:
-    """Left and right, each row's elements neighbours, and their strides."""
-    sides = [side if side.stride(1) == 1 else side.contiguous() for side in (problem.left, problem.right)]
-    return (*sides, *(side.stride(0) for side in sides))
+def _finish(
+    problem: Problem,
+    slope: Tensor,
+    pull: Tensor,
+    factor: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    positive: Tensor | None,
+) -> None:
+    gradients = [(left, right if positive is None else positive), (right, right)]
+    for (one, partner, kept, first), grads in zip(_pairs_and_others(problem), gradients, strict=False):
+        _row_launch("finish_kernel", problem, one, partner, kept, slope[first:], pull, factor, *grads)
 
 
-def _row_options(problem: Problem) -> dict[str, Any]:
+def _row_launch(
+    name: str, problem: Problem, one: Tensor, partner: Tensor | None, valid: Tensor | None, *tensors: Tensor | None
+) -> None:
+    sides = [side if side.stride(1) == 1 else side.contiguous() for side in (one, one if partner is None else partner)]
+    kept = None if valid is None else valid.contiguous()
+    arguments = (*sides, *(side.stride(0) for side in sides), kept, *tensors, len(one))
+    options = row_options(problem, is_pair=partner is not None, has_valid=valid is not None)
+    with on_device(problem.left.device):
+        getattr(_kernels(), name)[(len(one),)](*arguments, **options)
+
+
+def row_options(problem: Problem, is_pair: bool, has_valid: bool) -> dict[str, Any]:
+    """What decides the code of a kernel of single rows."""
     width = problem.left.shape[1]
     block = max(16, 1 << (width - 1).bit_length())
     return {
+        "IS_PAIR": is_pair,
         "IS_NORMALIZED": problem.normalize,
-        "HAS_VALID": problem.valid is not None,
+        "HAS_VALID": has_valid,
         "WIDTH": width,
         "BLOCK_E": block,
         "num_warps": 1 if block <= 256 else 4,
     }
-
-
-def _prepare(problem: Problem) -> Prepared:
-    (count, width), device = problem.left.shape, problem.left.device
-    rows = torch.empty((2 * count, width), dtype=problem.left.dtype, device=device)
-    inverse, positive = (torch.empty(size, dtype=torch.float64, device=device) for size in (2 * count, count))
-    tensors = (*_sides(problem), _row_facts(problem)[1], rows, inverse, positive)
-    with on_device(device):
-        _kernels().prepare_kernel[(count,)](*tensors, count, **_row_options(problem))
-    return Prepared(rows, inverse, positive)
-
-
-def _finish(problem: Problem, slope: Tensor, pull: Tensor, factor: Tensor, *gradients: Tensor) -> None:
-    count = len(problem.left)
-    tensors = (*_sides(problem), _row_facts(problem)[1], slope, pull, factor, *gradients)
-    with on_device(problem.left.device):
-        _kernels().finish_kernel[(count,)](*tensors, count, **_row_options(problem))
 
 
 def _launch(name: str, grid: tuple[int, int], problem: Problem, *arguments: Any, chosen: Tiles, **more: bool) -> None:
@@ -193,7 +224,8 @@ def constants(name: str, problem: Problem, chosen: Tiles) -> dict[str, Any]:
     """What decides the code of a kernel beside the forms."""
     found: dict[str, Any] = {
         "HAS_IDS": problem.ids is not None,
-        "HAS_VALID": problem.valid is not None,
+        "HAS_VALID": problem.valid is not None or problem.right_valid is not None,
+        "HAS_BIAS": problem.bias is not None,
         "IS_WIDE": problem.left.dtype == torch.float32,
         "IS_WHOLE": chosen.block_k == chosen.block_e and chosen.block_k >= problem.left.shape[1],
         "WIDTH": problem.left.shape[1],

@@ -1,8 +1,9 @@
 """Triton kernels of nt_xent; `_triton.py` launches them. Equations are in `api.py`.
 
-Left and right rows lie in one matrix [2N, E] after `prepare_kernel`: row x of it is an input row divided by a power of
-two (exactly), and inverse[x] its length's inverse, so that s = <row, row'> inverse inverse' / temperature carries no
-rounding of normalised rows. Rows that are not valid are 0 and meet nobody.
+All rows lie in one matrix after `prepare_kernel`: row x of it is an input row divided by a power of two (exactly), and
+inverse[x] its length's inverse, so that s = <row, row'> inverse inverse' / temperature carries no rounding of
+normalised rows. Rows that are not valid are 0 and meet nobody; neither do rows of one group, or of one id. Per-row
+numbers lie in the order of that matrix; biases are in units of log 2, those of queries are their positives'.
 
     statistics  block of rows x one part of the columns: running maximum of the gaps s - s_positive, 0 included, and
                 the sum of exp(gap - maximum); the parts are put together afterwards
@@ -41,24 +42,27 @@ def _scaled(x, IS_NORMALIZED: tl.constexpr):
 @triton.jit(do_not_specialize=VARYING)
 def prepare_kernel(
     left_ptr, right_ptr, left_stride, right_stride, valid_ptr, rows_ptr, inverse_ptr, positive_ptr, pairs,
-    IS_NORMALIZED: tl.constexpr, HAS_VALID: tl.constexpr, WIDTH: tl.constexpr, BLOCK_E: tl.constexpr,
+    IS_PAIR: tl.constexpr, IS_NORMALIZED: tl.constexpr, HAS_VALID: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """One pair: both rows scaled, their inverse lengths, their similarity."""
+    """One pair: both rows scaled, their inverse lengths, their similarity; or one row, as left, alone."""
     pair, at = tl.cast(tl.program_id(0), tl.int64), tl.arange(0, BLOCK_E)
     mask = at < WIDTH
     if HAS_VALID:
         mask &= tl.load(valid_ptr + pair) != 0
     left = tl.load(left_ptr + pair * left_stride + at, mask=mask, other=0.0).to(tl.float64)
-    right = tl.load(right_ptr + pair * right_stride + at, mask=mask, other=0.0).to(tl.float64)
     left, _, left_inverse = _scaled(left, IS_NORMALIZED)
-    right, _, right_inverse = _scaled(right, IS_NORMALIZED)
     kind = rows_ptr.dtype.element_ty
     tl.store(rows_ptr + pair * WIDTH + at, left.to(kind), mask=at < WIDTH)
-    tl.store(rows_ptr + (pair + pairs) * WIDTH + at, right.to(kind), mask=at < WIDTH)
     tl.store(inverse_ptr + pair, left_inverse)
-    tl.store(inverse_ptr + pair + pairs, right_inverse)
-    positive = tl.sum(left.to(kind).to(tl.float64) * right.to(kind).to(tl.float64), 0) * left_inverse * right_inverse
-    tl.store(positive_ptr + pair, positive)
+    if IS_PAIR:
+        right = tl.load(right_ptr + pair * right_stride + at, mask=mask, other=0.0).to(tl.float64)
+        right, _, right_inverse = _scaled(right, IS_NORMALIZED)
+        tl.store(rows_ptr + (pair + pairs) * WIDTH + at, right.to(kind), mask=at < WIDTH)
+        tl.store(inverse_ptr + pair + pairs, right_inverse)
+        product = tl.sum(left.to(kind).to(tl.float64) * right.to(kind).to(tl.float64), 0)
+        tl.store(positive_ptr + pair, product * left_inverse * right_inverse)
+        tl.store(positive_ptr + pair + pairs, product * left_inverse * right_inverse)
 
 
 @triton.jit
@@ -98,25 +102,28 @@ def _products(
 
 @triton.jit
 def _is_negative(
-    row_pair, column_pair, is_row, is_column, ids_ptr, valid_ptr, HAS_IDS: tl.constexpr, HAS_VALID: tl.constexpr
+    row, column, is_row, is_column, group_ptr, ids_ptr, valid_ptr, HAS_IDS: tl.constexpr, HAS_VALID: tl.constexpr
 ):
-    """[M, N]: neither of one pair, nor of one id, nor with a row that is not valid or does not exist."""
+    """[M, N]: neither of one group, nor of one id, nor with a row that is not valid or does not exist."""
     if HAS_VALID:
-        is_row &= tl.load(valid_ptr + row_pair, mask=is_row, other=0) != 0
-        is_column &= tl.load(valid_ptr + column_pair, mask=is_column, other=0) != 0
-    found = (row_pair[:, None] != column_pair[None, :]) & is_row[:, None] & is_column[None, :]
+        is_row &= tl.load(valid_ptr + row, mask=is_row, other=0) != 0
+        is_column &= tl.load(valid_ptr + column, mask=is_column, other=0) != 0
+    row_group = tl.load(group_ptr + row, mask=is_row, other=-2)
+    column_group = tl.load(group_ptr + column, mask=is_column, other=-3)
+    found = (row_group[:, None] != column_group[None, :]) & is_row[:, None] & is_column[None, :]
     if HAS_IDS:
-        row_id = tl.load(ids_ptr + row_pair, mask=is_row, other=0)
-        column_id = tl.load(ids_ptr + column_pair, mask=is_column, other=0)
+        row_id = tl.load(ids_ptr + row, mask=is_row, other=0)
+        column_id = tl.load(ids_ptr + column, mask=is_column, other=0)
         found &= row_id[:, None] != column_id[None, :]
     return found
 
 
 @triton.jit(do_not_specialize=VARYING)
 def statistics_kernel(
-    rows_ptr, inverse_ptr, positive_ptr, ids_ptr, valid_ptr, temperature_ptr, maximum_ptr, sum_ptr, pairs, first_row,
-    rows, first_column, columns, step, HAS_IDS: tl.constexpr, HAS_VALID: tl.constexpr, IS_WIDE: tl.constexpr,
-    IS_WHOLE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    rows_ptr, inverse_ptr, positive_ptr, group_ptr, ids_ptr, valid_ptr, bias_ptr, temperature_ptr, maximum_ptr,
+    sum_ptr, first_row, rows, first_column, columns, step, HAS_IDS: tl.constexpr, HAS_VALID: tl.constexpr,
+    HAS_BIAS: tl.constexpr, IS_WIDE: tl.constexpr, IS_WHOLE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Rows first_row .. first_row + rows - 1 against `step` of the columns, of first_column .. + columns - 1."""
     REAL: tl.constexpr = tl.float64 if IS_WIDE else tl.float32
@@ -125,9 +132,10 @@ def statistics_kernel(
     b_ptr = rows_ptr + tl.cast(first_column, tl.int64) * WIDTH
     at = row + tl.arange(0, BLOCK_M)
     is_row = at < rows
-    row_pair = (first_row + at) % pairs
     inverse = tl.load(inverse_ptr + first_row + at, mask=is_row, other=0.0).to(REAL)
-    positive = tl.load(positive_ptr + row_pair, mask=is_row, other=0.0).to(REAL)
+    positive = tl.load(positive_ptr + first_row + at, mask=is_row, other=0.0).to(REAL)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + first_row + at, mask=is_row, other=0.0).to(REAL)
     unit = (1.0 / tl.load(temperature_ptr) * LOG2E).to(REAL)
     a = inverse
     if IS_WHOLE:
@@ -143,10 +151,14 @@ def statistics_kernel(
         )
         there = first + tl.arange(0, BLOCK_N)
         is_column = there < columns
-        column_pair = (first_column + there) % pairs
         column_inverse = tl.load(inverse_ptr + first_column + there, mask=is_column, other=0.0).to(REAL)
         gap = (products * (inverse[:, None] * column_inverse[None, :]) - positive[:, None]) * unit
-        is_negative = _is_negative(row_pair, column_pair, is_row, is_column, ids_ptr, valid_ptr, HAS_IDS, HAS_VALID)
+        if HAS_BIAS:
+            column_bias = tl.load(bias_ptr + first_column + there, mask=is_column, other=0.0).to(REAL)
+            gap += column_bias[None, :] - bias[:, None]
+        is_negative = _is_negative(
+            first_row + at, first_column + there, is_row, is_column, group_ptr, ids_ptr, valid_ptr, HAS_IDS, HAS_VALID
+        )
         gap = tl.where(is_negative, gap, float("-inf"))
         largest = tl.maximum(maximum, tl.max(gap, 1))
         fade = tl.exp2((maximum - largest).to(tl.float32)).to(tl.float64)
@@ -159,11 +171,11 @@ def statistics_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def gradient_kernel(
-    rows_ptr, inverse_ptr, positive_ptr, ids_ptr, valid_ptr, temperature_ptr, loss_ptr, weight_ptr, slope_ptr,
-    moment_ptr, pairs, first_row, rows, first_column, columns, HAS_ROW_LOSS: tl.constexpr,
-    HAS_COLUMN_LOSS: tl.constexpr, HAS_IDS: tl.constexpr, HAS_VALID: tl.constexpr, IS_WIDE: tl.constexpr,
-    IS_WHOLE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    rows_ptr, inverse_ptr, positive_ptr, group_ptr, ids_ptr, valid_ptr, bias_ptr, temperature_ptr, loss_ptr, weight_ptr,
+    slope_ptr, moment_ptr, first_row, rows, first_column, columns, HAS_ROW_LOSS: tl.constexpr,
+    HAS_COLUMN_LOSS: tl.constexpr, HAS_IDS: tl.constexpr, HAS_VALID: tl.constexpr, HAS_BIAS: tl.constexpr,
+    IS_WIDE: tl.constexpr, IS_WHOLE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """sum_j G_ij u_j of a block of rows, from element program_id(1) BLOCK_E on, and its sum_ij p_ij gap_ij."""
     REAL: tl.constexpr = tl.float64 if IS_WIDE else tl.float32
@@ -172,13 +184,14 @@ def gradient_kernel(
     b_ptr = rows_ptr + tl.cast(first_column, tl.int64) * WIDTH
     at = row + tl.arange(0, BLOCK_M)
     is_row = at < rows
-    row_pair = (first_row + at) % pairs
     inverse = tl.load(inverse_ptr + first_row + at, mask=is_row, other=0.0).to(REAL)
-    positive = tl.load(positive_ptr + row_pair, mask=is_row, other=0.0).to(REAL)
     unit = (1.0 / tl.load(temperature_ptr) * LOG2E).to(REAL)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + first_row + at, mask=is_row, other=0.0).to(REAL)
     if HAS_ROW_LOSS:
+        positive = tl.load(positive_ptr + first_row + at, mask=is_row, other=0.0).to(REAL)
         loss = tl.load(loss_ptr + first_row + at, mask=is_row, other=0.0).to(REAL)
-        weight = tl.load(weight_ptr + row_pair, mask=is_row, other=0.0)
+        weight = tl.load(weight_ptr + first_row + at, mask=is_row, other=0.0)
     a = inverse
     if IS_WHOLE:
         a = _tile(a_ptr, row, rows, 0, WIDTH, BLOCK_M, BLOCK_K)
@@ -193,21 +206,29 @@ def gradient_kernel(
         )
         there = first + tl.arange(0, BLOCK_N)
         is_column = there < columns
-        column_pair = (first_column + there) % pairs
         column_inverse = tl.load(inverse_ptr + first_column + there, mask=is_column, other=0.0).to(REAL)
         s = products * (inverse[:, None] * column_inverse[None, :])
-        is_negative = _is_negative(row_pair, column_pair, is_row, is_column, ids_ptr, valid_ptr, HAS_IDS, HAS_VALID)
+        is_negative = _is_negative(
+            first_row + at, first_column + there, is_row, is_column, group_ptr, ids_ptr, valid_ptr, HAS_IDS, HAS_VALID
+        )
         g = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        if HAS_BIAS:
+            column_bias = tl.load(bias_ptr + first_column + there, mask=is_column, other=0.0).to(REAL)
         if HAS_ROW_LOSS:
-            gap = (s - positive[:, None]) * unit
-            p = tl.exp2(tl.where(is_negative, gap - loss[:, None], float("-inf")).to(tl.float32))
+            distance = (s - positive[:, None]) * unit
+            gap = distance - loss[:, None]
+            if HAS_BIAS:
+                gap += column_bias[None, :] - bias[:, None]
+            p = tl.exp2(tl.where(is_negative, gap, float("-inf")).to(tl.float32))
             g += p * weight[:, None]
-            moment += tl.sum(tl.where(is_negative, p * gap, 0.0), 1).to(tl.float64)
+            moment += tl.sum(tl.where(is_negative, p * distance, 0.0), 1).to(tl.float64)
         if HAS_COLUMN_LOSS:
-            column_positive = tl.load(positive_ptr + column_pair, mask=is_column, other=0.0).to(REAL)
+            column_positive = tl.load(positive_ptr + first_column + there, mask=is_column, other=0.0).to(REAL)
             column_loss = tl.load(loss_ptr + first_column + there, mask=is_column, other=0.0).to(REAL)
-            column_weight = tl.load(weight_ptr + column_pair, mask=is_column, other=0.0)
+            column_weight = tl.load(weight_ptr + first_column + there, mask=is_column, other=0.0)
             gap = (s - column_positive[None, :]) * unit - column_loss[None, :]
+            if HAS_BIAS:
+                gap += bias[:, None] - column_bias[None, :]
             g += tl.exp2(tl.where(is_negative, gap, float("-inf")).to(tl.float32)) * column_weight[None, :]
         g *= column_inverse.to(tl.float32)[None, :] * LIFT
         if not IS_WHOLE:
@@ -223,26 +244,30 @@ def gradient_kernel(
 @triton.jit(do_not_specialize=VARYING)
 def finish_kernel(
     left_ptr, right_ptr, left_stride, right_stride, valid_ptr, slope_ptr, pull_ptr, factor_ptr, grad_left_ptr,
-    grad_right_ptr, pairs, IS_NORMALIZED: tl.constexpr, HAS_VALID: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    grad_right_ptr, pairs, IS_PAIR: tl.constexpr, IS_NORMALIZED: tl.constexpr, HAS_VALID: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """One pair: slope - pull * partner, through x / |x|, times the factor of the whole loss."""
+    """One pair: slope - pull * partner, through x / |x|, times the factor of the loss; or one row, as left, alone."""
     pair, at = tl.cast(tl.program_id(0), tl.int64), tl.arange(0, BLOCK_E)
     mask = at < WIDTH
     if HAS_VALID:
         mask &= tl.load(valid_ptr + pair) != 0
     left = tl.load(left_ptr + pair * left_stride + at, mask=mask, other=0.0).to(tl.float64)
-    right = tl.load(right_ptr + pair * right_stride + at, mask=mask, other=0.0).to(tl.float64)
     left, left_factor, left_inverse = _scaled(left, IS_NORMALIZED)
-    right, right_factor, right_inverse = _scaled(right, IS_NORMALIZED)
     left *= left_inverse
-    right *= right_inverse
-    pull, factor = tl.load(pull_ptr + pair), tl.load(factor_ptr)
-    to_left = tl.load(slope_ptr + pair * WIDTH + at, mask=mask, other=0.0).to(tl.float64) - pull * right
-    to_right = tl.load(slope_ptr + (pair + pairs) * WIDTH + at, mask=mask, other=0.0).to(tl.float64) - pull * left
+    factor = tl.load(factor_ptr)
+    to_left = tl.load(slope_ptr + pair * WIDTH + at, mask=mask, other=0.0).to(tl.float64)
+    kind = grad_left_ptr.dtype.element_ty
+    if IS_PAIR:
+        right = tl.load(right_ptr + pair * right_stride + at, mask=mask, other=0.0).to(tl.float64)
+        right, right_factor, right_inverse = _scaled(right, IS_NORMALIZED)
+        right *= right_inverse
+        pull = tl.load(pull_ptr + pair)
+        to_left -= pull * right
+        to_right = tl.load(slope_ptr + (pair + pairs) * WIDTH + at, mask=mask, other=0.0).to(tl.float64) - pull * left
+        if IS_NORMALIZED:
+            to_right = (to_right - right * tl.sum(to_right * right, 0)) * right_inverse * right_factor
+        tl.store(grad_right_ptr + pair * WIDTH + at, (to_right * factor).to(kind), mask=at < WIDTH)
     if IS_NORMALIZED:
         to_left = (to_left - left * tl.sum(to_left * left, 0)) * left_inverse * left_factor
-        to_right = (to_right - right * tl.sum(to_right * right, 0)) * right_inverse * right_factor
-    kind = grad_left_ptr.dtype.element_ty
     tl.store(grad_left_ptr + pair * WIDTH + at, (to_left * factor).to(kind), mask=at < WIDTH)
-    tl.store(grad_right_ptr + pair * WIDTH + at, (to_right * factor).to(kind), mask=at < WIDTH)

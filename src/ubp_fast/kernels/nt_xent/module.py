@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ubp_fast.kernels.nt_xent.api import nt_xent
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class NTXentLoss(nn.Module):
@@ -50,6 +54,7 @@ class NTXentLoss(nn.Module):
         weight: Tensor | None = None,
         valid: Tensor | None = None,
         ids: Tensor | None = None,
+        group: ProcessGroup | None = None,
     ) -> Tensor:
         """0-d loss of two [N, E] views; arguments as in `nt_xent`."""
         return nt_xent(
@@ -60,6 +65,7 @@ class NTXentLoss(nn.Module):
             weight=weight,
             valid=valid,
             ids=ids,
+            group=group,
             normalize=self.normalize,
             backend=self.backend,
         )
