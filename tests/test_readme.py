@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import html
 import importlib
 import json
 import re
@@ -11,6 +13,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import polars as pl
@@ -209,7 +212,36 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
     for page in tmp_path.rglob("*.html"):
         loaded = re.findall(r"""<(?:link|script|img)[^>]*(?:href|src)=["']?(https?:[^"' >]+)""", text_of(page))
         assert not loaded, (page, loaded)
+        assert not dangling(page, tmp_path)
     assert "flash_attention" in text_of(tmp_path / "api" / "index.html")
+
+
+def dangling(page: Path, site: Path) -> list[str]:
+    """Links of a page to pages and headings of the site that are not there."""
+    found = []
+    for link in re.findall(r"""<a\b[^>]*\bhref=["']?([^"' >]+)""", text_of(page)):
+        path, _, fragment = html.unescape(link).partition("#")
+        if re.match(r"[a-z]+:", path):
+            continue
+        target = site / path.lstrip("/") if path.startswith("/") else (page.parent / path if path else page)
+        target = target / "index.html" if target.is_dir() else target
+        if not target.is_file() or (fragment and unquote(fragment) not in anchors(target)):
+            found.append(link)
+    return found
+
+
+@functools.cache
+def anchors(page: Path) -> set[str]:
+    return set(re.findall(r"""\b(?:id|name)=["']?([^"' >]+)""", text_of(page)))
+
+
+def test_dangling_links_are_found(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "index.html").write_text('<h1 id="there">', encoding="utf-8")
+    page = tmp_path / "index.html"
+    links = ("other/", "other/#there", "https://a.b/c", "/other/#there", "other/#gone", "gone/", "#gone")
+    page.write_text("".join(f'<a class="x" href="{link}">' for link in links), encoding="utf-8")
+    assert dangling(page, tmp_path) == ["other/#gone", "gone/", "#gone"]
 
 
 @pytest.fixture
