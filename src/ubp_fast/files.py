@@ -220,8 +220,13 @@ def replace_by_copy(source: Path, target: Path) -> None:
     """Puts a copy of a file or directory in the place of what is there: never some files of these, some of those."""
     partial = target.with_name(f".{target.name}.partial")
     _delete(partial)
-    (copy_directory if source.is_dir() else copy_file)(source, partial)
-    put_in_place(partial, target)
+    try:
+        (copy_directory if source.is_dir() else copy_file)(source, partial)
+        put_in_place(partial, target)
+    except BaseException:
+        with suppress(OSError):
+            _delete(partial)
+        raise
 
 
 @contextmanager

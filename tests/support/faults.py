@@ -82,7 +82,8 @@ def outputs(root: Path) -> dict[str, dict[str, bytes]]:
             found["run"] = {
                 str(path.relative_to(made)): path.read_bytes()
                 for path in files
-                if path.name not in OF_ONE_RUN and not path.name.startswith(".")
+                if path.name not in OF_ONE_RUN
+                and not any(part.startswith(".") for part in path.relative_to(made).parts)
             }
     return found
 
