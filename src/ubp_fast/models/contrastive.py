@@ -22,11 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ubp_fast.events.schema import UserError
 from ubp_fast.kernels import nt_xent
 from ubp_fast.models.layers.auroc import BinnedAuroc
 from ubp_fast.models.layers.encoder import EncoderConfig, SequenceEncoder
 from ubp_fast.models.layers.event_embedding import EventSizes, ProjectedEventConfig, ProjectedEventEmbedding
 from ubp_fast.models.layers.linear import Linear
+from ubp_fast.models.layers.shared_mean import mean_of_views
 from ubp_fast.sequences.batch import SequenceBatch, ViewBatch
 
 # What the winner's probes tell, see `window_labels`.
@@ -75,13 +77,13 @@ class Probe(nn.Module):
         self.linear = Linear(width, outputs)
         self.ranking = BinnedAuroc(outputs)
 
-    def forward(self, vectors: Tensor, label: Tensor) -> Tensor:
+    def forward(self, vectors: Tensor, label: Tensor, batch: ViewBatch) -> Tensor:
         """Mean binary cross entropy of labels float32 [B] or [B, outputs]; in training mode also counts them."""
         logits = self.linear(vectors.detach()).float()
         label = label.reshape(logits.shape)
         if self.training:
             self.ranking.add(logits, label)
-        return functional.binary_cross_entropy_with_logits(logits, label)
+        return mean_of_views(functional.binary_cross_entropy_with_logits(logits, label, reduction="none"), batch)
 
 
 class ContrastiveModel(nn.Module):
@@ -149,6 +151,8 @@ class ContrastiveModel(nn.Module):
 
     def loss(self, batch: ViewBatch) -> dict[str, Tensor]:
         """Named terms whose sum is minimised: `nt_xent`, `future_activity`, `next_event`, `probe_<label>` per probe."""
+        if self.next_event is not None and batch.group is not None:
+            raise UserError("contrastive: next_event_weight must be 0 on several devices; its events are of one batch")
         future = _required(batch.future, "future")
         profile, extra = self._profile_and_next_event(_required(batch.history, "history"))
         ahead = self.embed_future(future)
@@ -163,14 +167,16 @@ class ContrastiveModel(nn.Module):
                 weight=batch.weight,
                 valid=has_future,
                 ids=future.client,
+                group=batch.group,
             )
         inactivity = self.future_activity(profile)[:, 0].float()
         activity = functional.binary_cross_entropy_with_logits(
-            inactivity, (~has_future).float(), weight=batch.weight, reduction="mean"
+            inactivity, (~has_future).float(), weight=batch.weight, reduction="none"
         )
+        activity = mean_of_views(activity, batch)
         terms = {"nt_xent": contrast, "future_activity": self.config.future_activity_weight * activity, **extra}
         for name, probe in self.probes.items():
-            terms[f"probe_{name}"] = probe(profile, batch.labels[name])
+            terms[f"probe_{name}"] = probe(profile, batch.labels[name], batch)
         return terms
 
     def label_logits(self, batch: ViewBatch) -> dict[str, Tensor]:

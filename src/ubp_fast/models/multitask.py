@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,11 @@ from ubp_fast.models.layers.encoder import EncoderConfig, SequenceEncoder, sinus
 from ubp_fast.models.layers.event_embedding import ConcatenatedEventConfig, ConcatenatedEventEmbedding, EventSizes
 from ubp_fast.models.layers.linear import Linear
 from ubp_fast.models.layers.ple import PLE, PLEConfig
+from ubp_fast.models.layers.shared_mean import added, count_of_all, mean_of_views
 from ubp_fast.sequences.batch import ViewBatch
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 MULTITASK_LABELS = ("churn", "add", "buy_sku", "buy_category", "buy_price", "add_sku", "add_category", "add_price")
 _ACTIVITY = ("churn", "add")
@@ -101,15 +106,19 @@ class MultitaskModel(nn.Module):
         for name, task_logits in logits.items():
             label = batch.labels[name]
             if name in _ACTIVITY:
-                loss = functional.binary_cross_entropy_with_logits(task_logits[:, 0].float(), label)
-                terms[name] = self.config.activity_weight * loss
+                loss = functional.binary_cross_entropy_with_logits(task_logits[:, 0].float(), label, reduction="none")
+                terms[name] = self.config.activity_weight * mean_of_views(loss, batch)
             else:
-                terms[name] = masked_bce(task_logits.float(), label)
+                terms[name] = masked_bce(task_logits.float(), label, batch.group)
         return terms
 
 
-def masked_bce(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean BCE over the rows of float32 [B, n] that have a positive label; 0 when there is none."""
+def masked_bce(logits: Tensor, labels: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """Mean BCE over the rows of float32 [B, n] that have a positive label; 0 when there is none.
+
+    With a group the rows are those of all its processes, as in `mean_of_views`.
+    """
     is_counted = (labels > 0).any(dim=1).float()
     per_row = functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(dim=1)
-    return (per_row * is_counted).sum() / is_counted.sum().clamp(min=1.0)
+    mean = (per_row * is_counted).sum() / count_of_all(is_counted.sum(), group).clamp(min=1.0)
+    return mean if group is None else added(mean, group)

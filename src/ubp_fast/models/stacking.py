@@ -22,6 +22,7 @@ from ubp_fast.features.matrix import Features
 from ubp_fast.features.scaling import Rows, log_counts, moments
 from ubp_fast.models.downstream import HIDDEN_DIM, DownstreamBody
 from ubp_fast.models.layers.linear import Linear
+from ubp_fast.models.layers.shared_mean import mean_of_views
 from ubp_fast.sequences.batch import ViewBatch
 
 STACKING_LABELS = ("churn", "buy_sku", "buy_category")
@@ -87,7 +88,8 @@ class StackingModel(nn.Module):
         terms: dict[str, Tensor] = {}
         for name, logits in self.label_logits(batch).items():
             label = batch.labels[name].reshape(logits.shape)
-            terms[name] = functional.binary_cross_entropy_with_logits(logits.float(), label)
+            loss = functional.binary_cross_entropy_with_logits(logits.float(), label, reduction="none")
+            terms[name] = mean_of_views(loss, batch)
         return terms
 
 

@@ -17,16 +17,17 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import lightning
 import lightning.pytorch.loggers as lightning_loggers
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -44,10 +45,14 @@ from ubp_fast.files import (
 from ubp_fast.kernels import check_deferred
 from ubp_fast.models.layers.auroc import BinnedAuroc
 from ubp_fast.optim import TableUpdates, adopt_tables, clip_gradient_norm, release_tables
+from ubp_fast.optim.ranks import sum_gradients
 from ubp_fast.optim.table_optimizer import TableOptimizer
 from ubp_fast.progress import Progress
 from ubp_fast.sequences.batch import ViewBatch
 from ubp_fast.sequences.loader import ViewLoader
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -94,6 +99,7 @@ def fit(
     directory: Path,
     progress: Progress | None = None,
     validation: ViewLoader | None = None,
+    group: ProcessGroup | None = None,
 ) -> list[dict[str, float]]:
     """Trains `model` in place; leaves `model.safetensors` and `losses.json` in `directory`.
 
@@ -113,6 +119,10 @@ def fit(
         progress: called as progress(steps done, steps in all) after every step.
         validation: batches with labels, scored after every epoch by the model's `label_logits(batch)`: the weights of
             the epoch with the largest sum of AUROCs of `SELECTION_LABELS` are the result. None: those of the last step.
+        group: processes of `torch.distributed` that train as one: all call this with the same arguments and the same
+            directory, each takes its part of every batch, and all end with the same weights, those of one process to
+            rounding (but for dropout, which every process draws for itself). The first one writes. A checkpoint of one
+            number of processes is continued by any other.
 
     Returns:
         Per epoch: `epoch` (from 0), `loss` (sum of the terms) and each term, means over the views; metrics, among them
@@ -126,10 +136,17 @@ def fit(
     if not len(loader):
         raise DataError("fit: loader must have at least one view, got none; use an earlier cutoff or more data")
     directory.mkdir(parents=True, exist_ok=True)
+    is_first, rank = True, 0
+    if group is not None:
+        rank = dist.get_rank(group)
+        is_first = rank == 0
+        loader.share(rank, dist.get_world_size(group))
     identity = _identity(model, loader, optimizer_factory, config, validation)
     finished = _load_finished(model, directory, identity)
+    _wait(group)  # until all have looked, none changes what they look at
     if finished is not None:
-        _clear(directory)
+        if is_first:
+            _clear(directory)
         if progress is not None:
             steps = config.epochs * _steps(loader, config)
             progress(steps, steps)
@@ -137,7 +154,10 @@ def fit(
     device = on_device(config.device)
     is_low = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     with _quiet_lightning(), torch.random.fork_rng(devices=_cuda_devices(config)):
-        job = _Job(model, loader, optimizer_factory, config, directory, identity, progress, validation)
+        job = _Job(model, loader, optimizer_factory, config, directory, identity, progress, validation, group)
+        _wait(group)
+        if group is not None:
+            torch.manual_seed(config.seed)  # what an optimizer draws, all of them draw
         trainer = lightning.Trainer(
             accelerator=device.type,
             devices=1,
@@ -162,10 +182,19 @@ def fit(
             raise stop.__context__ from None
     if 0 <= job.best_epoch < config.epochs - 1:
         model.load_state_dict(load_tensors(directory / _best_file(job.best_epoch)))
-    write_tensors(directory / MODEL_FILE, model.state_dict())
-    write_json(directory / LOSSES_FILE, {**identity, "epochs": job.losses, "curve": job.curve})
-    _clear(directory)
+    _wait(group)
+    if is_first:
+        write_tensors(directory / MODEL_FILE, model.state_dict())
+        write_json(directory / LOSSES_FILE, {**identity, "epochs": job.losses, "curve": job.curve})
+        _clear(directory)
+    _wait(group)
     return job.losses
+
+
+def _wait(group: ProcessGroup | None) -> None:
+    """Until all processes are here."""
+    if group is not None:
+        dist.barrier(group=group)
 
 
 def on_device(name: str) -> torch.device:
@@ -246,9 +275,12 @@ class _Job(lightning.LightningModule):
         identity: dict[str, Any],
         progress: Progress | None,
         validation: ViewLoader | None,
+        group: ProcessGroup | None,
     ) -> None:
         super().__init__()
         self.model: Any = model
+        self.group = group
+        self.rank = 0 if group is None else dist.get_rank(group)
         self.validation = validation
         self.loader, self.optimizer_factory, self.config = loader, optimizer_factory, config
         self.directory, self.identity, self.progress = directory, identity, progress
@@ -261,7 +293,7 @@ class _Job(lightning.LightningModule):
         self._best_saved = -1  # that of the checkpoint
         self._rankings: dict[str, BinnedAuroc] = {}
         self._resume()
-        self.log_steps = _logger(config.logger, directory / LOGS)
+        self.log_steps = _logger(config.logger, directory / LOGS) if self.rank == 0 else None
         for part in self.curve:  # what came before is told again: one file for the whole training
             self._log(part)
         for epoch in self.losses:
@@ -315,7 +347,7 @@ class _Job(lightning.LightningModule):
         return self.optimizer
 
     def transfer_batch_to_device(self, batch: ViewBatch, device: torch.device, dataloader_idx: int) -> ViewBatch:
-        return batch.to(device)
+        return replace(batch.to(device), group=self.group)
 
     def on_train_epoch_start(self) -> None:
         torch.manual_seed(int(np.random.SeedSequence([self.config.seed, self.epochs_done]).generate_state(1)[0]))
@@ -335,10 +367,27 @@ class _Job(lightning.LightningModule):
             self.model.load_state_dict(state["model"])
             for name, values in _unsaved_buffers(self.model).items():
                 values.copy_(state["buffers"][name])
+        self._leave_rankings_to_the_first()
         if self.step:  # else the epoch is seeded
             torch.set_rng_state(state["generators"][0])
             for device, generator in zip(_cuda_devices(self.config), state["generators"][1:], strict=True):
                 torch.cuda.set_rng_state(generator, device)
+
+    def on_after_backward(self) -> None:
+        if self.group is not None:
+            sum_gradients(self.model.parameters(), self.group)
+
+    def _own_rankings(self) -> list[BinnedAuroc]:
+        return [part for part in self.model.modules() if isinstance(part, BinnedAuroc)]
+
+    def _sum_rankings(self) -> None:
+        """What probes have counted in all processes."""
+        for ranking in self._own_rankings() if self.group is not None else ():
+            dist.all_reduce(ranking.counts, group=self.group)
+
+    def _leave_rankings_to_the_first(self) -> None:
+        for ranking in self._own_rankings() if self.rank else ():
+            ranking.counts.zero_()
 
     def configure_gradient_clipping(self, *_: object, **__: object) -> None:
         if self.config.gradient_clip_norm is not None:
@@ -347,11 +396,16 @@ class _Job(lightning.LightningModule):
             clip_gradient_norm(own, self.config.gradient_clip_norm)
 
     def training_step(self, batch: ViewBatch, batch_index: int) -> Tensor:
+        if self.group is not None:  # anew in every step, so that the first process's checkpoint serves all
+            seeds = [self.config.seed, self.epochs_done, self.step, self.rank]
+            torch.manual_seed(int(np.random.SeedSequence(seeds).generate_state(1)[0]))
         terms = self.model.loss(batch)
         values = torch.stack(list(terms.values()))
         if values.device.type == "cpu":  # elsewhere looking at them would wait for the device in every step
             _require_finite({name: term.item() for name, term in terms.items()}, self.epochs_done, self.step)
-        self._terms.append((batch.num_views, dict(zip(terms, values.detach().unbind(), strict=True))))
+        self._terms.append(
+            (batch.all_views or batch.num_views, dict(zip(terms, values.detach().unbind(), strict=True)))
+        )
         return values.sum()
 
     def on_train_batch_end(self, outputs: object, batch: ViewBatch, batch_index: int) -> None:
@@ -372,6 +426,7 @@ class _Job(lightning.LightningModule):
     def on_train_epoch_end(self) -> None:
         check_deferred()  # a wrong value on a GPU ends the training before it is written
         _switch(self.optimizer, is_training=False)
+        self._sum_rankings()
         metrics: dict[str, float] = getattr(self.model, "epoch_metrics", dict)()
         metrics |= self._validate()
         self.losses.append({"epoch": float(self.epochs_done), **_mean_terms(self._terms), **metrics})
@@ -380,7 +435,7 @@ class _Job(lightning.LightningModule):
         is_best = self.best_epoch == self.epochs_done - 1
         self.loader.set_epoch(self.epochs_done)
         is_last = self.epochs_done == self.config.epochs
-        if is_best and not is_last:
+        if is_best and not is_last and self.rank == 0:
             write_tensors(self.directory / _best_file(self.best_epoch), self.model.state_dict())
             self._keep_best_files(self.best_epoch, self._best_saved)
         if not is_last:
@@ -417,7 +472,16 @@ class _Job(lightning.LightningModule):
         release_tables(self.model)  # while weights and rows are on one device: what comes next moves the module
 
     def _checkpoint_when_due(self) -> None:
-        if time.monotonic() - self._saved_at < self.config.checkpoint_every_s:
+        is_due = time.monotonic() - self._saved_at >= self.config.checkpoint_every_s
+        if self.group is not None:  # by the clock of the first
+            told = torch.tensor([int(is_due and self.rank == 0)], device=next(self.model.parameters()).device)
+            dist.all_reduce(told, group=self.group)
+            is_due = bool(told)
+        if not is_due:
+            return
+        self._sum_rankings()
+        self._leave_rankings_to_the_first()
+        if self.rank:
             return
         check_deferred()  # a wrong value on a GPU is not written
         try:

@@ -7,14 +7,21 @@ same for other events.
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from ubp_fast.events.schema import EVENT_KINDS, LabelLists, UserError
 from ubp_fast.events.split import utc_text
@@ -63,10 +70,24 @@ SCALER, OUTPUTS_FILE, TASTE_WEIGHTS = "scaler", "outputs.json", "taste_weights.n
 OLD, UNALIGNED, EXPLAINED_FILE = "old_model", "unaligned", "explained_variance.json"
 DAY_FILE, PAIRS_FILE, PROFILE_TABLE = "day.safetensors", "pairs.safetensors", "profiles.parquet"
 Inputs = Mapping[str, Path]
+WAIT_FOR_OTHERS = timedelta(minutes=10)  # of a process, for those that train with it
+
+
+class Training(NamedTuple):
+    """An untrained network and what it learns from."""
+
+    network: Network
+    labels: tuple[str, ...]
+    loader: ViewLoader
+    store: EventStore
 
 
 def make_contrastive(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
     """Two-tower model on past cutoffs; its vectors at the stacking cutoffs and at the profiles' cutoff."""
+    _make_network("contrastive", _contrastive(settings, inputs), settings, inputs, directory, progress)
+
+
+def _contrastive(settings: Settings, inputs: Inputs) -> Training:
     store = EventStore.open(inputs["store"])
     config, training = settings.contrastive.config, settings.contrastive.training
     model_cutoffs, _ = cutoffs_of(store, settings)
@@ -86,23 +107,28 @@ def make_contrastive(settings: Settings, inputs: Inputs, directory: Path, progre
         weight=weight,
         shuffle_seed=settings.seed,
     )
-    network = Network(model, EventSizes.of(store))
-    steps = _train(network, "contrastive", tuple(labels), loader, store, settings, inputs, directory, progress)
-    _write_vectors("contrastive", network, store, settings, inputs, directory, steps, progress)
+    return Training(Network(model, EventSizes.of(store)), tuple(labels), loader, store)
 
 
 def make_multitask(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
     """Multi-task model on past cutoffs; its vectors at the stacking cutoffs and at the profiles' cutoff."""
+    made = _multitask(settings, inputs)
+    scaler, widths = made.network.scaler, made.network.outputs
+    assert scaler is not None and widths is not None
+    scaler.save(directory / SCALER)
+    write_json(directory / OUTPUTS_FILE, widths)
+    _make_network("multitask", made, settings, inputs, directory, progress)
+
+
+def _multitask(settings: Settings, inputs: Inputs) -> Training:
     store = EventStore.open(inputs["store"])
     config, training = settings.multitask.config, settings.multitask.training
     model_cutoffs, _ = cutoffs_of(store, settings)
     views = views_at(store, model_cutoffs, with_history=True)
     features = StaticRows(store, views, inputs["features"])
     scaler = MinMaxScaler.fit(features)
-    scaler.save(directory / SCALER)
     labels = _labels(store, views, inputs["features"], MULTITASK_LABELS)
     sizes, widths = EventSizes.of(store), _widths(labels)
-    write_json(directory / OUTPUTS_FILE, widths)
     model = initialise(lambda: MultitaskModel(config, sizes, features.shape[1], widths), settings.seed)
     loader = ViewLoader(
         store,
@@ -114,36 +140,42 @@ def make_multitask(settings: Settings, inputs: Inputs, directory: Path, progress
         labels=labels,
         shuffle_seed=settings.seed,
     )
-    network = Network(model, sizes, scaler, widths)
-    steps = _train(network, "multitask", tuple(labels), loader, store, settings, inputs, directory, progress)
-    _write_vectors("multitask", network, store, settings, inputs, directory, steps, progress)
+    return Training(Network(model, sizes, scaler, widths), tuple(labels), loader, store)
 
 
-def _train(
-    network: Network,
-    name: str,
-    labels: Sequence[str],
-    loader: ViewLoader,
-    store: EventStore,
-    settings: Settings,
-    inputs: Inputs,
-    directory: Path,
-    progress: Progress,
-) -> int:
-    """Trains a network and validates it where asked for, on the window that follows those of the training.
+PARTS = {"contrastive": _contrastive, "multitask": _multitask}
 
-    Returns:
-        How many steps it took; `progress` counts the batches of `_write_vectors` behind them.
-    """
-    part: ModelSettings = getattr(settings, name)
-    validation, config, steps = None, part.config, 0
-    batches = sum(_inference_batches(store, settings).values())
+
+def _make_network(
+    name: str, made: Training, settings: Settings, inputs: Inputs, directory: Path, progress: Progress
+) -> None:
+    """Trains a network, on several devices where asked for, and writes its vectors."""
+    batches, steps = sum(_inference_batches(made.store, settings).values()), 0
 
     def told(done: int, total: int) -> None:
         nonlocal steps
         steps = total
         progress(done, total + batches)
 
+    if settings.devices > 1:
+        _train_on_devices(name, settings, inputs, directory, told)
+    _train(name, made, settings, inputs, directory, told)  # what several devices have trained is only loaded
+    _write_vectors(name, made.network, made.store, settings, inputs, directory, steps, progress)
+
+
+def _train(
+    name: str,
+    made: Training,
+    settings: Settings,
+    inputs: Inputs,
+    directory: Path,
+    progress: Progress | None,
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Trains a network and validates it where asked for, on the window that follows those of the training."""
+    part: ModelSettings = getattr(settings, name)
+    network, labels, loader, store = made
+    validation, config = None, part.config
     if part.training.validation_views and labels:
         views = views_at(store, cutoffs_of(store, settings)[1][:1], with_history=True)
         if len(views.row) > part.training.validation_views:
@@ -160,8 +192,72 @@ def _train(
             features=None if static is None or network.scaler is None else ScaledRows(static, network.scaler),
             labels=_labels(store, views, inputs["features"], labels),
         )
-    fit(network.model, loader, part.optimizer, part.training, directory / TRAINING, told, validation)
-    return steps
+    place = directory / TRAINING
+    fit(network.model, loader, part.optimizer, part.training, place, progress, validation, group)
+
+
+def _train_on_devices(name: str, settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
+    """Trains with `settings.devices` processes, each on a GPU of its own or on a part of the CPU's threads.
+
+    Raises:
+        UserError: fewer GPUs than that, or a process that ended.
+    """
+    world, is_cuda = settings.devices, on_device(getattr(settings, name).training.device).type == "cuda"
+    if is_cuda and torch.cuda.device_count() < world:
+        raise UserError(f"run: compute.devices must be at most the GPUs here, {torch.cuda.device_count()}, got {world}")
+    done = torch.multiprocessing.get_context("spawn").Array("q", 2)
+    with tempfile.TemporaryDirectory() as meeting:
+        arguments = (world, is_cuda, Path(meeting) / "store", name, settings, dict(inputs), directory, done)
+        context = torch.multiprocessing.start_processes(
+            _train_on_one, arguments, world, join=False, start_method="spawn"
+        )
+        try:
+            while not context.join(timeout=0.5):
+                if done[1]:
+                    progress(done[0], done[1])
+        except (ProcessRaisedException, ProcessExitedException) as error:
+            last = str(error).strip().splitlines()[-1].removeprefix("ubp_fast.events.schema.UserError: ")
+            raise UserError(
+                f"{name}: process {error.error_index + 1} of {world} ended: {last}; the same command continues from"
+                " the last checkpoint"
+            ) from error
+        finally:
+            for process in context.processes:
+                if process.is_alive():
+                    process.kill()
+                process.join()
+
+
+def _train_on_one(
+    rank: int,
+    world: int,
+    is_cuda: bool,
+    meeting: Path,
+    name: str,
+    settings: Settings,
+    inputs: Inputs,
+    directory: Path,
+    done: Any,
+) -> None:
+    """What each of the processes does."""
+    if is_cuda:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[rank] if len(visible) >= world else str(rank)
+    else:
+        torch.set_num_threads(max(1, (settings.threads or os.cpu_count() or 1) // world))
+    where = f"file://{meeting}"
+    dist.init_process_group(
+        "nccl" if is_cuda else "gloo", init_method=where, rank=rank, world_size=world, timeout=WAIT_FOR_OTHERS
+    )
+
+    def told(steps: int, total: int) -> None:
+        done[:] = [steps, total]
+
+    try:
+        made = PARTS[name](settings, inputs)
+        _train(name, made, settings, inputs, directory, told if rank == 0 else None, dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
 
 
 def make_stacking(

@@ -71,6 +71,7 @@ PLAIN_TYPES: dict[str, Any] = {
     "stacking.blocks": list[str],
     "compute.device": str,
     "compute.precision": str,
+    "compute.devices": int,
     "compute.threads": int | None,
     "compute.on_shortage": Literal["refuse", "try"],
     **{f"evaluation.{one.name}": get_type_hints(EvaluationConfig)[one.name] for one in fields(EvaluationConfig)},
@@ -185,6 +186,7 @@ class Settings:
     stacking: ModelSettings
     stacking_blocks: tuple[str, ...]
     device: str
+    devices: int
     threads: int | None
     evaluation: Any
     components: tuple[str, ...]
@@ -266,6 +268,8 @@ def read_settings(config: DictConfig) -> Settings:
         raise UserError(f"run: seed must be >= 0, got {plain['seed']}")
     if plain["profiles"]["at_once"] < 1:
         raise UserError(f"run: profiles.at_once must be >= 1, got {plain['profiles']['at_once']}")
+    if plain["compute"]["devices"] < 1:
+        raise UserError(f"run: compute.devices must be >= 1, got {plain['compute']['devices']}")
     if threads is not None and threads < 1:
         raise UserError(f"run: compute.threads must be >= 1 or null, got {threads}")
     return Settings(
@@ -289,6 +293,7 @@ def read_settings(config: DictConfig) -> Settings:
         stacking=_model(plain, "stacking"),
         stacking_blocks=_blocks(plain),
         device=plain["compute"]["device"],
+        devices=plain["compute"]["devices"],
         threads=threads,
         evaluation=_make(evaluation),
         components=components,

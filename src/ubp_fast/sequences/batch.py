@@ -7,10 +7,14 @@ b and `cu_seqlens[b + 1] - 1` its last one, oldest first; an empty history has t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,8 @@ class ViewBatch:
         features: float32 [B, F] static features or joined profiles, or None.
         labels: float32 [B] or [B, n] per name; empty at inference.
         weight: float32 [B] loss weights of the views, or None for equal ones.
+        group: processes of `torch.distributed` of which each has a part of the step's views; None: this one has all.
+        all_views: views of the step in all processes; None: those that are here.
     """
 
     history: SequenceBatch | None = None
@@ -90,6 +96,8 @@ class ViewBatch:
     features: Tensor | None = None
     labels: Mapping[str, Tensor] = field(default_factory=dict)
     weight: Tensor | None = None
+    group: ProcessGroup | None = None
+    all_views: int | None = None
 
     @property
     def num_views(self) -> int:
@@ -103,7 +111,8 @@ class ViewBatch:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> ViewBatch:
         """The batch with what `function` makes of every tensor."""
-        return ViewBatch(
+        return replace(
+            self,
             history=None if self.history is None else self.history.map(function),
             future=None if self.future is None else self.future.map(function),
             features=None if self.features is None else function(self.features),

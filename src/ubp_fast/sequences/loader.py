@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -227,6 +228,7 @@ class ViewLoader:
         self.store, self.views, self.batch_size, self.shuffle_seed = store, views, batch_size, shuffle_seed
         self.features, self.labels, self.weight = features, dict(labels or {}), weight
         self.epoch, self.first_batch, self.pins = 0, 0, False
+        self._rank, self._world = 0, 1
         self._history = self._future = None
         self._longest = history_length if drop_repeats else None
         if store is not None and history_length is not None:
@@ -248,6 +250,15 @@ class ViewLoader:
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """Chooses the order of the next pass and where it begins; without a seed the order never changes."""
         self.epoch, self.first_batch = epoch, first_batch
+
+    def share(self, rank: int, world: int) -> None:
+        """Every batch is divided among `world` processes, in the order of its views; this one has part `rank`.
+
+        The parts of all processes are the batches of one: as many, of the same views. A part may have no view.
+        """
+        if not 0 <= rank < world:
+            raise ValueError(f"ViewLoader: rank must be in 0..world - 1, got rank {rank} of {world}")
+        self._rank, self._world = rank, world
 
     def digest(self) -> str:
         """Hex digest of what a training sees: all views with their order, lengths, weights and labels.
@@ -303,14 +314,18 @@ class ViewLoader:
         begins = range(self.first_batch * self.batch_size, self.num_views, self.batch_size)
         parts = [order[begin : begin + self.batch_size] for begin in begins]
         with ThreadPoolExecutor(1, thread_name_prefix="view-loader") as pool:
-            pending = [pool.submit(self.batch, part) for part in parts[:1]]
+            pending = [pool.submit(self._part, part) for part in parts[:1]]
             for part in [*parts[1:], None]:
                 if not pending:
                     return
                 batch = pending.pop().result()
                 if part is not None:
-                    pending.append(pool.submit(self.batch, part))
+                    pending.append(pool.submit(self._part, part))
                 yield batch
+
+    def _part(self, chosen: np.ndarray) -> ViewBatch:
+        mine = np.array_split(chosen, self._world)[self._rank]
+        return replace(self.batch(mine), all_views=len(chosen))
 
 
 def _float_tensor(values: np.ndarray) -> Tensor:

@@ -173,16 +173,12 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        pairs, most = ctx.pairs, max(ctx.pairs.sizes)
+        sizes, own = ctx.pairs.sizes, ctx.pairs.sizes[ctx.pairs.rank]
         # Sums of 16-bit numbers would lose digits with every process.
-        wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
-        parts = wide.split(pairs.sizes)
-        padded = wide.new_zeros((len(parts), most, *grad.shape[1:]))
-        for at, part in enumerate(parts):
-            padded[at, : len(part)] = part
-        mine = torch.empty_like(padded[0])
-        dist.reduce_scatter_tensor(mine, padded.flatten(0, 1), group=pairs.group)
-        return mine[: pairs.sizes[pairs.rank]].to(grad.dtype), None, None
+        wide = grad.to(torch.promote_types(grad.dtype, torch.float32)).contiguous()
+        parts = wide.new_empty((len(sizes) * own, *grad.shape[1:]))
+        dist.all_to_all_single(parts, wide, [own] * len(sizes), sizes, group=ctx.pairs.group)
+        return parts.view(len(sizes), own, *grad.shape[1:]).sum(dim=0).to(grad.dtype), None, None
 
 
 def _ring_losses(

@@ -1,0 +1,51 @@
+"""compute.devices: networks trained by several processes are those of one; one that ends says so, and is continued."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.runs import TINY, run_tiny
+
+from ubp_fast.files import load_tensors
+from ubp_fast.models.training import MODEL_FILE
+
+SETTINGS = (
+    *TINY,
+    "data=synthetic",
+    "data.clients=150",
+    "data.skus=60",
+    "data.urls=80",
+    "stages=contrastive",
+    "stacking.blocks=[contrastive,decayed]",
+    "contrastive.config.history={heads: 2, feed_forward: 64, dropout: 0}",
+    "contrastive.config.future={heads: 2, feed_forward: 64, dropout: 0}",
+    "contrastive.config.events={sku_width: 16, url_width: 16, code_width: 16, age_width: 16, age_bins: 16}",
+    "contrastive.training={checkpoint_every_s: 0, batch_size: 16, max_steps: 4}",
+)
+
+
+def trained(root: Path, *more: str) -> dict[str, torch.Tensor]:
+    code, _, _ = run_tiny(root, *SETTINGS, *more)
+    assert code == 0
+    (found,) = root.glob(f"cache/**/training/{MODEL_FILE}")
+    return load_tensors(found)
+
+
+def test_two_devices_train_what_one_trains(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """An attempt that cannot be ends in one sentence before."""
+    wrong = ("contrastive.config.next_event_weight=1", "contrastive.config.history.causal=true")
+    code, _, _ = run_tiny(tmp_path / "two", *SETTINGS, "compute.devices=2", *wrong)
+    assert code == 2
+    said = capfd.readouterr().err.splitlines()
+    assert any("error: contrastive: process" in line and "must be 0 on several devices" in line for line in said)
+    two, one = trained(tmp_path / "two", "compute.devices=2"), trained(tmp_path / "one")
+    for name, part in one.items():
+        error = (two[name].double() - part.double()).abs().max()
+        assert error <= 1e-4 * part.double().abs().max().clamp_min(0.1), f"{name}: {error:.1e}"
+
+
+def test_devices_that_cannot_be(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_tiny(tmp_path, *SETTINGS, "compute.devices=0")[0] == 2
+    assert "compute.devices must be >= 1, got 0" in capfd.readouterr().err
