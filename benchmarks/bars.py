@@ -205,7 +205,8 @@ def variations_markdown(report: dict[str, Any]) -> str:
         values = np.array([[seed[task] for task in tasks] for seed in one["seeds"]])
         is_base = name == one["of"]
         if not is_base:
-            values = values - np.array([[seed[task] for task in tasks] for seed in found[one["of"]]["seeds"]])
+            unvaried = found[one["of"]]["seeds"][: len(values)]
+            values = values - np.array([[seed[task] for task in tasks] for seed in unvaried])
         by_seed = np.concatenate([values, values.mean(axis=1, keepdims=True)], axis=1)
         cells = [f"{mean:.4f}" if is_base else f"{mean:+.4f}" for mean in by_seed.mean(axis=0)]
         if len(by_seed) > 1:

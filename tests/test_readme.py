@@ -117,8 +117,8 @@ def test_a_headline_shows_the_strongest_rival(bars: Any, tmp_path: Path) -> None
 
 
 def test_variations_stand_beside_what_they_vary_seed_by_seed(bars: Any, tmp_path: Path) -> None:
-    seeds = {"vectors": [0.80, 0.70], "warmer": [0.82, 0.74], "others": [0.5, 0.6]}
-    of = {"vectors": "vectors", "warmer": "vectors", "others": "others"}
+    seeds = {"vectors": [0.80, 0.70], "warmer": [0.82, 0.74], "once": [0.81], "others": [0.5]}
+    of = {"vectors": "vectors", "warmer": "vectors", "once": "vectors", "others": "others"}
     found = {
         name: {"of": of[name], "seeds": [{"churn": auroc, "propensity_sku": 0.6} for auroc in aurocs]}
         for name, aurocs in seeds.items()
@@ -128,6 +128,7 @@ def test_variations_stand_beside_what_they_vary_seed_by_seed(bars: Any, tmp_path
     assert "| vectors | varied | churn | sku | mean |" in lines
     assert "| vectors |  | 0.7500 | 0.6000 | 0.6750 ± 0.0250 |" in lines
     assert "| vectors | warmer | +0.0300 | +0.0000 | +0.0150 ± 0.0050 |" in lines
+    assert "| vectors | once | +0.0100 | +0.0000 | +0.0050 |" in lines
 
 
 def test_bold_is_what_the_row_orders_do_not_separate_from_the_best(bars: Any) -> None:
