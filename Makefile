@@ -64,7 +64,8 @@ else
 endif
 	cd build/smoke && env PATH=$(CURDIR)/$(SMOKE)/bin python $(CURDIR)/tests/smoke.py
 
-# Environments of their own below build/, made anew where a list has changed.
+# Environments of their own below build/, made anew where a list has changed. The PyTorch of the package index brings its
+# CUDA libraries: gigabytes each.
 test-minimum: build/minimum/installed  ## all tests with the oldest release of everything that is declared
 	build/minimum/bin/python -m pytest
 
