@@ -4,7 +4,7 @@ CASE ?= bench
 INSTALLED := .venv/installed
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test docs lint format torture bench wheel sanitize sanitize-cuda cuda triton
+.PHONY: demo test test-minimum test-newest docs lint format torture bench wheel wheel-cuda smoke sanitize sanitize-cuda cuda triton
 
 demo: $(INSTALLED)  ## real retail purchases -> profiles, scores, report
 	$(BIN)/python -m ubp_fast.run
@@ -32,8 +32,56 @@ format: $(INSTALLED)
 bench: $(INSTALLED)  ## make bench CASE=flash_attention
 	$(BIN)/python -m pytest benchmarks -k "$(CASE)"
 
-wheel: $(INSTALLED)  ## the same commit gives the same bytes
-	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/pip wheel --no-deps -w dist .
+# Twice, in the checkout and from the sdist elsewhere, to the same bytes. What is built here asks for this machine's glibc;
+# cibuildwheel (pyproject.toml) builds for older ones and for aarch64.
+RELEASE = SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) PIP_CONSTRAINT=$(CURDIR)/constraints.txt
+wheel: $(INSTALLED)  ## sdist and wheel without CUDA code in dist/, reproducible and fit for an index
+	rm -rf dist build/wheel
+	$(RELEASE) $(BIN)/python -m build --sdist --outdir dist .
+	UBP_CUDA=OFF $(RELEASE) $(BIN)/pip wheel --quiet --no-deps -w build/wheel/checkout .
+	UBP_CUDA=OFF $(RELEASE) $(BIN)/pip wheel --quiet --no-deps -w build/wheel/sdist dist/*.tar.gz
+	cmp build/wheel/checkout/*.whl build/wheel/sdist/*.whl
+	$(RELEASE) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair -w dist build/wheel/sdist/*.whl
+	$(BIN)/twine check --strict dist/*
+
+wheel-cuda: $(INSTALLED)  ## the wheel with CUDA code, version +cu13, in dist/cuda: for an index of one's own
+	UBP_CUDA=ON $(RELEASE) $(BIN)/pip wheel --quiet --no-deps -C build-dir=build/wheel-cuda -w build/wheel/cuda .
+	$(RELEASE) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair -w dist/cuda build/wheel/cuda/*+cu13*.whl
+	$(BIN)/twine check --strict dist/cuda/*
+
+# Borrows what the wheel needs from .venv; make smoke WITH=constraints-minimum.txt installs all of it instead.
+SMOKE := build/smoke/environment
+smoke: $(INSTALLED)  ## the wheel in a new environment without compilers: doctor, the README's Python, a run
+	rm -rf build/smoke
+	UBP_CUDA=OFF $(RELEASE) $(BIN)/pip wheel --quiet --no-deps -w build/smoke .
+	$(PYTHON) -m venv $(SMOKE)
+ifdef WITH
+	$(SMOKE)/bin/pip install --quiet -c $(WITH) "$$(ls build/smoke/*.whl)[evaluate]"
+else
+	$(SMOKE)/bin/pip install --quiet --no-deps build/smoke/*.whl
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	  > "$$($(SMOKE)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/borrowed.pth"
+endif
+	cd build/smoke && env PATH=$(CURDIR)/$(SMOKE)/bin python $(CURDIR)/tests/smoke.py
+
+# Environments of their own below build/, made anew where a list has changed. The PyTorch of the package index brings its
+# CUDA libraries: gigabytes each.
+test-minimum: build/minimum/installed  ## all tests with the oldest release of everything that is declared
+	build/minimum/bin/python -m pytest
+
+test-newest: build/newest/installed  ## all tests with the newest release of everything
+	build/newest/bin/python -m pytest
+
+build/minimum/installed: constraints-minimum.txt $(SOURCES)
+	$(PYTHON) -m venv build/minimum
+	UBP_CUDA=OFF build/minimum/bin/pip install --quiet -C build-dir=build/minimum/core -c $< -e ".[test]"
+	touch $@
+
+build/newest/installed: $(SOURCES)
+	$(PYTHON) -m venv build/newest
+	UBP_CUDA=OFF build/newest/bin/pip install --quiet --upgrade --upgrade-strategy eager \
+	  -C build-dir=build/newest/core -e ".[test]"
+	touch $@
 
 # A plain `pip install .` builds the CUDA kernels where nvcc is found. The environment of this Makefile leaves them to
 # this target, so that a change of C++ code costs seconds. It puts them beside the CPU module.
@@ -69,5 +117,5 @@ sanitize-cuda: $(INSTALLED)  ## the emulated CUDA kernels under the same sanitiz
 
 $(INSTALLED): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	UBP_CUDA=OFF $(BIN)/pip install --quiet -c constraints.txt -e ".[demo,test,bench,docs,lint]"
+	UBP_CUDA=OFF $(BIN)/pip install --quiet -c constraints.txt -e ".[demo,test,bench,docs,lint,release]"
 	touch $@

@@ -170,6 +170,19 @@ def test_versions_agree() -> None:
     assert metadata.metadata("ubp_fast")["License-Expression"] == cited["license"]
 
 
+def test_the_oldest_releases_are_the_declared_ones() -> None:
+    """What `make test-minimum` installs is what the metadata promises to work with."""
+    pinned = dict(re.findall(r"^([\w-]+)==(\S+)$", text_of(ROOT / "constraints-minimum.txt").replace("_", "-"), re.M))
+    pinned = {name.lower(): version for name, version in pinned.items()}
+    used = [
+        line for line in metadata.requires("ubp_fast") or () if not re.search(r"extra == .(bench|docs|lint|rel)", line)
+    ]
+    assert len(used) > 20
+    for line in used:
+        name, least = re.match(r"([\w-]+)>=([\d.]+)", line).groups()  # type: ignore[union-attr]
+        assert f"{pinned[name.lower()]}.".startswith(f"{least}."), line
+
+
 def headings(path: Path) -> list[str]:
     without_code = re.sub(r"```.*?```", "", text_of(path), flags=re.S)
     return re.findall(r"^#+ (.+)$", without_code, re.M)
