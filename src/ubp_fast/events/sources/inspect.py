@@ -295,7 +295,7 @@ def command(path: str | Sequence[str], finding: Finding) -> str:
     settings: dict[str, Any] = {"path": path if isinstance(path, str) else list(path)}
     settings |= {f"{role}_column": finding.columns[role] for role in OF_COMMAND if role in finding.columns}
     settings |= finding.options
-    return " ".join(["python -m ubp_fast.run data=table", *(setting(f"data.{k}", v) for k, v in settings.items())])
+    return " ".join(["ubp-fast run data=table", *(setting(f"data.{k}", v) for k, v in settings.items())])
 
 
 def setting(name: str, value: Any) -> str:
