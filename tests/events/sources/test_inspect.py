@@ -113,8 +113,8 @@ FILES: dict[str, tuple[str, dict[str, Any]]] = {
 def offered(text: str) -> dict[str, Any]:
     """The settings of the data group that the offered command would make, but for the path."""
     words = shlex.split(text.split("command:\n")[1])
-    assert words[:4] == ["python", "-m", "ubp_fast.run", "data=table"]
-    config: dict[str, Any] = OmegaConf.to_container(composed(*words[3:]).data)  # type: ignore[assignment]
+    assert words[:3] == ["ubp-fast", "run", "data=table"]
+    config: dict[str, Any] = OmegaConf.to_container(composed(*words[2:]).data)  # type: ignore[assignment]
     return config
 
 

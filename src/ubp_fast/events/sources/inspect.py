@@ -119,7 +119,7 @@ def inspect(path: str | Sequence[str], form: FileForm | None = None) -> str:
     lacking = [role for role in ("client", "timestamp") if role not in finding.columns]
     lines += ["", *finding.remarks]
     lines += [f"no column looks like a {role}; name it with data.{role}_column" for role in lacking]
-    lines += ["", "command:", f"  {command(path, finding)}"]
+    lines += ["", "command:", f"  {command(path, finding)} directory=runs/shop profiles.at=end"]
     return "\n".join(lines)
 
 
