@@ -62,8 +62,8 @@ def test_labels_of_one_class_count_in_the_challenges_score_alone():
     assert found.best == (0.6, 0.45)
     assert found.aurocs == (pytest.approx(0.8), pytest.approx(0.6))
     assert found.warnings == (
-        "1 of 4 labels have one class in the validation window: the challenge's rule counts them as 0 in the score, the"
-        " mean AUROC of the others is 0.7000",
+        "1 of 4 labels have one class in the validation window: the challenge's rule counts them as 0 in the score, its"
+        " AUROC is that of the others",
     )
     nothing = TaskScore(((), ()), num_labels=1, skipped=1)
     assert nothing.score is None and nothing.aurocs == (None, None)
@@ -101,7 +101,7 @@ def test_scores_of_readers_are_read_back_and_joined():
     assert again.aurocs()["linear"]["propensity_sku"] == (pytest.approx(0.6125), pytest.approx(0.0125))
     assert again.aurocs()["network"]["propensity_sku"] == (pytest.approx(0.6), pytest.approx(0.1))
     assert joined.warnings() == [
-        "linear, propensity_sku: 1 of 4 labels have one class in the validation window, left out"
+        ("linear", "propensity_sku: 1 of 4 labels have one class in the validation window, left out")
     ]
     for parts in ([network, network], [network, by_linear(digests=("a", "c"))]):
         with pytest.raises(ValueError, match="must be of the same clients and tasks by other readers"):

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from support.shops import EMPTY_CLIENT, make_store
 
+from ubp_fast.evaluation import EvaluationConfig, Scores
+from ubp_fast.evaluation.readers import LabelScores
 from ubp_fast.files import OutputDirectoryError
-from ubp_fast.pipeline.run_directory import RunDirectory, _empty_clients, environment
+from ubp_fast.pipeline.run_directory import RunDirectory, _empty_clients, environment, warnings_of
 from ubp_fast.store.event_store import EventStore
 
 CONFIG = {"seed": 0, "data": {"clients": 10}, "stages": "all", "compute": {"threads": 1}}
@@ -56,3 +58,17 @@ def test_environment_names_versions() -> None:
     facts = environment(threads=3)
     assert facts["threads"] == 3
     assert facts["packages"]["torch"]
+
+
+def test_what_is_said_of_every_reader_is_said_once(tmp_path: Path) -> None:
+    config = EvaluationConfig(tasks=("propensity_sku",), readers=("linear", "boosting"))
+
+    def scores(skipped: dict[str, int]) -> Scores:
+        others = {name: {"propensity_sku": LabelScores((), 9, left)} for name, left in skipped.items()}
+        return Scores({}, config, ("a",), 10, {}, others)
+
+    ours, baseline = scores({"linear": 2, "boosting": 2}), scores({"linear": 2, "boosting": 3})
+    assert warnings_of(tmp_path, None, {"stacked": ours, "baseline": baseline}) == [  # type: ignore[arg-type]
+        "propensity_sku: 2 of 9 labels have one class in the validation window, left out",
+        "baseline, boosting, propensity_sku: 3 of 9 labels have one class in the validation window, left out",
+    ]

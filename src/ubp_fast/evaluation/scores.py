@@ -66,12 +66,12 @@ class Scores:
             if reader in readers
         }
 
-    def warnings(self) -> list[str]:
-        """Numbers that are missing, and labels that were left out; not the tasks that are `missing`."""
-        found: list[str] = []
+    def warnings(self) -> list[tuple[str, str]]:
+        """Reader, and which task's numbers are missing or labels left out; not the tasks that are `missing`."""
+        found: list[tuple[str, str]] = []
         readers: dict[str, Mapping[str, TaskScore | LabelScores]] = {"network": self.tasks, **self.others}
         for reader, tasks in readers.items():
-            found += [f"{reader}, {name}: {text}" for name, task in tasks.items() for text in task.warnings]
+            found += [(reader, f"{name}: {text}") for name, task in tasks.items() for text in task.warnings]
         return found
 
     @classmethod

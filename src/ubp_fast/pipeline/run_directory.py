@@ -207,10 +207,14 @@ def warnings_of(run: Path, settings: Settings, scores: Mapping[str, Scores]) -> 
             store = EventStore.open(newest)
             found += [*_empty_clients(store), *_old(store, events, settings.plain["profiles"]["old_after_days"])]
             found += _rare_labels(newest.with_name(newest.name.replace("store", "features")), store, events)
+    said_of: dict[str, list[str]] = {}
     for component, one in scores.items():
         found += [f"{task}: left out, {reason}" for task, reason in one.missing.items()]
         found += [f"{name}: {remark}" for name, remark in one.remarks.items()]
-        found += [f"{component}, {warning}" for warning in one.warnings()]
+        for reader, warning in one.warnings():
+            said_of.setdefault(warning, []).append(f"{component}, {reader}")
+    # What is said of several vectors or readers is the task's.
+    found += [warning if len(whose) > 1 else f"{whose[0]}, {warning}" for warning, whose in said_of.items()]
     return list(dict.fromkeys(found))
 
 

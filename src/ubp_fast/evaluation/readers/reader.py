@@ -102,11 +102,9 @@ class TaskScore:
             return (NOT_SCORABLE,)
         found = []
         if self.skipped:
-            plain = _mean(self.aurocs)
             found.append(
                 f"{self.skipped} of {self.num_labels} labels have one class in the validation window: the challenge's"
-                " rule counts them as 0 in the score"
-                + ("" if plain is None else f", the mean AUROC of the others is {plain:.4f}")
+                " rule counts them as 0 in the score, its AUROC is that of the others"
             )
         for order, epochs in enumerate(self.orders):
             if not epochs:
