@@ -151,8 +151,8 @@ def test_table_of_components_adds_only_what_its_file_lacks(
     for name in ("first", "second"):
         Profiles(np.arange(7), np.zeros((7, 2), np.float16)).save(tmp_path / name / "stages/stacking/stacked")
     folders = {"stacking.blocks=[aggregated]": "first", "stacking.blocks=[decayed]": "second"}
-    monkeypatch.setattr(components, "_run", lambda overrides, folder, root: tmp_path / folders[overrides[0]])
-    monkeypatch.setattr(components, "_targets", lambda run, profiles: None)
+    monkeypatch.setattr(components, "run_to", lambda overrides, folder, root: tmp_path / folders[overrides[0]])
+    monkeypatch.setattr(components, "targets_of", lambda run, profiles: None)
     monkeypatch.setattr(components, "_oracle", lambda run, targets: None)
     monkeypatch.setattr(components, "_aurocs", aurocs)
     arguments = ["--output", str(tmp_path / "table.json"), "--rows", "decayed", "aggregated"]

@@ -138,7 +138,7 @@ def test_a_label_of_one_class_has_no_score(tmp_path: Path) -> None:
     assert code == 0
     found = json.loads((tmp_path / "run/scores.json").read_text())["stacked"]
     assert found["tasks"]["churn"]["score"] is None and found["readers"]["linear"]["churn"]["auroc"] is None
-    assert "stacked, network, churn: no label has clients with it and clients without it" in printed
+    assert "note      churn: no label has clients with it and clients without it" in printed
     assert any(line.startswith("│ stacked") and line.split("│")[2].strip() == "-" for line in printed.splitlines())
 
 
