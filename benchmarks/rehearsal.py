@@ -213,8 +213,11 @@ def _facts(run: Path) -> dict[str, Any]:
         facts["valid"] = validate(run / "profiles", events.relevant_clients).passed
     if (run / "scores.json").exists():
         scores = json.loads((run / "scores.json").read_text(encoding="utf-8"))
-        facts["auroc_linear"] = {
-            profile: {task: auroc for task, (auroc, _) in Scores.from_json(found).aurocs()["linear"].items()}
+        facts["auroc"] = {
+            profile: {
+                reader: {task: auroc for task, (auroc, _) in tasks.items()}
+                for reader, tasks in Scores.from_json(found).aurocs().items()
+            }
             for profile, found in scores.items()
             if profile != "warnings"
         }
