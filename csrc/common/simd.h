@@ -112,7 +112,25 @@ UBP_INLINE void transpose_halves(Vec (&rows)[kWidth]) {
 // exp(x) for x <= 88, relative error below 3e-7; anything under -87.3, minus infinity too, gives 0. NaN stays
 // NaN. x = n ln2 + r with |r| <= ln2 / 2, then a degree 6 polynomial for exp(r) (Cephes coefficients) times
 // 2^n.
+UBP_INLINE Vec polynomial_of_exponential(Vec r) {
+  Vec p = broadcast(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  return p * (r * r) + (r + 1.f);
+}
+
 UBP_INLINE Vec exponential(Vec x) {
+#if defined(__AVX512F__)
+  const __mmask16 is_counted = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.3f), _CMP_NLT_UQ);
+  const Vec n =
+      (Vec)_mm512_roundscale_ps((__m512)(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  Vec r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  return (Vec)_mm512_maskz_scalef_ps(is_counted, (__m512)polynomial_of_exponential(r), (__m512)n);
+#else
   const IntVec is_zero = x < broadcast(-87.3f);
   const Vec clamped = is_zero ? broadcast(-87.3f) : x;
   // Adding and subtracting 1.5 * 2^23 rounds to the nearest integer; its low bits are that integer.
@@ -120,19 +138,13 @@ UBP_INLINE Vec exponential(Vec x) {
   const Vec n = shifted - 12582912.f;
   Vec r = clamped - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
-  Vec p = broadcast(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + (r + 1.f);
   IntVec bits;
   std::memcpy(&bits, &shifted, sizeof(bits));
   const IntVec exponent = (bits + 127) << 23;
   Vec power;
   std::memcpy(&power, &exponent, sizeof(power));
-  return is_zero ? Vec{} : p * power;
+  return is_zero ? Vec{} : polynomial_of_exponential(r) * power;
+#endif
 }
 
 // exp(x) for x <= 709, relative error below 4e-16; anything under -708 gives 0. x = n ln2 + r with

@@ -26,8 +26,13 @@ void work(Job& job, int worker) {
 
 class Pool {
  public:
+  // Several callers share nothing: who finds the others' threads busy works alone meanwhile.
   void run(Job& job, int threads) {
-    std::lock_guard<std::mutex> one_call_at_a_time(call_mutex_);
+    std::unique_lock<std::mutex> one_call_at_a_time(call_mutex_, std::try_to_lock);
+    if (!one_call_at_a_time) {
+      work(job, 0);
+      return;
+    }
     grow(threads - 1);
     {
       std::lock_guard<std::mutex> lock(mutex_);
@@ -95,6 +100,8 @@ Pool& pool() {
 }
 
 }  // namespace
+
+void yield_thread() { std::this_thread::yield(); }
 
 void throw_out_of_memory() { throw std::bad_alloc(); }
 

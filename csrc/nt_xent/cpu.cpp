@@ -1,13 +1,16 @@
 // nt_xent on the CPU, compiled once per instruction set.
 //
-// The matrix of similarities is cut into tiles of 192 x 192. Each tile is computed once and serves its rows
-// and its columns; simclr's matrix is symmetric, there only the tiles on and above the diagonal are computed.
+// The matrix of similarities is cut into tiles of at most 256 x 256. Each tile is computed once and serves
+// its rows and its columns; simclr's matrix is symmetric, there only the tiles on and above the diagonal are
+// computed.
 //
 //   forward    tile -> exponentials -> row sums, column sums
 //   backward   tile -> G = weight p (rows) + weight p (columns) -> dA += G B, dB += G^T A
 //
-// Tiles run in phases. Within a phase no two tiles share rows or columns, so threads never write to the same
-// place, and each sum is added up in the order of the phases: results do not depend on the thread count.
+// Rows and columns form groups of one or two tiles. A thread takes a group of rows and one of columns, which
+// are its own for that time, when both are through with all that come before in one fixed order: nobody waits
+// for a whole phase, threads never write to the same place, and each sum is added up in that order, so that
+// results do not depend on the thread count.
 //
 // Products are s / tau: the panels of the columns carry the factor. Where it stays below kLargestShared for
 // all pairs, its exponentials and their sums fit into a Real with full precision and one exponential serves
@@ -23,9 +26,13 @@
 namespace ubp {
 namespace {
 
-constexpr int64_t kStripe = 96;  // rows of a tile that are computed at a time
+constexpr int64_t kTileStride = kMaxBlock + 16;  // no power of two: rows of a tile must not share cache sets
+constexpr int64_t kStripe = 96;                  // rows of a tile that are computed at a time
+constexpr int64_t kCachedSteps = 128;  // of a product: the columns then stay in the first-level cache
+constexpr int64_t kMaxGroupRows = 512;
+constexpr int64_t kTriesBeforeYield = 1000;
 constexpr int64_t kExactOperations = int64_t{1} << 25;
-static_assert(kBlock % kStripe == 0 && kStripe % 2 == 0, "tiles consist of whole stripes of whole pairs");
+static_assert(kStripe % 2 == 0, "stripes consist of whole pairs of rows");
 
 // One tile: where its rows and columns are, and copies of what belongs to its columns, padded to whole
 // panels.
@@ -35,14 +42,14 @@ struct Tile {
   int64_t first_row, rows, first_column, columns, padded;
   bool is_diagonal;  // of a symmetric matrix: columns repeat the rows
   bool is_masked;    // some pairs are no negatives, or there are biases
-  alignas(64) Real scales[kBlock], positives[kBlock], factors[kBlock];
-  alignas(64) Real losses[kBlock], rests[kBlock];  // loss = Real + rest: large losses keep their digits
-  alignas(64) Real biases[kBlock];
-  alignas(64) typename A::Int ids[kBlock], numbers[kBlock];
-  alignas(64) Real products[kStripe * kBlock];
+  alignas(64) Real scales[kMaxBlock], positives[kMaxBlock], factors[kMaxBlock];
+  alignas(64) Real losses[kMaxBlock], rests[kMaxBlock];  // loss = Real + rest: large losses keep their digits
+  alignas(64) Real biases[kMaxBlock];
+  alignas(64) typename A::Int ids[kMaxBlock], numbers[kMaxBlock];
+  alignas(64) Real products[kStripe * kTileStride];
   // Products after rounding to pairs of neighbours in a row, and in a column.
-  alignas(64) uint32_t across[kIsScaled<A> ? kStripe * kBlock / 2 : 1];
-  alignas(64) uint32_t down[kIsScaled<A> ? kStripe * kBlock / 2 : 1];
+  alignas(64) uint32_t across[kIsScaled<A> ? kStripe * kTileStride / 2 : 1];
+  alignas(64) uint32_t down[kIsScaled<A> ? kStripe * kTileStride / 2 : 1];
 };
 
 template <class A>
@@ -57,7 +64,7 @@ bool has_positive(const Run<A>& run, const Tile<A>& tile) {
   }
   const auto overlaps = [&](int64_t shift) {
     const int64_t distance = tile.first_column - tile.first_row - shift;
-    return distance > -kBlock && distance < kBlock;
+    return distance > -run.block && distance < run.block;
   };
   const int64_t pairs = problem.left_count;
   return overlaps(0) || (problem.form == NTXentForm::kSimclr && (overlaps(pairs) || overlaps(-pairs)));
@@ -67,10 +74,10 @@ template <class A>
 void place_tile(const Run<A>& run, int64_t row_block, int64_t column_block, Tile<A>& tile) {
   using Real = typename A::Real;
   const NTXentProblem& problem = *run.problem;
-  tile.first_row = row_block * kBlock;
-  tile.first_column = column_block * kBlock;
-  tile.rows = smaller(kBlock, run.row_side.count - tile.first_row);
-  tile.columns = smaller(kBlock, run.column_side.count - tile.first_column);
+  tile.first_row = row_block * run.block;
+  tile.first_column = column_block * run.block;
+  tile.rows = smaller(run.block, run.row_side.count - tile.first_row);
+  tile.columns = smaller(run.block, run.column_side.count - tile.first_column);
   tile.padded = round_up(tile.columns, kPanel<A>);
   tile.is_diagonal = problem.form == NTXentForm::kSimclr && row_block == column_block;
   tile.is_masked = problem.has_ids || problem.right_bias != nullptr || tile.columns < tile.padded ||
@@ -100,7 +107,7 @@ void multiply_stripe(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t ro
   for (int64_t column = 0; column < tile.padded; column += kPanel<A>) {
     const typename A::Element* panel = run.column_side.panels + (tile.first_column + column) * a.width;
     for (int64_t part = 0; part < a.width; part += A::kPart)
-      multiply<A, false>(tile.products + column, kBlock, {left + part, a.stride},
+      multiply<A, false>(tile.products + column, kTileStride, {left + part, a.stride},
                          {panel + part * kPanel<A>, kPanel<A>}, rows, kPanel<A>,
                          smaller(A::kPart, a.width - part), part > 0);
   }
@@ -150,7 +157,7 @@ void shared_sums(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t rows,
     const int64_t index = tile.first_row + first + row;
     const auto id = static_cast<typename A::Int>(id_of(*run.problem, index)),
                place = static_cast<typename A::Int>(place_of_query(*run.problem, index));
-    const typename A::Real* products = tile.products + row * kBlock;
+    const typename A::Real* products = tile.products + row * kTileStride;
     Vec sum = {};
     for (int64_t at = 0; at < tile.padded; at += A::kLanes) {
       Vec value = similarity(tile, products, at, run.scales[index]);
@@ -178,7 +185,7 @@ void running_sums(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t rows,
   using Vec = typename A::Vec;
   const Vec lowest = Vec{} - static_cast<Real>(INFINITY);
   for (int64_t row = 0; row < rows; ++row) {
-    const Real* values = tile.products + row * kBlock;
+    const Real* values = tile.products + row * kTileStride;
     const int64_t index = tile.first_row + first + row;
     Vec largest = lowest, sum = {};
     for (int64_t at = 0; at < tile.padded; at += A::kLanes) {
@@ -194,7 +201,7 @@ void running_sums(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t rows,
   for (int64_t at = 0; at < tile.padded; at += A::kLanes) {
     Vec largest = lowest, sum = {}, reference = {};
     for (int64_t row = 0; row < rows; ++row) {
-      const Vec value = load_as<Vec>(tile.products + row * kBlock + at);
+      const Vec value = load_as<Vec>(tile.products + row * kTileStride + at);
       largest = value > largest ? value : largest;
     }
     const int64_t count = smaller(A::kLanes, tile.columns - at),
@@ -204,7 +211,7 @@ void running_sums(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t rows,
       reference[lane] = run.maxima[index + lane];
     }
     for (int64_t row = 0; row < rows; ++row)
-      sum += exponential(load_as<Vec>(tile.products + row * kBlock + at) - reference);
+      sum += exponential(load_as<Vec>(tile.products + row * kTileStride + at) - reference);
     for (int64_t lane = 0; lane < count; ++lane) run.sums[index + lane] += static_cast<double>(sum[lane]);
   }
 }
@@ -216,7 +223,7 @@ void mask_similarities(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t 
     const int64_t index = tile.first_row + first + row;
     const auto id = static_cast<typename A::Int>(id_of(*run.problem, index)),
                place = static_cast<typename A::Int>(place_of_query(*run.problem, index));
-    typename A::Real* products = tile.products + row * kBlock;
+    typename A::Real* products = tile.products + row * kTileStride;
     for (int64_t at = 0; at < tile.padded; at += A::kLanes) {
       const Vec value = similarity(tile, products, at, run.scales[index]) + load_as<Vec>(tile.biases + at);
       const Vec lowest = Vec{} - static_cast<typename A::Real>(INFINITY);
@@ -229,7 +236,7 @@ template <class A>
 void forward_tile(const Run<A>& run, Tile<A>& tile) {
   const bool has_columns = run.problem->form != NTXentForm::kCross && !tile.is_diagonal;
   for (int64_t first = 0; first < tile.rows; first += kStripe) {
-    alignas(64) typename A::Real column_sums[kBlock] = {};
+    alignas(64) typename A::Real column_sums[kMaxBlock] = {};
     const int64_t rows = smaller(kStripe, tile.rows - first);
     multiply_stripe(run, tile, first, rows);
     if (!run.is_shared) {
@@ -255,7 +262,7 @@ double gradient_stripe(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t 
   double total = 0;
   const bool has_columns = run.problem->form != NTXentForm::kCross;
   for (int64_t row = 0; row < rows; ++row) {
-    Real* products = tile.products + row * kBlock;
+    Real* products = tile.products + row * kTileStride;
     const int64_t index = tile.first_row + first + row, pair = index % run.problem->left_count;
     const auto id = static_cast<typename A::Int>(id_of(*run.problem, index)),
                place = static_cast<typename A::Int>(place_of_query(*run.problem, index));
@@ -297,13 +304,13 @@ double gradient_stripe(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t 
 template <class A>
 void round_gradients(Tile<A>& tile, int64_t rows) {
   if (rows % 2 == 1)
-    for (int64_t at = 0; at < tile.padded; ++at) tile.products[rows * kBlock + at] = 0;
+    for (int64_t at = 0; at < tile.padded; ++at) tile.products[rows * kTileStride + at] = 0;
   for (int64_t row = 0; row < rows; row += 2)
     for (int64_t at = 0; at < tile.padded; at += A::kLanes) {
-      const typename A::Real* even = tile.products + row * kBlock + at;
-      uint32_t* across = tile.across + (row * kBlock + at) / 2;
-      A::round_pairs(load_as<typename A::Vec>(even), load_as<typename A::Vec>(even + kBlock), across,
-                     across + kBlock / 2, tile.down + row / 2 * kBlock + at);
+      const typename A::Real* even = tile.products + row * kTileStride + at;
+      uint32_t* across = tile.across + (row * kTileStride + at) / 2;
+      A::round_pairs(load_as<typename A::Vec>(even), load_as<typename A::Vec>(even + kTileStride), across,
+                     across + kTileStride / 2, tile.down + row / 2 * kTileStride + at);
     }
 }
 
@@ -316,14 +323,17 @@ void add_gradients(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t rows
   Operand<A> across, down;
   if constexpr (kIsScaled<A>) {
     round_gradients(tile, rows);
-    across = {tile.across, kBlock / 2};
-    down = {tile.down, kBlock};
+    across = {tile.across, kTileStride / 2};
+    down = {tile.down, kTileStride};
   } else {
-    across = down = {tile.products, kBlock};
+    across = down = {tile.products, kTileStride};
   }
-  multiply<A, false>(a.grad + row * stride, stride, across,
-                     {b.steps + tile.first_column / A::kPair * stride, stride}, rows, width,
-                     ceil_div(tile.columns, A::kPair), true);
+  // In parts whose columns of B stay in the first-level cache.
+  const int64_t steps = ceil_div(tile.columns, A::kPair);
+  for (int64_t part = 0; part < steps; part += kCachedSteps)
+    multiply<A, false>(a.grad + row * stride, stride, {across.data + part, across.stride},
+                       {b.steps + (tile.first_column / A::kPair + part) * stride, stride}, rows, width,
+                       smaller(kCachedSteps, steps - part), true);
   if (!tile.is_diagonal)
     multiply<A, true>(b.grad + tile.first_column * stride, stride, down,
                       {a.steps + row / A::kPair * stride, stride}, tile.columns, width,
@@ -331,7 +341,7 @@ void add_gradients(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t rows
 }
 
 template <class A>
-void backward_tile(const Run<A>& run, Tile<A>& tile, int64_t row_block) {
+void backward_tile(const Run<A>& run, Tile<A>& tile, int64_t row_group) {
   double moment = 0;
   for (int64_t first = 0; first < tile.rows; first += kStripe) {
     const int64_t rows = smaller(kStripe, tile.rows - first);
@@ -344,42 +354,89 @@ void backward_tile(const Run<A>& run, Tile<A>& tile, int64_t row_block) {
                                : gradient_stripe<A, false, false>(run, tile, first, rows);
     add_gradients(run, tile, first, rows);
   }
-  run.moments[row_block] += tile.is_diagonal ? moment / 2 : moment;  // such a tile holds each pair twice
+  run.moments[row_group] += tile.is_diagonal ? moment / 2 : moment;  // such a tile holds each pair twice
 }
 
-// The tiles of a phase. Symmetric matrix: blocks i and j with i + j = 2 phase modulo an odd number, which
-// pairs each block with one other; the one that is left is paired with itself.
+// The tiles of a group of rows and a group of columns.
+template <class A>
+void run_tiles(const Run<A>& run, int64_t row_group, int64_t column_group) {
+  const auto blocks_of = [&](const Side<A>& side, int64_t group) {
+    return smaller((group + 1) * run.group, ceil_div(side.count, run.block));
+  };
+  const bool is_simclr = run.problem->form == NTXentForm::kSimclr;
+  for (int64_t row = row_group * run.group; row < blocks_of(run.row_side, row_group); ++row) {
+    const int64_t first = column_group * run.group;
+    for (int64_t column = is_simclr ? larger(first, row) : first;
+         column < blocks_of(run.column_side, column_group); ++column) {
+      Tile<A> tile;
+      place_tile(run, row, column, tile);
+      if (run.is_backward)
+        backward_tile(run, tile, row_group);
+      else
+        forward_tile(run, tile);
+    }
+  }
+}
+
+void wait_for_turn(const int64_t& turns, int64_t turn) {
+  for (int64_t tries = 0; __atomic_load_n(&turns, __ATOMIC_ACQUIRE) < turn; ++tries)
+    if (tries > kTriesBeforeYield) yield_thread();
+}
+
+void end_turn(int64_t& turns, int64_t turn) { __atomic_store_n(&turns, turn + 1, __ATOMIC_RELEASE); }
+
+template <class A>
+int64_t items_of_phase(const Run<A>& run) {
+  const bool is_simclr = run.problem->form == NTXentForm::kSimclr;
+  return is_simclr ? (run.row_groups | 1) / 2 + 1 : smaller(run.row_groups, run.column_groups);
+}
+
+// One group of rows and one of columns, when both have had their turns in all phases before. Items are taken
+// in their order, so that a thread waits for items that others are at.
 template <class A>
 void run_item(void* context, int64_t item, int) {
   const Run<A>& run = *static_cast<Run<A>*>(context);
-  int64_t row_block = item, column_block = (item + run.phase) % run.column_blocks;
-  if (run.row_blocks > run.column_blocks) {
-    row_block = (item + run.phase) % run.row_blocks;
-    column_block = item;
-  }
+  const int64_t items = items_of_phase(run), phase = item / items, place = item % items;
   if (run.problem->form == NTXentForm::kSimclr) {
-    const int64_t odd = run.row_blocks | 1, one = (run.phase + item) % odd,
-                  other = (run.phase - item + odd) % odd;
-    row_block = smaller(one, other);
-    column_block = one + other - row_block;
-    if (column_block >= run.row_blocks) return;
+    // Groups i and j with i + j = 2 phase modulo an odd number: each has one other, and one itself.
+    const int64_t odd = run.row_groups | 1, one = (phase + place) % odd, other = (phase - place + odd) % odd,
+                  row = smaller(one, other), column = larger(one, other);
+    if (row >= run.row_groups) return;
+    wait_for_turn(run.row_turns[row], phase);
+    if (column < run.row_groups) {
+      wait_for_turn(run.row_turns[column], phase);
+      run_tiles(run, row, column);
+      end_turn(run.row_turns[column], phase);
+    }
+    end_turn(run.row_turns[row], phase);
+    return;
   }
-  Tile<A> tile;
-  place_tile(run, row_block, column_block, tile);
-  if (run.is_backward)
-    backward_tile(run, tile, row_block);
-  else
-    forward_tile(run, tile);
+  // Groups of the shorter side meet those of the longer one in rotation; these sit out some phases.
+  const bool is_tall = run.row_groups > run.column_groups;
+  const int64_t rotated = (place + phase) % larger(run.row_groups, run.column_groups),
+                rotated_turn = (smaller(rotated, items - 1) - place + items) % items;
+  const int64_t row = is_tall ? rotated : place, row_turn = is_tall ? rotated_turn : phase,
+                column = is_tall ? place : rotated, column_turn = is_tall ? phase : rotated_turn;
+  wait_for_turn(run.row_turns[row], row_turn);
+  wait_for_turn(run.column_turns[column], column_turn);
+  run_tiles(run, row, column);
+  end_turn(run.row_turns[row], row_turn);
+  end_turn(run.column_turns[column], column_turn);
 }
 
 template <class A>
-void run_phases(Run<A>& run) {
+void run_phases(Run<A>& run, Memory& memory) {
   const bool is_simclr = run.problem->form == NTXentForm::kSimclr;
-  const bool is_tall = run.row_blocks > run.column_blocks;
-  const int64_t fewer = is_tall ? run.column_blocks : run.row_blocks,
-                more = is_tall ? run.row_blocks : run.column_blocks, phases = is_simclr ? more | 1 : more;
-  for (run.phase = 0; run.phase < phases; ++run.phase)
-    parallel_for(is_simclr ? (phases + 1) / 2 : fewer, run.problem->threads, &run_item<A>, &run);
+  const int64_t more = larger(run.row_groups, run.column_groups), phases = is_simclr ? more | 1 : more;
+  run.row_turns = memory.take_zeros<int64_t>(run.row_groups);
+  if (!is_simclr) run.column_turns = memory.take_zeros<int64_t>(run.column_groups);
+  parallel_for(phases * items_of_phase(run), run.problem->threads, &run_item<A>, &run);
+}
+
+// Large groups read less, small ones keep more threads busy: 32 of them wherever there are 2,048 rows.
+int64_t group_rows(int64_t rows) {
+  const int64_t wanted = larger(smaller(rows / 32, kMaxGroupRows) / 64 * 64, 64);
+  return wanted <= kMaxBlock ? wanted : wanted / kMaxBlock * kMaxBlock;
 }
 
 template <class A>
@@ -405,10 +462,10 @@ Side<A> make_side(const Run<A>& run, Memory& memory, int64_t first, int64_t coun
 template <class A>
 void for_each_side(Run<A>& run, void (*task)(void*, int64_t, int)) {
   SideOfRun<A> part{&run, &run.row_side};
-  parallel_for(run.row_blocks, run.problem->threads, task, &part);
+  parallel_for(ceil_div(run.row_side.count, kChunk), run.problem->threads, task, &part);
   if (run.problem->form == NTXentForm::kSimclr) return;
   part.side = &run.column_side;
-  parallel_for(run.column_blocks, run.problem->threads, task, &part);
+  parallel_for(ceil_div(run.column_side.count, kChunk), run.problem->threads, task, &part);
 }
 
 template <class A>
@@ -416,7 +473,7 @@ void prepare_sides(Run<A>& run) {
   for_each_side(run, &prepare_block<A>);
   if (run.problem->positive == nullptr) return;
   SideOfRun<A> part{&run, &run.positive_side};
-  parallel_for(run.row_blocks, run.problem->threads, &prepare_block<A>, &part);
+  parallel_for(ceil_div(run.positive_side.count, kChunk), run.problem->threads, &prepare_block<A>, &part);
 }
 
 template <class A>
@@ -439,8 +496,11 @@ void start(Run<A>& run, Memory& memory, double exponent) {
   run.positive_side = problem.positive == nullptr
                           ? run.column_side
                           : make_side(run, memory, run.rows, problem.left_count, true);
-  run.row_blocks = ceil_div(run.row_side.count, kBlock);
-  run.column_blocks = ceil_div(run.column_side.count, kBlock);
+  const int64_t rows_of_group = group_rows(smaller(run.row_side.count, run.column_side.count));
+  run.block = smaller(rows_of_group, kMaxBlock);
+  run.group = rows_of_group / run.block;
+  run.row_groups = ceil_div(run.row_side.count, rows_of_group);
+  run.column_groups = ceil_div(run.column_side.count, rows_of_group);
   prepare_sides(run);
   run.is_shared = exponent <= kLargestShared<A>;
   positive_products(run);
@@ -462,7 +522,7 @@ void forward(const NTXentProblem& problem, double exponent) {
   run.maxima = memory.take<typename A::Real>(losses);
   run.sums = memory.take_zeros<double>(losses);
   for (int64_t row = 0; row < losses; ++row) run.maxima[row] = run.positives[row % problem.left_count];
-  run_phases(run);
+  run_phases(run, memory);
   for (int64_t row = 0; row < losses; ++row) {
     const typename A::Real positive = run.positives[row % problem.left_count];
     if (run.is_shared) {
@@ -484,16 +544,16 @@ void backward(const NTXentProblem& problem, double exponent) {
   start(run, memory, exponent);
   const int64_t rows = problem.form == NTXentForm::kCross ? problem.left_count : run.rows;
   run.factors = memory.take<typename A::Real>(rows);
-  run.moments = memory.take_zeros<double>(run.row_blocks);
+  run.moments = memory.take_zeros<double>(run.row_groups);
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t pair = row % problem.left_count;
     double factor = static_cast<double>(problem.weight[row]);
     if (run.is_shared) factor *= std::exp(-problem.losses[row]) / exponential_of<A>(run.positives[pair]);
     run.factors[row] = static_cast<typename A::Real>(factor);
   }
-  run_phases(run);
+  run_phases(run, memory);
   double moment = 0;
-  for (int64_t block = 0; block < run.row_blocks; ++block) moment += run.moments[block];
+  for (int64_t group = 0; group < run.row_groups; ++group) moment += run.moments[group];
   *problem.moment = moment;
   for_each_side(run, &finish_block<A>);
   memory.release();

@@ -12,7 +12,8 @@
 namespace ubp {
 namespace {
 
-constexpr int64_t kBlock = 192;  // rows and columns of a tile
+constexpr int64_t kMaxBlock = 256;  // rows and columns of a tile
+constexpr int64_t kChunk = 64;      // rows that are prepared and finished at a time
 constexpr int64_t kMaxWidth = 2048;
 
 template <class V>
@@ -81,20 +82,22 @@ struct Run {
   const NTXentProblem* problem;
   Side<A> row_side, column_side;  // the same for simclr
   Side<A> positive_side;          // rows given as positives, numbered after those of right; else the columns
-  int64_t rows, row_blocks, column_blocks;  // `rows`: of left and right
-  double inverse;                           // 1 / temperature
+  int64_t rows;                   // of left and right
+  int64_t block, group;           // rows of a tile, tiles along a side of an item
+  int64_t row_groups, column_groups;
+  double inverse;  // 1 / temperature
   bool is_shared, is_backward;
-  int64_t phase;
   typename A::Real *scales,
-      *column_scales;               // pairs: row = scale * stored row; columns also times 1 / temperature
-  double* stored_lengths;           // pairs: length of the stored row
-  double* lengths;                  // of the input row
-  typename A::Real* positives;      // [left_count] s_i,p(i) / temperature + bias
-  typename A::Real* positive_bias;  // [left_count]
-  typename A::Real* maxima;         // forward, running maximum of s / temperature
-  double* sums;                     // forward, sum of exponentials of the negatives
-  typename A::Real* factors;        // backward, shared: weight exp(-s_i,p(i) / tau - loss); else weight
-  double* moments;                  // [row_blocks]
+      *column_scales;                 // pairs: row = scale * stored row; columns also times 1 / temperature
+  double* stored_lengths;             // pairs: length of the stored row
+  double* lengths;                    // of the input row
+  typename A::Real* positives;        // [left_count] s_i,p(i) / temperature + bias
+  typename A::Real* positive_bias;    // [left_count]
+  typename A::Real* maxima;           // forward, running maximum of s / temperature
+  double* sums;                       // forward, sum of exponentials of the negatives
+  typename A::Real* factors;          // backward, shared: weight exp(-s_i,p(i) / tau - loss); else weight
+  double* moments;                    // [row_groups]
+  int64_t *row_turns, *column_turns;  // [groups] of how many items a group is done
 };
 
 template <class A>
@@ -268,8 +271,8 @@ template <class A>
 void prepare_block(void* context, int64_t block, int) {
   const auto& [run, side] = *static_cast<SideOfRun<A>*>(context);
   alignas(64) double row[kMaxWidth + 16];
-  const int64_t padded = round_up(run->problem->width, 16), start = block * kBlock,
-                end = smaller(start + kBlock, side->count);
+  const int64_t padded = round_up(run->problem->width, 16), start = block * kChunk,
+                end = smaller(start + kChunk, side->count);
   for (int64_t at = start; at < end; ++at) {
     for (int64_t column = run->problem->width; column < padded; ++column) row[column] = 0.0;
     read_row(*run->problem, place_of(*run->problem, side->first + at), row);
@@ -352,7 +355,7 @@ void finish_block(void* context, int64_t block, int) {
   const NTXentProblem& problem = *run->problem;
   alignas(64) double unit[kMaxWidth], partner[kMaxWidth], slope[kMaxWidth];
   const int64_t padded = round_up(problem.width, 16);
-  for (int64_t at = block * kBlock; at < smaller((block + 1) * kBlock, side->count); ++at) {
+  for (int64_t at = block * kChunk; at < smaller((block + 1) * kChunk, side->count); ++at) {
     const int64_t index = side->first + at;
     const bool is_left = index < problem.left_count, is_matched = problem.positive == nullptr;
     unit_row(*run, *side, at, padded, unit);

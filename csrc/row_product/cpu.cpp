@@ -6,7 +6,7 @@ namespace {
 
 // A strip of sums this high, the inputs of its rows and a part of the weights lie in the fastest cache.
 constexpr int64_t kRowsAtOnce = 16 * kRegisterRows;
-constexpr int64_t kSteps = FloatArithmetic::kPart;
+constexpr int64_t kSteps = 32;  // summed one after the other; sums of many steps are sums of such sums
 
 // C [m, n] = or += A [m, k] B [k, n], part by part of k >= 1; n must be a multiple of the lanes.
 template <class A>
