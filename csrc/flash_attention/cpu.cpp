@@ -22,7 +22,7 @@ constexpr int kMaxThreads = 256;
 
 // Queries of a block: the fewer keys, the more.
 int64_t block_rows(int64_t floats, int64_t stride, int64_t queries) {
-  const int64_t most = smaller(floats / stride, kMaxRows);
+  const int64_t most = smaller(floats / stride, kMaxRows) / 2 * 2;
   return smaller(most, round_up(ceil_div(queries, ceil_div(queries, most)), kRegisterRows));
 }
 
@@ -30,18 +30,20 @@ int64_t score_stride(const Task& task) {
   return larger(kWidth, smaller(kKeyBlock, round_up(task.keys, kWidth)));
 }
 
-template <bool kIsPlain>
-void forward_block(const FlashAttentionProblem& problem, const Task& task, Matrix query, const float* keys,
-                   Matrix value, float* output, int64_t first_row, int64_t rows, Prefetch& prefetch) {
+template <class A, bool kIsPlain>
+void forward_block(const FlashAttentionProblem& problem, const Task& task, Operand<A> query,
+                   const typename A::Element* keys, Operand<A> value, float* output, int64_t first_row,
+                   int64_t rows, Prefetch& prefetch) {
   alignas(64) float scores[kForwardFloats];
+  alignas(64) uint32_t rounded[kIsPaired<A> ? kForwardFloats / 2 : 1];
   float maxima[kMaxRows], sums[kMaxRows], factors[kMaxRows];
   const int64_t stride = task.padded, score_step = score_stride(task);
   for (int64_t row = 0; row < rows; ++row) maxima[row] = -INFINITY, sums[row] = 0.f;
   const Range limits = visible_keys(problem, task, first_row, rows);
   for (int64_t key = limits.begin; key < limits.end; key += kKeyBlock) {
     const int64_t block = smaller(kKeyBlock, limits.end - key), padded = round_up(block, kWidth);
-    multiply<Arithmetic, false>(scores, score_step, query, {keys + key, task.padded_keys}, rows, padded,
-                                task.width, false);
+    multiply<A, false>(scores, score_step, query, {keys + key, task.padded_keys}, rows, padded,
+                       steps_of<A>(task), false);
     for (int64_t row = 0; row < rows; ++row) {
       prefetch.step();
       factors[row] =
@@ -53,9 +55,8 @@ void forward_block(const FlashAttentionProblem& problem, const Task& task, Matri
       for (int64_t row = 0; row < rows; ++row)
         for (int64_t at = 0; at < task.padded; at += kWidth)
           store(output + row * stride + at, load(output + row * stride + at) * factors[row]);
-    const Matrix block_values{value.data + key * value.stride, value.stride};
-    multiply<Arithmetic, false>(output, stride, {scores, score_step}, block_values, rows, task.padded, block,
-                                adds);
+    multiply<A, false>(output, stride, over_columns<A>(scores, score_step, rows, padded, rounded),
+                       from_row(value, key), rows, task.padded, ceil_div(block, A::kPair), adds);
   }
   float* lse = problem.lse + (task.first_query + first_row) * problem.heads + task.head;
   for (int64_t row = 0; row < rows; ++row) {
@@ -69,27 +70,31 @@ void forward_block(const FlashAttentionProblem& problem, const Task& task, Matri
   }
 }
 
-template <class T, bool kIsPlain>
+template <class A, class T, bool kIsPlain>
 bool forward_item(const FlashAttentionProblem& problem, Task task, Workspace& workspace, Prefetch& prefetch) {
+  using Element = typename A::Element;
   if (task.queries == 0) return true;
+  const int64_t joined = kIsPaired<A> ? round_up(task.keys, kWidth) * task.padded / 2 : 0;
   if (!workspace.reserve(2 * head_floats(task.queries, task) + 2 * head_floats(task.keys, task) +
-                         task.padded * task.padded_keys + 16))
+                         task.padded * task.padded_keys + joined + 32))
     return false;
   const auto rows_of = [&](const void* tensor, int64_t first, int64_t rows) {
-    return load_rows<T>(tensor, first, rows, problem, task, workspace);
+    return load_rows<A, T>(tensor, first, rows, problem, task, workspace);
   };
-  const HeadRows query = rows_of(problem.query, task.first_query, task.queries);
-  const HeadRows key = rows_of(problem.key, task.first_key, task.keys);
-  const HeadRows value = rows_of(problem.value, task.first_key, task.keys);
-  const HeadRows output = take_rows(task.queries, task, workspace);
-  float* keys = workspace.take(task.padded * task.padded_keys);
+  const HeadRows<Element> query = rows_of(problem.query, task.first_query, task.queries);
+  const HeadRows<Element> key = rows_of(problem.key, task.first_key, task.keys);
+  const HeadRows<Element> value = rows_of(problem.value, task.first_key, task.keys);
+  const HeadRows<float> output = take_rows<float>(task.queries, task.padded, task, workspace);
+  Element* keys = workspace.take_as<Element>(task.padded * task.padded_keys);
+  Element* joined_values = workspace.take_as<Element>(joined);
   const int64_t block = block_rows(kForwardFloats, score_stride(task), task.queries);
   for (; task.head < task.first_head + task.heads; ++task.head) {
     transpose(key, task, keys);
+    const Operand<A> values = over_rows<A>(value, task, joined_values);
     for (int64_t row = 0; row < task.queries; row += block)
-      forward_block<kIsPlain>(problem, task, {query.of(task) + row * task.padded, task.padded}, keys,
-                              value.matrix(task), output.of(task) + row * task.padded, row,
-                              smaller(block, task.queries - row), prefetch);
+      forward_block<A, kIsPlain>(problem, task, {query.of(task) + row * query.stride, query.stride}, keys,
+                                 values, output.of(task) + row * task.padded, row,
+                                 smaller(block, task.queries - row), prefetch);
   }
   write_rows<T>(problem.output, task.first_query, output, task.queries, problem, task);
   return true;
@@ -98,13 +103,13 @@ bool forward_item(const FlashAttentionProblem& problem, Task task, Workspace& wo
 // <a_i, b_i> of each row, summed in the order of `multiply`: where a query sees one key, <dO, V> and <dO, O>
 // are then the same number and their difference is 0, not a rounding error.
 void row_products(float* result, const float* a, const float* b, int64_t stride, int64_t rows,
-                  int64_t width) {
+                  int64_t steps) {
   constexpr int kChains = 8;  // rows side by side, to hide the latency of the additions
   for (int64_t first = 0; first < rows; first += kChains) {
     float sums[kChains] = {};
     int64_t starts[kChains];
     for (int chain = 0; chain < kChains; ++chain) starts[chain] = smaller(first + chain, rows - 1) * stride;
-    for (int64_t column = 0; column < width; ++column)
+    for (int64_t column = 0; column < steps; ++column)
 #pragma GCC unroll 8
       for (int chain = 0; chain < kChains; ++chain)
         sums[chain] += a[starts[chain] + column] * b[starts[chain] + column];
@@ -112,30 +117,51 @@ void row_products(float* result, const float* a, const float* b, int64_t stride,
   }
 }
 
+#if defined(__AVX512BF16__)
+void row_products(float* result, const uint32_t* a, const uint32_t* b, int64_t stride, int64_t rows,
+                  int64_t steps) {
+  for (int64_t first = 0; first < rows; first += kWidth) {  // rows are padded to whole vectors
+    Vec sums = {};
+    for (int64_t column = 0; column < steps; column += kWidth) {
+      Vec left[kWidth], right[kWidth];
+      load_transposed(a + first * stride + column, stride, left);
+      load_transposed(b + first * stride + column, stride, right);
+      for (int64_t step = 0; step < smaller(kWidth, steps - column); ++step)
+        sums = Pairs::multiply_add((Pairs::Elements)left[step], (Pairs::Elements)right[step], sums);
+    }
+    store(result + first, sums);
+  }
+}
+#endif
+
 // What backward needs of one head.
+template <class A>
 struct BackwardHead {
-  const float *query, *key, *grad_output;  // rows
-  const float *keys, *values;              // transposed
+  Operand<A> query, grad_output;               // rows
+  const typename A::Element *keys, *values;    // transposed
+  Operand<A> queries, all_keys, grad_outputs;  // as right sides of products over rows
   const float* deltas;
   float *grad_query, *grad_key, *grad_value;
   float *scores, *products;
+  uint32_t *across, *down;  // pairs: products, then scores, rounded
   double* bucket_sums;
 };
 
-template <bool kIsPlain>
-void backward_block(const FlashAttentionProblem& problem, const Task& task, const BackwardHead& head,
+template <class A, bool kIsPlain>
+void backward_block(const FlashAttentionProblem& problem, const Task& task, const BackwardHead<A>& head,
                     int64_t first_row, int64_t rows, Prefetch& prefetch) {
-  const int64_t stride = task.padded, step = score_stride(task);
-  const Matrix query{head.query + first_row * stride, stride};
-  const Matrix grad_output{head.grad_output + first_row * stride, stride};
+  const int64_t stride = task.padded, step = score_stride(task), steps = steps_of<A>(task);
+  const auto rows_from = [&](Operand<A> all) -> Operand<A> {
+    return {all.data + first_row * all.stride, all.stride};
+  };
   const float* lse = problem.lse + (task.first_query + first_row) * problem.heads + task.head;
   const Range limits = visible_keys(problem, task, first_row, rows);
   for (int64_t at = limits.begin; at < limits.end; at += kKeyBlock) {
     const int64_t block = smaller(kKeyBlock, limits.end - at), padded = round_up(block, kWidth);
-    multiply<Arithmetic, false>(head.scores, step, query, {head.keys + at, task.padded_keys}, rows, padded,
-                                task.width, false);
-    multiply<Arithmetic, false>(head.products, step, grad_output, {head.values + at, task.padded_keys}, rows,
-                                padded, task.width, false);
+    multiply<A, false>(head.scores, step, rows_from(head.query), {head.keys + at, task.padded_keys}, rows,
+                       padded, steps, false);
+    multiply<A, false>(head.products, step, rows_from(head.grad_output), {head.values + at, task.padded_keys},
+                       rows, padded, steps, false);
     for (int64_t row = 0; row < rows; ++row) {
       prefetch.step();
       Row here = make_row(problem, task, first_row + row, at, block);
@@ -144,48 +170,75 @@ void backward_block(const FlashAttentionProblem& problem, const Task& task, cons
       gradient_row<kIsPlain>(problem, task, here, head.scores + row * step, head.products + row * step,
                              row_lse, head.deltas[first_row + row], head.bucket_sums);
     }
-    multiply<Arithmetic, false>(head.grad_query + first_row * stride, stride, {head.products, step},
-                                {head.key + at * stride, stride}, rows, task.padded, block, true);
-    multiply<Arithmetic, true>(head.grad_key + at * stride, stride, {head.products, step}, query, block,
-                               task.padded, rows, true);
-    multiply<Arithmetic, true>(head.grad_value + at * stride, stride, {head.scores, step}, grad_output, block,
-                               task.padded, rows, true);
+    const int64_t row_steps = ceil_div(rows, A::kPair);
+    const BothWays<A> products = both_ways<A>(head.products, step, rows, padded, head.across, head.down);
+    multiply<A, false>(head.grad_query + first_row * stride, stride, products.over_columns,
+                       from_row(head.all_keys, at), rows, task.padded, ceil_div(block, A::kPair), true);
+    multiply<A, true>(head.grad_key + at * stride, stride, products.over_rows,
+                      from_row(head.queries, first_row), block, task.padded, row_steps, true);
+    const BothWays<A> weights = both_ways<A>(head.scores, step, rows, padded, head.across, head.down);
+    multiply<A, true>(head.grad_value + at * stride, stride, weights.over_rows,
+                      from_row(head.grad_outputs, first_row), block, task.padded, row_steps, true);
   }
 }
 
-template <class T, bool kIsPlain>
+template <class A, class T, bool kIsPlain>
 bool backward_item(const FlashAttentionProblem& problem, Task task, Workspace& workspace, Prefetch& prefetch,
                    float* bias_part) {
+  using Element = typename A::Element;
+  const int64_t joined_queries = kIsPaired<A> ? round_up(task.queries, kWidth) * task.padded / 2 : 0,
+                joined_keys = kIsPaired<A> ? round_up(task.keys, kWidth) * task.padded / 2 : 0,
+                rounded = kIsPaired<A> ? kBackwardFloats / 2 : 0;
   if (!workspace.reserve(4 * head_floats(task.queries, task) + 4 * head_floats(task.keys, task) +
-                         2 * task.padded * task.padded_keys + 2 * kBackwardFloats + task.queries + 80))
+                         2 * task.padded * task.padded_keys + 2 * kBackwardFloats + 2 * joined_queries +
+                         joined_keys + 2 * rounded + round_up(task.queries, kWidth) + 192))
     return false;
   const auto rows_of = [&](const void* tensor, int64_t first, int64_t rows) {
-    return load_rows<T>(tensor, first, rows, problem, task, workspace);
+    return load_rows<A, T>(tensor, first, rows, problem, task, workspace);
   };
-  const HeadRows query = rows_of(problem.query, task.first_query, task.queries);
-  const HeadRows output = rows_of(problem.output, task.first_query, task.queries);
-  const HeadRows grad_output = rows_of(problem.grad_output, task.first_query, task.queries);
-  const HeadRows key = rows_of(problem.key, task.first_key, task.keys);
-  const HeadRows value = rows_of(problem.value, task.first_key, task.keys);
-  const HeadRows grad_query = take_zeros(task.queries, task, workspace);
-  const HeadRows grad_key = take_zeros(task.keys, task, workspace);
-  const HeadRows grad_value = take_zeros(task.keys, task, workspace);
-  float* keys = workspace.take(task.padded * task.padded_keys);
-  float* values = workspace.take(task.padded * task.padded_keys);
+  const HeadRows<Element> query = rows_of(problem.query, task.first_query, task.queries);
+  const HeadRows<Element> output = rows_of(problem.output, task.first_query, task.queries);
+  const HeadRows<Element> grad_output = rows_of(problem.grad_output, task.first_query, task.queries);
+  const HeadRows<Element> key = rows_of(problem.key, task.first_key, task.keys);
+  const HeadRows<Element> value = rows_of(problem.value, task.first_key, task.keys);
+  const HeadRows<float> grad_query = take_zeros(task.queries, task, workspace);
+  const HeadRows<float> grad_key = take_zeros(task.keys, task, workspace);
+  const HeadRows<float> grad_value = take_zeros(task.keys, task, workspace);
+  Element* keys = workspace.take_as<Element>(task.padded * task.padded_keys);
+  Element* values = workspace.take_as<Element>(task.padded * task.padded_keys);
+  Element* query_pairs = workspace.take_as<Element>(joined_queries);
+  Element* grad_output_pairs = workspace.take_as<Element>(joined_queries);
+  Element* key_pairs = workspace.take_as<Element>(joined_keys);
   float* scores = workspace.take(kBackwardFloats);
   float* products = workspace.take(kBackwardFloats);
-  float* deltas = workspace.take(task.queries);
+  uint32_t* across = workspace.take_as<uint32_t>(rounded);
+  uint32_t* down = workspace.take_as<uint32_t>(rounded);
+  float* deltas = workspace.take(round_up(task.queries, kWidth));
   const int64_t block = task.queries == 0 ? 1 : block_rows(kBackwardFloats, score_stride(task), task.queries);
   for (; task.head < task.first_head + task.heads; ++task.head) {
     double bucket_sums[kIsPlain ? 1 : kSumChains * kMaxBuckets] = {};
     transpose(key, task, keys);
     transpose(value, task, values);
-    row_products(deltas, output.of(task), grad_output.of(task), task.padded, task.queries, task.width);
-    const BackwardHead head{
-        query.of(task),      key.of(task),      grad_output.of(task), keys,   values,   deltas,
-        grad_query.of(task), grad_key.of(task), grad_value.of(task),  scores, products, bucket_sums};
+    row_products(deltas, grad_output.of(task), output.of(task), output.stride, task.queries,
+                 steps_of<A>(task));
+    const BackwardHead<A> head{{query.of(task), query.stride},
+                               {grad_output.of(task), grad_output.stride},
+                               keys,
+                               values,
+                               over_rows<A>(query, task, query_pairs),
+                               over_rows<A>(key, task, key_pairs),
+                               over_rows<A>(grad_output, task, grad_output_pairs),
+                               deltas,
+                               grad_query.of(task),
+                               grad_key.of(task),
+                               grad_value.of(task),
+                               scores,
+                               products,
+                               across,
+                               down,
+                               bucket_sums};
     for (int64_t row = 0; row < task.queries; row += block)
-      backward_block<kIsPlain>(problem, task, head, row, smaller(block, task.queries - row), prefetch);
+      backward_block<A, kIsPlain>(problem, task, head, row, smaller(block, task.queries - row), prefetch);
     if (!kIsPlain && bias_part != nullptr)
       for (int64_t bucket = 0; bucket < problem.buckets; ++bucket) {
         double sum = 0.0;
@@ -234,7 +287,7 @@ struct Run {
   bool is_out_of_memory;  // set by any worker, read when all are done
 };
 
-template <class T, bool kIsForward, bool kIsPlain>
+template <class A, class T, bool kIsForward, bool kIsPlain>
 void run_item(void* context, int64_t index, int worker) {
   Run& run = *static_cast<Run*>(context);
   if (__atomic_load_n(&run.is_out_of_memory, __ATOMIC_RELAXED)) return;
@@ -245,16 +298,21 @@ void run_item(void* context, int64_t index, int worker) {
   Prefetch prefetch = make_prefetch<T, kIsForward>(problem, task, index + problem.threads);
   float* bias_part = nullptr;
   if (run.bias_parts != nullptr) bias_part = run.bias_parts + item.sequence * problem.heads * problem.buckets;
-  const bool is_done = kIsForward ? forward_item<T, kIsPlain>(problem, task, workspace, prefetch)
-                                  : backward_item<T, kIsPlain>(problem, task, workspace, prefetch, bias_part);
+  const bool is_done = kIsForward
+                           ? forward_item<A, T, kIsPlain>(problem, task, workspace, prefetch)
+                           : backward_item<A, T, kIsPlain>(problem, task, workspace, prefetch, bias_part);
   if (!is_done) __atomic_store_n(&run.is_out_of_memory, true, __ATOMIC_RELAXED);
 }
 
 template <bool kIsForward, bool kIsPlain>
 auto item_function(DType dtype) {
-  if (dtype == DType::kBFloat16) return &run_item<BFloat16, kIsForward, kIsPlain>;
-  if (dtype == DType::kFloat16) return &run_item<Float16, kIsForward, kIsPlain>;
-  return &run_item<float, kIsForward, kIsPlain>;
+#if defined(__AVX512BF16__)
+  if (dtype == DType::kBFloat16) return &run_item<Pairs, BFloat16, kIsForward, kIsPlain>;
+#else
+  if (dtype == DType::kBFloat16) return &run_item<Floats, BFloat16, kIsForward, kIsPlain>;
+#endif
+  if (dtype == DType::kFloat16) return &run_item<Floats, Float16, kIsForward, kIsPlain>;
+  return &run_item<Floats, float, kIsForward, kIsPlain>;
 }
 
 // In the order of the sequences, whoever computed them.

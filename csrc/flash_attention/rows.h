@@ -1,4 +1,5 @@
-// Rows of some heads of one sequence: in and out of the packed tensors, as float32 and side by side.
+// Rows of some heads of one sequence: in and out of the packed tensors, side by side, as float32 or as pairs
+// of bfloat16.
 #pragma once
 
 #include <cstdlib>
@@ -11,10 +12,17 @@ namespace ubp {
 namespace {
 
 // Sums of one block go on from those of the block before.
-struct Arithmetic : FloatArithmetic {
+template <class A>
+struct Continued : A {
   static constexpr bool kAddsLast = false;
 };
-using Matrix = Operand<Arithmetic>;
+using Floats = Continued<FloatArithmetic>;
+#if defined(__AVX512BF16__)
+using Pairs = Continued<PairArithmetic>;
+#endif
+
+template <class A>
+constexpr bool kIsPaired = A::kPair == 2;
 
 // Bump allocator over one growing block per worker, so that a task never asks the system for memory it had
 // before.
@@ -36,6 +44,13 @@ struct Workspace {
     float* taken = block + used;
     used += round_up(floats, 16);
     return taken;
+  }
+
+  // Numbers of the size of a float.
+  template <class Number>
+  Number* take_as(int64_t count) {
+    static_assert(sizeof(Number) == sizeof(float), "the block counts in floats");
+    return reinterpret_cast<Number*>(take(count));
   }
 };
 
@@ -94,59 +109,87 @@ class Prefetch {
   int64_t lines_ = 0, lines_per_step_ = 0;
 };
 
-// Rows of all heads of an item, [heads, rows, padded]; their number is a multiple of the vector width.
+// Rows of all heads of an item, [heads, rows, stride]; their number is a multiple of the vector width.
+template <class Element>
 struct HeadRows {
-  float* data;
-  int64_t rows, padded;
+  Element* data;
+  int64_t rows, stride;
 
-  float* of(const Task& task) const { return data + (task.head - task.first_head) * rows * padded; }
-  Matrix matrix(const Task& task) const { return {of(task), padded}; }
+  Element* of(const Task& task) const { return data + (task.head - task.first_head) * rows * stride; }
 };
+
+// Steps of a product over the width, and the same in whole vectors.
+template <class A>
+int64_t steps_of(const Task& task) {
+  return ceil_div(task.width, A::kPair);
+}
+template <class A>
+int64_t padded_steps(const Task& task) {
+  return round_up(steps_of<A>(task), kWidth);
+}
 
 inline int64_t head_floats(int64_t rows, const Task& task) {
   return task.heads * round_up(rows, kWidth) * task.padded + 16;
 }
 
-inline HeadRows take_rows(int64_t rows, const Task& task, Workspace& workspace) {
-  return {workspace.take(task.heads * round_up(rows, kWidth) * task.padded), round_up(rows, kWidth),
-          task.padded};
+template <class Element>
+HeadRows<Element> take_rows(int64_t rows, int64_t stride, const Task& task, Workspace& workspace) {
+  rows = round_up(rows, kWidth);
+  return {workspace.take_as<Element>(task.heads * rows * stride), rows, stride};
 }
 
-inline HeadRows take_zeros(int64_t rows, const Task& task, Workspace& workspace) {
-  const HeadRows zeros = take_rows(rows, task, workspace);
-  std::memset(zeros.data, 0, static_cast<size_t>(task.heads * zeros.rows * zeros.padded) * sizeof(float));
+inline HeadRows<float> take_zeros(int64_t rows, const Task& task, Workspace& workspace) {
+  const HeadRows<float> zeros = take_rows<float>(rows, task.padded, task, workspace);
+  std::memset(zeros.data, 0, static_cast<size_t>(task.heads * zeros.rows * zeros.stride) * sizeof(float));
   return zeros;
+}
+
+// A row of one head, and zeros behind it.
+template <class T>
+UBP_INLINE void load_row(const T* source, int64_t width, int64_t stride, float* target) {
+  const int64_t whole = width / kWidth * kWidth;
+  for (int64_t at = 0; at < whole; at += kWidth) store(target + at, load_floats(source + at));
+  if (whole == stride) return;
+  store(target + whole, Vec{});
+  for (int64_t at = whole; at < width; ++at) target[at] = to_float(source[at]);
+}
+
+UBP_INLINE void load_row(const BFloat16* source, int64_t width, int64_t stride, uint32_t* target) {
+  const int64_t whole = width / (2 * kWidth) * kWidth;
+  for (int64_t at = 0; at < whole; at += kWidth) store_as(target + at, load_as<IntVec>(source + 2 * at));
+  if (whole == stride) return;
+  store_as(target + whole, IntVec{});
+  std::memcpy(target + whole, source + 2 * whole, static_cast<size_t>(width - 2 * whole) * sizeof(BFloat16));
 }
 
 // Row after row with all heads of the item: memory is read in its order. Side by side, and padded to whole
 // vectors, the rows of a head are faster to compute on by more than the copy costs, also for float32.
-template <class T>
-HeadRows load_rows(const void* tensor, int64_t first, int64_t rows, const FlashAttentionProblem& problem,
-                   const Task& task, Workspace& workspace) {
-  const HeadRows copy = take_rows(rows, task, workspace);
-  const int64_t width = task.width, whole = width / kWidth * kWidth, step = copy.rows * copy.padded;
+template <class A, class T>
+HeadRows<typename A::Element> load_rows(const void* tensor, int64_t first, int64_t rows,
+                                        const FlashAttentionProblem& problem, const Task& task,
+                                        Workspace& workspace) {
+  using Element = typename A::Element;
+  const HeadRows<Element> copy = take_rows<Element>(rows, padded_steps<A>(task), task, workspace);
+  const int64_t width = task.width, step = copy.rows * copy.stride;
   const T* source = static_cast<const T*>(tensor) + (first * problem.heads + task.first_head) * width;
   for (int64_t row = 0; row < rows; ++row, source += (problem.heads - task.heads) * width) {
-    float* target = copy.data + row * copy.padded;
-    for (int64_t head = 0; head < task.heads; ++head, source += width, target += step) {
-      for (int64_t at = 0; at < whole; at += kWidth) store(target + at, load_floats(source + at));
-      if (whole == width) continue;
-      store(target + whole, Vec{});
-      for (int64_t at = whole; at < width; ++at) target[at] = to_float(source[at]);
-    }
+    Element* target = copy.data + row * copy.stride;
+    for (int64_t head = 0; head < task.heads; ++head, source += width, target += step)
+      load_row(source, width, copy.stride, target);
   }
   for (int64_t head = 0; head < task.heads; ++head)
-    for (int64_t at = rows * copy.padded; at < step; at += kWidth) store(copy.data + head * step + at, Vec{});
+    std::memset(copy.data + head * step + rows * copy.stride, 0,
+                static_cast<size_t>(step - rows * copy.stride) * sizeof(Element));
   return copy;
 }
 
 template <class T>
-void write_rows(void* tensor, int64_t first, const HeadRows& result, int64_t rows,
+void write_rows(void* tensor, int64_t first, const HeadRows<float>& result, int64_t rows,
                 const FlashAttentionProblem& problem, const Task& task) {
-  const int64_t width = task.width, whole = width / kWidth * kWidth, step = result.rows * result.padded;
+  const int64_t width = task.width, whole = width / kWidth * kWidth, step = result.rows * result.stride;
   T* target = static_cast<T*>(tensor) + (first * problem.heads + task.first_head) * width;
   for (int64_t row = 0; row < rows; ++row, target += (problem.heads - task.heads) * width) {
-    const float* source = result.data + row * result.padded;
+    const float* source = result.data + row * result.stride;
     for (int64_t head = 0; head < task.heads; ++head, target += width, source += step) {
       for (int64_t at = 0; at < whole; at += kWidth) store_floats(target + at, load(source + at));
       for (int64_t at = whole; at < width; ++at) from_float(source[at], target[at]);
@@ -154,18 +197,85 @@ void write_rows(void* tensor, int64_t first, const HeadRows& result, int64_t row
   }
 }
 
-// [rows, padded] of the task's head -> [padded, padded_keys].
-inline void transpose(const HeadRows& rows, const Task& task, float* result) {
-  const float* source = rows.of(task);
+// kWidth rows of 32 bits from `source` on, kWidth columns of each: columns become rows.
+template <class Element>
+UBP_INLINE void load_transposed(const Element* source, int64_t stride, Vec (&tile)[kWidth]) {
+#pragma GCC unroll 16
+  for (int at = 0; at < kWidth; ++at) tile[at] = load_as<Vec>(source + at * stride);
+  transpose_halves<kWidth / 2>(tile);
+}
+
+// [rows, stride] of the task's head -> [stride, padded_keys].
+template <class Element>
+void transpose(const HeadRows<Element>& rows, const Task& task, Element* result) {
+  const Element* source = rows.of(task);
   for (int64_t row = 0; row < rows.rows; row += kWidth)
-    for (int64_t column = 0; column < rows.padded; column += kWidth) {
+    for (int64_t column = 0; column < rows.stride; column += kWidth) {
       Vec tile[kWidth];
+      load_transposed(source + row * rows.stride + column, rows.stride, tile);
 #pragma GCC unroll 16
-      for (int at = 0; at < kWidth; ++at) tile[at] = load(source + (row + at) * rows.padded + column);
-      transpose_halves<kWidth / 2>(tile);
-#pragma GCC unroll 16
-      for (int at = 0; at < kWidth; ++at) store(result + (column + at) * task.padded_keys + row, tile[at]);
+      for (int at = 0; at < kWidth; ++at) store_as(result + (column + at) * task.padded_keys + row, tile[at]);
     }
+}
+
+// The task's head as right side of a product over its rows. Pairs: two rows side by side, in `buffer`.
+template <class A>
+Operand<A> over_rows(const HeadRows<typename A::Element>& rows, const Task& task,
+                     typename A::Element* buffer) {
+  const auto* source = rows.of(task);
+  if constexpr (kIsPaired<A>) {
+    for (int64_t row = 0; row < rows.rows; row += 2)
+      A::join_rows(source + row * rows.stride, source + (row + 1) * rows.stride, task.padded / 2,
+                   buffer + row / 2 * task.padded);
+    return {buffer, task.padded};
+  } else {
+    return {source, rows.stride};
+  }
+}
+
+template <class A>
+Operand<A> from_row(Operand<A> all, int64_t row) {
+  return {all.data + row / A::kPair * all.stride, all.stride};
+}
+
+// Some rows of weights as left side of products over their columns, and over the rows themselves. Pairs:
+// rounded to bfloat16 in the buffers.
+template <class A>
+Operand<A> over_columns(const float* weights, int64_t stride, int64_t rows, int64_t columns,
+                        uint32_t* buffer) {
+  if constexpr (kIsPaired<A>) {
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t at = 0; at < columns; at += kWidth)
+        store_floats(reinterpret_cast<BFloat16*>(buffer + row * (stride / 2)) + at,
+                     load(weights + row * stride + at));
+    return {buffer, stride / 2};
+  } else {
+    return {weights, stride};
+  }
+}
+
+template <class A>
+struct BothWays {
+  Operand<A> over_columns, over_rows;
+};
+
+// The row behind the last one is overwritten where their number is odd.
+template <class A>
+BothWays<A> both_ways(float* weights, int64_t stride, int64_t rows, int64_t columns, uint32_t* across,
+                      uint32_t* down) {
+  if constexpr (kIsPaired<A>) {
+    if (rows % 2 == 1) std::memset(weights + rows * stride, 0, static_cast<size_t>(columns) * sizeof(float));
+    for (int64_t row = 0; row < rows; row += 2)
+      for (int64_t at = 0; at < columns; at += kWidth) {
+        const float* even = weights + row * stride + at;
+        uint32_t* pairs = across + (row * stride + at) / 2;
+        A::round_pairs(load(even), load(even + stride), pairs, pairs + stride / 2,
+                       down + row / 2 * stride + at);
+      }
+    return {{across, stride / 2}, {down, stride}};
+  } else {
+    return {{weights, stride}, {weights, stride}};
+  }
 }
 
 }  // namespace
