@@ -31,7 +31,7 @@ struct FloatArithmetic {
   using Element = float;
   using Elements = ubp::Vec;
   static constexpr int kLanes = kWidth, kPair = 1;
-  static constexpr int64_t kPart = 128;
+  static constexpr int64_t kPart = 64;
   static constexpr bool kAddsLast = true;
   UBP_INLINE Vec multiply_add(Elements a, Elements b, Vec sum) { return sum + a * b; }
 };
