@@ -54,6 +54,16 @@ def test_profile_reads_the_features(store: EventStore) -> None:
         model(replace(batch, features=None))
 
 
+def test_losses_over_all_clients(store: EventStore) -> None:
+    batch = whole_batch(store)
+    model = small_multitask(store, outputs_of(batch.labels)).eval()
+    model.config = replace(model.config, all_clients=True)
+    label = batch.labels["buy_sku"]
+    assert not label.any(dim=1).all()
+    expected = functional.binary_cross_entropy_with_logits(model.label_logits(batch)["buy_sku"], label)
+    torch.testing.assert_close(model.loss(batch)["buy_sku"], expected)
+
+
 def test_wide_features_reach_profile_and_logits_linearly(store: EventStore) -> None:
     batch = whole_batch(store)
     model = small_multitask(store, outputs_of(batch.labels), num_wide=2).eval()

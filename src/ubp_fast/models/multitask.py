@@ -53,6 +53,7 @@ class MultitaskConfig:
     fusion_dropout: float = 0.01  # share dropped between the two fusion layers; docs/winner.md 4.4
     experts: PLEConfig = field(default_factory=PLEConfig)  # task experts; docs/winner.md 4.5
     activity_weight: float = 0.025  # factor of the churn and add losses; docs/winner.md 4.6
+    all_clients: bool = False  # losses of lists over all clients, not those with a positive label alone; ours
     wide: tuple[str, ...] = ()  # feature sets, standardised, that a linear layer adds to the profile; ours
     wide_dropout: float = 0.4  # share of the wide features dropped in training; ours
 
@@ -128,6 +129,9 @@ class MultitaskModel(nn.Module):
             if name in _ACTIVITY:
                 loss = functional.binary_cross_entropy_with_logits(task_logits[:, 0].float(), label, reduction="none")
                 terms[name] = self.config.activity_weight * mean_of_views(loss, batch)
+            elif self.config.all_clients:
+                loss = functional.binary_cross_entropy_with_logits(task_logits.float(), label, reduction="none")
+                terms[name] = mean_of_views(loss, batch)
             else:
                 terms[name] = masked_bce(task_logits.float(), label, batch.group)
         return terms
