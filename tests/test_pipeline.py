@@ -16,7 +16,7 @@ from types import ModuleType
 import numpy as np
 import polars as pl
 import pytest
-from support.runs import ALL_BLOCKS, NETWORK, SMALL, contents, run_tiny
+from support.runs import ALL_BLOCKS, NETWORK, SMALL, WIDE, contents, run_tiny
 
 from ubp_fast.evaluation import build_targets
 from ubp_fast.events.read import EventDirectory
@@ -154,6 +154,22 @@ def test_block_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.Captu
     assert "stacking.blocks must be different ones of" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("wide", "more", "said"),
+    [
+        ("[decayed,tastes]", (), "multitask.config.wide must be different ones of ['static', 'aggregated', 'decayed']"),
+        ("[decayed,decayed]", (), "multitask.config.wide must be different ones of"),
+        ("[]", (WIDE[0], "store.all_clients=true"), "contrastive.config.wide must be [] with store.all_clients=true"),
+    ],
+)
+def test_wide_features_that_cannot_be_are_refused(
+    wide: str, more: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, _ = run_tiny(tmp_path, *SYNTHETIC, f"multitask.config.wide={wide}", *more)
+    assert code == 2
+    assert said in capsys.readouterr().err
+
+
 def test_rich_features_reach_the_profile(synthetic_run: Path, tmp_path: Path) -> None:
     code, run, _ = run_tiny(tmp_path, *SYNTHETIC, "features=rich", "stages=[profiles]")
     assert code == 0
@@ -263,10 +279,12 @@ def challenge_directory(target: Path) -> Path:
     return target
 
 
-@pytest.mark.parametrize("stacking", [(ALL_BLOCKS,), NETWORK], ids=["reduced rank", "network"])
+@pytest.mark.parametrize(
+    "stacking", [(ALL_BLOCKS, *WIDE), (*NETWORK, "store.all_clients=true")], ids=["reduced rank", "network"]
+)
 def test_nothing_after_the_cutoff_moves_a_profile(stacking: tuple[str, ...], tmp_path: Path) -> None:
     data = challenge_directory(tmp_path / "data")
-    common = ("data=challenge", "data.layout=raw", "stages=[profiles]", "store.all_clients=true")
+    common = ("data=challenge", "data.layout=raw", "stages=[profiles]")
     overrides = (f"data.dir={data}", *common, *stacking)
     code, run, _ = run_tiny(tmp_path / "first", *overrides)
     assert code == 0

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 import torch
 from support.shops import EMPTY_CLIENT, make_store
-from support.small_models import CUTOFF_S, pick_views, small_contrastive, untouched_parameters, whole_batch
+from support.small_models import (
+    CUTOFF_S,
+    NUM_FEATURES,
+    pick_views,
+    small_contrastive,
+    untouched_parameters,
+    whole_batch,
+)
 from torch.nn import functional
 
 from ubp_fast.models.contrastive import ContrastiveConfig, rows_with_successor
@@ -51,6 +58,25 @@ def test_loss_by_hand(store: EventStore) -> None:
     logit = model.future_activity(model(batch))[:, 0]
     bce = functional.binary_cross_entropy_with_logits(logit, (~has_future).float(), reduction="none")
     torch.testing.assert_close(terms["future_activity"], (bce * weight).mean())
+
+
+@pytest.mark.parametrize("next_event_weight", [0.0, 0.5])
+def test_wide_features_are_added(next_event_weight: float, store: EventStore) -> None:
+    """To what is embedded and to what is trained alike; some of them are dropped in training."""
+    batch = whole_batch(store)
+    given = {"next_event_weight": next_event_weight, "num_wide": NUM_FEATURES, "wide_dropout": 0.0}
+    model = small_contrastive(store, **given).eval()
+    without = model(replace(batch, features=torch.zeros_like(batch.features)))
+    torch.testing.assert_close(model(batch), without + batch.features @ model.wide.weight.T)
+    before = model.loss(batch)["nt_xent"]
+    assert not torch.equal(model.loss(replace(batch, features=batch.features.flip(0)))["nt_xent"], before)
+    with pytest.raises(ValueError, match="features must be in the batch"):
+        model(replace(batch, features=None))
+    model.history.train(False)
+    model.training = True
+    assert torch.equal(model(batch), model(batch))
+    model.config = replace(model.config, wide_dropout=0.5)
+    assert not torch.equal(model(batch), model(batch))
 
 
 def test_next_event_by_hand(store: EventStore) -> None:

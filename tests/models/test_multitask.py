@@ -54,11 +54,46 @@ def test_profile_reads_the_features(store: EventStore) -> None:
         model(replace(batch, features=None))
 
 
-@pytest.mark.parametrize("shop", ["store", "purchases_store"])
-def test_gradients_reach_all_parameters(shop: str, request: pytest.FixtureRequest) -> None:
+def test_losses_over_all_clients(store: EventStore) -> None:
+    batch = whole_batch(store)
+    model = small_multitask(store, outputs_of(batch.labels)).eval()
+    model.config = replace(model.config, all_clients=True)
+    label = batch.labels["buy_sku"]
+    assert not label.any(dim=1).all()
+    expected = functional.binary_cross_entropy_with_logits(model.label_logits(batch)["buy_sku"], label)
+    torch.testing.assert_close(model.loss(batch)["buy_sku"], expected)
+
+
+def test_wide_features_reach_profile_and_logits_linearly(store: EventStore) -> None:
+    batch = whole_batch(store)
+    model = small_multitask(store, outputs_of(batch.labels), num_wide=2).eval()
+    with torch.no_grad():
+        for layer in (model.fusion[-1], *(tower[-1] for tower in model.tasks.towers.values())):
+            layer.weight.zero_()
+            layer.bias.zero_()
+    wide = batch.features[:, -2:]
+    torch.testing.assert_close(model(batch), wide @ model.wide.weight.T)
+    head = model.linear_tasks["buy_sku"]
+    torch.testing.assert_close(model.label_logits(batch)["buy_sku"], model(batch) @ head.weight.T + head.bias)
+
+
+def test_wide_features_are_dropped_in_training_alone(store: EventStore) -> None:
+    batch = whole_batch(store)
+    model = small_multitask(store, outputs_of(batch.labels), num_wide=2)
+    for part in (model.encoder, model.fusion):
+        part.eval()
+    model.config = replace(model.config, embedding_dropout=0.0)
+    torch.manual_seed(0)
+    assert not torch.equal(model(batch), model(batch))
+    model.config = replace(model.config, wide_dropout=0.0)
+    assert torch.equal(model(batch), model(batch))
+
+
+@pytest.mark.parametrize(("shop", "num_wide"), [("store", 0), ("store", 2), ("purchases_store", 0)])
+def test_gradients_reach_all_parameters(shop: str, num_wide: int, request: pytest.FixtureRequest) -> None:
     store = request.getfixturevalue(shop)
     batch = whole_batch(store)
-    model = small_multitask(store, outputs_of(batch.labels))
+    model = small_multitask(store, outputs_of(batch.labels), num_wide=num_wide)
     assert ("add" in batch.labels) == (shop == "store")
     sum(model.loss(batch).values()).backward()
     assert not untouched_parameters(model)

@@ -389,15 +389,19 @@ def test_weights_come_back(store: EventStore, tmp_path: Path) -> None:
     assert weights(model) == weights(other)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_the_best_epoch_is_kept_whatever_happens(store: EventStore, tmp_path: Path, optimizer: str) -> None:
+def by_chance(store: EventStore) -> ViewLoader:
+    """A validation whose labels belong to other clients, so that an epoch before the last is the best."""
     views = views_at(store, [CUTOFF_S + 14 * DAY_S], with_history=True)
     labels = window_labels(store, views, LISTS)
-    turned = np.random.default_rng(1).permutation(len(views.row))  # chance has another best epoch than the last
+    turned = np.random.default_rng(1).permutation(len(views.row))
     mixed: dict[str, Any] = {"churn": labels["churn"][turned]}  # type: ignore[index]
     mixed["buy_category"] = labels["buy_category"].take(turned)
-    validation = ViewLoader(store, views, batch_size=1000, history_length=64, labels=mixed)
-    loader, epochs = training_loader(store), 6
+    return ViewLoader(store, views, batch_size=1000, history_length=64, labels=mixed)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_best_epoch_is_kept_whatever_happens(store: EventStore, tmp_path: Path, optimizer: str) -> None:
+    validation, loader, epochs = by_chance(store), training_loader(store), 6
 
     def train_until(
         directory: Path, progress: Callable[[int, int], None] | None = None, epochs: int = epochs
@@ -422,6 +426,38 @@ def test_the_best_epoch_is_kept_whatever_happens(store: EventStore, tmp_path: Pa
     assert same == losses
     assert weights(continued) == weights(model)
     assert {path.name for path in (tmp_path / "b").iterdir()} == {"model.safetensors", "losses.json"}
+
+
+@pytest.mark.parametrize("patience", [1, 2])
+def test_training_ends_when_nothing_gets_better(patience: int, store: EventStore, tmp_path: Path) -> None:
+    """With the weights of the best epoch, killed or not."""
+    validation, loader, epochs = by_chance(store), training_loader(store), 8
+
+    def train(directory: Path, progress: Callable[[int, int], None] | None = None, **changes: Any) -> tuple[Any, Any]:
+        model = small_contrastive(store, probes={"churn": 1, "buy_category": 5})
+        config = TrainingConfig(**({"epochs": epochs, "checkpoint_every_s": 0.0} | changes))
+        return model, fit(model, loader, OPTIMIZERS["schedule_free"], config, directory, progress, validation)
+
+    patient = {"patience": patience, "validation_views": validation.num_views}
+    told: list[tuple[int, int]] = []
+    model, losses = train(tmp_path / "a", lambda *at: told.append(at), **patient)
+    scores = [entry["valid_score"] for entry in losses]
+    best = scores.index(max(scores))
+    assert len(scores) == best + patience + 1 < epochs
+    assert told[-1] == (epochs * len(loader),) * 2
+    until_best, _ = train(tmp_path / "until", epochs=best + 1)
+    assert weights(model) == weights(until_best)
+    with pytest.raises(Killed):
+        train(tmp_path / "b", kill_at(len(loader) * (best + 1) + 1), **patient)
+    continued, same = train(tmp_path / "b", **patient)
+    assert same == losses
+    assert weights(continued) == weights(model)
+
+
+@pytest.mark.parametrize(("patience", "views"), [(0, 10), (2, 0)])
+def test_patience_needs_what_it_waits_for(patience: int, views: int) -> None:
+    with pytest.raises(UserError, match="patience must be >= 1 with validation_views"):
+        TrainingConfig(patience=patience, validation_views=views)
 
 
 def test_steps_of_an_epoch_are_limited(store: EventStore, tmp_path: Path) -> None:

@@ -18,12 +18,15 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from support.runs import ALL_BLOCKS, NETWORK, run_tiny
+from support.runs import ALL_BLOCKS, NETWORK, WIDE, run_tiny
 
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import DataError, UserError
 from ubp_fast.events.sources.sql import Sql
+from ubp_fast.features.matrix import FeatureMatrix
+from ubp_fast.features.scaling import DayStatistics, MinMaxScaler
 from ubp_fast.profiler import Profiler
+from ubp_fast.profiler.parts import network_rows, rows_of
 from ubp_fast.profiles import Profiles
 
 SHOP = ("data=synthetic", "data.clients=200", "data.skus=60", "data.urls=80", "stages=[profiles]")
@@ -31,12 +34,36 @@ DAY_S = 86_400
 
 
 @pytest.fixture(
-    scope="module", params=[("features=rich", ALL_BLOCKS), (*NETWORK, ALL_BLOCKS)], ids=["closed", "network"]
+    scope="module", params=[("features=rich", ALL_BLOCKS, *WIDE), (*NETWORK, ALL_BLOCKS)], ids=["closed", "network"]
 )
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     code, made, printed = run_tiny(tmp_path_factory.mktemp("run"), *SHOP, *request.param)
     assert code == 0, printed
     return made
+
+
+def test_what_networks_read_is_compared_among_the_clients_of_the_day() -> None:
+    """Static features keep their fitted scale; wide ones do not depend on who is at hand once the day is known."""
+    random = np.random.default_rng(0)
+    ids, static, counts = np.arange(300), random.random((300, 2)), random.poisson(1.0, (300, 3)) ** 4
+    counts[0, 0] = 10**9
+    made = {
+        "static": FeatureMatrix(ids, static.astype(np.float32), ("one", "two")),
+        "aggregated": FeatureMatrix(ids, counts.astype(np.float32), ("a", "b", "c")),
+    }
+    scaler, day = MinMaxScaler(np.array([0.5, 0.0]), np.array([2.0, 1.0])), DayStatistics()
+    rows = network_rows("multitask", scaler, ("aggregated",), made.__getitem__, day, raw_counts=False)
+    assert rows is not None and rows.shape == (300, 5)
+    values = rows[np.arange(300)]
+    np.testing.assert_allclose(values[:, :2], (static - [0.5, 0.0]) * [2.0, 1.0], rtol=1e-5, atol=1e-6)
+    logs = np.log1p(counts)
+    expected = ((logs - logs.mean(axis=0)) / logs.std(axis=0)).clip(-5, 5)
+    assert (np.abs(expected) == 5).any()
+    np.testing.assert_allclose(values[:, 2:], expected, rtol=1e-4, atol=1e-5)
+    known = DayStatistics(day.arrays)
+    few = network_rows("multitask", scaler, ("aggregated",), rows_of(made.__getitem__, 3, 9), known, raw_counts=False)
+    assert few is not None and np.array_equal(few[np.arange(6)], values[3:9])
+    assert network_rows("contrastive", None, (), made.__getitem__, day, raw_counts=False) is None
 
 
 @pytest.fixture(scope="module")

@@ -37,6 +37,9 @@ TINY = (
 # Everything that can be joined, where the demo joins decayed counts only.
 ALL_BLOCKS = "stacking.blocks=[contrastive,multitask,aggregated,decayed]"
 
+# Networks that read features beside events.
+WIDE = ("contrastive.config.wide=[static,aggregated,decayed]", "multitask.config.wide=[decayed]")
+
 # The winner's stacking network instead of the reduced-rank regression.
 NETWORK = ("model@stacking=stacking", "stacking.config.profile_width=64", "stacking.config.standardise=true")
 

@@ -35,6 +35,7 @@ def small_contrastive(
     seed: int = 0,
     next_event_weight: float = 0.0,
     table_dtype: TableDtype = "float32",
+    wide_dropout: float = 0.4,
     **changes: Any,
 ) -> ContrastiveModel:
     """32 columns, one layer per tower; `changes` go to the model's constructor."""
@@ -44,19 +45,21 @@ def small_contrastive(
         future=EncoderConfig(heads=2, layers=1, feed_forward=64, pooling="mean"),
         temperature=0.1,
         next_event_weight=next_event_weight,
+        wide_dropout=wide_dropout,
     )
     return initialise(lambda: ContrastiveModel(config, EventSizes.of(store), **changes), seed)
 
 
-def small_multitask(store: EventStore, outputs: Mapping[str, int], seed: int = 0) -> MultitaskModel:
-    """32 columns, eight tasks where there are carts."""
+def small_multitask(store: EventStore, outputs: Mapping[str, int], seed: int = 0, num_wide: int = 0) -> MultitaskModel:
+    """32 columns, eight tasks where there are carts; the last `num_wide` features are wide ones."""
     config = MultitaskConfig(
         events=ConcatenatedEventConfig(8, 16, 8, 4, 32, 4, 4),
         encoder=EncoderConfig(heads=1, feed_forward=64, activation="relu", norm_first=False, pooling="last"),
         profile_width=32,
         experts=PLEConfig(expert_hidden=32, expert_width=16, tower_hidden=16),
     )
-    return initialise(lambda: MultitaskModel(config, EventSizes.of(store), NUM_FEATURES, outputs), seed)
+    sizes, num_static = EventSizes.of(store), NUM_FEATURES - num_wide
+    return initialise(lambda: MultitaskModel(config, sizes, num_static, outputs, num_wide), seed)
 
 
 def training_loader(store: EventStore, batch_size: int = 16, **changes: Any) -> ViewLoader:

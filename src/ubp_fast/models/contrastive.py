@@ -5,6 +5,7 @@
 
 The towers share every table and the projections of event content; only the history tower knows the age of an event.
 Clients without a future event neither pull nor push (`valid`), clients who are likely to matter weigh more (`weight`).
+`wide` features of the client (counts, recency) are added to what the history tower gives.
 The next event of a history is an objective of ours, off by default: it teaches from every event, not from every client.
 History [T events] -> profile float32 [B, width].
 
@@ -25,6 +26,7 @@ from torch.nn import functional
 from ubp_fast.events.schema import UserError
 from ubp_fast.kernels import nt_xent
 from ubp_fast.models.layers.auroc import BinnedAuroc
+from ubp_fast.models.layers.dropout import dropout
 from ubp_fast.models.layers.encoder import EncoderConfig, SequenceEncoder
 from ubp_fast.models.layers.event_embedding import EventSizes, ProjectedEventConfig, ProjectedEventEmbedding
 from ubp_fast.models.layers.linear import Linear
@@ -54,6 +56,8 @@ class ContrastiveConfig:
     future_activity_weight: float = 1.0  # factor of the "no future event" loss; docs/winner.md 3.2
     next_event_weight: float = 0.0  # factor of the next event's loss, which needs `history.causal`; 0 is off; ours
     next_events: int = 2048  # events of a batch whose successor is asked for, spread evenly; ours
+    wide: tuple[str, ...] = ()  # feature sets, standardised, that a linear layer adds to the profile; ours
+    wide_dropout: float = 0.4  # share of the wide features dropped in training; ours
     probes: bool = False  # linear probes on the detached profile, AUROC after every epoch; docs/winner.md 3.2
 
     def __post_init__(self) -> None:
@@ -94,9 +98,16 @@ class ContrastiveModel(nn.Module):
         sizes: vocabulary sizes of the store.
         probes: label name -> number of outputs of linear probes. They show what the profile knows while it trains and
             never change it: it is detached, and they are drawn last.
+        num_wide: columns of the wide features.
     """
 
-    def __init__(self, config: ContrastiveConfig, sizes: EventSizes, probes: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        config: ContrastiveConfig,
+        sizes: EventSizes,
+        probes: Mapping[str, int] | None = None,
+        num_wide: int = 0,
+    ) -> None:
         super().__init__()
         self.config = config
         self.events = ProjectedEventEmbedding(config.events, sizes)
@@ -109,6 +120,7 @@ class ContrastiveModel(nn.Module):
         self.probes = nn.ModuleDict(
             {name: Probe(config.events.width, outputs) for name, outputs in (probes or {}).items()}
         )
+        self.wide = Linear(num_wide, config.events.width, bias=False) if num_wide else None
 
     @property
     def embedding_width(self) -> int:
@@ -128,13 +140,22 @@ class ContrastiveModel(nn.Module):
     def forward(self, batch: ViewBatch) -> Tensor:
         """Profiles float32 [B, width] of the batch's histories."""
         history = _required(batch.history, "history")
-        return self.history(self.events(history, with_age=True), history)
+        return self._with_wide(self.history(self.events(history, with_age=True), history), batch)
 
-    def _profile_and_next_event(self, history: SequenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def _with_wide(self, profile: Tensor, batch: ViewBatch) -> Tensor:
+        """Adds what the wide features say."""
+        if self.wide is None:
+            return profile
+        if batch.features is None:
+            raise ValueError("ContrastiveModel: features must be in the batch, got None")
+        return profile + self.wide(dropout(batch.features, self.config.wide_dropout, self.training)).float()
+
+    def _profile_and_next_event(self, batch: ViewBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The profiles, and the term `next_event` when the config asks for it."""
+        history = _required(batch.history, "history")
         events = self.events(history, with_age=True)
         if self.next_event is None:
-            return self.history(events, history), {}
+            return self._with_wide(self.history(events, history), batch), {}
         states = self.history.states(events, history)
         rows = rows_with_successor(history, self.config.next_events)
         # Content alone: the age would tell how far away the next event is.
@@ -143,7 +164,8 @@ class ContrastiveModel(nn.Module):
             term = nt_xent(
                 states[rows].float(), ahead, temperature=self.config.temperature, ids=content_ids(history)[rows + 1]
             )
-        return self.history.pool(states, history), {"next_event": self.config.next_event_weight * term}
+        profile = self._with_wide(self.history.pool(states, history), batch)
+        return profile, {"next_event": self.config.next_event_weight * term}
 
     def embed_future(self, future: SequenceBatch) -> Tensor:
         """Vectors float32 [B, width] of the target windows."""
@@ -154,7 +176,7 @@ class ContrastiveModel(nn.Module):
         if self.next_event is not None and batch.group is not None:
             raise UserError("contrastive: next_event_weight must be 0 on several devices; its events are of one batch")
         future = _required(batch.future, "future")
-        profile, extra = self._profile_and_next_event(_required(batch.history, "history"))
+        profile, extra = self._profile_and_next_event(batch)
         ahead = self.embed_future(future)
         has_future = future.lengths() > 0
         # Similarities divided by a small temperature need more digits than bfloat16 has.

@@ -3,6 +3,8 @@
     profile = Linear(drop(LeakyReLU(Linear([encoder(history) | features]))))
     loss    = sum_X mean over rows with a positive label of BCE_X + 0.025 (BCE_churn + BCE_add)
 
+`wide` features of the client (counts, recency) enter the fusion, too, a linear layer adds them to the profile,
+and the logits of another one are added to those of the experts: the rest of the network learns what these lack.
 History [T events] and features [B, F] -> profile float32 [B, 256].
 
 Source: docs/winner.md 4 (first place of the RecSys Challenge 2025, as far as it is public).
@@ -51,6 +53,9 @@ class MultitaskConfig:
     fusion_dropout: float = 0.01  # share dropped between the two fusion layers; docs/winner.md 4.4
     experts: PLEConfig = field(default_factory=PLEConfig)  # task experts; docs/winner.md 4.5
     activity_weight: float = 0.025  # factor of the churn and add losses; docs/winner.md 4.6
+    all_clients: bool = False  # losses of lists over all clients, not those with a positive label alone; ours
+    wide: tuple[str, ...] = ()  # feature sets, standardised, that a linear layer adds to the profile; ours
+    wide_dropout: float = 0.4  # share of the wide features dropped in training; ours
 
 
 class MultitaskModel(nn.Module):
@@ -62,22 +67,32 @@ class MultitaskModel(nn.Module):
         num_features: columns F of the static features.
         outputs: label name -> number of labels (1 for churn and add), any subset of `MULTITASK_LABELS` or other
             multi-hot labels of `window_labels`; what the shop does not record is left out.
+        num_wide: columns of the wide features, behind the static ones in a batch's `features`.
     """
 
     def __init__(
-        self, config: MultitaskConfig, sizes: EventSizes, num_features: int, outputs: Mapping[str, int]
+        self,
+        config: MultitaskConfig,
+        sizes: EventSizes,
+        num_features: int,
+        outputs: Mapping[str, int],
+        num_wide: int = 0,
     ) -> None:
         super().__init__()
         self.config = config
         self.events = ConcatenatedEventEmbedding(config.events, sizes)
         self.encoder = SequenceEncoder(config.events.width, config.encoder)
         self.fusion = nn.Sequential(
-            Linear(config.events.width + num_features, config.profile_width),
+            Linear(config.events.width + num_features + num_wide, config.profile_width),
             nn.LeakyReLU(),
             nn.Dropout(config.fusion_dropout),
             Linear(config.profile_width, config.profile_width),
         )
         self.tasks = PLE(config.profile_width, outputs, config.experts)
+        self.wide = Linear(num_wide, config.profile_width, bias=False) if num_wide else None
+        self.linear_tasks = nn.ModuleDict(
+            {name: Linear(config.profile_width, count) for name, count in outputs.items()} if num_wide else {}
+        )
 
     @property
     def embedding_width(self) -> int:
@@ -93,11 +108,17 @@ class MultitaskModel(nn.Module):
         rows = rows + sinusoidal_positions(history.steps_to_end(), rows.shape[1], self.config.history_length)
         rows = dropout(rows, self.config.embedding_dropout, self.training)
         encoded = self.encoder(rows, history)
-        return self.fusion(torch.cat([encoded, batch.features], dim=1)).float()
+        if self.wide is None:
+            return self.fusion(torch.cat([encoded, batch.features], dim=1)).float()
+        static, wide = batch.features.tensor_split([batch.features.shape[1] - self.wide.in_features], dim=1)
+        wide = dropout(wide, self.config.wide_dropout, self.training)
+        return self.fusion(torch.cat([encoded, static, wide], dim=1)).float() + self.wide(wide).float()
 
     def label_logits(self, batch: ViewBatch) -> dict[str, Tensor]:
         """Logits float [B, outputs] of every task, by label."""
-        return self.tasks(self(batch))
+        profile = self(batch)
+        logits = self.tasks(profile)
+        return {name: logits[name] + layer(profile) for name, layer in self.linear_tasks.items()} or logits
 
     def loss(self, batch: ViewBatch) -> dict[str, Tensor]:
         """One term per task, weights applied; their sum is minimised."""
@@ -108,6 +129,9 @@ class MultitaskModel(nn.Module):
             if name in _ACTIVITY:
                 loss = functional.binary_cross_entropy_with_logits(task_logits[:, 0].float(), label, reduction="none")
                 terms[name] = self.config.activity_weight * mean_of_views(loss, batch)
+            elif self.config.all_clients:
+                loss = functional.binary_cross_entropy_with_logits(task_logits.float(), label, reduction="none")
+                terms[name] = mean_of_views(loss, batch)
             else:
                 terms[name] = masked_bce(task_logits.float(), label, batch.group)
         return terms

@@ -81,7 +81,15 @@ class TrainingConfig:
     table_updates: TableUpdates = "auto"  # of large tables: only rows in use where that is exact, see `adopt_tables`
     max_steps: int | None = None  # of every epoch at most, for rehearsals; None: as many as the views give; ours
     validation_views: int = 0  # of the window after training, scored after every epoch; docs/winner.md 4.7; 0: none
+    patience: int | None = None  # epochs without a better one after which the training ends; None: never; ours
     logger: Literal["csv", "tensorboard"] | None = None  # writes losses and metrics to `logs` while it trains; ours
+
+    def __post_init__(self) -> None:
+        if self.patience is not None and (self.patience < 1 or not self.validation_views):
+            raise UserError(
+                "TrainingConfig: patience must be >= 1 with validation_views, or null, got"
+                f" {self.patience} and {self.validation_views} views"
+            )
 
 
 def initialise(factory: Callable[[], ModuleT], seed: int) -> ModuleT:
@@ -118,7 +126,8 @@ def fit(
         directory: for checkpoints and results, created when missing.
         progress: called as progress(steps done, steps in all) after every step.
         validation: batches with labels, scored after every epoch by the model's `label_logits(batch)`: the weights of
-            the epoch with the largest sum of AUROCs of `SELECTION_LABELS` are the result. None: those of the last step.
+            the epoch with the largest sum of AUROCs of `SELECTION_LABELS` are the result, and the training ends when
+            none of the last `patience` epochs is better. None: those of the last step.
         group: processes of `torch.distributed` that train as one: all call this with the same arguments and the same
             directory, each takes its part of every batch, and all end with the same weights, those of one process to
             rounding (but for dropout, which every process draws for itself). The first one writes. A checkpoint of one
@@ -180,7 +189,7 @@ def fit(
                 raise
             # Lightning would end the process, which a notebook does not want.
             raise stop.__context__ from None
-    if 0 <= job.best_epoch < config.epochs - 1:
+    if 0 <= job.best_epoch < job.epochs_done - 1:
         model.load_state_dict(load_tensors(directory / _best_file(job.best_epoch)))
     _wait(group)
     if is_first:
@@ -434,7 +443,13 @@ class _Job(lightning.LightningModule):
         self._terms, self._curve_start = [], 0
         is_best = self.best_epoch == self.epochs_done - 1
         self.loader.set_epoch(self.epochs_done)
+        patience = self.config.patience
         is_last = self.epochs_done == self.config.epochs
+        if not is_last and patience is not None and 0 <= self.best_epoch < self.epochs_done - patience:
+            self.trainer.should_stop = is_last = True
+            if self.progress is not None:
+                total = self.config.epochs * _steps(self.loader, self.config)
+                self.progress(total, total)
         if is_best and not is_last and self.rank == 0:
             write_tensors(self.directory / _best_file(self.best_epoch), self.model.state_dict())
             self._keep_best_files(self.best_epoch, self._best_saved)

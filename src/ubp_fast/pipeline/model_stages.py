@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -28,7 +28,7 @@ from ubp_fast.events.split import utc_text
 from ubp_fast.features.decayed import OF_LABEL
 from ubp_fast.features.matrix import load_features
 from ubp_fast.features.popular import lists_of_kinds
-from ubp_fast.features.scaling import DayStatistics, MinMaxScaler, ScaledRows
+from ubp_fast.features.scaling import DayStatistics, MinMaxScaler, Rows
 from ubp_fast.files import complete_file, load_array, load_arrays, load_json, write_json
 from ubp_fast.models.contrastive import PROBE_LABELS, ContrastiveModel
 from ubp_fast.models.layers.event_embedding import EventSizes
@@ -45,12 +45,14 @@ from ubp_fast.profiler.parts import (
     NETWORKS,
     Block,
     Fitted,
+    Made,
     Network,
     column_names,
     graded_blocks,
     graded_rank,
     joined,
     near_parts,
+    network_rows,
     own_blocks,
     parts_of,
 )
@@ -93,7 +95,10 @@ def _contrastive(settings: Settings, inputs: Inputs) -> Training:
     model_cutoffs, _ = cutoffs_of(store, settings)
     views, weight = weighted_views(store, model_cutoffs, settings.contrastive.views, settings.seed)
     labels = _labels(store, views, inputs["features"], PROBE_LABELS) if config.probes else {}
-    model = initialise(lambda: ContrastiveModel(config, EventSizes.of(store), _widths(labels)), settings.seed)
+    features = _network_rows("contrastive", None, settings, inputs, store, views)
+    num_wide = 0 if features is None else features.shape[1]
+    sizes = EventSizes.of(store)
+    model = initialise(lambda: ContrastiveModel(config, sizes, _widths(labels), num_wide), settings.seed)
     edges = age_quantiles_days(store, views, max_length=config.history_length, bins=config.events.age_bins)
     model.set_age_edges(edges)
     loader = ViewLoader(
@@ -103,11 +108,12 @@ def _contrastive(settings: Settings, inputs: Inputs) -> Training:
         history_length=config.history_length,
         drop_repeats=config.drop_repeats,
         future_length=config.future_length,
+        features=features,
         labels=labels,
         weight=weight,
         shuffle_seed=settings.seed,
     )
-    return Training(Network(model, EventSizes.of(store)), tuple(labels), loader, store)
+    return Training(Network(model, sizes), tuple(labels), loader, store)
 
 
 def make_multitask(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
@@ -125,18 +131,21 @@ def _multitask(settings: Settings, inputs: Inputs) -> Training:
     config, training = settings.multitask.config, settings.multitask.training
     model_cutoffs, _ = cutoffs_of(store, settings)
     views = views_at(store, model_cutoffs, with_history=True)
-    features = StaticRows(store, views, inputs["features"])
-    scaler = MinMaxScaler.fit(features)
+    static = ViewRows(store, views, lambda cutoff_s: joined(_made(inputs, cutoff_s), ("static",), unit_length=False))
+    scaler = MinMaxScaler.fit(static)
+    features = _network_rows("multitask", scaler, settings, inputs, store, views)
+    assert features is not None
     labels = _labels(store, views, inputs["features"], MULTITASK_LABELS)
     sizes, widths = EventSizes.of(store), _widths(labels)
-    model = initialise(lambda: MultitaskModel(config, sizes, features.shape[1], widths), settings.seed)
+    num_static, num_wide = static.shape[1], features.shape[1] - static.shape[1]
+    model = initialise(lambda: MultitaskModel(config, sizes, num_static, widths, num_wide), settings.seed)
     loader = ViewLoader(
         store,
         views,
         batch_size=training.batch_size,
         history_length=config.history_length,
         drop_repeats=config.drop_repeats,
-        features=ScaledRows(features, scaler),
+        features=features,
         labels=labels,
         shuffle_seed=settings.seed,
     )
@@ -182,14 +191,13 @@ def _train(
             draw = np.random.default_rng(settings.seed).permutation(len(views.row))
             chosen = np.sort(draw[: part.training.validation_views])
             views = Views(views.row[chosen], views.cutoff_s[chosen])
-        static = None if network.scaler is None else StaticRows(store, views, inputs["features"])
         validation = ViewLoader(
             store,
             views,
             batch_size=INFERENCE_BATCH,
             history_length=config.history_length,
             drop_repeats=config.drop_repeats,
-            features=None if static is None or network.scaler is None else ScaledRows(static, network.scaler),
+            features=_network_rows(name, network.scaler, settings, inputs, store, views),
             labels=_labels(store, views, inputs["features"], labels),
         )
     place = directory / TRAINING
@@ -297,7 +305,9 @@ def make_stacking(
     )
     day = DayStatistics(num_clients=int(store.is_relevant.sum()))
     day.arrays |= load_arrays(inputs["features"] / DAY_FILE)
-    made = partial(_block, inputs, cutoff_s=store.cutoff_s)
+    made = _made(inputs, store.cutoff_s)
+    for name, network in fitted.networks.items():  # for whoever is embedded later
+        network_rows(name, network.scaler, network.model.config.wide, made, day, recipe.raw_counts)
     if recipe.layout.near:
         fitted = replace(fitted, near=NearModel.fit(near_parts(fitted, made, day), recipe.layout.near_width))
     if isinstance(strong, StackingModel):
@@ -376,7 +386,7 @@ def _fit_regression(
     raw_counts: bool = False,
 ) -> ReducedRankModel:
     """The regression of past windows' labels on some blocks."""
-    made = [partial(_block, inputs, cutoff_s=cutoff_s) for cutoff_s in cutoffs]
+    made = [_made(inputs, cutoff_s) for cutoff_s in cutoffs]
     blocks = [joined(one, names, unit_length, raw_counts) for one in made]
     return ReducedRankModel(config).fit(blocks, labels, _is_summary(inputs, names, cutoffs[0]))
 
@@ -444,21 +454,19 @@ def _widths(labels: Mapping[str, Any]) -> dict[str, int]:
     return {name: getattr(label, "num_labels", 1) for name, label in labels.items()}
 
 
-class StaticRows:
-    """Static features of views at their cutoffs, float32 [N, 46], read from their files when they are asked for.
+class ViewRows:
+    """Features of views at their cutoffs, float32 [N, F], read from their files when they are asked for.
 
     Args:
         store: event store.
         views: N views of relevant clients.
-        features: folder of the features' stage.
+        of_cutoff: cutoff -> features of all relevant clients at it.
     """
 
-    def __init__(self, store: EventStore, views: Views, features: Path) -> None:
+    def __init__(self, store: EventStore, views: Views, of_cutoff: Callable[[int], Rows]) -> None:
         place = (np.cumsum(store.is_relevant) - 1).astype(np.int32)
         self._place, self._cutoff_s = place[views.row], views.cutoff_s
-        self._found = {
-            cutoff_s: load_features(features / f"static-{cutoff_s}") for cutoff_s in np.unique(views.cutoff_s).tolist()
-        }
+        self._found = {cutoff_s: of_cutoff(cutoff_s) for cutoff_s in np.unique(views.cutoff_s).tolist()}
         columns = next(iter(self._found.values())).shape[1] if self._found else 0
         self.shape = (len(views.row), columns)
 
@@ -470,8 +478,30 @@ class StaticRows:
         rows = np.empty((len(place), self.shape[1]), np.float32)
         for cutoff_s, matrix in self._found.items():
             if (here := cutoffs == cutoff_s).any():
-                rows[here] = matrix.rows(place[here])
+                rows[here] = matrix[place[here]]
         return rows
+
+
+def _made(inputs: Inputs, cutoff_s: int) -> Made:
+    """Features and vectors of a cutoff, from the folders of their stages."""
+    return partial(_block, inputs, cutoff_s=cutoff_s)
+
+
+def _network_rows(
+    name: str, scaler: MinMaxScaler | None, settings: Settings, inputs: Inputs, store: EventStore, views: Views
+) -> ViewRows | None:
+    """What a network reads of views beside their events; None where it reads nothing."""
+    wide = getattr(settings, name).config.wide
+    if scaler is None and not wide:
+        return None
+
+    def of_cutoff(cutoff_s: int) -> Rows:
+        made = _made(inputs, cutoff_s)
+        rows = network_rows(name, scaler, wide, made, DayStatistics(), settings.recipe.raw_counts)
+        assert rows is not None
+        return rows
+
+    return ViewRows(store, views, of_cutoff)
 
 
 def _clients_at_once(store: EventStore, settings: Settings) -> dict[int, int]:
@@ -497,7 +527,6 @@ def _write_vectors(
 ) -> None:
     """A network's vectors at the stacking cutoffs, then at the profiles'; `steps` of the stage are done already."""
     network.model.to(on_device(settings.device))
-    static = partial(StaticRows, store, features=inputs["features"])
     batches = _inference_batches(store, settings)
     total = steps + sum(batches.values())
     for cutoff_s, at_once in _clients_at_once(store, settings).items():
@@ -508,7 +537,8 @@ def _write_vectors(
         made = directory / f"vectors-{cutoff_s}.npy"
         if not made.exists():  # by a run that was interrupted
             unfinished = made.with_name(f".{made.name}.partial")
-            network.vectors(store, cutoff_s, static, at_once, unfinished, told)
+            rows = _network_rows(name, network.scaler, settings, inputs, store, views_at(store, [cutoff_s]))
+            network.vectors(store, cutoff_s, rows, at_once, unfinished, told)
             complete_file(unfinished, made)
         steps += batches[cutoff_s]
         progress(steps, total)

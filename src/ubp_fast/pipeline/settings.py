@@ -36,6 +36,8 @@ DEFAULT_COMPONENTS = ("stacked", "baseline_log1p")
 FEATURES = ("aggregated", "decayed", "rhythm", "tastes", "pairs")
 MODELS = ("contrastive", "multitask", "stacking")
 BLOCKS = ("contrastive", "multitask", "aggregated", "decayed", "scores", "rich")
+# Feature sets that a network may read beside events.
+WIDE_SETS = ("static", "aggregated", "decayed")
 # Groups of settings that become objects.
 OBJECTS = ("data", "profile", "evaluation", *(f"features.{name}" for name in FEATURES))
 OBJECTS += tuple(f"{name}.{part}" for name in MODELS for part in ("config", "optimizer"))
@@ -356,6 +358,14 @@ def _model(plain: Mapping[str, Any], name: str) -> ModelSettings:
         optimizer([torch.nn.Parameter(torch.zeros(1))])
     except (TypeError, ValueError) as error:
         raise UserError(f"run: {name}.optimizer must fit {group['optimizer']['_target_']}, got: {error}") from error
+    wide = group["config"].get("wide", [])
+    if len(set(wide)) < len(wide) or not set(wide) <= set(WIDE_SETS):
+        raise UserError(f"run: {name}.config.wide must be different ones of {list(WIDE_SETS)}, got {wide}")
+    if wide and name == "contrastive" and plain["store"]["all_clients"]:
+        raise UserError(
+            "run: contrastive.config.wide must be [] with store.all_clients=true, got"
+            f" {wide}; features are made of clients that need a profile alone"
+        )
     views = group.get("views")
     if views is not None and views < 1:
         raise UserError(f"run: {name}.views must be >= 1 or null, got {views}")

@@ -53,6 +53,7 @@ from ubp_fast.store.in_memory import Vocabulary
 BUNDLE_FILE, DAYS, MAPS = "bundle.json", "days", "maps"
 MODEL_FOLDER = "model"
 FORMAT = 3
+WIDE = "wide.weight"
 PACKAGES = ("ubp_fast", "torch", "numpy", "numba", "polars", "safetensors")
 
 
@@ -252,13 +253,14 @@ def load_network(
     path: Path, recipe: Recipe, sizes: EventSizes, scaler: MinMaxScaler | None, outputs: Mapping[str, int] | None
 ) -> Network:
     """A trained network from its weights: the contrastive one has no scaler, the multi-task one has."""
-    model: ContrastiveModel | MultitaskModel
-    if scaler is None:
-        model = ContrastiveModel(recipe.contrastive, sizes)
-    else:
-        model = MultitaskModel(recipe.multitask, sizes, len(scaler.shift), outputs or {})
     # Probes watch a training and make no vector.
     state = {name: value for name, value in load_tensors(path).items() if not name.startswith("probes.")}
+    num_wide = state[WIDE].shape[1] if WIDE in state else 0
+    model: ContrastiveModel | MultitaskModel
+    if scaler is None:
+        model = ContrastiveModel(recipe.contrastive, sizes, num_wide=num_wide)
+    else:
+        model = MultitaskModel(recipe.multitask, sizes, len(scaler.shift), outputs or {}, num_wide)
     model.load_state_dict(state)
     return Network(model, sizes, scaler, outputs)
 

@@ -23,7 +23,7 @@ from ubp_fast.features.matrix import FeatureMatrix, Features
 from ubp_fast.features.organisers import CountsConfig, count_features
 from ubp_fast.features.popular import PopularLists
 from ubp_fast.features.rich import rich_features
-from ubp_fast.features.scaling import DayStatistics, MinMaxScaler, Rows, ScaledRows
+from ubp_fast.features.scaling import DayStatistics, MinMaxScaler, Rows, ScaledRows, standardised
 from ubp_fast.features.static import static_features
 from ubp_fast.features.tastes import taste_features
 from ubp_fast.models.contrastive import ContrastiveModel
@@ -59,6 +59,8 @@ NEAR_DIRECTIONS = 200
 NEAR_WEIGHTS = {"graded": 1.0, "level": 1.6, "scores": 1.0, "decayed": 1.0, "rhythm": 0.3}
 # Blocks of the profile whose columns are scaled by their deviation.
 SCALED_BLOCKS = ("graded", "scores", "own", "tastes", "rhythm", "learned")
+# A wide column lies within so many deviations: counts have long tails.
+WIDE_LIMIT = 5.0
 Block = np.ndarray | Features
 Made = Callable[[str], Block]
 Directions = tuple[np.ndarray, np.ndarray]
@@ -70,7 +72,7 @@ class Network(NamedTuple):
     Attributes:
         model: it.
         sizes: of its tables.
-        scaler: of its static features, None without any.
+        scaler: of the static features that it reads beside the history, None without any.
         outputs: labels of each of its tasks, None without any.
     """
 
@@ -83,7 +85,7 @@ class Network(NamedTuple):
         self,
         store: EventStore,
         cutoff_s: int,
-        static: Callable[[Views], Rows] | None,
+        features: Rows | None,
         at_once: int,
         file: Path | None = None,
         progress: Progress | None = None,
@@ -95,13 +97,12 @@ class Network(NamedTuple):
         Args:
             store: event store.
             cutoff_s: seconds since 1970 UTC.
-            static: gives the static features of views, float32 [N, 46], not scaled; needed where the model has any.
+            features: of these clients, see `network_rows`; None where the model reads none.
             at_once: see `Recipe`.
             file: the result is written there and mapped from there.
             progress: called as progress(batches done, batches in all).
         """
         views = views_at(store, [cutoff_s])
-        features = None if self.scaler is None or static is None else ScaledRows(static(views), self.scaler)
         config = self.model.config
         loader = ViewLoader(
             store,
@@ -112,6 +113,63 @@ class Network(NamedTuple):
             features=features,
         )
         return halves(self.model, loader, at_once == 1, file, progress)
+
+
+class NetworkRows:
+    """What a network knows of clients of one day beside their events, float32 [U, F]: static features, then wide ones.
+
+    Args:
+        static: features and their scaler; None without any.
+        wide: features side by side; None without any.
+        statistics: mean and deviation of the wide columns among all clients of the day.
+    """
+
+    def __init__(
+        self,
+        static: tuple[Rows, MinMaxScaler] | None,
+        wide: Rows | None,
+        statistics: tuple[np.ndarray, np.ndarray] | None,
+    ) -> None:
+        self._static, self._wide, self._statistics = static and ScaledRows(*static), wide, statistics
+        parts: list[Rows] = [part for part in (self._static, self._wide) if part is not None]
+        self.shape = (len(parts[0]), sum(part.shape[1] for part in parts))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, chosen: slice | np.ndarray) -> np.ndarray:
+        parts = [] if self._static is None else [self._static[chosen]]
+        if self._wide is not None and self._statistics is not None:
+            rows = self._wide[chosen]
+            for part, values in standardised(rows, *self._statistics, dtype=np.float32):
+                rows[part] = values.clip(-WIDE_LIMIT, WIDE_LIMIT)
+            parts.append(rows)
+        return np.concatenate(parts, axis=1)
+
+
+def network_rows(
+    name: str,
+    scaler: MinMaxScaler | None,
+    wide: tuple[str, ...],
+    made: Made,
+    day: DayStatistics,
+    raw_counts: bool,
+) -> NetworkRows | None:
+    """What a network reads of the clients of a day beside their events; None where it reads nothing.
+
+    Args:
+        name: of the network.
+        scaler: of its static features, None where it reads none.
+        wide: feature sets of its wide columns.
+        made: name -> features of the clients.
+        day: knows, or learns from these clients, the means and deviations of the wide columns.
+        raw_counts: see `Recipe`.
+    """
+    static = None if scaler is None else (joined(made, ("static",), unit_length=False), scaler)
+    if not wide:
+        return None if static is None else NetworkRows(static, None, None)
+    columns = joined(made, wide, unit_length=False, raw_counts=raw_counts)
+    return NetworkRows(static, columns, day.moments(f"{name}.inputs", columns))
 
 
 def _alone_at_once(model: ContrastiveModel | MultitaskModel) -> int:
@@ -235,9 +293,8 @@ class Blocks:
         folder = None if self._directory is None else self._directory / name
         if name in fitted.networks:
             network = fitted.networks[name]
-            return network.vectors(
-                store, cutoff_s, lambda _: self._features("static").rows(slice(None)), recipe.at_once
-            )
+            features = network_rows(name, network.scaler, network.model.config.wide, self, self._day, recipe.raw_counts)
+            return network.vectors(store, cutoff_s, features, recipe.at_once)
         if name == "static":
             return static_features(store, cutoff_s, folder)
         if name == "aggregated":
@@ -253,11 +310,6 @@ class Blocks:
             return fitted.scorer.transform(store, cutoff_s, folder, self._day)
         config = recipe.rhythm if name == "rhythm" else recipe.rich
         return rich_features(store, cutoff_s, fitted.lists, config, folder, self._day, name)
-
-    def _features(self, name: str) -> Features:
-        found = self(name)
-        assert not isinstance(found, np.ndarray)
-        return found
 
 
 def aggregated_block(

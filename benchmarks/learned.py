@@ -1,0 +1,114 @@
+"""What each learned part of a profile is worth to a linear reader: alone, beside the features, and left out.
+
+    python benchmarks/learned.py --output FILE --data NAME [--root runs] [key=value ...]
+
+Words with "=" are overrides of the run's configuration (`data=synthetic data.clients=20000`); the experiment is
+`best` unless they say otherwise. One run makes a profile of all blocks; the rows are some of its columns, beside the
+organisers' counts as log1p. CPU minutes are those of the stages that train where the cache does
+not have them. `python benchmarks/bars.py` makes the table of the documentation from the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from components import CONF
+from contest import machine
+from hydra import compose, initialize_config_dir
+from rich.console import Console
+
+from ubp_fast.evaluation import EvaluationConfig, build_targets, evaluate
+from ubp_fast.events.read import EventDirectory
+from ubp_fast.files import load_json, write_json
+from ubp_fast.pipeline.execute import run_stages
+from ubp_fast.pipeline.settings import Settings, read_settings
+from ubp_fast.profiles import Profiles
+from ubp_fast.profiles.blocks import Layout
+
+EVERYTHING, FEATURES, BASELINE = "profile", "features", "log1p baseline"
+# What is learned -> where its columns lie: block, and how their names begin.
+LEARNED = {"contrastive": ("learned", "contrastive."), "multitask": ("learned", "multitask."), "scores": ("scores", "")}
+TRAINING_STAGES = ("features", "contrastive", "multitask")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the pipeline and reads some of its columns at a time."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--data", required=True, help="what the tables call the data")
+    parser.add_argument("--root", type=Path, default=Path("runs"))
+    options, overrides = parser.parse_known_args(arguments)
+    if bad := [word for word in overrides if "=" not in word]:
+        parser.error(f"overrides must have the form key=value, got {bad}")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        named = [word for word in ("experiment=best",) if not any(one.startswith("experiment=") for one in overrides)]
+        settings = read_settings(compose("run", overrides=[*named, *overrides, f"root={options.root}"]))
+    report = load_json(options.output) if options.output.exists() else {"readers": {"linear": {}}, "cpu_minutes": {}}
+    report |= {
+        "data": options.data,
+        "overrides": [word for word in overrides if not word.startswith(("data.path=", "data.dir="))],
+        "machine": machine(),
+    }
+    run = _run(settings, report["cpu_minutes"])
+    whole = Profiles.load(run / "profiles")
+    assert whole.layout is not None
+    targets = build_targets(EventDirectory.open(run / "stages" / "events"), whole.client_ids)
+    config = EvaluationConfig(readers=("linear",))
+    found = report["readers"]["linear"]
+    for name, columns in _rows(whole.layout).items():
+        if name not in found:
+            read = Profiles(whole.client_ids, whole.embeddings[:, columns])
+            found[name] = _tasks(evaluate(read, targets, config).aurocs()["linear"])
+            write_json(options.output, report)
+            print(f"{name}: {json.dumps(found[name])}", flush=True)
+    if BASELINE not in found:
+        baseline = Profiles.load(run / "stages" / "baselines" / "baseline_log1p").align(whole.client_ids)
+        found[BASELINE] = _tasks(evaluate(baseline, targets, config).aurocs()["linear"])
+    write_json(options.output, report)
+
+
+def _run(settings: Settings, minutes: dict[str, float]) -> Path:
+    """Makes one stage after another, and adds the CPU time of those that were not there."""
+    console = Console(quiet=True)
+    run_stages(replace(settings, stages=("store",)), console)
+    for stage in TRAINING_STAGES:
+        before_s = time.process_time()
+        run_stages(replace(settings, stages=(stage,)), console)
+        minutes.setdefault(stage, round((time.process_time() - before_s) / 60, 2))
+    return run_stages(replace(settings, stages=("baselines", "profiles")), console)
+
+
+def _rows(layout: Layout) -> dict[str, np.ndarray]:
+    """Name -> columns i64 of the profile."""
+    names = np.array([column for block in layout.blocks for column in block.columns])
+    of_block = np.array([block.name for block in layout.blocks for _ in block.columns])
+    parts = {
+        name: np.flatnonzero((of_block == block) & np.char.startswith(names, begin))
+        for name, (block, begin) in LEARNED.items()
+    }
+    parts = {name: columns for name, columns in parts.items() if len(columns)}
+    features, everything = layout.columns_of("own"), np.arange(layout.width)
+    stack = np.sort(np.concatenate([features, *parts.values()]))
+    return {
+        EVERYTHING: everything,
+        FEATURES: features,
+        **parts,
+        **{f"features + {name}": np.sort(np.concatenate([features, columns])) for name, columns in parts.items()},
+        f"features + {' + '.join(parts)}": stack,
+        **{f"profile without {name}": np.setdiff1d(everything, columns) for name, columns in parts.items()},
+    }
+
+
+def _tasks(aurocs: dict[str, tuple[float, float | None]]) -> dict[str, Any]:
+    return {task: {"mean": mean} for task, (mean, _) in aurocs.items()}
+
+
+if __name__ == "__main__":
+    main()
