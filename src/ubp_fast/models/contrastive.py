@@ -15,14 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ubp_fast.events.schema import UserError
 from ubp_fast.kernels import nt_xent
 from ubp_fast.models.layers.auroc import BinnedAuroc
 from ubp_fast.models.layers.encoder import EncoderConfig, SequenceEncoder
@@ -30,6 +29,9 @@ from ubp_fast.models.layers.event_embedding import EventSizes, ProjectedEventCon
 from ubp_fast.models.layers.linear import Linear
 from ubp_fast.models.layers.shared_mean import mean_of_views
 from ubp_fast.sequences.batch import SequenceBatch, ViewBatch
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # What the winner's probes tell, see `window_labels`.
 PROBE_LABELS = ("churn", "buy_category", "buy_sku")
@@ -130,7 +132,9 @@ class ContrastiveModel(nn.Module):
         history = _required(batch.history, "history")
         return self.history(self.events(history, with_age=True), history)
 
-    def _profile_and_next_event(self, history: SequenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def _profile_and_next_event(
+        self, history: SequenceBatch, group: ProcessGroup | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The profiles, and the term `next_event` when the config asks for it."""
         events = self.events(history, with_age=True)
         if self.next_event is None:
@@ -141,7 +145,11 @@ class ContrastiveModel(nn.Module):
         ahead = self.next_event(self.events(history, with_age=False)[rows + 1]).float()
         with torch.autocast(ahead.device.type, enabled=False):
             term = nt_xent(
-                states[rows].float(), ahead, temperature=self.config.temperature, ids=content_ids(history)[rows + 1]
+                states[rows].float(),
+                ahead,
+                temperature=self.config.temperature,
+                ids=content_ids(history)[rows + 1],
+                group=group,
             )
         return self.history.pool(states, history), {"next_event": self.config.next_event_weight * term}
 
@@ -151,10 +159,8 @@ class ContrastiveModel(nn.Module):
 
     def loss(self, batch: ViewBatch) -> dict[str, Tensor]:
         """Named terms whose sum is minimised: `nt_xent`, `future_activity`, `next_event`, `probe_<label>` per probe."""
-        if self.next_event is not None and batch.group is not None:
-            raise UserError("contrastive: next_event_weight must be 0 on several devices; its events are of one batch")
         future = _required(batch.future, "future")
-        profile, extra = self._profile_and_next_event(_required(batch.history, "history"))
+        profile, extra = self._profile_and_next_event(_required(batch.history, "history"), batch.group)
         ahead = self.embed_future(future)
         has_future = future.lengths() > 0
         # Similarities divided by a small temperature need more digits than bfloat16 has.
@@ -193,18 +199,26 @@ class ContrastiveModel(nn.Module):
 
 
 def rows_with_successor(batch: SequenceBatch, limit: int) -> Tensor:
-    """Events that another one of the same view follows, int64 ascending, at most `limit`, spread evenly."""
+    """Events that another one of the same view follows, int64 ascending, at most `limit`, spread evenly.
+
+    Of a step that several processes share, those of all of them that are here.
+    """
     is_last = torch.zeros(batch.num_tokens + 1, dtype=torch.bool, device=batch.kind.device)
     is_last[batch.cu_seqlens.long()] = True
     rows = (~is_last[1:]).nonzero()[:, 0]
-    if len(rows) <= limit:
+    first, total = 0, len(rows)
+    if batch.shared is not None:
+        first = batch.shared.first_event - batch.shared.first_sequence
+        total = batch.shared.events - batch.shared.sequences
+    if total <= limit:
         return rows
-    return rows[torch.arange(limit, device=rows.device) * len(rows) // limit]
+    chosen = torch.arange(limit, device=rows.device) * total // limit - first
+    return rows[chosen[(chosen >= 0) & (chosen < len(rows))]]
 
 
 def content_ids(batch: SequenceBatch) -> Tensor:
     """Equal numbers, int64 [T], for the same product or the same page; searches differ from everything."""
-    unique = -1 - torch.arange(batch.num_tokens, device=batch.kind.device)
+    unique = -1 - batch.first_rows[0] - torch.arange(batch.num_tokens, device=batch.kind.device)
     page = torch.where(batch.url > 0, 2 * batch.url + 1, unique)
     return torch.where(batch.sku > 0, 2 * batch.sku, page)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ubp_fast.models.layers.dropout import dropout
+from ubp_fast.models.layers.dropout import RowSequential, dropout
 from ubp_fast.models.layers.encoder import EncoderConfig, SequenceEncoder, sinusoidal_positions
 from ubp_fast.models.layers.event_embedding import ConcatenatedEventConfig, ConcatenatedEventEmbedding, EventSizes
 from ubp_fast.models.layers.linear import Linear
@@ -71,7 +71,7 @@ class MultitaskModel(nn.Module):
         self.config = config
         self.events = ConcatenatedEventEmbedding(config.events, sizes)
         self.encoder = SequenceEncoder(config.events.width, config.encoder)
-        self.fusion = nn.Sequential(
+        self.fusion = RowSequential(
             Linear(config.events.width + num_features, config.profile_width),
             nn.LeakyReLU(),
             nn.Dropout(config.fusion_dropout),
@@ -91,13 +91,13 @@ class MultitaskModel(nn.Module):
             raise ValueError("MultitaskModel: history and features must be in the batch, got None")
         rows = self.events(history)
         rows = rows + sinusoidal_positions(history.steps_to_end(), rows.shape[1], self.config.history_length)
-        rows = dropout(rows, self.config.embedding_dropout, self.training)
+        rows = dropout(rows, self.config.embedding_dropout, self.training, history.first_rows[0])
         encoded = self.encoder(rows, history)
-        return self.fusion(torch.cat([encoded, batch.features], dim=1)).float()
+        return self.fusion(torch.cat([encoded, batch.features], dim=1), batch.first_view).float()
 
     def label_logits(self, batch: ViewBatch) -> dict[str, Tensor]:
         """Logits float [B, outputs] of every task, by label."""
-        return self.tasks(self(batch))
+        return self.tasks(self(batch), batch.first_view)
 
     def loss(self, batch: ViewBatch) -> dict[str, Tensor]:
         """One term per task, weights applied; their sum is minimised."""
