@@ -197,7 +197,8 @@ PYBIND11_MODULE(_core, module) {
               &Attention::left, "right", &Attention::right, "scale", &Attention::scale, "time_bias",
               &Attention::time_bias, "query_time_s", &Attention::query_time_s, "key_time_s",
               &Attention::key_time_s, "buckets", &Attention::buckets, "threshold", &Attention::threshold,
-              "keep_factor", &Attention::keep_factor, "seed", &Attention::seed, "threads",
+              "keep_factor", &Attention::keep_factor, "seed", &Attention::seed, "first_query_row",
+              &Attention::first_query_row, "first_key_row", &Attention::first_key_row, "threads",
               &Attention::threads, "output", &Attention::output, "lse", &Attention::lse, "grad_output",
               &Attention::grad_output, "grad_query", &Attention::grad_query, "grad_key", &Attention::grad_key,
               "grad_value", &Attention::grad_value, "grad_time_bias", &Attention::grad_time_bias);

@@ -16,6 +16,7 @@ ORDER = (
     "interruption",
     "progress",
     "events",
+    "ranks",
     "store",
     "features",
     "sequences",

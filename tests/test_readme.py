@@ -21,6 +21,7 @@ import pytest
 import torch
 import yaml
 from support.runs import composed
+from torch.distributed.run import get_args_parser
 
 from ubp_fast import __version__, cli
 from ubp_fast.pipeline.settings import read_settings
@@ -338,6 +339,10 @@ def test_the_commands_exist(path: Path, tmp_path: Path) -> None:
             assert read_settings(composed(*overrides[3:], f"root={tmp_path}")).name
         elif words[:2] == ["ubp-fast", "run"]:
             assert read_settings(composed(*words[2:], f"root={tmp_path}")).name
+        elif words[0] == "torchrun":
+            options = get_args_parser().parse_args(words[1:])
+            assert (options.module, options.training_script) == (True, "ubp_fast.run")
+            assert read_settings(composed(*options.training_script_args, f"root={tmp_path}")).name
         elif words[:2] == ["pip", "install"]:
             known = metadata.metadata("ubp_fast").get_all("Provides-Extra")
             assert set(re.findall(r"[\w-]+", words[2])) <= {*known}, words

@@ -27,7 +27,7 @@ struct FlashAttentionDeviceProblem {
   int buckets;
   uint32_t threshold;  // of dropout, 0: none
   float keep_factor;
-  const uint64_t* seed;  // of dropout; null: none
+  const uint64_t* seed;  // of dropout, then numbers of the first query and the first key row; null: none
   void* output;
   float* lse;               // [tokens, heads]
   const void* grad_output;  // backward only, as all below

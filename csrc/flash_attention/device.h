@@ -163,9 +163,10 @@ __device__ __forceinline__ float dropout_factor(const FlashAttentionDeviceProble
                                                 int other) {
   if (problem.threshold == 0) return 1.0f;
   const uint32_t own = static_cast<uint32_t>(place.own_start + rows.row[half]),
-                 there = static_cast<uint32_t>(place.other_start + other);
-  const uint32_t word = philox_word(kOwnIsQuery ? there : own, kOwnIsQuery ? own : there,
-                                    static_cast<uint32_t>(place.head), *problem.seed);
+                 there = static_cast<uint32_t>(place.other_start + other),
+                 query = (kOwnIsQuery ? own : there) + static_cast<uint32_t>(problem.seed[1]),
+                 key = (kOwnIsQuery ? there : own) + static_cast<uint32_t>(problem.seed[2]);
+  const uint32_t word = philox_word(key, query, static_cast<uint32_t>(place.head), problem.seed[0]);
   return word >= problem.threshold ? problem.keep_factor : 0.0f;
 }
 

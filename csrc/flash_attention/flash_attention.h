@@ -38,6 +38,7 @@ struct FlashAttentionProblem {
   uint32_t threshold;
   float keep_factor;
   uint64_t seed;
+  int64_t first_query_row, first_key_row;  // added to the numbers of rows that the words depend on
   int threads;
   // forward writes these, backward reads them
   void* output;

@@ -81,8 +81,8 @@ inline void add_time_bias(const FlashAttentionProblem& problem, const Task& task
 // Factors of kWidth weights from key `at` of the row on: 0 or 1 / (1 - p).
 inline Vec dropout_factors(const FlashAttentionProblem& problem, const Task& task, const Row& row,
                            int64_t at) {
-  const uint32_t key = static_cast<uint32_t>(task.first_key + row.first_key + at);
-  const uint32_t query = static_cast<uint32_t>(task.first_query + row.query);
+  const uint32_t key = static_cast<uint32_t>(problem.first_key_row + task.first_key + row.first_key + at);
+  const uint32_t query = static_cast<uint32_t>(problem.first_query_row + task.first_query + row.query);
   const WordVec words = philox_words(key, query, static_cast<uint32_t>(task.head), problem.seed);
   return words >= problem.threshold ? broadcast(problem.keep_factor) : Vec{};
 }

@@ -110,7 +110,7 @@ def attention_build(
     query = torch.empty(8 * length, 4, width, dtype=dtype, device="meta")
     offsets = torch.empty(9, dtype=torch.int32, device="meta")
     bias = torch.empty(4, extras["buckets"], device="meta") if "buckets" in extras else None
-    seed = torch.zeros(1, dtype=torch.int64, device="meta") if "dropout_p" in extras else None
+    seed = torch.zeros(3, dtype=torch.int64, device="meta") if "dropout_p" in extras else None
     left, right, dropout_p = extras.get("left", -1), extras.get("right", -1), extras.get("dropout_p", 0.0)
     sides = (query, query, query, offsets, offsets, left, right, 0.125)
     problem = AttentionProblem(*sides, time_bias=bias, dropout_p=dropout_p, seed=seed)

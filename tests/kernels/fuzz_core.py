@@ -86,6 +86,8 @@ def flash_attention(core: Any, generator: random.Random) -> None:
         "threshold": int(dropout_p * 2**32),
         "keep_factor": 1 / (1 - dropout_p),
         "seed": generator.getrandbits(64),
+        "first_query_row": generator.getrandbits(31),
+        "first_key_row": generator.getrandbits(31),
         "threads": generator.randrange(5),
     }
     names = ("query", "key", "value", "grad_query", "grad_key", "grad_value")

@@ -142,7 +142,7 @@ def test_attention_is_a_registered_op(case: PackedCase, device: str) -> None:
     options = dict(zip(case_options(case), moved(case_options(case).values(), device), strict=True))
     times: tuple[Any, ...] = (None, None, None, None)
     if case.buckets:
-        times = (options["time_bias"], *2 * [options["timestamp_s"]], torch.tensor([5], device=device))
+        times = (options["time_bias"], *2 * [options["timestamp_s"]], torch.tensor([5, 70, 3], device=device))
     low, high = case.window or (-1, 0 if case.is_causal else -1)
     numbers = (low, high, 0.3, case.dropout_p, "cuda")
     tensors = (*(part.requires_grad_() for part in rows), cu_query, cu_key, *times)

@@ -132,6 +132,29 @@ def test_dropout_is_the_same_alone_and_with_any_isa(isa: str) -> None:
     assert 0.45 < float((found[:30, :, :30] > 0).float().mean()) < 0.55
 
 
+def test_part_of_a_batch_drops_what_the_batch_drops(isa: str) -> None:
+    case = PackedCase("dropout", (30, 7, 0, 12), dropout_p=0.5)
+    query, key, value, cu_seqlens, _ = packed_inputs(case, torch.float32)
+    whole = flash_attention(query, key, value, cu_seqlens, dropout_p=0.5, seed=5)
+    parts = [part[30:].requires_grad_() for part in (query, key, value)]
+    for backend in ("native", "reference"):
+        drop = partial(flash_attention, *parts, cu_seqlens[1:] - 30, dropout_p=0.5, seed=5, backend=backend)
+        found = drop(first_rows=(30, 30))
+        torch.testing.assert_close(found, whole[30:])
+        gradients = torch.autograd.grad(found.sum(), parts)
+        wanted = torch.autograd.grad(whole_of(query, key, value, cu_seqlens), (query, key, value))
+        for mine, all_rows in zip(gradients, wanted, strict=True):
+            torch.testing.assert_close(mine, all_rows[30:])
+        assert not torch.allclose(drop(first_rows=(30, 31)), found)
+        assert not torch.allclose(drop(first_rows=(31, 30)), found)
+
+
+def whole_of(*inputs: Tensor) -> Tensor:
+    for part in inputs[:3]:
+        part.requires_grad_()
+    return flash_attention(*inputs, dropout_p=0.5, seed=5)[30:].sum()
+
+
 def test_time_buckets_are_two_per_octave() -> None:
     seconds = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 2**31 - 2, 2**31 - 1, 2**52 - 2, 2**53 - 2])
     wanted = [0, 2, 3, 4, 4, 5, 5, 6, 6, 6, 7, 61, 62, 103, 105]
@@ -243,7 +266,7 @@ def test_opcheck(dtype: torch.dtype, case: PackedCase, backend: str) -> None:
     options = case_options(case)
     times: tuple[Any, ...] = (None, None, None, None)
     if case.buckets:
-        times = (*leaves(options["time_bias"]), *2 * [options["timestamp_s"]], torch.tensor([5]))
+        times = (*leaves(options["time_bias"]), *2 * [options["timestamp_s"]], torch.tensor([5, 70, 3]))
     numbers = (*_bounds(case.window, case.is_causal), 0.3, case.dropout_p, backend)
     tensors = (*leaves(query, key, value), *offsets, *times)
     torch.library.opcheck(_forward_op, (*tensors, *numbers))
@@ -367,6 +390,7 @@ BAD_INPUT = {
         ValueError,
         r"seed must have one element, got \[2\]",
     ),
+    "rows-negative": ({"dropout_p": 0.1, "first_rows": (0, -1)}, ValueError, r"first_rows must be two numbers of rows"),
     "seed-float": ({"dropout_p": 0.1, "seed": torch.ones(1)}, TypeError, r"seed must have dtype torch\.int64, got"),
     "no-backend": ({"backend": "fast"}, ValueError, r"backend must be one of \['auto', .*\], got 'fast'"),
     "triton": (

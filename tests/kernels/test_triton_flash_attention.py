@@ -198,7 +198,7 @@ def test_opcheck(dtype: torch.dtype, case: PackedCase) -> None:
     times: tuple[Any, ...] = (None, None, None, None)
     if case.buckets:
         stamps = options["timestamp_s"].to(DEVICE)
-        times = (*leaves(options["time_bias"].to(DEVICE)), stamps, stamps, torch.tensor([5]))
+        times = (*leaves(options["time_bias"].to(DEVICE)), stamps, stamps, torch.tensor([5, 70, 3]))
     numbers = (*_bounds(case.window, case.is_causal), 0.3, case.dropout_p, "triton")
     tensors = (*leaves(query, key, value), *offsets, *times)
     torch.library.opcheck(_forward_op, (*tensors, *numbers))

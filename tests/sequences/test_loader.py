@@ -17,6 +17,7 @@ from ubp_fast.store.build import build_store
 from ubp_fast.store.event_store import EventStore
 
 CUTOFF_S = END_S - 28 * DAY_S
+TENSORS = [item.name for item in fields(SequenceBatch) if item.name != "shared"]
 LISTS = {
     "propensity_sku": (np.array([33, 4, 999, 0]), np.ones(4)),
     "propensity_category": (np.array([9, 7]), np.ones(2)),
@@ -101,7 +102,7 @@ def test_pinned_batches_hold_the_same(store: EventStore, monkeypatch: pytest.Mon
     assert not pinned
     loader.pins = True
     (batch,) = loader
-    assert len(pinned) == 2 * len(fields(SequenceBatch)) + 2 + len(plain.labels)
+    assert len(pinned) == 2 * len(TENSORS) + 2 + len(plain.labels)
     assert torch.equal(batch.history.codes, plain.history.codes)
     assert torch.equal(batch.labels["buy_sku"], plain.labels["buy_sku"])
     assert batch.to("meta").future.url.device.type == "meta"
@@ -220,9 +221,33 @@ def test_events_from_the_cutoff_on_do_not_reach_the_history(tmp_path: Path) -> N
     for store in (plain, scrambled):
         (batch,) = ViewLoader(store, views_at(store, [CUTOFF_S]), batch_size=99, history_length=64, future_length=64)
         batches.append(batch)
-    for item in fields(SequenceBatch):
-        assert torch.equal(getattr(batches[0].history, item.name), getattr(batches[1].history, item.name)), item.name
+    for name in TENSORS:
+        assert torch.equal(getattr(batches[0].history, name), getattr(batches[1].history, name)), name
     assert batches[0].future.sku.tolist() != batches[1].future.sku.tolist()
+
+
+@pytest.mark.parametrize("drop_repeats", [False, True])
+def test_parts_know_their_place_in_the_whole(store: EventStore, drop_repeats: bool) -> None:
+    def loader() -> ViewLoader:
+        views = views_at(store, [CUTOFF_S])  # one of them without events
+        options = {"history_length": 9, "drop_repeats": drop_repeats, "future_length": 4, "shuffle_seed": 3}
+        return ViewLoader(store, views, batch_size=13, **options)
+
+    parts = [loader() for _ in range(3)]
+    for rank, part in enumerate(parts):
+        part.share(rank, 3)
+    for whole, *shares in zip(loader(), *parts, strict=True):
+        for name in ("history", "future"):
+            first = first_sequence = 0
+            found = getattr(whole, name)
+            for share in (getattr(one, name) for one in shares):
+                has_events = int((share.lengths() > 0).sum())
+                assert share.shared == (first, first_sequence, found.num_tokens, int((found.lengths() > 0).sum()))
+                assert torch.equal(share.timestamp_s, found.timestamp_s[first : first + share.num_tokens])
+                first, first_sequence = first + share.num_tokens, first_sequence + has_events
+            assert first == found.num_tokens
+        assert [share.first_view for share in shares] == [0, *np.cumsum([one.num_views for one in shares[:2]])]
+        assert {share.all_views for share in shares} == {whole.num_views}
 
 
 def test_purchases_only(tmp_path: Path) -> None:

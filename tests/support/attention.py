@@ -48,7 +48,7 @@ def truth_of(case: PackedCase, tensors: list[Tensor]) -> list[Tensor]:
     if case.buckets:
         inputs.append(options["time_bias"].double().requires_grad_())
         arguments += [inputs[3], options["timestamp_s"], options.get("timestamp_key_s", options["timestamp_s"])]
-    seed = torch.tensor([options["seed"]]) if case.dropout_p else None
+    seed = torch.tensor([options["seed"], *options["first_rows"]]) if case.dropout_p else None
     problem = Problem(*arguments)._replace(dropout_p=case.dropout_p, seed=seed)
     output, _ = attention(problem)
     noise = noise_like(output, tensors[0].dtype)

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ubp_fast.events.schema import UserError
 from ubp_fast.kernels import nt_xent
 from ubp_fast.models.layers.auroc import BinnedAuroc
 from ubp_fast.models.layers.dropout import dropout
@@ -148,7 +147,8 @@ class ContrastiveModel(nn.Module):
             return profile
         if batch.features is None:
             raise ValueError("ContrastiveModel: features must be in the batch, got None")
-        return profile + self.wide(dropout(batch.features, self.config.wide_dropout, self.training)).float()
+        features = dropout(batch.features, self.config.wide_dropout, self.training, batch.first_view)
+        return profile + self.wide(features).float()
 
     def _profile_and_next_event(self, batch: ViewBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The profiles, and the term `next_event` when the config asks for it."""
@@ -162,7 +162,11 @@ class ContrastiveModel(nn.Module):
         ahead = self.next_event(self.events(history, with_age=False)[rows + 1]).float()
         with torch.autocast(ahead.device.type, enabled=False):
             term = nt_xent(
-                states[rows].float(), ahead, temperature=self.config.temperature, ids=content_ids(history)[rows + 1]
+                states[rows].float(),
+                ahead,
+                temperature=self.config.temperature,
+                ids=content_ids(history)[rows + 1],
+                group=batch.group,
             )
         profile = self._with_wide(self.history.pool(states, history), batch)
         return profile, {"next_event": self.config.next_event_weight * term}
@@ -173,8 +177,6 @@ class ContrastiveModel(nn.Module):
 
     def loss(self, batch: ViewBatch) -> dict[str, Tensor]:
         """Named terms whose sum is minimised: `nt_xent`, `future_activity`, `next_event`, `probe_<label>` per probe."""
-        if self.next_event is not None and batch.group is not None:
-            raise UserError("contrastive: next_event_weight must be 0 on several devices; its events are of one batch")
         future = _required(batch.future, "future")
         profile, extra = self._profile_and_next_event(batch)
         ahead = self.embed_future(future)
@@ -215,18 +217,26 @@ class ContrastiveModel(nn.Module):
 
 
 def rows_with_successor(batch: SequenceBatch, limit: int) -> Tensor:
-    """Events that another one of the same view follows, int64 ascending, at most `limit`, spread evenly."""
+    """Events that another one of the same view follows, int64 ascending, at most `limit`, spread evenly.
+
+    Of a step that several processes share, those of all of them that are here.
+    """
     is_last = torch.zeros(batch.num_tokens + 1, dtype=torch.bool, device=batch.kind.device)
     is_last[batch.cu_seqlens.long()] = True
     rows = (~is_last[1:]).nonzero()[:, 0]
-    if len(rows) <= limit:
+    first, total = 0, len(rows)
+    if batch.shared is not None:
+        first = batch.shared.first_event - batch.shared.first_sequence
+        total = batch.shared.events - batch.shared.sequences
+    if total <= limit:
         return rows
-    return rows[torch.arange(limit, device=rows.device) * len(rows) // limit]
+    chosen = torch.arange(limit, device=rows.device) * total // limit - first
+    return rows[chosen[(chosen >= 0) & (chosen < len(rows))]]
 
 
 def content_ids(batch: SequenceBatch) -> Tensor:
     """Equal numbers, int64 [T], for the same product or the same page; searches differ from everything."""
-    unique = -1 - torch.arange(batch.num_tokens, device=batch.kind.device)
+    unique = -1 - batch.first_rows[0] - torch.arange(batch.num_tokens, device=batch.kind.device)
     page = torch.where(batch.url > 0, 2 * batch.url + 1, unique)
     return torch.where(batch.sku > 0, 2 * batch.sku, page)
 

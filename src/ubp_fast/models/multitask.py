@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ubp_fast.models.layers.dropout import dropout
+from ubp_fast.models.layers.dropout import RowSequential, dropout
 from ubp_fast.models.layers.encoder import EncoderConfig, SequenceEncoder, sinusoidal_positions
 from ubp_fast.models.layers.event_embedding import ConcatenatedEventConfig, ConcatenatedEventEmbedding, EventSizes
 from ubp_fast.models.layers.linear import Linear
@@ -82,7 +82,7 @@ class MultitaskModel(nn.Module):
         self.config = config
         self.events = ConcatenatedEventEmbedding(config.events, sizes)
         self.encoder = SequenceEncoder(config.events.width, config.encoder)
-        self.fusion = nn.Sequential(
+        self.fusion = RowSequential(
             Linear(config.events.width + num_features + num_wide, config.profile_width),
             nn.LeakyReLU(),
             nn.Dropout(config.fusion_dropout),
@@ -106,18 +106,19 @@ class MultitaskModel(nn.Module):
             raise ValueError("MultitaskModel: history and features must be in the batch, got None")
         rows = self.events(history)
         rows = rows + sinusoidal_positions(history.steps_to_end(), rows.shape[1], self.config.history_length)
-        rows = dropout(rows, self.config.embedding_dropout, self.training)
+        rows = dropout(rows, self.config.embedding_dropout, self.training, history.first_rows[0])
         encoded = self.encoder(rows, history)
         if self.wide is None:
-            return self.fusion(torch.cat([encoded, batch.features], dim=1)).float()
+            return self.fusion(torch.cat([encoded, batch.features], dim=1), batch.first_view).float()
         static, wide = batch.features.tensor_split([batch.features.shape[1] - self.wide.in_features], dim=1)
-        wide = dropout(wide, self.config.wide_dropout, self.training)
-        return self.fusion(torch.cat([encoded, static, wide], dim=1)).float() + self.wide(wide).float()
+        wide = dropout(wide, self.config.wide_dropout, self.training, batch.first_view)
+        fused = self.fusion(torch.cat([encoded, static, wide], dim=1), batch.first_view)
+        return fused.float() + self.wide(wide).float()
 
     def label_logits(self, batch: ViewBatch) -> dict[str, Tensor]:
         """Logits float [B, outputs] of every task, by label."""
         profile = self(batch)
-        logits = self.tasks(profile)
+        logits = self.tasks(profile, batch.first_view)
         return {name: logits[name] + layer(profile) for name, layer in self.linear_tasks.items()} or logits
 
     def loss(self, batch: ViewBatch) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
 """Training and inference of every model: the one place with Lightning.
 
-Each epoch starts from (seed, epoch) alone. A checkpoint, written every few minutes, holds all that decides the steps
-behind it: weights and optimizer as they lie in memory, generators, the place in the epoch. So a run that was killed and
+What a step draws follows from (seed, epoch, step) and the numbers of its rows alone, whoever has them. A checkpoint,
+written every few minutes, holds all that decides the steps behind it: weights and optimizer as they lie in memory, the
+place in the epoch. So a run that was killed and
 continued ends with the same bytes as an undisturbed one. The checkpoint before is kept until the next is complete. With
 a validation loader the weights of the best epoch are the result, not those of the last step.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import logging
 import math
 import time
@@ -48,6 +50,7 @@ from ubp_fast.optim import TableUpdates, adopt_tables, clip_gradient_norm, relea
 from ubp_fast.optim.ranks import sum_gradients
 from ubp_fast.optim.table_optimizer import TableOptimizer
 from ubp_fast.progress import Progress
+from ubp_fast.ranks.files import Fetch, seen_by_all
 from ubp_fast.sequences.batch import ViewBatch
 from ubp_fast.sequences.loader import ViewLoader
 
@@ -130,7 +133,7 @@ def fit(
             none of the last `patience` epochs is better. None: those of the last step.
         group: processes of `torch.distributed` that train as one: all call this with the same arguments and the same
             directory, each takes its part of every batch, and all end with the same weights, those of one process to
-            rounding (but for dropout, which every process draws for itself). The first one writes. A checkpoint of one
+            rounding, dropout included. The first one writes. A checkpoint of one
             number of processes is continued by any other.
 
     Returns:
@@ -144,14 +147,30 @@ def fit(
     """
     if not len(loader):
         raise DataError("fit: loader must have at least one view, got none; use an earlier cutoff or more data")
-    directory.mkdir(parents=True, exist_ok=True)
-    is_first, rank = True, 0
     if group is not None:
-        rank = dist.get_rank(group)
-        is_first = rank == 0
-        loader.share(rank, dist.get_world_size(group))
+        loader.share(dist.get_rank(group), dist.get_world_size(group))
+    if _is_first(group):
+        directory.mkdir(parents=True, exist_ok=True)
     identity = _identity(model, loader, optimizer_factory, config, validation)
-    finished = _load_finished(model, directory, identity)
+    _require_same(identity, group)
+    with seen_by_all(directory, group) as fetch:
+        return _fit(model, loader, optimizer_factory, config, directory, identity, progress, validation, group, fetch)
+
+
+def _fit(
+    model: nn.Module,
+    loader: ViewLoader,
+    optimizer_factory: OptimizerFactory,
+    config: TrainingConfig,
+    directory: Path,
+    identity: dict[str, Any],
+    progress: Progress | None,
+    validation: ViewLoader | None,
+    group: ProcessGroup | None,
+    fetch: Fetch,
+) -> list[dict[str, float]]:
+    is_first = _is_first(group)
+    finished = _load_finished(model, fetch((LOSSES_FILE, MODEL_FILE)), identity)
     _wait(group)  # until all have looked, none changes what they look at
     if finished is not None:
         if is_first:
@@ -163,10 +182,9 @@ def fit(
     device = on_device(config.device)
     is_low = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     with _quiet_lightning(), torch.random.fork_rng(devices=_cuda_devices(config)):
-        job = _Job(model, loader, optimizer_factory, config, directory, identity, progress, validation, group)
+        job = _Job(model, loader, optimizer_factory, config, directory, identity, progress, validation, group, fetch)
         _wait(group)
-        if group is not None:
-            torch.manual_seed(config.seed)  # what an optimizer draws, all of them draw
+        torch.manual_seed(config.seed)  # what an optimizer draws is the training's own, and the same in all processes
         trainer = lightning.Trainer(
             accelerator=device.type,
             devices=1,
@@ -190,7 +208,8 @@ def fit(
             # Lightning would end the process, which a notebook does not want.
             raise stop.__context__ from None
     if 0 <= job.best_epoch < job.epochs_done - 1:
-        model.load_state_dict(load_tensors(directory / _best_file(job.best_epoch)))
+        best = _best_file(job.best_epoch)
+        model.load_state_dict(load_tensors(fetch([best]) / best))
     _wait(group)
     if is_first:
         write_tensors(directory / MODEL_FILE, model.state_dict())
@@ -198,6 +217,26 @@ def fit(
         _clear(directory)
     _wait(group)
     return job.losses
+
+
+def _is_first(group: ProcessGroup | None) -> bool:
+    return group is None or dist.get_rank(group) == 0
+
+
+def _require_same(identity: dict[str, Any], group: ProcessGroup | None) -> None:
+    """Raises UserError where processes would train something else than the first."""
+    if group is None:
+        return
+    text = json.dumps(identity, sort_keys=True).encode()
+    mine = torch.tensor(list(hashlib.blake2b(text, digest_size=7).digest()))
+    found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(found, mine, group=group)
+    others = [rank for rank, one in enumerate(found) if not torch.equal(one, found[0])]
+    if others:
+        raise UserError(
+            f"fit: all processes must have the same model, settings and data, got others in process {others[0] + 1} of"
+            f" {len(found)}; let all read one root on a disk that they share"
+        )
 
 
 def _wait(group: ProcessGroup | None) -> None:
@@ -285,6 +324,7 @@ class _Job(lightning.LightningModule):
         progress: Progress | None,
         validation: ViewLoader | None,
         group: ProcessGroup | None,
+        fetch: Fetch,
     ) -> None:
         super().__init__()
         self.model: Any = model
@@ -301,7 +341,7 @@ class _Job(lightning.LightningModule):
         self._saved_at = time.monotonic()
         self._best_saved = -1  # that of the checkpoint
         self._rankings: dict[str, BinnedAuroc] = {}
-        self._resume()
+        self._resume(fetch)
         self.log_steps = _logger(config.logger, directory / LOGS) if self.rank == 0 else None
         for part in self.curve:  # what came before is told again: one file for the whole training
             self._log(part)
@@ -324,13 +364,16 @@ class _Job(lightning.LightningModule):
         """The first one with the largest score; -1 when none was scored."""
         return _best_epoch(self.losses)
 
-    def _resume(self) -> None:
+    def _resume(self, fetch: Fetch) -> None:
         """Reads the checkpoint, and takes it where all of it fits; the model itself waits for the first step."""
         try:
             # Mapped: weights and optimizer are not twice in memory.
-            state = torch.load(self.directory / _CHECKPOINT, map_location="cpu", weights_only=True, mmap=True)
+            place = fetch([_CHECKPOINT]) / _CHECKPOINT
+            state = torch.load(place, map_location="cpu", weights_only=True, mmap=True)
             best = _best_epoch(state["losses"])
-            if state["identity"] != self.identity or (best >= 0 and not (self.directory / _best_file(best)).exists()):
+            if state["identity"] != self.identity or (
+                best >= 0 and not (fetch([_best_file(best)]) / _best_file(best)).exists()
+            ):
                 return
             if not _fits(self.model, state["model"]):
                 return
@@ -359,7 +402,6 @@ class _Job(lightning.LightningModule):
         return replace(batch.to(device), group=self.group)
 
     def on_train_epoch_start(self) -> None:
-        torch.manual_seed(int(np.random.SeedSequence([self.config.seed, self.epochs_done]).generate_state(1)[0]))
         if self._resumed is not None:
             self._restore(self._resumed)
             self._resumed = None
@@ -367,7 +409,7 @@ class _Job(lightning.LightningModule):
         _switch(self.optimizer, is_training=True)
 
     def _restore(self, state: dict[str, Any]) -> None:
-        """Model, optimizer and generators as they were; nothing reads a table between this and the next step."""
+        """Model and optimizer as they were; nothing reads a table between this and the next step."""
         if isinstance(self.optimizer, TableOptimizer):
             self.optimizer.load_exact_state(state["optimizer"])
         else:
@@ -377,10 +419,6 @@ class _Job(lightning.LightningModule):
             for name, values in _unsaved_buffers(self.model).items():
                 values.copy_(state["buffers"][name])
         self._leave_rankings_to_the_first()
-        if self.step:  # else the epoch is seeded
-            torch.set_rng_state(state["generators"][0])
-            for device, generator in zip(_cuda_devices(self.config), state["generators"][1:], strict=True):
-                torch.cuda.set_rng_state(generator, device)
 
     def on_after_backward(self) -> None:
         if self.group is not None:
@@ -405,9 +443,8 @@ class _Job(lightning.LightningModule):
             clip_gradient_norm(own, self.config.gradient_clip_norm)
 
     def training_step(self, batch: ViewBatch, batch_index: int) -> Tensor:
-        if self.group is not None:  # anew in every step, so that the first process's checkpoint serves all
-            seeds = [self.config.seed, self.epochs_done, self.step, self.rank]
-            torch.manual_seed(int(np.random.SeedSequence(seeds).generate_state(1)[0]))
+        seeds = [self.config.seed, self.epochs_done, self.step]
+        torch.manual_seed(int(np.random.SeedSequence(seeds).generate_state(1)[0]))
         terms = self.model.loss(batch)
         values = torch.stack(list(terms.values()))
         if values.device.type == "cpu":  # elsewhere looking at them would wait for the device in every step
@@ -536,7 +573,6 @@ class _Job(lightning.LightningModule):
             "model": weights,
             "buffers": buffers,
             "optimizer": of_optimizer,
-            "generators": [torch.get_rng_state(), *map(torch.cuda.get_rng_state, _cuda_devices(self.config))],
         }
         with path.open("wb") as file:
             try:

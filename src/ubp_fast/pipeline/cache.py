@@ -194,6 +194,11 @@ class StageCache:
         # The lock file stays: removing it while another process waits on it would let a third one in.
 
 
+def key_of(folder: Path) -> str:
+    """The key of a stage's output, finished or not."""
+    return folder.name.removesuffix(".partial").rpartition("-")[2]
+
+
 def made_of(
     name: str, config: Mapping[str, object], inputs: Mapping[str, str], sources: Mapping[str, str]
 ) -> dict[str, object]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ from ubp_fast.kernels import BackendUnavailable
 from ubp_fast.models.training import LOSSES_FILE
 from ubp_fast.pipeline.cache import StageCache, differences, digest, made_of
 from ubp_fast.pipeline.identity import made_by
-from ubp_fast.pipeline.model_stages import PROFILE_TABLE, TRAINING
+from ubp_fast.pipeline.model_stages import PROFILE_TABLE, TRAINING, take_part
 from ubp_fast.pipeline.needs import Need, needs_of_models, needs_of_store, told
 from ubp_fast.pipeline.run_directory import RunDirectory, environment, facts_of, facts_table, warnings_of
 from ubp_fast.pipeline.settings import Settings, read_settings
@@ -56,6 +58,7 @@ from ubp_fast.pipeline.stages import (
 )
 from ubp_fast.profiler.bundle import BUNDLE_FILE, MODEL_FOLDER
 from ubp_fast.progress import RunProgress, duration, print_json
+from ubp_fast.ranks.company import Company, company_here, joined
 from ubp_fast.report import RunSummary, Timing, data_read, render_report
 from ubp_fast.store.event_store import EventStore
 
@@ -101,15 +104,71 @@ def explained(work: Callable[[], int]) -> int:
 
 def run_stages(settings: Settings, console: Console) -> Path:
     """Makes what is missing, then profiles, scores and report; returns the run directory."""
-    with (
-        writing_to(settings.cache, "the cache directory"),
-        writing_to(settings.directory, "the run directory"),
-    ):
-        return _run_stages(settings, console)
+    with joined(settings.wait_s) as company:
+        _check_processes(settings, company)
+        with (
+            writing_to(settings.cache, "the cache directory"),
+            writing_to(settings.directory, "the run directory"),
+        ):
+            if company is not None and company.launch.rank:
+                take_part(settings, company, _what_is_needed(settings))
+                return settings.directory
+            return _run_stages(settings, console)
+
+
+def _check_processes(settings: Settings, company: Company | None) -> None:
+    """Whether as many processes are here as the settings say; without a word in them torchrun decides."""
+    asked, nodes = settings.devices, settings.nodes
+    if company is None:
+        if nodes > 1:
+            raise UserError(
+                f"run: compute.nodes={nodes} needs torchrun on every host: torchrun --nnodes={nodes} --nproc-per-node="
+                f"{asked} --node-rank=0 --master-addr=HOST --master-port=29500 -m ubp_fast.run ...; docs/machines.md"
+            )
+        return
+    launch = company.launch
+    if (asked, nodes) not in ((1, 1), (launch.local_world, launch.world // launch.local_world)):
+        raise UserError(
+            f"run: compute.devices and compute.nodes must be what torchrun has started, {launch.local_world} on each of"
+            f" {launch.world // launch.local_world} hosts, got {asked} and {nodes}; leave them out"
+        )
+    if settings.device == "cpu":
+        torch.set_num_threads(max(1, (settings.threads or os.cpu_count() or 1) // launch.local_world))
+
+
+def _what_is_needed(settings: Settings) -> Callable[[str], tuple[str, Mapping[str, Path], Path]]:
+    """A function that makes what a training needs and gives network, inputs and folder of the stage with a key."""
+    stages, cache = plan(settings), StageCache(settings.cache)
+    keys = {name: digest(parts) for name, parts in identified(stages).items()}
+
+    def needed(key: str) -> tuple[str, Mapping[str, Path], Path]:
+        stage = next((one for one in stages if keys[one.name] == key), None)
+        if stage is None:
+            raise UserError(
+                "run: all processes must have the same settings, data and version of ubp_fast, got a training of the"
+                " first that this one does not know"
+            )
+        paths = {name: cache.path(name, keys[name]) for name in keys}
+        inputs: set[str] = {*stage.inputs}
+        for one in reversed(stages):
+            if one.name in inputs:
+                inputs |= set(one.inputs)
+        for one in stages:
+            if one.name in inputs:
+                make = partial(one.make, settings, {name: paths[name] for name in one.inputs})
+                cache.build(one.name, keys[one.name], lambda folder: make(folder, lambda *_: None), one.keep)  # noqa: B023
+        folder = paths[stage.name].with_name(f"{paths[stage.name].name}.partial")
+        return (
+            stage.name.removeprefix(LATEST),
+            {name.removeprefix(LATEST): paths[name] for name in stage.inputs},
+            folder,
+        )
+
+    return needed
 
 
 def _run_stages(settings: Settings, console: Console) -> Path:
-    if settings.threads is not None:
+    if settings.threads is not None and company_here() is None:
         torch.set_num_threads(settings.threads)
     run = RunDirectory(settings.directory, settings.plain)
     with run.alone():

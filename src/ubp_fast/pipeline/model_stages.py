@@ -39,6 +39,7 @@ from ubp_fast.models.pair_scorer import PairScorer
 from ubp_fast.models.reduced_rank import ReducedRankConfig, ReducedRankModel
 from ubp_fast.models.stacking import JoinedBlocks, StackingModel
 from ubp_fast.models.training import MODEL_FILE, fit, initialise, on_device
+from ubp_fast.pipeline.cache import key_of
 from ubp_fast.pipeline.settings import ModelSettings, Settings
 from ubp_fast.profiler.bundle import MODEL_FOLDER, load_network, save_bundle
 from ubp_fast.profiler.parts import (
@@ -61,6 +62,7 @@ from ubp_fast.profiles import Profiles
 from ubp_fast.profiles.alignment import fit_alignment, without_turning
 from ubp_fast.profiles.blocks import Layout, compose
 from ubp_fast.progress import Progress
+from ubp_fast.ranks.company import BACKENDS, CONTINUES, Company, company_here, gpu_of
 from ubp_fast.sequences import ViewLoader, Views, age_quantiles_days, past_cutoffs, views_at, window_labels
 from ubp_fast.store.event_store import EventStore
 from ubp_fast.store.in_memory import Histories, Vocabulary
@@ -72,7 +74,6 @@ SCALER, OUTPUTS_FILE, TASTE_WEIGHTS = "scaler", "outputs.json", "taste_weights.n
 OLD, UNALIGNED, EXPLAINED_FILE = "old_model", "unaligned", "explained_variance.json"
 DAY_FILE, PAIRS_FILE, PROFILE_TABLE = "day.safetensors", "pairs.safetensors", "profiles.parquet"
 Inputs = Mapping[str, Path]
-WAIT_FOR_OTHERS = timedelta(minutes=10)  # of a process, for those that train with it
 
 
 class Training(NamedTuple):
@@ -166,10 +167,31 @@ def _make_network(
         steps = total
         progress(done, total + batches)
 
-    if settings.devices > 1:
-        _train_on_devices(name, settings, inputs, directory, told)
-    _train(name, made, settings, inputs, directory, told)  # what several devices have trained is only loaded
+    if (company := company_here()) is not None:
+        company.begin(key_of(directory))
+        with company.training(name) as group:
+            _train(name, made, settings, inputs, directory, told, group)
+    else:
+        if settings.devices > 1:
+            _train_on_devices(name, settings, inputs, directory, told)
+        _train(name, made, settings, inputs, directory, told)  # what several devices have trained is only loaded
     _write_vectors(name, made.network, made.store, settings, inputs, directory, steps, progress)
+
+
+def take_part(settings: Settings, company: Company, needed: Callable[[str], tuple[str, Inputs, Path]]) -> None:
+    """What every process but the first does in a run of several: it trains with the others until there is no more.
+
+    Args:
+        settings: those of the run.
+        company: all processes.
+        needed: makes what the training with a key needs where that is missing; its network, inputs and folder.
+    """
+    while (key := company.following()) is not None:
+        name, inputs, directory = needed(key)
+        made = PARTS[name](settings, inputs)
+        company.begin(key)
+        with company.training(name) as group:
+            _train(name, made, settings, inputs, directory, None, group)
 
 
 def _train(
@@ -225,10 +247,7 @@ def _train_on_devices(name: str, settings: Settings, inputs: Inputs, directory: 
                     progress(done[0], done[1])
         except (ProcessRaisedException, ProcessExitedException) as error:
             last = str(error).strip().splitlines()[-1].removeprefix("ubp_fast.events.schema.UserError: ")
-            raise UserError(
-                f"{name}: process {error.error_index + 1} of {world} ended: {last}; the same command continues from"
-                " the last checkpoint"
-            ) from error
+            raise UserError(f"{name}: process {error.error_index + 1} of {world} ended: {last}; {CONTINUES}") from error
         finally:
             for process in context.processes:
                 if process.is_alive():
@@ -249,13 +268,15 @@ def _train_on_one(
 ) -> None:
     """What each of the processes does."""
     if is_cuda:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible[rank] if len(visible) >= world else str(rank)
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu_of(rank, world)
     else:
         torch.set_num_threads(max(1, (settings.threads or os.cpu_count() or 1) // world))
-    where = f"file://{meeting}"
     dist.init_process_group(
-        "nccl" if is_cuda else "gloo", init_method=where, rank=rank, world_size=world, timeout=WAIT_FOR_OTHERS
+        BACKENDS if is_cuda else "gloo",
+        init_method=f"file://{meeting}",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=settings.wait_s),
     )
 
     def told(steps: int, total: int) -> None:

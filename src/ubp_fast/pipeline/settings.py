@@ -74,6 +74,8 @@ PLAIN_TYPES: dict[str, Any] = {
     "compute.device": str,
     "compute.precision": str,
     "compute.devices": int,
+    "compute.nodes": int,
+    "compute.wait_s": float,
     "compute.threads": int | None,
     "compute.on_shortage": Literal["refuse", "try"],
     **{f"evaluation.{one.name}": get_type_hints(EvaluationConfig)[one.name] for one in fields(EvaluationConfig)},
@@ -189,6 +191,8 @@ class Settings:
     stacking_blocks: tuple[str, ...]
     device: str
     devices: int
+    nodes: int
+    wait_s: float
     threads: int | None
     evaluation: Any
     components: tuple[str, ...]
@@ -270,8 +274,11 @@ def read_settings(config: DictConfig) -> Settings:
         raise UserError(f"run: seed must be >= 0, got {plain['seed']}")
     if plain["profiles"]["at_once"] < 1:
         raise UserError(f"run: profiles.at_once must be >= 1, got {plain['profiles']['at_once']}")
-    if plain["compute"]["devices"] < 1:
-        raise UserError(f"run: compute.devices must be >= 1, got {plain['compute']['devices']}")
+    for part in ("devices", "nodes"):
+        if plain["compute"][part] < 1:
+            raise UserError(f"run: compute.{part} must be >= 1, got {plain['compute'][part]}")
+    if not 1 <= plain["compute"]["wait_s"] <= 86_400:
+        raise UserError(f"run: compute.wait_s must be in 1..86400 seconds, got {plain['compute']['wait_s']}")
     if threads is not None and threads < 1:
         raise UserError(f"run: compute.threads must be >= 1 or null, got {threads}")
     return Settings(
@@ -296,6 +303,8 @@ def read_settings(config: DictConfig) -> Settings:
         stacking_blocks=_blocks(plain),
         device=plain["compute"]["device"],
         devices=plain["compute"]["devices"],
+        nodes=plain["compute"]["nodes"],
+        wait_s=float(plain["compute"]["wait_s"]),
         threads=threads,
         evaluation=_make(evaluation),
         components=components,

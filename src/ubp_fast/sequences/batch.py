@@ -8,13 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+class Place(NamedTuple):
+    """Where packed events lie among those of all processes that share a step.
+
+    Attributes:
+        first_event: number of the first event here.
+        first_sequence: number of the first sequence here, of those that have events.
+        events: in all processes.
+        sequences: in all processes, of those that have events.
+    """
+
+    first_event: int
+    first_sequence: int
+    events: int
+    sequences: int
 
 
 @dataclass(frozen=True)
@@ -32,6 +48,7 @@ class SequenceBatch:
         cu_seqlens: [B + 1] first row of each view, last entry T.
         cutoff_s: [B] the moment from which the view looks back (history) or ahead (future).
         client: [B] the client's row in the store.
+        shared: where the events lie in a step that several processes share; None: all of it is here.
     """
 
     kind: Tensor
@@ -44,6 +61,7 @@ class SequenceBatch:
     cu_seqlens: Tensor
     cutoff_s: Tensor
     client: Tensor
+    shared: Place | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -54,6 +72,11 @@ class SequenceBatch:
     def num_sequences(self) -> int:
         """B, client views in the batch, empty ones included."""
         return self.client.shape[0]
+
+    @property
+    def first_rows(self) -> tuple[int, int]:
+        """Numbers of the first event and of the first sequence that has events, in the step."""
+        return (0, 0) if self.shared is None else self.shared[:2]
 
     def lengths(self) -> Tensor:
         """Events per view, int64 [B]."""
@@ -74,7 +97,9 @@ class SequenceBatch:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> SequenceBatch:
         """The batch with what `function` makes of every tensor."""
-        return SequenceBatch(**{item.name: function(getattr(self, item.name)) for item in fields(self)})
+        names = (item.name for item in fields(self) if item.name != "shared")
+        changed: dict[str, Any] = {name: function(getattr(self, name)) for name in names}
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True)
@@ -89,6 +114,7 @@ class ViewBatch:
         weight: float32 [B] loss weights of the views, or None for equal ones.
         group: processes of `torch.distributed` of which each has a part of the step's views; None: this one has all.
         all_views: views of the step in all processes; None: those that are here.
+        first_view: number of the first view here among those of all processes.
     """
 
     history: SequenceBatch | None = None
@@ -98,6 +124,7 @@ class ViewBatch:
     weight: Tensor | None = None
     group: ProcessGroup | None = None
     all_views: int | None = None
+    first_view: int = 0
 
     @property
     def num_views(self) -> int:

@@ -17,7 +17,7 @@ from ubp_fast.events.labels import LabelMatrix
 from ubp_fast.events.schema import EVENT_KINDS, NUM_CODES, LabelLists
 from ubp_fast.events.split import DAY_S
 from ubp_fast.features.scaling import Rows
-from ubp_fast.sequences.batch import SequenceBatch, ViewBatch
+from ubp_fast.sequences.batch import Place, SequenceBatch, ViewBatch
 from ubp_fast.sequences.sampling import Views, epoch_order, rows_at, token_rows
 
 if TYPE_CHECKING:
@@ -179,7 +179,8 @@ def assemble(store: EventStore, views: Views, rows: np.ndarray, offsets: np.ndar
         "cutoff_s": views.cutoff_s.copy(),
         "client": views.row.copy(),
     }
-    return SequenceBatch(**{name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()})
+    tensors: dict[str, Any] = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+    return SequenceBatch(**tensors)
 
 
 class ViewLoader:
@@ -285,16 +286,25 @@ class ViewLoader:
         self.batch(np.unique(np.linspace(0, self.num_views - 1, LOOKED_AT).astype(np.int64))).map(add)
         return state.hexdigest()
 
-    def batch(self, chosen: np.ndarray) -> ViewBatch:
-        """The batch of the views with the given numbers, int64 [B]."""
+    def batch(self, chosen: np.ndarray, mine: slice | None = None) -> ViewBatch:
+        """The batch of the views with the given numbers, int64 [B]; with `mine` that part, which knows its place."""
+        whole, part = chosen, slice(0, len(chosen)) if mine is None else mine
+        chosen = whole[part]
         views = Views(self.views.row[chosen], self.views.cutoff_s[chosen])
 
         def packed(bounds: tuple[np.ndarray, np.ndarray] | None, longest: int | None = None) -> SequenceBatch | None:
             if bounds is None or self.store is None:
                 return None
-            first, end = bounds[0][chosen], bounds[1][chosen]
-            rows = token_rows(first, end) if longest is None else last_different(self.store, first, end, longest)
-            return assemble(self.store, views, *rows)
+            first, end = bounds[0][whole], bounds[1][whole]
+            every = token_rows(first, end) if longest is None else last_different(self.store, first, end, longest)
+            rows, offsets = every
+            here = offsets[part.start : part.stop + 1]
+            made = assemble(self.store, views, rows[here[0] : here[-1]], here - here[0])
+            if mine is None:
+                return made
+            has_events = np.diff(offsets) > 0
+            place = Place(int(here[0]), int(has_events[: part.start].sum()), len(rows), int(has_events.sum()))
+            return replace(made, shared=place)
 
         batch = ViewBatch(
             history=packed(self._history, self._longest),
@@ -324,8 +334,10 @@ class ViewLoader:
                 yield batch
 
     def _part(self, chosen: np.ndarray) -> ViewBatch:
-        mine = np.array_split(chosen, self._world)[self._rank]
-        return replace(self.batch(mine), all_views=len(chosen))
+        ends = np.cumsum([0, *map(len, np.array_split(chosen, self._world))]).tolist()
+        mine = slice(ends[self._rank], ends[self._rank + 1])
+        batch = self.batch(chosen) if self._world == 1 else self.batch(chosen, mine)
+        return replace(batch, all_views=len(chosen), first_view=mine.start)
 
 
 def _float_tensor(values: np.ndarray) -> Tensor:

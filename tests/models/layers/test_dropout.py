@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ubp_fast.models.layers.dropout import dropout
+from ubp_fast.models.layers.dropout import _draws, _hashed, dropout
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -33,6 +33,27 @@ def test_seed_and_threads() -> None:
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
     assert not torch.equal(*results[0])
+
+
+def test_rows_draw_the_same_wherever_they_are() -> None:
+    """Parts that begin inside of a word of four values, an empty one, and integers of torch instead of the kernel."""
+    values = torch.ones(11, 3, 7)
+    torch.manual_seed(5)
+    whole = dropout(values, 0.4, True)
+    following = torch.randint(2**62, ())
+    for begin, end in ((0, 5), (5, 5), (5, 11)):
+        torch.manual_seed(5)
+        assert torch.equal(dropout(values[begin:end], 0.4, True, begin), whole[begin:end])
+        assert torch.randint(2**62, ()) == following
+    for seed in (0, 2**63 - 2):
+        drawn, hashed = _draws(50, seed, 7, torch.device("cpu")), _hashed(seed, 1, 14).view(torch.int16)[3:53]
+        assert torch.equal(drawn, hashed)
+
+
+def test_numbers_are_those_of_splitmix64() -> None:
+    """The first ones of java.util.SplittableRandom and of the published C code, from state 0 and 1234567."""
+    assert [hex(int(word) % 2**64) for word in _hashed(0, 1, 2)] == ["0xe220a8397b1dcdaf", "0x6e789e6aa1b965f4"]
+    assert [int(word) % 2**64 for word in _hashed(1234567, 1, 2)] == [6457827717110365317, 3203168211198807973]
 
 
 def test_nothing_to_do() -> None:

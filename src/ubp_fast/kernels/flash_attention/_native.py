@@ -52,6 +52,7 @@ def _inputs(problem: Problem) -> dict[str, Tensor | None]:
 
 def _compiled(problem: Problem, **tensors: Tensor | None) -> _core.FlashAttentionProblem:
     tokens, heads, width = problem.query.shape
+    seed, first_query_row, first_key_row = (0, 0, 0) if problem.seed is None else problem.seed.tolist()
     return _core.FlashAttentionProblem(
         **tensors,
         query_tokens=tokens,
@@ -66,6 +67,8 @@ def _compiled(problem: Problem, **tensors: Tensor | None) -> _core.FlashAttentio
         scale=problem.scale,
         threshold=int(problem.dropout_p * 2**32),
         keep_factor=1 / (1 - problem.dropout_p),
-        seed=0 if problem.seed is None else int(problem.seed) % 2**64,
+        seed=seed % 2**64,
+        first_query_row=first_query_row,
+        first_key_row=first_key_row,
         threads=torch.get_num_threads(),
     )

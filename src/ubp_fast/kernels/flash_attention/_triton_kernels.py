@@ -77,6 +77,8 @@ def _buckets(time, key_time, BUCKETS: tl.constexpr):
 
 @triton.jit
 def _kept(seed_ptr, key_row, query_row, head, threshold):
+    query_row += tl.load(seed_ptr + 1).to(tl.int32)
+    key_row += tl.load(seed_ptr + 2).to(tl.int32)
     word, _, _, _ = tl.philox(tl.load(seed_ptr), key_row, query_row, head, head * 0)
     return word >= threshold.to(tl.uint32)
 

@@ -61,6 +61,7 @@ def flash_attention(
     timestamp_key_s: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
+    first_rows: tuple[int, int] = (0, 0),
     backend: str = "auto",
 ) -> Tensor:
     """Softmax attention of every query over the keys of its own sequence.
@@ -92,6 +93,8 @@ def flash_attention(
         seed: decides which weights: an integer of 64 bits, or an int64 tensor of one element, which keeps a compiled
             graph whole. The same seed gives the same mask on every device. None: drawn from torch's generator of the
             device.
+        first_rows: numbers of the first query row and the first key row in a larger batch of which these sequences are
+            a part: dropout draws what it would draw in that batch.
         backend: "auto", "native" (compiled, CPU), "triton" (NVIDIA GPU), "cuda" (compiled, capability 8.0 and newer) or
             "reference". "auto" takes the first of native, triton and reference that computes these tensors.
 
@@ -129,8 +132,8 @@ def flash_attention(
     dropout_p = number(OP, "dropout_p", dropout_p)
     options = (left, right, scale, dropout_p, backend)
     if transforms.is_transforming():
-        return _transformed(*tensors, _seed(dropout_p, seed, query.device, is_drawn=False), *options)
-    output, _ = _forward_op(*tensors, _seed(dropout_p, seed, query.device), *options)
+        return _transformed(*tensors, _seed(dropout_p, seed, first_rows, query.device, is_drawn=False), *options)
+    output, _ = _forward_op(*tensors, _seed(dropout_p, seed, first_rows, query.device), *options)
     return output
 
 
@@ -197,22 +200,32 @@ def _check_times(
             require(False, OP, name, f"have one entry for each of {len(rows)} rows", list(times.shape))
 
 
-def _seed(dropout_p: float, seed: int | Tensor | None, device: torch.device, is_drawn: bool = True) -> Tensor | None:
-    """Int64 [1] where something is dropped, else None; made on the device, which nothing waits for."""
+def _seed(
+    dropout_p: float,
+    seed: int | Tensor | None,
+    first_rows: tuple[int, int],
+    device: torch.device,
+    is_drawn: bool = True,
+) -> Tensor | None:
+    """Seed and first rows, int64 [3], where something is dropped, else None; on the device, which nothing waits for."""
     require(0.0 <= dropout_p < 1.0, OP, "dropout_p", "be in [0, 1)", dropout_p)
     if isinstance(seed, Tensor):
         require_dtype(OP, "seed", seed, (torch.int64,))
         require(seed.numel() == 1, OP, "seed", "have one element", list(seed.shape))
-        return seed.reshape(1) if dropout_p > 0.0 else None
-    if seed is not None:
+    elif seed is not None:
         seed = integer(OP, "seed", seed)
         require(-(2**63) <= seed < 2**63, OP, "seed", "be an integer of 64 bits", seed)
+    for first in first_rows:
+        require(0 <= first < 2**31, OP, "first_rows", "be two numbers of rows below 2^31", first_rows)
     if dropout_p == 0.0:
         return None
     if seed is None:
         require(is_drawn, OP, "seed", "be given to dropout inside of a transform", None)
-        return torch.randint(2**63 - 1, (1,), device=device)
-    return torch.full((1,), seed, dtype=torch.int64, device=device)
+        seed = torch.randint(2**63 - 1, (1,), device=device)
+    if not isinstance(seed, Tensor):
+        seed = torch.full((1,), seed, dtype=torch.int64, device=device)
+    rows = (torch.full((1,), first, dtype=torch.int64, device=seed.device) for first in first_rows)
+    return torch.cat((seed.reshape(1), *rows))
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, cu_seqlens_key: Tensor) -> None:

@@ -151,9 +151,10 @@ def _dropout_factors(problem: Problem, rows: slice, key_rows: slice) -> Tensor:
     assert problem.seed is not None
     device, heads = problem.query.device, problem.query.shape[1]
     head = torch.arange(heads, device=device)[:, None, None]
-    row = torch.arange(rows.start, rows.stop, device=device)[None, :, None]
-    key_row = torch.arange(key_rows.start, key_rows.stop, device=device)[None, None, :]
-    word = philox(problem.seed.to(device), key_row, row, head)
+    seed, first, first_key = problem.seed.to(device).unbind()
+    row = first + torch.arange(rows.start, rows.stop, device=device)[None, :, None]
+    key_row = first_key + torch.arange(key_rows.start, key_rows.stop, device=device)[None, None, :]
+    word = philox(seed, key_row, row, head)
     is_kept = word >= int(problem.dropout_p * 2**32)
     return is_kept.to(problem.query.dtype) / (1.0 - problem.dropout_p)
 
@@ -162,7 +163,7 @@ def philox(seed: Tensor, *counter: Tensor) -> Tensor:
     """Word 0 of Philox4x32 with 10 rounds as int64 in [0, 2^32), the counter's last word being 0.
 
     Args:
-        seed: int64 [1]; its low and high word are the key.
+        seed: int64 [] or [1]; its low and high word are the key.
         counter: three int64 tensors in [0, 2^32) that broadcast.
 
     Source: Salmon et al. 2011, Parallel random numbers: as easy as 1, 2, 3.

@@ -1,7 +1,8 @@
-"""Dropout on a CPU at the speed of memory: sixteen random bits per value from SFC64, and no mask.
+"""Dropout whose draws belong to the rows of a step, wherever they are: sixteen bits per value, and no mask in memory.
 
-`nn.functional.dropout` draws one Mersenne twister number per value and multiplies by a mask that it converts to the
-values' dtype: together a sixth of a training step in bfloat16.
+The bits of four values are a SplitMix64 hash of their number in the whole step, so a process that has some of the rows
+draws for them what one process draws for all. On a CPU that takes half of the time of a generator, and a third of
+`nn.functional.dropout`'s. Source: Steele et al. 2014 (SplitMix64).
 """
 
 from __future__ import annotations
@@ -10,66 +11,112 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from ubp_fast.compiled import njit
 
 _WORDS = 2**16
-
-
+_GAMMA, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 # Values are chosen as bit patterns, whatever their dtype means.
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @njit
-def _choose(values: np.ndarray, words: np.ndarray, least: int, output: np.ndarray) -> None:
+def _fill(words: np.ndarray, seed: np.uint64, first: np.uint64) -> None:
+    for at in range(words.size):
+        word = seed + (first + np.uint64(at)) * np.uint64(_GAMMA)
+        word = (word ^ (word >> np.uint64(30))) * np.uint64(_FIRST)
+        word = (word ^ (word >> np.uint64(27))) * np.uint64(_SECOND)
+        words[at] = word ^ (word >> np.uint64(31))
+
+
+@njit
+def _choose(values: np.ndarray, draws: np.ndarray, least: int, output: np.ndarray) -> None:
     for at in range(values.size):
-        output[at] = values[at] if words[at] >= least else 0
+        output[at] = values[at] if draws[at] >= least else 0
 
 
-def _drop(values: Tensor, words: np.ndarray, least: int, scale: float) -> Tensor:
+def _signed(number: int) -> int:
+    return number - 2**64 if number >= 2**63 else number
+
+
+def _shifted(words: Tensor, bits: int) -> Tensor:
+    return (words >> bits) & (2 ** (64 - bits) - 1)
+
+
+def _hashed(seed: int, first: int, count: int, device: torch.device | None = None) -> Tensor:
+    """What `_fill` gives, in tensors of any device."""
+    words = seed + torch.arange(first, first + count, device=device) * _signed(_GAMMA)
+    words = (words ^ _shifted(words, 30)) * _signed(_FIRST)
+    words = (words ^ _shifted(words, 27)) * _signed(_SECOND)
+    return words ^ _shifted(words, 31)
+
+
+def _draws(count: int, seed: int, first: int, device: torch.device) -> Tensor:
+    """Sixteen bits each for the values first .. first + count - 1 of a step, int16 [count]."""
+    first_word, skipped = divmod(first, 4)
+    size = (skipped + count + 3) // 4
+    if device.type == "cpu":
+        words = torch.empty(size, dtype=torch.int64)
+        _fill(words.numpy().view(np.uint64), np.uint64(seed), np.uint64(first_word))
+    else:
+        words = _hashed(seed, first_word, size, device)
+    return words.view(torch.int16)[skipped : skipped + count]
+
+
+def _drop(values: Tensor, draws: Tensor, least: int, scale: float) -> Tensor:
+    if values.device.type != "cpu":
+        return torch.where((draws >= least).view(values.shape), values * scale, 0)
     values = values.contiguous()
     output = torch.empty_like(values)
     bits = _BITS[values.element_size()]
-    _choose(values.view(bits).view(-1).numpy(), words, least, output.view(bits).view(-1).numpy())
+    _choose(values.view(bits).view(-1).numpy(), draws.numpy(), least, output.view(bits).view(-1).numpy())
     return output.mul_(scale)
 
 
 class _Drop(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, words: np.ndarray, least: int, scale: float) -> Tensor:
-        ctx.draw = (words, least, scale)
-        return _drop(values.detach(), *ctx.draw)
+    def forward(ctx: Any, values: Tensor, draws: Tensor, least: int, scale: float) -> Tensor:
+        ctx.drawn = (draws, least, scale)
+        return _drop(values.detach(), *ctx.drawn)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
-        return _drop(grad_output, *ctx.draw), None, None, None
+        return _drop(grad_output, *ctx.drawn), None, None, None
 
 
-def dropout(values: Tensor, share: float, is_training: bool) -> Tensor:
+def dropout(values: Tensor, share: float, is_training: bool, first_row: int = 0) -> Tensor:
     """Sets a random share of the values to 0 and scales the others so that the mean stays.
 
     Args:
-        values: any float tensor; on a GPU this is `nn.functional.dropout`.
-        share: of values to drop, 0 <= share < 1; on a CPU rounded to a multiple of 2^-16.
+        values: any float tensor [rows, ...].
+        share: of values to drop, 0 <= share < 1; rounded to a multiple of 2^-16.
         is_training: otherwise the values stay as they are.
+        first_row: number of the first row among those of all processes.
 
     Returns:
-        Shape and dtype of values. `torch.manual_seed` governs it, the number of threads does not.
+        Shape and dtype of values. A seed from torch's generator of the CPU decides, also without any row; device and
+        number of threads do not.
 
     Raises:
         ValueError: share is not in [0, 1).
     """
     if not 0.0 <= share < 1.0:
         raise ValueError(f"dropout: share must be in [0, 1), got {share}")
-    if values.device.type != "cpu":
-        return functional.dropout(values, share, is_training)
     dropped = min(round(share * _WORDS), _WORDS - 1)
     if not is_training or dropped == 0:
         return values
-    seed = int(torch.randint(2**63 - 1, ()))
-    words = np.random.Generator(np.random.SFC64(seed)).integers(0, 2**64, -(-values.numel() // 4), dtype=np.uint64)
-    return _Drop.apply(values, words.view(np.int16), dropped - _WORDS // 2, _WORDS / (_WORDS - dropped))
+    seed, of_a_row = int(torch.randint(2**63 - 1, ())), values.shape[1:].numel()
+    draws = _draws(values.numel(), seed, first_row * of_a_row, values.device)
+    return _Drop.apply(values, draws, dropped - _WORDS // 2, _WORDS / (_WORDS - dropped))
+
+
+class RowSequential(nn.Sequential):
+    """`nn.Sequential` of [rows, ...] that knows the number of its first row, by which its `nn.Dropout`s draw."""
+
+    def forward(self, rows: Tensor, first_row: int = 0) -> Tensor:
+        for part in self:
+            rows = dropout(rows, part.p, self.training, first_row) if isinstance(part, nn.Dropout) else part(rows)
+        return rows

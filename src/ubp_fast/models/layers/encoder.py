@@ -64,10 +64,10 @@ class EncoderLayer(nn.Module):
         self.reduce = Linear(config.feed_forward, width)
         self.attention_norm, self.feed_forward_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.pads = width // config.heads > MAX_WIDTH
-        if self.pads and (config.causal or config.time_bias_buckets):
+        if self.pads and (config.causal or config.time_bias_buckets or config.attention_dropout):
             raise UserError(
-                f"EncoderLayer: heads must leave at most {MAX_WIDTH} columns each for causal attention and time bias,"
-                f" got {width // config.heads}"
+                f"EncoderLayer: heads must leave at most {MAX_WIDTH} columns each for causal attention, time bias"
+                f" and attention_dropout, got {width // config.heads}"
             )
         nn.init.xavier_uniform_(self.qkv.weight)
         nn.init.zeros_(self.qkv.bias)
@@ -76,37 +76,53 @@ class EncoderLayer(nn.Module):
         self.time_bias = nn.Parameter(torch.zeros(config.heads, buckets)) if buckets else None
 
     def forward(
-        self, rows: Tensor, cu_seqlens: Tensor, timestamp_s: Tensor | None = None, last: Tensor | None = None
+        self,
+        rows: Tensor,
+        cu_seqlens: Tensor,
+        timestamp_s: Tensor | None = None,
+        last: Tensor | None = None,
+        first_rows: tuple[int, int] = (0, 0),
     ) -> Tensor:
         """All rows, or only those at `last` (int64 [n], the last row of every sequence that has one): [T or n, d].
 
-        `timestamp_s` int64 [T] is needed with `time_bias_buckets`.
+        `timestamp_s` int64 [T] is needed with `time_bias_buckets`; `first_rows` of the batch with dropout over several
+        processes.
         """
         kept = rows if last is None else rows[last]
+        first_key = first_rows[0]
+        first = first_key if last is None else first_rows[1]
         if self.config.norm_first:
-            kept = kept + self._attend(self.attention_norm(rows), cu_seqlens, timestamp_s, last)
-            return kept + self._feed_forward(self.feed_forward_norm(kept))
-        kept = self.attention_norm(kept + self._attend(rows, cu_seqlens, timestamp_s, last))
-        return self.feed_forward_norm(kept + self._feed_forward(kept))
+            kept = kept + self._attend(self.attention_norm(rows), cu_seqlens, timestamp_s, last, first, first_key)
+            return kept + self._feed_forward(self.feed_forward_norm(kept), first)
+        kept = self.attention_norm(kept + self._attend(rows, cu_seqlens, timestamp_s, last, first, first_key))
+        return self.feed_forward_norm(kept + self._feed_forward(kept, first))
 
-    def _attend(self, rows: Tensor, cu_seqlens: Tensor, timestamp_s: Tensor | None, last: Tensor | None) -> Tensor:
-        heads = self.config.heads
+    def _attend(
+        self,
+        rows: Tensor,
+        cu_seqlens: Tensor,
+        timestamp_s: Tensor | None,
+        last: Tensor | None,
+        first: int,
+        first_key: int,
+    ) -> Tensor:
+        heads, width = self.config.heads, rows.shape[1]
+        head_width = width // heads
         query_time = key_time = timestamp_s if self.time_bias is not None else None
         cu_query = cu_seqlens
         if last is None:
-            query, key, value = self.qkv(rows).view(len(rows), 3, heads, -1).unbind(1)
+            query, key, value = self.qkv(rows).view(len(rows), 3, heads, head_width).unbind(1)
         else:
-            width = rows.shape[1]
             weight, bias = self.qkv.weight, self.qkv.bias
-            query = linear(rows[last], weight[:width], bias[:width]).view(len(last), heads, -1)
+            query = linear(rows[last], weight[:width], bias[:width]).view(len(last), heads, head_width)
             key_value = linear(rows, weight[width:], bias[width:])
-            key, value = key_value.view(len(rows), 2, heads, -1).unbind(1)
+            key, value = key_value.view(len(rows), 2, heads, head_width).unbind(1)
             cu_query = functional.pad((cu_seqlens.diff() > 0).cumsum(0, dtype=torch.int32), (1, 0))
             query_time = None if query_time is None else query_time[last]
         if self.pads:
             cu_key = cu_seqlens
-            mixed = _padded_attention(query, key, value, cu_query, cu_key, self._dropout_of_weights())
-            return self._drop(self.out(mixed.flatten(1)))
+            mixed = _padded_attention(query, key, value, cu_query, cu_key)
+            return self._drop(self.out(mixed.flatten(1)), first)
         mixed = flash_attention(
             query,
             key,
@@ -117,34 +133,30 @@ class EncoderLayer(nn.Module):
             time_bias=self.time_bias,
             timestamp_s=query_time,
             timestamp_key_s=None if last is None else key_time,
-            dropout_p=self._dropout_of_weights(),
+            dropout_p=self.config.attention_dropout if self.training else 0.0,
+            first_rows=(first, first_key),
         )
-        return self._drop(self.out(mixed.flatten(1)))
+        return self._drop(self.out(mixed.flatten(1)), first)
 
-    def _dropout_of_weights(self) -> float:
-        return self.config.attention_dropout if self.training else 0.0
+    def _feed_forward(self, rows: Tensor, first: int) -> Tensor:
+        hidden = self._drop(_ACTIVATIONS[self.config.activation](self.expand(rows)), first)
+        return self._drop(self.reduce(hidden), first)
 
-    def _feed_forward(self, rows: Tensor) -> Tensor:
-        hidden = self._drop(_ACTIVATIONS[self.config.activation](self.expand(rows)))
-        return self._drop(self.reduce(hidden))
-
-    def _drop(self, rows: Tensor) -> Tensor:
-        return dropout(rows, self.config.dropout, self.training)
+    def _drop(self, rows: Tensor, first: int) -> Tensor:
+        return dropout(rows, self.config.dropout, self.training, first)
 
 
-def _padded_attention(
-    query: Tensor, key: Tensor, value: Tensor, cu_query: Tensor, cu_key: Tensor, dropout_p: float
-) -> Tensor:
+def _padded_attention(query: Tensor, key: Tensor, value: Tensor, cu_query: Tensor, cu_key: Tensor) -> Tensor:
     """Attention of packed rows [T, H, D] inside each sequence, by PyTorch on padded ones: [T, H, D]."""
+    if not len(key):
+        return query
     query_place, keys = _places(cu_query), _places(cu_key)
     query = _padded(query, query_place, len(cu_query) - 1)
     key, value = (_padded(rows, keys, len(cu_key) - 1) for rows in (key, value))
     position = torch.arange(key.shape[2], device=key.device)
     # A sequence without events has no query either; it looks at one key of zeros, not at nothing.
     is_key = position < cu_key.diff().clamp(min=1)[:, None]
-    mixed = functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=is_key[:, None, None], dropout_p=dropout_p
-    )
+    mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=is_key[:, None, None])
     return mixed.transpose(1, 2)[query_place]
 
 
@@ -199,19 +211,21 @@ class SequenceEncoder(nn.Module):
         Returns:
             float32 [B, width].
         """
-        if self.config.pooling != "last" or not len(self.layers) or not batch.num_tokens:
+        if self.config.pooling != "last" or not len(self.layers):
             return self.pool(self.states(rows, batch), batch)
         # The last layer computes no other rows.
         rows = self.states(rows, batch, layers=len(self.layers) - 1)
         has_events, last = _last_rows(batch)
-        pooled = self.layers[-1](rows, batch.cu_seqlens, batch.timestamp_s, last).float()
+        pooled = self.layers[-1](rows, batch.cu_seqlens, batch.timestamp_s, last, batch.first_rows).float()
         return self._with_empty(pooled, has_events)
 
     def states(self, rows: Tensor, batch: SequenceBatch, layers: int | None = None) -> Tensor:
-        """Every event after the first `layers` layers (None: all): [T, width] -> [T, width]."""
-        if batch.num_tokens:
-            for layer in self.layers[:layers]:
-                rows = layer(rows, batch.cu_seqlens, batch.timestamp_s)
+        """Every event after the first `layers` layers (None: all): [T, width] -> [T, width].
+
+        Without events, too: what a layer draws, all processes draw.
+        """
+        for layer in self.layers[:layers]:
+            rows = layer(rows, batch.cu_seqlens, batch.timestamp_s, first_rows=batch.first_rows)
         return rows
 
     def pool(self, states: Tensor, batch: SequenceBatch) -> Tensor:

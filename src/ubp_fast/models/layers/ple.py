@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ubp_fast.models.layers.dropout import dropout
+from ubp_fast.models.layers.dropout import RowSequential, dropout
 from ubp_fast.models.layers.linear import Linear
 
 
@@ -50,10 +50,10 @@ class ExpertBank(nn.Module):
         self.out_weight = _uniform(groups * experts, hidden, outputs, fan_in=hidden)
         self.out_bias = _uniform(groups, experts, outputs, fan_in=hidden)
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor, first_view: int = 0) -> Tensor:
         size, groups, _ = inputs.shape
         hidden = torch.einsum("bgi,gih->bgh", inputs, self.hidden_weight) + self.hidden_bias
-        hidden = dropout(functional.relu(hidden), self.dropout, self.training)
+        hidden = dropout(functional.relu(hidden), self.dropout, self.training, first_view)
         hidden = hidden.reshape(size, groups * self.experts, -1)
         outputs = torch.einsum("bkh,kho->bko", hidden, self.out_weight)
         return outputs.reshape(size, groups, self.experts, -1) + self.out_bias
@@ -82,7 +82,7 @@ class ExtractionLevel(nn.Module):
         self.shared_gate = Linear(gate_inputs, everything) if has_shared_gate else None
 
     def forward(
-        self, task_inputs: Tensor, shared_inputs: Tensor, gate_inputs: Tensor
+        self, task_inputs: Tensor, shared_inputs: Tensor, gate_inputs: Tensor, first_view: int = 0
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Mixes the experts.
 
@@ -90,12 +90,13 @@ class ExtractionLevel(nn.Module):
             task_inputs: [B, N, inputs].
             shared_inputs: [B, inputs].
             gate_inputs: [B, N, gate_inputs].
+            first_view: number of the first row in a step that several processes share.
 
         Returns:
             Task mixtures [B, N, expert_width], the shared mixture [B, expert_width] or None, and the task gates
             [B, N, shared + own experts], each summing to 1.
         """
-        own, shared = self.own(task_inputs), self.shared(shared_inputs[:, None])
+        own, shared = self.own(task_inputs, first_view), self.shared(shared_inputs[:, None], first_view)
         tasks = own.shape[1]
         pool = torch.cat([shared.expand(-1, tasks, -1, -1), own], dim=2)
         gates = torch.einsum("bni,nik->bnk", gate_inputs, self.gate_weight) + self.gate_bias
@@ -126,7 +127,7 @@ class PLE(nn.Module):
         self.second = ExtractionLevel(len(outputs), width, width, False, config)
         self.towers = nn.ModuleDict(
             {
-                name: nn.Sequential(
+                name: RowSequential(
                     Linear(width, config.tower_hidden),
                     nn.ReLU(),
                     nn.Dropout(config.tower_dropout),
@@ -136,10 +137,10 @@ class PLE(nn.Module):
             }
         )
 
-    def forward(self, profile: Tensor) -> dict[str, Tensor]:
-        """[B, E] -> logits [B, n] per task."""
+    def forward(self, profile: Tensor, first_view: int = 0) -> dict[str, Tensor]:
+        """[B, E] -> logits [B, n] per task; `first_view`: number of the first row in a step that processes share."""
         per_task = profile[:, None].expand(-1, len(self.names), -1)
-        mixed, shared, _ = self.first(per_task, profile, per_task)
+        mixed, shared, _ = self.first(per_task, profile, per_task, first_view)
         assert shared is not None
-        mixed, _, _ = self.second(mixed, shared, mixed)
-        return {name: self.towers[name](mixed[:, index]) for index, name in enumerate(self.names)}
+        mixed, _, _ = self.second(mixed, shared, mixed, first_view)
+        return {name: self.towers[name](mixed[:, index], first_view) for index, name in enumerate(self.names)}
