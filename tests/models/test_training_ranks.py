@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,14 +16,15 @@ from support.ranks import run_ranks
 from support.small_models import NUM_FEATURES, SMALL_EVENTS, outputs_of, training_loader
 from torch import nn
 
+from ubp_fast.files import load_tensors
 from ubp_fast.models.contrastive import ContrastiveConfig, ContrastiveModel
 from ubp_fast.models.layers.encoder import EncoderConfig
 from ubp_fast.models.layers.event_embedding import ConcatenatedEventConfig, EventSizes
 from ubp_fast.models.layers.ple import PLEConfig
 from ubp_fast.models.multitask import MultitaskConfig, MultitaskModel
-from ubp_fast.models.training import TrainingConfig, fit, initialise
+from ubp_fast.models.training import MODEL_FILE, TrainingConfig, fit, initialise
 from ubp_fast.optim import RowSparseAdamW, RowSparseEmbedding
-from ubp_fast.optim.ranks import sum_gradients
+from ubp_fast.optim.ranks import divided, divided_tables, sum_gradients
 from ubp_fast.store.event_store import EventStore
 
 OPTIMIZERS = {
@@ -31,10 +33,12 @@ OPTIMIZERS = {
     "adamw": partial(torch.optim.AdamW, lr=1e-3, eps=1e-4),
 }
 WORLD = 3
-# Model, optimizer, views of a batch (19 leaves one view for the last batch), table updates.
+# Model, optimizer, views of a batch (19 leaves one view for the last batch), whether tables are divided.
 CASES = {
-    "contrastive": ("contrastive", "schedule_free", 19, "auto"),
-    "multitask": ("multitask", "adamw", 16, "auto"),
+    "contrastive": ("contrastive", "schedule_free", 19, False),
+    "multitask": ("multitask", "adamw", 16, False),
+    "contrastive, divided": ("contrastive", "schedule_free", 19, True),
+    "multitask, divided": ("multitask", "adamw", 16, True),
 }
 
 
@@ -59,15 +63,22 @@ def model_of(kind: str, store: EventStore, labels: Any) -> nn.Module:
 
 
 def train(path: Path, directory: Path, case: str, group: Any = None, progress: Any = None) -> tuple[Any, Any]:
-    """Losses per epoch and weights."""
-    kind, optimizer, batch_size, updates = CASES[case]
+    """Losses per epoch and weights, whole."""
+    kind, optimizer, batch_size, is_divided = CASES[case]
     store = EventStore.open(path)
     loader = training_loader(store, batch_size)
     batch = next(iter(training_loader(store, batch_size)))
-    model = model_of(kind, store, batch.labels)
-    config = TrainingConfig(epochs=2, checkpoint_every_s=0, table_updates=updates)  # type: ignore[arg-type]
-    losses = fit(model, loader, OPTIMIZERS[optimizer], config, directory, progress, group=group)
-    return losses, dict(model.state_dict())
+    with divided_tables(group) if is_divided and group is not None else nullcontext():
+        model = model_of(kind, store, batch.labels)
+    config = TrainingConfig(epochs=2, checkpoint_every_s=0, gradient_clip_norm=0.5)
+    validation = training_loader(store, 50)
+    losses = fit(model, loader, OPTIMIZERS[optimizer], config, directory, progress, validation, group=group)
+    weights, whole = dict(model.state_dict()), load_tensors(directory / MODEL_FILE)
+    fresh = model_of(kind, store, batch.labels).state_dict()
+    assert {name: len(part) for name, part in fresh.items() if part.shape != weights[name].shape} == {
+        f"events.{name}.weight": of.total for name, of in zip(("sku", "url"), divided(model).values(), strict=False)
+    }
+    return losses, whole if is_divided else weights
 
 
 def on_a_rank(rank: int, path: Path, directory: Path) -> dict[str, Any]:
@@ -102,18 +113,24 @@ def stops_at(step: int, done: int, total: int) -> None:
         raise RuntimeError("this process is gone")
 
 
-def dies(rank: int, path: Path, directory: Path) -> None:
-    train(path, directory, "contrastive", dist.group.WORLD, partial(stops_at, 5) if rank == 0 else None)
+def dies(rank: int, path: Path, directory: Path, case: str, step: int) -> None:
+    train(path, directory, case, dist.group.WORLD, partial(stops_at, step) if rank == 0 else None)
 
 
-def test_a_run_that_lost_a_process_is_continued_by_another_number(store: EventStore, tmp_path: Path) -> None:
+# Who divides its tables after the first one, and so on: processes of each attempt. The last one ends the training.
+@pytest.mark.parametrize("attempts", [("contrastive", "contrastive"), ("multitask, divided", "multitask")])
+def test_a_run_that_lost_a_process_is_continued_by_another_number(
+    attempts: tuple[str, str], store: EventStore, tmp_path: Path
+) -> None:
+    first, then = attempts
     with pytest.raises(Exception, match=r"is gone|Connection (reset|closed)"):
-        run_ranks(dies, 2, tmp_path / "ranks", store.path, tmp_path / "training")
+        run_ranks(dies, 2, tmp_path / "ranks", store.path, tmp_path / "training", first, 5)
     assert (tmp_path / "training" / "checkpoint.pt").exists()
     seen: list[int] = []
-    continued = train(store.path, tmp_path / "training", "contrastive", progress=lambda done, total: seen.append(done))
+    continued = train(store.path, tmp_path / "training", then, progress=lambda done, total: seen.append(done))
     assert seen[0] > 1
-    assert_close(continued, train(store.path, tmp_path / "undisturbed", "contrastive"))
+    assert_close(continued, train(store.path, tmp_path / "undisturbed", then))
+    assert not list((tmp_path / "training").glob("*.pt"))
 
 
 def gradients_on_a_rank(rank: int) -> list[Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -39,6 +40,7 @@ from ubp_fast.models.pair_scorer import PairScorer
 from ubp_fast.models.reduced_rank import ReducedRankConfig, ReducedRankModel
 from ubp_fast.models.stacking import JoinedBlocks, StackingModel
 from ubp_fast.models.training import MODEL_FILE, fit, initialise, on_device
+from ubp_fast.optim.ranks import divided_tables
 from ubp_fast.pipeline.settings import ModelSettings, Settings
 from ubp_fast.profiler.bundle import MODEL_FOLDER, load_network, save_bundle
 from ubp_fast.profiler.parts import (
@@ -84,7 +86,7 @@ class Training(NamedTuple):
 
 def make_contrastive(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
     """Two-tower model on past cutoffs; its vectors at the stacking cutoffs and at the profiles' cutoff."""
-    _make_network("contrastive", _contrastive(settings, inputs), settings, inputs, directory, progress)
+    _make_network("contrastive", settings, inputs, directory, progress)
 
 
 def _contrastive(settings: Settings, inputs: Inputs) -> Training:
@@ -112,12 +114,10 @@ def _contrastive(settings: Settings, inputs: Inputs) -> Training:
 
 def make_multitask(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
     """Multi-task model on past cutoffs; its vectors at the stacking cutoffs and at the profiles' cutoff."""
-    made = _multitask(settings, inputs)
-    scaler, widths = made.network.scaler, made.network.outputs
-    assert scaler is not None and widths is not None
-    scaler.save(directory / SCALER)
-    write_json(directory / OUTPUTS_FILE, widths)
-    _make_network("multitask", made, settings, inputs, directory, progress)
+    network = _make_network("multitask", settings, inputs, directory, progress)
+    assert network.scaler is not None and network.outputs is not None
+    network.scaler.save(directory / SCALER)
+    write_json(directory / OUTPUTS_FILE, network.outputs)
 
 
 def _multitask(settings: Settings, inputs: Inputs) -> Training:
@@ -146,11 +146,10 @@ def _multitask(settings: Settings, inputs: Inputs) -> Training:
 PARTS = {"contrastive": _contrastive, "multitask": _multitask}
 
 
-def _make_network(
-    name: str, made: Training, settings: Settings, inputs: Inputs, directory: Path, progress: Progress
-) -> None:
+def _make_network(name: str, settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> Network:
     """Trains a network, on several devices where asked for, and writes its vectors."""
-    batches, steps = sum(_inference_batches(made.store, settings).values()), 0
+    store = EventStore.open(inputs["store"])
+    batches, steps = sum(_inference_batches(store, settings).values()), 0
 
     def told(done: int, total: int) -> None:
         nonlocal steps
@@ -159,8 +158,10 @@ def _make_network(
 
     if settings.devices > 1:
         _train_on_devices(name, settings, inputs, directory, told)
+    made = PARTS[name](settings, inputs)
     _train(name, made, settings, inputs, directory, told)  # what several devices have trained is only loaded
-    _write_vectors(name, made.network, made.store, settings, inputs, directory, steps, progress)
+    _write_vectors(name, made.network, store, settings, inputs, directory, steps, progress)
+    return made.network
 
 
 def _train(
@@ -254,8 +255,11 @@ def _train_on_one(
         done[:] = [steps, total]
 
     try:
-        made = PARTS[name](settings, inputs)
-        _train(name, made, settings, inputs, directory, told if rank == 0 else None, dist.group.WORLD)
+        group = dist.group.WORLD
+        assert group is not None
+        with divided_tables(group) if settings.tables == "sharded" else nullcontext():
+            made = PARTS[name](settings, inputs)
+        _train(name, made, settings, inputs, directory, told if rank == 0 else None, group)
     finally:
         dist.destroy_process_group()
 

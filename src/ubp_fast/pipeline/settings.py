@@ -72,6 +72,7 @@ PLAIN_TYPES: dict[str, Any] = {
     "compute.device": str,
     "compute.precision": str,
     "compute.devices": int,
+    "compute.tables": Literal["replicated", "sharded"],
     "compute.threads": int | None,
     "compute.on_shortage": Literal["refuse", "try"],
     **{f"evaluation.{one.name}": get_type_hints(EvaluationConfig)[one.name] for one in fields(EvaluationConfig)},
@@ -187,6 +188,7 @@ class Settings:
     stacking_blocks: tuple[str, ...]
     device: str
     devices: int
+    tables: str
     threads: int | None
     evaluation: Any
     components: tuple[str, ...]
@@ -294,6 +296,7 @@ def read_settings(config: DictConfig) -> Settings:
         stacking_blocks=_blocks(plain),
         device=plain["compute"]["device"],
         devices=plain["compute"]["devices"],
+        tables=plain["compute"]["tables"],
         threads=threads,
         evaluation=_make(evaluation),
         components=components,
