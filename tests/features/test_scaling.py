@@ -1,14 +1,28 @@
-"""moments and MinMaxScaler: against their formulas, constant columns, other data than the fitted one, files, errors."""
+"""What is learned from all rows: against formulas, in parts of processes, for constant columns, other data, files."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from ubp_fast.features import scaling
-from ubp_fast.features.scaling import DayStatistics, MinMaxScaler, log_counts, moments, standardised
+from ubp_fast.features.scaling import (
+    ColumnExtremes,
+    ColumnMoments,
+    DayStatistics,
+    MinMaxScaler,
+    Statistic,
+    log_counts,
+    moments,
+    standardised,
+)
+from ubp_fast.models.membership import NewtonSums
+from ubp_fast.models.reduced_rank import RegressionSums
 
 VALUES = np.array([[0, 0.1, 3], [1, 0.1, 4], [9, 0.1, 8]], np.float32)
 
@@ -31,6 +45,60 @@ def test_moments_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None
         mean, deviation = moments(values)
         np.testing.assert_allclose(mean, values.mean(axis=0, dtype=np.float64), rtol=1e-12)
         np.testing.assert_allclose(deviation, values.std(axis=0, dtype=np.float64), rtol=1e-12, atol=1e-12)
+
+
+def merged(empty: Callable[[], Statistic], parts: list[tuple[Any, ...]], processes: int) -> Any:
+    """Numbered parts dealt out to processes, each of which adds its own backwards; what all of them say."""
+    of_processes = [empty() for _ in range(processes)]
+    for number in reversed(range(len(parts))):
+        of_processes[number * 7 % processes].add(number, *parts[number])
+    first, *others = reversed(of_processes)
+    for other in others:
+        first.merge(other)
+    return first.finish()
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 12])
+@pytest.mark.parametrize("statistic", ["moments", "extremes", "regression", "newton"])
+def test_parts_of_several_processes_give_the_bytes_of_one_pass(statistic: str, count: int) -> None:
+    state = np.random.default_rng(0)
+    inputs = [state.lognormal(size=(33 - number, 5)) for number in range(count)]
+    labels = [(state.random(len(rows)) > 0.7).astype(float) for rows in inputs]
+    whole, target = np.concatenate(inputs), np.concatenate(labels)
+    empty: Callable[[], Statistic]
+    parts: list[tuple[Any, ...]] = [(rows,) for rows in inputs]
+    if statistic == "moments":
+        empty, wanted = ColumnMoments, [whole.mean(axis=0), whole.std(axis=0)]
+    elif statistic == "extremes":
+        scaler = MinMaxScaler.fit(whole)
+        empty, wanted = ColumnExtremes, [scaler.shift, scaler.scale]
+    elif statistic == "regression":
+        empty, wanted = RegressionSums, [whole.T @ whole, whole.T @ target[:, None]]
+        parts = [(rows, [label[:, None]]) for rows, label in zip(inputs, labels, strict=True)]
+    else:
+        empty, parts = partial(NewtonSums, np.zeros(6)), [*zip(inputs, labels, strict=True)]
+        design = np.column_stack([whole, np.ones(len(whole))])
+        wanted = [design.T @ (0.5 - target), design.T @ design / 4]
+    found = [
+        [result.shift, result.scale] if isinstance(result, MinMaxScaler) else [*result]
+        for result in (merged(empty, parts, processes) for processes in (1, 2, 3, 5))
+    ]
+    for values, right in zip(found[0], wanted, strict=True):
+        np.testing.assert_allclose(values, right, rtol=1e-12, atol=1e-12)
+    for other in found[1:]:
+        assert [values.tobytes() for values in other] == [values.tobytes() for values in found[0]]
+
+
+def test_parts_that_do_not_fit_together() -> None:
+    found = ColumnMoments()
+    with pytest.raises(ValueError, match=r"numbered 0, 1, 2, \.\.\., got \[\]"):
+        found.finish()
+    found.add(2, VALUES)
+    found.add(0, VALUES)
+    with pytest.raises(ValueError, match="numbered 0, 1, 2"):
+        found.finish()
+    with pytest.raises(ValueError, match="added once, got 2 again"):
+        found.add(2, VALUES)
 
 
 def test_errors() -> None:

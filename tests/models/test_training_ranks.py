@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -19,14 +19,15 @@ from support.ranks import run_ranks
 from support.small_models import NUM_FEATURES, SMALL_EVENTS, outputs_of, training_loader
 from torch import Tensor, nn
 
+from ubp_fast.files import load_tensors
 from ubp_fast.models.contrastive import ContrastiveConfig, ContrastiveModel
 from ubp_fast.models.layers.encoder import EncoderConfig
 from ubp_fast.models.layers.event_embedding import ConcatenatedEventConfig, EventSizes
 from ubp_fast.models.layers.ple import PLEConfig
 from ubp_fast.models.multitask import MultitaskConfig, MultitaskModel
-from ubp_fast.models.training import TrainingConfig, fit, initialise
+from ubp_fast.models.training import MODEL_FILE, TrainingConfig, fit, initialise
 from ubp_fast.optim import RowSparseAdamW, RowSparseEmbedding
-from ubp_fast.optim.ranks import sum_gradients
+from ubp_fast.optim.ranks import divided, divided_tables, regrouped, sum_gradients
 from ubp_fast.sequences import loader
 from ubp_fast.store.event_store import EventStore
 
@@ -37,11 +38,13 @@ OPTIMIZERS = {
 }
 WORLD = 3
 LABEL_ROWS = loader._label_rows
-# Model, optimizer, views of a batch (19 leaves one view for the last batch).
+# Model, optimizer, views of a batch (19 leaves one view for the last batch), whether tables are divided.
 CASES = {
-    "contrastive": ("contrastive", "schedule_free", 19),
-    "next_event": ("next_event", "adamw", 19),
-    "multitask": ("multitask", "adamw", 16),
+    "contrastive": ("contrastive", "schedule_free", 19, False),
+    "next_event": ("next_event", "adamw", 19, False),
+    "multitask": ("multitask", "adamw", 16, False),
+    "contrastive, divided": ("contrastive", "schedule_free", 19, True),
+    "multitask, divided": ("multitask", "adamw", 16, True),
 }
 
 
@@ -79,14 +82,19 @@ def train(
     exact: bool = False,
 ) -> dict[str, Any]:
     """Losses per epoch, weights, and the optimizer before the last step; in float64 with `exact`."""
-    kind, optimizer, batch_size = CASES[case]
+    kind, optimizer, batch_size, is_divided = CASES[case]
     store = EventStore.open(path)
     batch = next(iter(training_loader(store, batch_size)))
     before: list[Any] = []
 
     def told(done: int, total: int) -> None:
         if done == total and (directory / "checkpoint.pt").exists():  # of the step before
-            before.append(torch.load(directory / "checkpoint.pt", weights_only=True)["optimizer"])
+            state = torch.load(directory / "checkpoint.pt", weights_only=True)
+            if parts := [torch.load(directory / name, weights_only=True) for name in state["tables_apart"]["files"]]:
+                state["optimizer"]["tables"] = [regrouped(of, 0, 1) for of in zip(*parts, strict=True)]
+            if is_divided:
+                state["optimizer"]["tables"] = [rows_of(table) for table in state["optimizer"]["tables"]]
+            before.append(state["optimizer"])
         if progress is not None:
             progress(done, total)
 
@@ -95,8 +103,9 @@ def train(
         if exact:
             wider.enter_context(mock.patch.object(Tensor, "float", Tensor.double))
             wider.enter_context(mock.patch.object(loader, "_label_rows", lambda *of: LABEL_ROWS(*of).double()))
-        model = model_of(kind, store, batch.labels)
-        config = TrainingConfig(epochs=epochs, checkpoint_every_s=0)
+        with divided_tables(group) if is_divided and group is not None else nullcontext():
+            model = model_of(kind, store, batch.labels)
+        config = TrainingConfig(epochs=epochs, checkpoint_every_s=0, gradient_clip_norm=0.5 if is_divided else None)
         losses = fit(
             model.double() if exact else model,
             training_loader(store, batch_size),
@@ -104,9 +113,23 @@ def train(
             config,
             directory,
             told,
+            training_loader(store, 50) if is_divided else None,
             group=group,
         )
-    return {"losses": losses, "weights": dict(model.state_dict()), "optimizer": before[-1] if before else None}
+    weights = dict(model.state_dict())
+    if is_divided:
+        fresh = model_of(kind, store, batch.labels).state_dict()
+        assert {name: len(part) for name, part in fresh.items() if part.shape != weights[name].shape} == {
+            f"events.{name}.weight": of.total for name, of in zip(("sku", "url"), divided(model).values(), strict=False)
+        }
+        weights = load_tensors(directory / MODEL_FILE)
+    return {"losses": losses, "weights": weights, "optimizer": before[-1] if before else None}
+
+
+def rows_of(table: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What an optimizer keeps of the rows that it has stepped, in their order, wherever it lies."""
+    is_stepped = table["last_step"] >= 0
+    return {"last_step": table["last_step"], "state": table["state"][table["slot"][is_stepped].long()]}
 
 
 def on_a_rank(rank: int, path: Path, directory: Path, epochs: int) -> dict[str, Any]:
@@ -197,18 +220,24 @@ def stops_at(step: int, done: int, total: int) -> None:
         raise RuntimeError("this process is gone")
 
 
-def dies(rank: int, path: Path, directory: Path) -> None:
-    train(path, directory, "contrastive", dist.group.WORLD, partial(stops_at, 5) if rank == 0 else None)
+def dies(rank: int, path: Path, directory: Path, case: str, step: int) -> None:
+    train(path, directory, case, dist.group.WORLD, partial(stops_at, step) if rank == 0 else None)
 
 
-def test_a_run_that_lost_a_process_is_continued_by_another_number(store: EventStore, tmp_path: Path) -> None:
+# Who divides its tables after the first one, and so on: processes of each attempt. The last one ends the training.
+@pytest.mark.parametrize("attempts", [("contrastive", "contrastive"), ("multitask, divided", "multitask, divided")])
+def test_a_run_that_lost_a_process_is_continued_by_another_number(
+    attempts: tuple[str, str], store: EventStore, tmp_path: Path
+) -> None:
+    first, then = attempts
     with pytest.raises(Exception, match=r"is gone|Connection (reset|closed)"):
-        run_ranks(dies, 2, tmp_path / "ranks", store.path, tmp_path / "training")
+        run_ranks(dies, 2, tmp_path / "ranks", store.path, tmp_path / "training", first, 5)
     assert (tmp_path / "training" / "checkpoint.pt").exists()
     seen: list[int] = []
-    continued = train(store.path, tmp_path / "training", "contrastive", progress=lambda done, total: seen.append(done))
+    continued = train(store.path, tmp_path / "training", then, progress=lambda done, total: seen.append(done))
     assert seen[0] > 1
-    assert_close(continued, train(store.path, tmp_path / "undisturbed", "contrastive"))
+    assert_close(continued, train(store.path, tmp_path / "undisturbed", then))
+    assert not list((tmp_path / "training").glob("*.pt"))
 
 
 def gradients_on_a_rank(rank: int) -> list[Any]:

@@ -34,19 +34,24 @@ def trained(root: Path, *more: str) -> dict[str, torch.Tensor]:
     return load_tensors(found)
 
 
-def test_two_devices_train_what_one_trains(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """An attempt that cannot be ends in one sentence before."""
-    wrong = ("contrastive.training.table_updates=row_sparse", "+contrastive.optimizer.weight_decay=0.1")
-    code, _, _ = run_tiny(tmp_path / "two", *SETTINGS, "compute.devices=2", *wrong)
-    assert code == 2
-    said = capfd.readouterr().err.splitlines()
-    assert any("error: contrastive: process" in line and "weight decay moves" in line for line in said), said
-    two, one = trained(tmp_path / "two", "compute.devices=2"), trained(tmp_path / "one")
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    return trained(tmp_path_factory.mktemp("one"))
+
+
+@pytest.mark.parametrize("tables", ["replicated", "sharded"])
+def test_two_devices_train_what_one_trains(tables: str, one: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    two = trained(tmp_path, "compute.devices=2", f"compute.tables={tables}")
     for name, part in one.items():
         error = (two[name].double() - part.double()).abs().max()
         assert error <= 1e-4 * part.double().abs().max().clamp_min(0.1), f"{name}: {error:.1e}"
 
 
 def test_devices_that_cannot_be(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Each ends in one sentence."""
+    wrong = ("contrastive.training.table_updates=row_sparse", "+contrastive.optimizer.weight_decay=0.1")
+    assert run_tiny(tmp_path / "two", *SETTINGS, "compute.devices=2", *wrong)[0] == 2
+    said = capfd.readouterr().err.splitlines()
+    assert any("error: contrastive: process" in line and "weight decay moves" in line for line in said), said
     assert run_tiny(tmp_path, *SETTINGS, "compute.devices=0")[0] == 2
     assert "compute.devices must be >= 1, got 0" in capfd.readouterr().err

@@ -1,14 +1,16 @@
 """Scales of columns: `moments` and `standardised`, a few rows at a time; `MinMaxScaler`, fitted once for all.
 
-What is computed of a row here never depends on the rows beside it, on their number, or on threads.
+What is computed of a row here never depends on the rows beside it, on their number, or on threads. What is learned from
+all rows is a `Statistic`: it adds up over parts of the rows, wherever these are, with the bytes of one pass.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -20,6 +22,8 @@ ROWS_AT_ONCE = 4_096
 CACHED_ROWS = 128
 SMALLEST_DEVIATION = 1e-6
 NUM_CLIENTS = "num_clients"
+PartT = TypeVar("PartT")
+ResultT = TypeVar("ResultT")
 
 
 class Rows(Protocol):
@@ -33,18 +37,108 @@ class Rows(Protocol):
     def __getitem__(self, chosen: Any, /) -> np.ndarray: ...
 
 
-def moments(values: Rows) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of every column, float64 [F] each; not finite where a value is not."""
-    parts = [slice(start, start + ROWS_AT_ONCE) for start in range(0, len(values), ROWS_AT_ONCE)]
-    total, squares = np.zeros((2, values.shape[1]))
-    for part in parts:
-        total += values[part].sum(axis=0, dtype=np.float64)
-    mean = total / len(values)
-    for part in parts:
-        difference = values[part] - mean
+class Statistic(ABC, Generic[PartT, ResultT]):
+    """What is learned from all rows, from numbered parts 0, 1, 2, ... of them, with the same bytes whoever adds which.
+
+    Parts 2k and 2k + 1 are joined first, then pairs of pairs, and so on: the order follows from the numbers alone. One
+    pass over all rows and the merged statistics of several processes are the same, where the parts are. As many parts
+    are held as the number of parts has binary digits.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[int, int], PartT] = {}  # of 2^level parts, from number * 2^level on
+
+    def add(self, number: int, *rows: Any) -> None:
+        """Takes part `number`, each once, in any order."""
+        self._take(0, number, self._of(*rows))
+
+    def merge(self, other: Statistic[PartT, ResultT]) -> None:
+        """Takes the parts of another one, which has none of those that are here, and is not used again."""
+        for (level, number), part in other._held.items():
+            self._take(level, number, part)
+
+    def finish(self) -> ResultT:
+        """What all parts say.
+
+        Raises:
+            ValueError: no part, or one missing between others.
+        """
+        spans = sorted((number << level, level) for level, number in self._held)
+        ends = [0, *(first + (1 << level) for first, level in spans)]
+        if not spans or [first for first, _ in spans] != ends[:-1]:
+            raise ValueError(f"{type(self).__name__}: parts must be numbered 0, 1, 2, ..., got {spans}")
+        *before, found = (self._held[level, first >> level] for first, level in spans)
+        for part in reversed(before):
+            found = self._joined(part, found)
+        return self._result(found)
+
+    def _take(self, level: int, number: int, part: PartT) -> None:
+        if (level, number) in self._held:
+            raise ValueError(f"{type(self).__name__}: every part must be added once, got {number << level} again")
+        while (other := self._held.pop((level, number ^ 1), None)) is not None:
+            part = self._joined(other, part) if number & 1 else self._joined(part, other)
+            level, number = level + 1, number >> 1
+        self._held[level, number] = part
+
+    @abstractmethod
+    def _of(self, *rows: Any) -> PartT:
+        """What one part of the rows says."""
+
+    @abstractmethod
+    def _joined(self, left: PartT, right: PartT) -> PartT:
+        """What two neighbours say; may be either of them, changed."""
+
+    @abstractmethod
+    def _result(self, part: PartT) -> ResultT:
+        """What is learned, when this is what all rows say."""
+
+
+class _Spread(NamedTuple):
+    """Rows, their mean and the sums of squared differences from it, float64 [F]."""
+
+    rows: int
+    mean: np.ndarray
+    squares: np.ndarray
+
+
+class ColumnMoments(Statistic[_Spread, tuple[np.ndarray, np.ndarray]]):
+    """Mean and standard deviation of every column, float64 [F] each; not finite where a value is not.
+
+    Source: Chan et al. 1979 (updating formulae of variances).
+    """
+
+    def _of(self, *rows: Any) -> _Spread:
+        (values,) = rows
+        mean = values.sum(axis=0, dtype=np.float64) / len(values)
+        with np.errstate(invalid="ignore"):
+            difference = values - mean
         difference *= difference
-        squares += difference.sum(axis=0)
-    return mean, np.sqrt(squares / len(values))
+        return _Spread(len(values), mean, difference.sum(axis=0))
+
+    def _joined(self, left: _Spread, right: _Spread) -> _Spread:
+        rows = left.rows + right.rows
+        with np.errstate(invalid="ignore"):
+            step = right.mean - left.mean
+            mean = left.mean + step * (right.rows / rows)
+            squares = left.squares + right.squares + step * step * (left.rows * right.rows / rows)
+        return _Spread(rows, mean, squares)
+
+    def _result(self, part: _Spread) -> tuple[np.ndarray, np.ndarray]:
+        return part.mean, np.sqrt(part.squares / part.rows)
+
+
+def in_parts(values: Rows) -> Iterator[tuple[int, slice]]:
+    """Numbers and rows of the parts in which a matrix is read."""
+    for number, start in enumerate(range(0, len(values), ROWS_AT_ONCE)):
+        yield number, slice(start, start + ROWS_AT_ONCE)
+
+
+def moments(values: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """`ColumnMoments` of the rows of one matrix."""
+    found = ColumnMoments()
+    for number, part in in_parts(values):
+        found.add(number, values[part])
+    return found.finish()
 
 
 def standardised(
@@ -152,17 +246,15 @@ class MinMaxScaler:
         """
         if len(values.shape) != 2 or not len(values):
             raise ValueError(f"MinMaxScaler: values must have shape [N >= 1, F], got {list(values.shape)}")
-        shift, largest = np.full((2, values.shape[1]), np.inf)
-        largest = -largest
-        for start in range(0, len(values), ROWS_AT_ONCE):
-            part = values[start : start + ROWS_AT_ONCE]
-            if not np.isfinite(part).all():
-                row, column = np.argwhere(~np.isfinite(part))[0]
-                found = f"got {part[row, column]} in row {start + row}, column {column}"
+        extremes = ColumnExtremes()
+        for number, part in in_parts(values):
+            rows = values[part]
+            if not np.isfinite(rows).all():
+                row, column = np.argwhere(~np.isfinite(rows))[0]
+                found = f"got {rows[row, column]} in row {part.start + row}, column {column}"
                 raise ValueError(f"MinMaxScaler: values must be finite, {found}")
-            shift, largest = np.minimum(shift, part.min(axis=0)), np.maximum(largest, part.max(axis=0))
-        spread = largest - shift
-        return cls(shift, 1 / np.where(spread > 0, spread, 1))
+            extremes.add(number, rows)
+        return extremes.finish()
 
     def transform(self, values: np.ndarray) -> np.ndarray:
         """Scaled values, float32 [N, F].
@@ -188,6 +280,24 @@ class MinMaxScaler:
             FileNotFoundError: a file is missing.
         """
         return cls(*(load_array(directory / f"{name}.npy", False) for name in ("shift", "scale")))
+
+
+class ColumnExtremes(Statistic[tuple[np.ndarray, np.ndarray], MinMaxScaler]):
+    """The scaler that the smallest and largest values of all columns make."""
+
+    def _of(self, *rows: Any) -> tuple[np.ndarray, np.ndarray]:
+        (values,) = rows
+        return values.min(axis=0).astype(np.float64), values.max(axis=0).astype(np.float64)
+
+    def _joined(
+        self, left: tuple[np.ndarray, np.ndarray], right: tuple[np.ndarray, np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        return np.minimum(left[0], right[0]), np.maximum(left[1], right[1])
+
+    def _result(self, part: tuple[np.ndarray, np.ndarray]) -> MinMaxScaler:
+        smallest, largest = part
+        spread = largest - smallest
+        return MinMaxScaler(smallest, 1 / np.where(spread > 0, spread, 1))
 
 
 @dataclass(frozen=True)

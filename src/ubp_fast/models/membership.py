@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ubp_fast.features.scaling import Statistic, in_parts, moments
 from ubp_fast.sequences.sampling import DAY_S, Views, views_at
 
 if TYPE_CHECKING:
@@ -65,16 +66,42 @@ def activity_columns(store: EventStore, cutoff_s: int, clients: np.ndarray | Non
     return columns
 
 
+class NewtonSums(Statistic[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]):
+    """Gradient [F + 1] and curvature [F + 1, F + 1] of the log-likelihood of columns [N, F] and targets [N], float64.
+
+    Args:
+        coefficients: where, float64 [F + 1], the intercept last.
+    """
+
+    def __init__(self, coefficients: np.ndarray) -> None:
+        super().__init__()
+        self.coefficients = coefficients
+
+    def _of(self, *rows: Any) -> tuple[np.ndarray, np.ndarray]:
+        columns, target = rows
+        design = np.column_stack([columns, np.ones(len(columns))])
+        chance = _sigmoid(design @ self.coefficients)
+        return design.T @ (chance - target), (design * (chance * (1.0 - chance))[:, None]).T @ design
+
+    def _joined(
+        self, left: tuple[np.ndarray, np.ndarray], right: tuple[np.ndarray, np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        return left[0] + right[0], left[1] + right[1]
+
+    def _result(self, part: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        return part
+
+
 def fit_logistic(columns: np.ndarray, target: np.ndarray, l2: float, steps: int) -> np.ndarray:
     """Coefficients float64 [F + 1] (intercept last, not penalised) of ridge logistic regression by Newton's method."""
-    design = np.column_stack([columns, np.ones(len(columns))])
     penalty = np.append(np.full(columns.shape[1], l2), 1e-6)
-    coefficients = np.zeros(design.shape[1])
+    coefficients = np.zeros(columns.shape[1] + 1)
     for _ in range(steps):
-        chance = _sigmoid(design @ coefficients)
-        gradient = design.T @ (chance - target) + penalty * coefficients
-        curvature = (design * (chance * (1.0 - chance))[:, None]).T @ design + np.diag(penalty)
-        step = np.linalg.solve(curvature, gradient)
+        sums = NewtonSums(coefficients)
+        for number, part in in_parts(columns):
+            sums.add(number, columns[part], target[part])
+        gradient, curvature = sums.finish()
+        step = np.linalg.solve(curvature + np.diag(penalty), gradient + penalty * coefficients)
         coefficients -= step
         if np.abs(step).max() < 1e-10:
             break
@@ -101,7 +128,7 @@ def membership_weights(
     fold = (order % config.folds).astype(np.int8)
     looked_at = np.flatnonzero(order < config.clients)
     sample, target = columns[looked_at].astype(np.float64), is_relevant[looked_at].astype(np.float64)
-    mean, deviation = sample.mean(axis=0), sample.std(axis=0)
+    mean, deviation = moments(sample)
     deviation = np.where(deviation > 0, deviation, 1.0)
     sample = (sample - mean) / deviation
     chance = np.empty(len(columns))

@@ -24,13 +24,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
 
 from ubp_fast.events.labels import LabelMatrix
 from ubp_fast.events.schema import DataError
-from ubp_fast.features.scaling import ROWS_AT_ONCE, SMALLEST_DEVIATION, Rows, moments, standardised
+from ubp_fast.features.scaling import ROWS_AT_ONCE, SMALLEST_DEVIATION, Rows, Statistic, moments, standardised
 from ubp_fast.files import write_arrays
 from ubp_fast.kernels.row_product import row_product
 
@@ -62,6 +63,22 @@ class ReducedRankConfig:
             raise ValueError(f"ReducedRankConfig: summary_weight must be > 0, got {self.summary_weight}")
 
 
+class RegressionSums(Statistic[list[np.ndarray], list[np.ndarray]]):
+    """Inputs [N, F] times themselves, float64 [F, F], and times every list of labels [N, L], float64 [F, L]."""
+
+    def _of(self, *rows: Any) -> list[np.ndarray]:
+        inputs, labels = rows
+        return [inputs.T @ inputs, *(inputs.T @ label for label in labels)]
+
+    def _joined(self, left: list[np.ndarray], right: list[np.ndarray]) -> list[np.ndarray]:
+        for total, more in zip(left, right, strict=True):
+            total += more
+        return left
+
+    def _result(self, part: list[np.ndarray]) -> list[np.ndarray]:
+        return part
+
+
 class ReducedRankModel:
     """The regression; `fit`, then `transform`.
 
@@ -84,7 +101,7 @@ class ReducedRankModel:
         """Learns the directions and returns itself.
 
         Args:
-            blocks: per past cutoff float [N_i, F], all clients of that day; read three times, 4,096 rows at once.
+            blocks: per past cutoff float [N_i, F], all clients of that day; read twice, 4,096 rows at once.
             labels: name -> 0/1 labels of the window after each row's cutoff, a LabelMatrix or one column [N], in the
                 order of `blocks`: N = sum of N_i.
             is_summary: bool [F], columns that `summary_weight` is for; none by default.
@@ -95,19 +112,17 @@ class ReducedRankModel:
         of_cutoffs = _checked(blocks, labels)
         num_rows, width = sum(map(len, blocks)), blocks[0].shape[1]
         weight = np.ones(width) if is_summary is None else np.where(is_summary, self.config.summary_weight, 1.0)
-        gram = np.zeros((width, width))
-        products = {name: np.zeros((width, _width(labels[name]))) for name in sorted(labels)}
-        first = 0
+        sums, first, number = RegressionSums(), 0, 0
         for values, statistics in zip(blocks, of_cutoffs, strict=True):
             for part, inputs in standardised(values, *statistics, ROWS_AT_ONCE):
                 inputs *= weight
-                gram += inputs.T @ inputs / num_rows
                 rows = slice(first + part.start, first + part.start + len(inputs))
-                for name, product in products.items():
-                    product += inputs.T @ _dense(labels[name], rows) / num_rows
+                sums.add(number, inputs, [_dense(labels[name], rows) for name in sorted(labels)])
+                number += 1
             first += len(values)
+        gram, *products = (total / num_rows for total in sums.finish())
         penalised = gram + self.config.ridge * np.eye(len(gram))
-        coefficients = [_weighted(np.linalg.solve(penalised, product), gram) for product in products.values()]
+        coefficients = [_weighted(np.linalg.solve(penalised, product), gram) for product in products]
         directions, self.singular_values = _leading(np.concatenate(coefficients, axis=1), gram, self.config.rank)
         self.directions = weight[:, None] * directions
         return self

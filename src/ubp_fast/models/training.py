@@ -14,12 +14,14 @@ import hashlib
 import json
 import logging
 import math
+import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from pickle import UnpicklingError
@@ -42,12 +44,11 @@ from ubp_fast.files import (
     save_array,
     write_atomically,
     write_json,
-    write_tensors,
 )
 from ubp_fast.kernels import check_deferred
 from ubp_fast.models.layers.auroc import BinnedAuroc
-from ubp_fast.optim import TableUpdates, adopt_tables, clip_gradient_norm, release_tables
-from ubp_fast.optim.ranks import sum_gradients
+from ubp_fast.optim import RowSparseEmbedding, TableUpdates, adopt_tables, clip_gradient_norm, release_tables
+from ubp_fast.optim.ranks import divided, regrouped, return_gradients, sum_gradients, whole_state, write_whole
 from ubp_fast.optim.table_optimizer import TableOptimizer
 from ubp_fast.progress import Progress
 from ubp_fast.ranks.files import Fetch, seen_by_all
@@ -64,7 +65,7 @@ MODEL_FILE, LOSSES_FILE, LOGS = "model.safetensors", "losses.json", "logs"
 CURVE_POINTS = 60
 # The sum of their AUROCs says which epoch is the best; docs/winner.md 4.7.
 SELECTION_LABELS = ("churn", "buy_sku", "buy_category")
-_CHECKPOINT = "checkpoint.pt"
+_CHECKPOINT, _ROWS = "checkpoint.pt", "rows-{}.pt"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # What a damaged checkpoint, model or record makes its reader raise.
 _UNREADABLE = (OSError, EOFError, RuntimeError, KeyError, ValueError, UnpicklingError, SafetensorError)
@@ -134,7 +135,8 @@ def fit(
         group: processes of `torch.distributed` that train as one: all call this with the same arguments and the same
             directory, each takes its part of every batch, and all end with the same weights, those of one process to
             rounding, dropout included. The first one writes. A checkpoint of one
-            number of processes is continued by any other.
+            number of processes is continued by any other. Tables that were made inside `divided_tables(group)` stay
+            divided: no process holds one whole, `model.safetensors` does.
 
     Returns:
         Per epoch: `epoch` (from 0), `loss` (sum of the terms) and each term, means over the views; metrics, among them
@@ -143,7 +145,7 @@ def fit(
     Raises:
         DataError: a loader without views.
         UserError: `table_updates` that this optimizer cannot have.
-        UserError: a loss that is not finite.
+        UserError: a loss that is not finite; divided tables in a directory that a process does not see.
     """
     if not len(loader):
         raise DataError("fit: loader must have at least one view, got none; use an earlier cutoff or more data")
@@ -151,7 +153,7 @@ def fit(
         loader.share(dist.get_rank(group), dist.get_world_size(group))
     if _is_first(group):
         directory.mkdir(parents=True, exist_ok=True)
-    identity = _identity(model, loader, optimizer_factory, config, validation)
+    identity = _identity(model, loader, optimizer_factory, config, validation, group)
     _require_same(identity, group)
     with seen_by_all(directory, group) as fetch:
         return _fit(model, loader, optimizer_factory, config, directory, identity, progress, validation, group, fetch)
@@ -170,6 +172,8 @@ def _fit(
     fetch: Fetch,
 ) -> list[dict[str, float]]:
     is_first = _is_first(group)
+    if divided(model) and fetch(()) != directory:
+        raise UserError(f"fit: divided tables need a directory that all processes see, got {directory}")
     finished = _load_finished(model, fetch((LOSSES_FILE, MODEL_FILE)), identity)
     _wait(group)  # until all have looked, none changes what they look at
     if finished is not None:
@@ -211,8 +215,8 @@ def _fit(
         best = _best_file(job.best_epoch)
         model.load_state_dict(load_tensors(fetch([best]) / best))
     _wait(group)
+    write_whole(directory / MODEL_FILE, model, is_first)
     if is_first:
-        write_tensors(directory / MODEL_FILE, model.state_dict())
         write_json(directory / LOSSES_FILE, {**identity, "epochs": job.losses, "curve": job.curve})
         _clear(directory)
     _wait(group)
@@ -337,6 +341,7 @@ class _Job(lightning.LightningModule):
         self.curve: list[dict[str, float]] = []
         self._curve_start = 0
         self._resumed: dict[str, Any] | None = None
+        self.divided = divided(model)  # weights of which every process has some rows
         self._terms: list[tuple[int, dict[str, Tensor]]] = []
         self._saved_at = time.monotonic()
         self._best_saved = -1  # that of the checkpoint
@@ -375,8 +380,13 @@ class _Job(lightning.LightningModule):
                 best >= 0 and not (fetch([_best_file(best)]) / _best_file(best)).exists()
             ):
                 return
-            if not _fits(self.model, state["model"]):
+            apart = state["tables_apart"]
+            if not _fits(self.model, state["model"], apart["names"]):
                 return
+            parts = [
+                torch.load(self.directory / name, map_location="cpu", weights_only=True, mmap=True)
+                for name in apart["files"]
+            ]
             # A copy: what stays mapped keeps a checkpoint that was replaced on the disk.
             values = state["values"].to(on_device(self.config.device), copy=True)
             terms = [dict(zip(state["terms"], one.unbind(), strict=True)) for one in values.unbind()]
@@ -384,7 +394,7 @@ class _Job(lightning.LightningModule):
             losses, curve, curve_start = state["losses"], state["curve"], state["curve_start"]
         except _UNREADABLE:
             return
-        self._resumed, self._terms, self._best_saved = state, kept, best
+        self._resumed, self._terms, self._best_saved = {**state, "parts": parts}, kept, best
         self.losses, self.curve, self._curve_start = losses, curve, curve_start
 
     def train_dataloader(self) -> _Rest:
@@ -410,19 +420,25 @@ class _Job(lightning.LightningModule):
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Model and optimizer as they were; nothing reads a table between this and the next step."""
+        rank, world = (self.rank, dist.get_world_size(self.group)) if self.divided else (0, 1)
+        weights, of_optimizer = dict(state["model"]), state["optimizer"]
         if isinstance(self.optimizer, TableOptimizer):
-            self.optimizer.load_exact_state(state["optimizer"])
+            parts = state["parts"] or [_table_parts(weights, of_optimizer["tables"], self._table_names())]
+            of_tables = [regrouped(one, rank, world) for one in zip(*parts, strict=True)]
+            weights |= {name: part["weight"] for name, part in zip(self._table_names(), of_tables, strict=True)}
+            self.optimizer.load_exact_state({**of_optimizer, "tables": of_tables})
         else:
-            self.optimizer.load_state_dict(deepcopy(state["optimizer"]))
+            self.optimizer.load_state_dict(deepcopy(of_optimizer))
         with _rows_as_they_lie():
-            self.model.load_state_dict(state["model"])
+            self.model.load_state_dict(weights)
             for name, values in _unsaved_buffers(self.model).items():
                 values.copy_(state["buffers"][name])
         self._leave_rankings_to_the_first()
 
     def on_after_backward(self) -> None:
         if self.group is not None:
-            sum_gradients(self.model.parameters(), self.group)
+            return_gradients(self.divided.values())
+            sum_gradients((part for part in self.model.parameters() if part not in self.divided), self.group)
 
     def _own_rankings(self) -> list[BinnedAuroc]:
         return [part for part in self.model.modules() if isinstance(part, BinnedAuroc)]
@@ -440,7 +456,7 @@ class _Job(lightning.LightningModule):
         if self.config.gradient_clip_norm is not None:
             # Probes watch: their gradients must not shorten those of the model.
             own = (part for name, part in self.model.named_parameters() if not name.startswith("probes."))
-            clip_gradient_norm(own, self.config.gradient_clip_norm)
+            clip_gradient_norm(own, self.config.gradient_clip_norm, self.divided)
 
     def training_step(self, batch: ViewBatch, batch_index: int) -> Tensor:
         seeds = [self.config.seed, self.epochs_done, self.step]
@@ -487,8 +503,9 @@ class _Job(lightning.LightningModule):
             if self.progress is not None:
                 total = self.config.epochs * _steps(self.loader, self.config)
                 self.progress(total, total)
+        if is_best and not is_last:
+            write_whole(self.directory / _best_file(self.best_epoch), self.model, self.rank == 0)
         if is_best and not is_last and self.rank == 0:
-            write_tensors(self.directory / _best_file(self.best_epoch), self.model.state_dict())
             self._keep_best_files(self.best_epoch, self._best_saved)
         if not is_last:
             self._checkpoint_when_due()
@@ -533,34 +550,76 @@ class _Job(lightning.LightningModule):
             return
         self._sum_rankings()
         self._leave_rankings_to_the_first()
-        if self.rank:
+        if self.rank and not self.divided:
             return
         check_deferred()  # a wrong value on a GPU is not written
+        files, error = self._write_parts()
+        if self.rank:
+            return
         try:
-            write_atomically(self.directory / _CHECKPOINT, self._write_checkpoint)
-        except OSError as error:
-            if error.errno not in _DISK_FULL:
+            if error is not None:
+                raise error
+            write_atomically(self.directory / _CHECKPOINT, partial(self._write_checkpoint, files))
+        except OSError as found:
+            if found.errno not in _DISK_FULL:
                 raise
             warnings.warn(
-                f"{self.directory}: no room for a checkpoint ({error.strerror}); the training goes on, and after a stop"
+                f"{self.directory}: no room for a checkpoint ({found.strerror}); the training goes on, and after a stop"
                 " from the last complete one; free some space",
                 stacklevel=2,
             )
         else:
             self._best_saved = self.best_epoch
             self._keep_best_files(self.best_epoch)
+            for path in self.directory.glob(_ROWS.format("*")):
+                if path.name not in files:
+                    path.unlink()
         self._saved_at = time.monotonic()
+
+    def _table_names(self) -> list[str]:
+        """The tables that a row-sparse optimizer steps, in its order."""
+        return [
+            f"{path}.weight" for path, module in self.model.named_modules() if isinstance(module, RowSparseEmbedding)
+        ]
+
+    def _write_parts(self) -> tuple[list[str], OSError | None]:
+        """Every process's rows of divided tables; the names of all files, or what a full disk said of one of them."""
+        if not self.divided:
+            return [], None
+        assert isinstance(self.optimizer, TableOptimizer) and self.group is not None
+        world, error = dist.get_world_size(self.group), None
+        files = [_ROWS.format(f"{self.epochs_done}-{self.step}-{rank}-of-{world}") for rank in range(world)]
+        with _rows_as_they_lie():
+            weights = self.model.state_dict()
+        part = _table_parts(weights, self.optimizer.exact_state()["tables"], self._table_names())
+        try:
+            write_atomically(self.directory / files[self.rank], partial(_save, part))
+        except OSError as found:
+            if found.errno not in _DISK_FULL:
+                raise
+            error = found
+        code = torch.tensor([0 if error is None else error.errno], device=next(self.model.parameters()).device)
+        dist.all_reduce(code, op=dist.ReduceOp.MAX, group=self.group)
+        if number := int(code):
+            (self.directory / files[self.rank]).unlink(missing_ok=True)
+            error = error or OSError(number, os.strerror(number))
+        return files, error
 
     def _keep_best_files(self, *epochs: int) -> None:
         for path in self.directory.glob(_best_file("*")):
             if path.name not in map(_best_file, epochs):
                 path.unlink()
 
-    def _write_checkpoint(self, path: Path) -> None:
+    def _write_checkpoint(self, files: list[str], path: Path) -> None:
+        """All but the rows that lie in `files`."""
         optimizer = self.optimizer
         of_optimizer = optimizer.exact_state() if isinstance(optimizer, TableOptimizer) else optimizer.state_dict()
         with _rows_as_they_lie():
-            weights, buffers = self.model.state_dict(), _unsaved_buffers(self.model)
+            weights, buffers = dict(self.model.state_dict()), _unsaved_buffers(self.model)
+        apart = self._table_names() if files else []
+        if files:
+            of_optimizer["tables"] = []
+            weights = {name: part for name, part in weights.items() if name not in apart}
         values = [torch.stack(list(terms.values())) for _, terms in self._terms]
         state = {
             "identity": self.identity,
@@ -570,17 +629,12 @@ class _Job(lightning.LightningModule):
             "terms": list(self._terms[0][1]) if self._terms else [],
             "values": torch.stack(values).cpu() if values else torch.empty(0, 0),
             "views": [views for views, _ in self._terms],
+            "tables_apart": {"files": files, "names": apart},
             "model": weights,
             "buffers": buffers,
             "optimizer": of_optimizer,
         }
-        with path.open("wb") as file:
-            try:
-                torch.save(state, file)
-            except RuntimeError as error:  # what torch makes of a file that takes no more
-                if isinstance(error.__context__, OSError):
-                    raise error.__context__ from None
-                raise
+        _save(state, path)
 
 
 @dataclass(frozen=True)
@@ -595,6 +649,21 @@ class _Rest:
 
     def __iter__(self) -> Iterator[ViewBatch]:
         yield from islice(self.loader, self.steps)
+
+
+def _save(state: Any, path: Path) -> None:
+    with path.open("wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # what torch makes of a file that takes no more
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
+def _table_parts(weights: Mapping[str, Tensor], exact: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:
+    """Weight and exact state of each table as one."""
+    return [{"weight": weights[name], **state} for name, state in zip(names, exact, strict=True)]
 
 
 def _logger(kind: str | None, directory: Path) -> Any:
@@ -660,6 +729,7 @@ def _identity(
     optimizer_factory: OptimizerFactory,
     config: TrainingConfig,
     validation: ViewLoader | None,
+    group: ProcessGroup | None,
 ) -> dict[str, Any]:
     """What has to be the same for a training to be continued, as JSON holds it."""
     training = asdict(config)
@@ -667,12 +737,18 @@ def _identity(
         training.pop(name)
     optimizer = optimizer_factory([nn.Parameter(torch.zeros(1))])
     weights = hashlib.blake2b(digest_size=8)
-    for name, part in model.state_dict().items():
-        weights.update(f"{name} {tuple(part.shape)} {part.dtype}".encode())
-        weights.update(part.cpu().reshape(-1).view(torch.uint8).numpy())
+    for part in whole_state(model):
+        weights.update(f"{part.name} {part.shape} {part.dtype}".encode())
+        for piece in part.pieces:
+            weights.update(piece.cpu().reshape(-1).view(torch.uint8).numpy().data)
+    digest = torch.frombuffer(bytearray(weights.digest()), dtype=torch.uint8)
+    if group is not None and divided(model):  # the first process has seen all rows
+        moved = digest.to(next(model.parameters()).device)
+        dist.broadcast(moved, dist.get_global_rank(group, 0), group=group)
+        digest = moved.cpu()
     return {
         "model": f"{type(model).__name__}({getattr(model, 'config', '')})",
-        "initial_weights": weights.hexdigest(),
+        "initial_weights": digest.numpy().tobytes().hex(),
         "optimizer": f"{type(optimizer).__name__}({optimizer.defaults})",
         "training": training,
         "data": loader.digest(),
@@ -694,14 +770,14 @@ def _load_finished(model: nn.Module, directory: Path, identity: dict[str, Any]) 
 
 def _clear(directory: Path) -> None:
     """Removes what a finished training needs no more."""
-    for path in (directory / _CHECKPOINT, *directory.glob(_best_file("*"))):
+    for path in (directory / _CHECKPOINT, *directory.glob(_best_file("*")), *directory.glob(_ROWS.format("*"))):
         path.unlink(missing_ok=True)
 
 
-def _fits(model: nn.Module, weights: Mapping[str, Tensor]) -> bool:
-    """Whether all names, shapes and dtypes are those of the model."""
+def _fits(model: nn.Module, weights: Mapping[str, Tensor], apart: Sequence[str] = ()) -> bool:
+    """Whether all names, shapes and dtypes are those of the model, but for those that are kept apart."""
     return {name: (part.shape, part.dtype) for name, part in weights.items()} == {
-        name: (part.shape, part.dtype) for name, part in model.state_dict().items()
+        part.name: (part.shape, part.dtype) for part in whole_state(model) if part.name not in apart
     }
 
 

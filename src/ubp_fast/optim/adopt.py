@@ -23,12 +23,20 @@ def adopt_tables(optimizer: Optimizer, model: nn.Module, updates: TableUpdates) 
         model: may hold tables.
         updates: "row_sparse" demands it; "auto" takes it for tables on the CPU that `RAdamScheduleFree` trains without
             weight decay or that `AdamW` or `Adam` train, and keeps `optimizer` otherwise; "dense" always keeps it.
-            A table in bfloat16 demands it, too, on any device.
+            A table in bfloat16 demands it, too, on any device, and so does a divided one.
 
     Raises:
-        ValueError: "row_sparse" for an optimizer that has no row-sparse form; "dense" for a table in bfloat16.
+        ValueError: "row_sparse" for an optimizer that has no row-sparse form; "dense" for a table in bfloat16 or a
+            divided one.
     """
     tables = _tables(model)
+    if any(table.division is not None for table in tables):
+        if updates == "dense":
+            raise ValueError(
+                "adopt_tables: updates must be 'auto' or 'row_sparse' for tables that are divided among processes, got"
+                " 'dense'"
+            )
+        updates = "row_sparse"
     if any(table.weight.dtype == torch.bfloat16 for table in tables):
         if updates == "dense":
             raise ValueError(

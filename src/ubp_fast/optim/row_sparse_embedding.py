@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ubp_fast.kernels import row_sparse
 from ubp_fast.kernels.checks import require, require_dtype
 from ubp_fast.kernels.transforms import innermost, is_transforming, outside_of_graphs
+from ubp_fast.optim.ranks import Division, division_of_new
 from ubp_fast.optim.table_weight import SHARDING, TableWeight, adopted, as_row_gradient, catch_up
 from ubp_fast.optim.touched_rows import TouchedRows, check_weight, reserve
 
@@ -81,6 +82,10 @@ class RowSparseEmbedding(nn.Embedding):
             trains it: its steps are rounded at random, any other's would be lost.
         options: the others of `nn.Embedding`, as it has them by default: none has a row-sparse form.
 
+    Attributes:
+        division: of a table made inside `ranks.divided_tables`: `weight` holds the rows of this process, and a lookup,
+            of any id, is one of all processes. None: all rows are here.
+
     Raises:
         ValueError: an option that has no row-sparse form.
     """
@@ -98,13 +103,18 @@ class RowSparseEmbedding(nn.Embedding):
         for name, value in options.items():
             require(name in _OPTIONS, OP, "options", f"be of {_OPTIONS}", name)
             require(name == "norm_type" or not value, OP, name, "be left out", value, "use nn.Embedding")
+        division, rows = None if weight is not None else division_of_new(int(num_embeddings)), int(num_embeddings)
+        if division is not None:
+            rows = division.count
+            padding_idx = None if padding_idx is None else division.place(padding_idx)
         if weight is None:
             dtype, device = dtype or torch.get_default_dtype(), torch.device(device or torch.get_default_device())
-            start = reserve((int(num_embeddings), int(embedding_dim)), dtype, device)
+            start = reserve((rows, int(embedding_dim)), dtype, device)
         else:
             start = weight.to(device=device, dtype=dtype)
-        self._answer = False
-        super().__init__(num_embeddings, embedding_dim, padding_idx, _weight=start, _freeze=is_frozen)
+        self._answer, self.division = False, division
+        super().__init__(rows, embedding_dim, padding_idx, _weight=start, _freeze=is_frozen)
+        self.num_embeddings = num_embeddings
         if weight is None:
             self.reset_parameters()
 
@@ -126,9 +136,31 @@ class RowSparseEmbedding(nn.Embedding):
     def sparse(self, is_sparse: bool) -> None:
         require(not is_sparse, OP, "sparse", "be left out", is_sparse, "an optimizer that adopts the table decides it")
 
+    def reset_parameters(self) -> None:
+        """As in `nn.Embedding`; a divided table gets its rows of what a whole one would get."""
+        if self.division is None:
+            super().reset_parameters()
+            return
+        with torch.no_grad():
+            self.division.draw(self.weight)
+        self._fill_padding_idx_with_zero()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        whole = state_dict.get(f"{prefix}weight")
+        if self.division is not None and whole is not None and len(whole) == self.num_embeddings:
+            state_dict = {**state_dict, f"{prefix}weight": self.division.own(whole)}
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
     def forward(self, ids: Tensor) -> Tensor:
         """int64 or int32 [...] -> [..., D]."""
         require_dtype(OP, "ids", ids, (torch.int64, torch.int32))
+        return self._own_rows(ids) if self.division is None else self._rows_of_all(self.division, ids)
+
+    @torch.compiler.disable
+    def _rows_of_all(self, division: Division, ids: Tensor) -> Tensor:
+        return division.lookup(self._own_rows, ids.long())
+
+    def _own_rows(self, ids: Tensor) -> Tensor:
         weight, is_compiling = self.weight, torch.compiler.is_compiling()
         if type(weight) is TableWeight:
             return self._outside_of_graph(weight, ids) if is_compiling else self._rows_of_present(weight, ids)

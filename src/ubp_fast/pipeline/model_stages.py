@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -39,6 +40,7 @@ from ubp_fast.models.pair_scorer import PairScorer
 from ubp_fast.models.reduced_rank import ReducedRankConfig, ReducedRankModel
 from ubp_fast.models.stacking import JoinedBlocks, StackingModel
 from ubp_fast.models.training import MODEL_FILE, fit, initialise, on_device
+from ubp_fast.optim.ranks import divided_tables
 from ubp_fast.pipeline.cache import key_of
 from ubp_fast.pipeline.settings import ModelSettings, Settings
 from ubp_fast.profiler.bundle import MODEL_FOLDER, load_network, save_bundle
@@ -87,7 +89,7 @@ class Training(NamedTuple):
 
 def make_contrastive(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
     """Two-tower model on past cutoffs; its vectors at the stacking cutoffs and at the profiles' cutoff."""
-    _make_network("contrastive", _contrastive(settings, inputs), settings, inputs, directory, progress)
+    _make_network("contrastive", settings, inputs, directory, progress)
 
 
 def _contrastive(settings: Settings, inputs: Inputs) -> Training:
@@ -119,12 +121,10 @@ def _contrastive(settings: Settings, inputs: Inputs) -> Training:
 
 def make_multitask(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
     """Multi-task model on past cutoffs; its vectors at the stacking cutoffs and at the profiles' cutoff."""
-    made = _multitask(settings, inputs)
-    scaler, widths = made.network.scaler, made.network.outputs
-    assert scaler is not None and widths is not None
-    scaler.save(directory / SCALER)
-    write_json(directory / OUTPUTS_FILE, widths)
-    _make_network("multitask", made, settings, inputs, directory, progress)
+    network = _make_network("multitask", settings, inputs, directory, progress)
+    assert network.scaler is not None and network.outputs is not None
+    network.scaler.save(directory / SCALER)
+    write_json(directory / OUTPUTS_FILE, network.outputs)
 
 
 def _multitask(settings: Settings, inputs: Inputs) -> Training:
@@ -156,11 +156,10 @@ def _multitask(settings: Settings, inputs: Inputs) -> Training:
 PARTS = {"contrastive": _contrastive, "multitask": _multitask}
 
 
-def _make_network(
-    name: str, made: Training, settings: Settings, inputs: Inputs, directory: Path, progress: Progress
-) -> None:
+def _make_network(name: str, settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> Network:
     """Trains a network, on several devices where asked for, and writes its vectors."""
-    batches, steps = sum(_inference_batches(made.store, settings).values()), 0
+    store = EventStore.open(inputs["store"])
+    batches, steps = sum(_inference_batches(store, settings).values()), 0
 
     def told(done: int, total: int) -> None:
         nonlocal steps
@@ -168,14 +167,25 @@ def _make_network(
         progress(done, total + batches)
 
     if (company := company_here()) is not None:
+        made = _made_by_all(name, settings, inputs)
         company.begin(key_of(directory))
         with company.training(name) as group:
             _train(name, made, settings, inputs, directory, told, group)
-    else:
-        if settings.devices > 1:
-            _train_on_devices(name, settings, inputs, directory, told)
-        _train(name, made, settings, inputs, directory, told)  # what several devices have trained is only loaded
-    _write_vectors(name, made.network, made.store, settings, inputs, directory, steps, progress)
+    elif settings.devices > 1:
+        _train_on_devices(name, settings, inputs, directory, told)
+    if company is None or settings.tables == "sharded":  # what several devices have trained is only loaded, and whole
+        made = PARTS[name](settings, inputs)
+        _train(name, made, settings, inputs, directory, told)
+    _write_vectors(name, made.network, store, settings, inputs, directory, steps, progress)
+    return made.network
+
+
+def _made_by_all(name: str, settings: Settings, inputs: Inputs) -> Training:
+    """What one of all processes trains."""
+    group = dist.group.WORLD
+    assert group is not None
+    with divided_tables(group) if settings.tables == "sharded" else nullcontext():
+        return PARTS[name](settings, inputs)
 
 
 def take_part(settings: Settings, company: Company, needed: Callable[[str], tuple[str, Inputs, Path]]) -> None:
@@ -188,7 +198,7 @@ def take_part(settings: Settings, company: Company, needed: Callable[[str], tupl
     """
     while (key := company.following()) is not None:
         name, inputs, directory = needed(key)
-        made = PARTS[name](settings, inputs)
+        made = _made_by_all(name, settings, inputs)
         company.begin(key)
         with company.training(name) as group:
             _train(name, made, settings, inputs, directory, None, group)
@@ -283,7 +293,7 @@ def _train_on_one(
         done[:] = [steps, total]
 
     try:
-        made = PARTS[name](settings, inputs)
+        made = _made_by_all(name, settings, inputs)
         _train(name, made, settings, inputs, directory, told if rank == 0 else None, dist.group.WORLD)
     finally:
         dist.destroy_process_group()

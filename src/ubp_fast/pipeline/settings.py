@@ -76,6 +76,7 @@ PLAIN_TYPES: dict[str, Any] = {
     "compute.devices": int,
     "compute.nodes": int,
     "compute.wait_s": float,
+    "compute.tables": Literal["replicated", "sharded"],
     "compute.threads": int | None,
     "compute.on_shortage": Literal["refuse", "try"],
     **{f"evaluation.{one.name}": get_type_hints(EvaluationConfig)[one.name] for one in fields(EvaluationConfig)},
@@ -193,6 +194,7 @@ class Settings:
     devices: int
     nodes: int
     wait_s: float
+    tables: str
     threads: int | None
     evaluation: Any
     components: tuple[str, ...]
@@ -305,6 +307,7 @@ def read_settings(config: DictConfig) -> Settings:
         devices=plain["compute"]["devices"],
         nodes=plain["compute"]["nodes"],
         wait_s=float(plain["compute"]["wait_s"]),
+        tables=plain["compute"]["tables"],
         threads=threads,
         evaluation=_make(evaluation),
         components=components,
