@@ -50,7 +50,7 @@ from ubp_fast.optim import TableUpdates, adopt_tables, clip_gradient_norm, relea
 from ubp_fast.optim.ranks import sum_gradients
 from ubp_fast.optim.table_optimizer import TableOptimizer
 from ubp_fast.progress import Progress
-from ubp_fast.ranks.files import Fetch, seen_by_all
+from ubp_fast.ranks.files import Fetch, seen_by_all, sending_device
 from ubp_fast.sequences.batch import ViewBatch
 from ubp_fast.sequences.loader import ViewLoader
 
@@ -219,7 +219,7 @@ def _require_same(identity: dict[str, Any], group: ProcessGroup | None) -> None:
     if group is None:
         return
     text = json.dumps(identity, sort_keys=True).encode()
-    mine = torch.tensor(list(hashlib.blake2b(text, digest_size=7).digest()))
+    mine = torch.tensor(list(hashlib.blake2b(text, digest_size=7).digest()), device=sending_device(group))
     found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(found, mine, group=group)
     others = [rank for rank, one in enumerate(found) if not torch.equal(one, found[0])]
