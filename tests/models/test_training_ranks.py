@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -19,6 +19,7 @@ from support.ranks import run_ranks
 from support.small_models import NUM_FEATURES, SMALL_EVENTS, outputs_of, training_loader
 from torch import Tensor, nn
 
+from ubp_fast.events.schema import UserError
 from ubp_fast.files import load_tensors
 from ubp_fast.models.contrastive import ContrastiveConfig, ContrastiveModel
 from ubp_fast.models.layers.encoder import EncoderConfig
@@ -132,18 +133,17 @@ def rows_of(table: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {"last_step": table["last_step"], "state": table["state"][table["slot"][is_stepped].long()]}
 
 
-def on_a_rank(rank: int, path: Path, directory: Path, epochs: int) -> dict[str, Any]:
+def on_a_rank(rank: int, path: Path, directory: Path, epochs: int = 2, cases: Iterable[str] = CASES) -> dict[str, Any]:
     return {
         f"{case} {exact}": train(path, directory / f"{case}-{exact}", case, dist.group.WORLD, None, epochs, exact)
-        for case in CASES
-        for exact in (False, True)
+        for case, exact in product(cases, (False, True))
     }
 
 
 @pytest.fixture(scope="module")
 def ranks(store: EventStore, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     directory = tmp_path_factory.mktemp("ranks")
-    return run_ranks(on_a_rank, WORLD, directory, store.path, directory, 2)
+    return run_ranks(on_a_rank, WORLD, directory, store.path, directory)
 
 
 def tensors_in(found: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -197,22 +197,34 @@ def test_equals_one_process(
             assert deviation(other[name], first[name])[0] == 0
 
 
+TRAINED = ("contrastive", "multitask")
+
+
+@pytest.fixture(scope="module")
+def two_hundred_steps(store: EventStore, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("alone")
+    return {
+        f"{case} {exact}": train(store.path, folder / f"{case}-{exact}", case, epochs=50, exact=exact)
+        for case, exact in product(TRAINED, (False, True))
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_two_hundred_steps_equal_one_process(world: int, store: EventStore, tmp_path: Path) -> None:
-    found = run_ranks(on_a_rank, world, tmp_path, store.path, tmp_path / "ranks", 50)[0]
-    for case, exact in product(CASES, (False, True)):
-        wanted = train(store.path, tmp_path / f"{case}-{exact}", case, epochs=50, exact=exact)
+def test_two_hundred_steps_equal_one_process(
+    world: int, store: EventStore, two_hundred_steps: dict[str, Any], tmp_path: Path
+) -> None:
+    found = run_ranks(on_a_rank, world, tmp_path, store.path, tmp_path / "ranks", 50, TRAINED)[0]
+    missed = []
+    for case, exact in product(TRAINED, (False, True)):
         for part, least in (("losses", 1.0), ("weights", 0.1), ("optimizer", 1e-2)):
-            print(
-                world,
-                case,
-                "float64" if exact else "float32",
-                part,
-                *deviation(found[f"{case} {exact}"][part], wanted[part], least),
-            )
-        assert_close(found[f"{case} {exact}"], wanted, exact)
+            error, where = deviation(found[f"{case} {exact}"][part], two_hundred_steps[f"{case} {exact}"][part], least)
+            line = f"{world} processes, {case}, {'float64' if exact else 'float32'}, {part}: {error:.1e} in{where}"
+            print(line)
+            if error > (1e-12 if exact else 1e-6 if part == "losses" else 1e-5):
+                missed.append(line)
+    assert not missed
 
 
 def stops_at(step: int, done: int, total: int) -> None:
@@ -224,7 +236,7 @@ def dies(rank: int, path: Path, directory: Path, case: str, step: int) -> None:
     train(path, directory, case, dist.group.WORLD, partial(stops_at, step) if rank == 0 else None)
 
 
-# Who divides its tables after the first one, and so on: processes of each attempt. The last one ends the training.
+# The case that loses a process, then the one that ends the training.
 @pytest.mark.parametrize("attempts", [("contrastive", "contrastive"), ("multitask, divided", "multitask, divided")])
 def test_a_run_that_lost_a_process_is_continued_by_another_number(
     attempts: tuple[str, str], store: EventStore, tmp_path: Path
@@ -238,6 +250,26 @@ def test_a_run_that_lost_a_process_is_continued_by_another_number(
     assert seen[0] > 1
     assert_close(continued, train(store.path, tmp_path / "undisturbed", then))
     assert not list((tmp_path / "training").glob("*.pt"))
+
+
+def on_own_disks(rank: int, path: Path, directory: Path) -> dict[str, Any]:
+    with pytest.raises(UserError, match="same model, settings and data, got others in process 2 of 2"):
+        train(path, directory / "other", ("contrastive", "next_event")[rank], dist.group.WORLD)
+    folder = directory / str(rank)
+    with pytest.raises(UserError, match="a directory that all processes see"):
+        train(path, folder, "contrastive, divided", dist.group.WORLD)
+    found = train(path, folder, "contrastive", dist.group.WORLD)
+    assert folder.exists() == (rank == 0)
+    return found
+
+
+def test_a_checkpoint_travels_to_another_disk(store: EventStore, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="is gone"):
+        train(store.path, tmp_path / "0", "contrastive", progress=partial(stops_at, 5))
+    assert (tmp_path / "0" / "checkpoint.pt").exists()
+    wanted = train(store.path, tmp_path / "undisturbed", "contrastive")
+    for found in run_ranks(on_own_disks, 2, tmp_path / "ranks", store.path, tmp_path):
+        assert_close(found, wanted)
 
 
 def gradients_on_a_rank(rank: int) -> list[Any]:

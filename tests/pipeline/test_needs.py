@@ -47,6 +47,21 @@ def test_stages_leave_no_more_than_was_said(run: Path) -> None:
     assert found["multitask"].memory > tables * 12
 
 
+def test_memory_is_that_of_all_processes_of_the_host(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = EventStore.open(run / "stages" / "store")
+
+    def memory(*more: str) -> int:
+        (need,) = needs_of_models(store, read_settings(composed(*SHOP, *WINNER, *more)), ["multitask"])
+        return need.memory
+
+    one = memory("multitask.training.batch_size=1")
+    assert 3 * one < memory("compute.devices=3", "multitask.training.batch_size=3") < 4 * one
+    launched = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 8, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": 1}
+    for name, value in {**launched, "MASTER_ADDR": "here"}.items():
+        monkeypatch.setenv(name, str(value))
+    assert memory("multitask.training.batch_size=8") == 2 * one
+
+
 MEASURE = """
 import sys
 from pathlib import Path

@@ -51,7 +51,7 @@ from ubp_fast.optim import RowSparseEmbedding, TableUpdates, adopt_tables, clip_
 from ubp_fast.optim.ranks import divided, regrouped, return_gradients, sum_gradients, whole_state, write_whole
 from ubp_fast.optim.table_optimizer import TableOptimizer
 from ubp_fast.progress import Progress
-from ubp_fast.ranks.files import Fetch, seen_by_all
+from ubp_fast.ranks.files import Fetch, seen_by_all, sending_device
 from ubp_fast.sequences.batch import ViewBatch
 from ubp_fast.sequences.loader import ViewLoader
 
@@ -172,7 +172,7 @@ def _fit(
     fetch: Fetch,
 ) -> list[dict[str, float]]:
     is_first = _is_first(group)
-    if divided(model) and fetch(()) != directory:
+    if divided(model) and not _by_all(fetch(()) == directory, group):
         raise UserError(f"fit: divided tables need a directory that all processes see, got {directory}")
     finished = _load_finished(model, fetch((LOSSES_FILE, MODEL_FILE)), identity)
     _wait(group)  # until all have looked, none changes what they look at
@@ -232,7 +232,7 @@ def _require_same(identity: dict[str, Any], group: ProcessGroup | None) -> None:
     if group is None:
         return
     text = json.dumps(identity, sort_keys=True).encode()
-    mine = torch.tensor(list(hashlib.blake2b(text, digest_size=7).digest()))
+    mine = torch.tensor(list(hashlib.blake2b(text, digest_size=7).digest()), device=sending_device(group))
     found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(found, mine, group=group)
     others = [rank for rank, one in enumerate(found) if not torch.equal(one, found[0])]
@@ -241,6 +241,14 @@ def _require_same(identity: dict[str, Any], group: ProcessGroup | None) -> None:
             f"fit: all processes must have the same model, settings and data, got others in process {others[0] + 1} of"
             f" {len(found)}; let all read one root on a disk that they share"
         )
+
+
+def _by_all(answer: bool, group: ProcessGroup | None) -> bool:
+    """Whether it is the answer of all processes."""
+    answers = torch.tensor([int(answer)])
+    if group is not None:
+        dist.all_reduce(answers, op=dist.ReduceOp.MIN, group=group)
+    return bool(answers)
 
 
 def _wait(group: ProcessGroup | None) -> None:

@@ -1,5 +1,7 @@
 """What a run will take of disk and memory, said before the work: bounds from the numbers of clients, events and ids.
 
+Memory is that of all processes of this host that train as one.
+
 The store's needs follow from the events, those of all later stages from the store, whose vocabularies decide how large
 tables are. Tables are counted with their optimizer as if every row were in use.
 """
@@ -24,6 +26,7 @@ from ubp_fast.models.training import on_device
 from ubp_fast.pipeline.model_stages import cutoffs_of
 from ubp_fast.pipeline.settings import ModelSettings, Settings
 from ubp_fast.pipeline.stages import feature_sets, profile_sets
+from ubp_fast.ranks.company import Launch
 from ubp_fast.store.event_store import EventStore
 
 # Interpreter, libraries and their threads.
@@ -89,6 +92,8 @@ def needs_of_models(store: EventStore, settings: Settings, stages: Iterable[str]
     relevant, clients = int(store.is_relevant.sum()), store.num_clients
     model_cutoffs, stacking = cutoffs_of(store, settings)
     on_gpu = on_device(settings.device).type == "cuda"
+    launch = Launch.of_environment()
+    here, everywhere = (settings.devices,) * 2 if launch is None else (launch.local_world, launch.world)
     length = len(store.timeline.timestamp_s) / max(clients, 1)
     found, in_bundle = {}, 0
     # A sparse set keeps what is not 0: at most some columns per event of a client.
@@ -133,8 +138,9 @@ def needs_of_models(store: EventStore, settings: Settings, stages: Iterable[str]
         if name in settings.stacking_blocks:
             in_bundle += weights * 4
         work = TRAINING_BYTES + per_client + views * 120 + relevant * 40
-        work += _activations(settings_of)
-        memory = work + (weights * 8 if on_gpu else tables)
+        memory = here * (work + _activations(settings_of) // everywhere + (weights * 8 if on_gpu else tables))
+        if launch is None and here > 1:  # the run itself waits beside the processes that train
+            memory += work + weights * 4
         device = tables + (2 << 30) if on_gpu else 0
         found[name] = Need(name, disk, disk + checkpoints + best, memory, device, checkpoints)
     width = settings.layout.max_width if settings.layout.own else getattr(settings.stacking.config, "profile_width", 7)

@@ -195,9 +195,9 @@ def joined(wait_s: float) -> Iterator[Company | None]:
     _here.append(company)
     try:
         yield company
-    finally:
-        _here.clear()
         company.leave()
+    finally:  # after an error without a last word: the others see the end of the connection
+        _here.clear()
 
 
 def company_here() -> Company | None:

@@ -20,6 +20,11 @@ Fetch = Callable[[Iterable[str]], Path]
 _AT_ONCE = 64 << 20
 
 
+def sending_device(group: ProcessGroup) -> torch.device:
+    """Where tensors lie that a group sends: on the GPU where it knows nothing but NCCL."""
+    return torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+
+
 @contextmanager
 def seen_by_all(directory: Path, group: ProcessGroup | None) -> Iterator[Fetch]:
     """A function of all processes, fetch(names), that gives a folder in which each can read these files of the first.
@@ -34,15 +39,17 @@ def seen_by_all(directory: Path, group: ProcessGroup | None) -> Iterator[Fetch]:
     if group is None:
         yield lambda names: directory
         return
-    rank = dist.get_rank(group)
-    secret = torch.tensor([secrets.randbits(62) if rank == 0 else 0])
+    rank, device = dist.get_rank(group), sending_device(group)
+    secret = torch.tensor([secrets.randbits(62) if rank == 0 else 0], device=device)
     dist.broadcast(secret, dist.get_global_rank(group, 0), group=group)
     mark = directory / f".{int(secret):x}.mark"
     if rank == 0:
+        for left in directory.glob(".*.mark"):  # by a process that was killed
+            left.unlink()
         mark.touch()
     dist.barrier(group=group)
     is_seen = mark.exists()
-    by_all = torch.tensor([int(is_seen)])
+    by_all = torch.tensor([int(is_seen)], device=device)
     dist.all_reduce(by_all, op=dist.ReduceOp.MIN, group=group)
     if rank == 0:
         mark.unlink()
@@ -60,18 +67,18 @@ def seen_by_all(directory: Path, group: ProcessGroup | None) -> Iterator[Fetch]:
 
 
 def _travel(path: Path, group: ProcessGroup, is_kept: bool) -> None:
-    first, is_first = dist.get_global_rank(group, 0), dist.get_rank(group) == 0
-    size = torch.tensor([path.stat().st_size if is_first and path.exists() else -1])
+    first, is_first, device = dist.get_global_rank(group, 0), dist.get_rank(group) == 0, sending_device(group)
+    size = torch.tensor([path.stat().st_size if is_first and path.exists() else -1], device=device)
     dist.broadcast(size, first, group=group)
     left = int(size)
     if left < 0:
         return
     with path.open("rb") if is_first else (path if is_kept else Path("/dev/null")).open("wb") as file:
         while left:
-            part = np.empty(min(left, _AT_ONCE), np.uint8)
-            if is_first:
-                part = np.fromfile(file, np.uint8, len(part))
-            dist.broadcast(torch.from_numpy(part), first, group=group)
+            count = min(left, _AT_ONCE)
+            read = np.fromfile(file, np.uint8, count) if is_first else np.empty(count, np.uint8)
+            part = torch.from_numpy(read).to(device)
+            dist.broadcast(part, first, group=group)
             if is_kept:
-                file.write(part.data)
-            left -= len(part)
+                file.write(part.cpu().numpy().data)
+            left -= count
