@@ -16,7 +16,7 @@ UBP_INLINE LongVec multiply_low_words(LongVec a, uint32_t factor) {
   const LongVec b = LongVec{} + factor;
 #if defined(__AVX512F__)
   return reinterpret_cast<LongVec>(
-      _mm512_mul_epu32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+      _mm512_maskz_mul_epu32(0xff, reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
 #elif defined(__AVX2__)
   return reinterpret_cast<LongVec>(
       _mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));

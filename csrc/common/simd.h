@@ -125,8 +125,8 @@ UBP_INLINE Vec polynomial_of_exponential(Vec r) {
 UBP_INLINE Vec exponential(Vec x) {
 #if defined(__AVX512F__)
   const __mmask16 is_counted = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.3f), _CMP_NLT_UQ);
-  const Vec n =
-      (Vec)_mm512_roundscale_ps((__m512)(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Vec n = (Vec)_mm512_maskz_roundscale_ps(0xffff, (__m512)(x * 1.44269504f),
+                                                _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   Vec r = x - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
   return (Vec)_mm512_maskz_scalef_ps(is_counted, (__m512)polynomial_of_exponential(r), (__m512)n);
