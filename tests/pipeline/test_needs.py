@@ -114,6 +114,15 @@ def test_fits_of_many_items_take_no_more_memory_than_was_said(what: str, tmp_pat
     assert said / 3 < taken < said + libraries, f"{taken / 1e6:.0f} MB of {said / 1e6:.0f} MB"
 
 
+def test_features_of_networks_are_kept_at_their_cutoffs(run: Path) -> None:
+    store = EventStore.open(run / "stages" / "store")
+    need, wide = (
+        needs_of_models(store, read_settings(composed(*SHOP, "stages=[multitask]", *more)), ["features"])[0].disk
+        for more in ((), ("multitask.config.wide=[decayed]",))
+    )
+    assert wide > 1.5 * need
+
+
 def test_more_clients_and_wider_tables_need_more(run: Path) -> None:
     store = EventStore.open(run / "stages" / "store")
     before, wide = (

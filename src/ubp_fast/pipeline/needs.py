@@ -25,7 +25,7 @@ from ubp_fast.models.membership import MembershipConfig
 from ubp_fast.models.training import on_device
 from ubp_fast.pipeline.model_stages import cutoffs_of
 from ubp_fast.pipeline.settings import ModelSettings, Settings
-from ubp_fast.pipeline.stages import feature_sets, profile_sets
+from ubp_fast.pipeline.stages import feature_sets, network_sets, profile_sets
 from ubp_fast.ranks.company import Launch
 from ubp_fast.store.event_store import EventStore
 
@@ -99,7 +99,8 @@ def needs_of_models(store: EventStore, settings: Settings, stages: Iterable[str]
     # A sparse set keeps what is not 0: at most some columns per event of a client.
     counts = int(min(900, 60 + 25 * length))
     of_profile = BYTES_OF_PROFILE_SETS if settings.layout.scores or settings.layout.own else 0
-    sets = of_profile + 46 * 4 * (len(model_cutoffs) + len(stacking) + 1) + counts * 8 * (len(stacking) + 1)
+    with_counts = len(stacking) + 1 + (len(model_cutoffs) if set(network_sets(settings)) - {"static"} else 0)
+    sets = of_profile + 46 * 4 * (len(model_cutoffs) + len(stacking) + 1) + counts * 8 * with_counts
     # Weights of items, of the profile's tastes and of the scorer; those of past windows lie on the disk meanwhile.
     fits, weights_of_items, of_past = [0], 0, 0
     if settings.layout.tastes:

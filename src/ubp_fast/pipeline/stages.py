@@ -213,7 +213,7 @@ def _of_vectors(settings: Settings, *names: str) -> dict[str, Any]:
 def _features_config(settings: Settings) -> dict[str, Any]:
     sets = feature_sets(settings) + profile_sets(settings)
     seed = settings.part("seed") if "scores" in sets else {}
-    return seed | settings.part("windows", "features") | {"sets": sets, "of_networks": _network_sets(settings)}
+    return seed | settings.part("windows", "features") | {"sets": sets, "of_networks": network_sets(settings)}
 
 
 def _latest(stage: Stage, settings: Settings) -> Stage:
@@ -236,11 +236,11 @@ def _trained(settings: Settings) -> tuple[str, ...]:
 
 def feature_sets(settings: Settings) -> list[str]:
     """Features that the stacking model, the graded directions or a trained model look at."""
-    looked_at = {*settings.stacking_blocks, *graded_blocks(settings.recipe), *_network_sets(settings)}
+    looked_at = {*settings.stacking_blocks, *graded_blocks(settings.recipe), *network_sets(settings)}
     return [name for name in ("static", "aggregated", "decayed", "scores", "rich") if name in looked_at]
 
 
-def _network_sets(settings: Settings) -> list[str]:
+def network_sets(settings: Settings) -> list[str]:
     """Features that the trained models read beside events."""
     trained = _trained(settings)
     sets = {name for network in trained for name in getattr(settings, network).config.wide}
@@ -346,7 +346,7 @@ def make_features(settings: Settings, inputs: Inputs, directory: Path, progress:
         scorer = _fit_scorer(settings, store, lists, directory / LEARNED)
         write_arrays(directory / PAIRS_FILE, scorer.arrays)
         make["scores"] = scorer.transform
-    of_networks = _network_sets(settings)
+    of_networks = network_sets(settings)
     wanted = [(name, cutoff_s) for cutoff_s in model for name in of_networks]
     wanted += [(name, cutoff_s) for cutoff_s in (*stacking, store.cutoff_s) for name in feature_sets(settings)]
     wanted += [(name, store.cutoff_s) for name in profile_sets(settings)]
