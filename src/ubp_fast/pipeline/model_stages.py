@@ -247,7 +247,17 @@ def _train_on_devices(name: str, settings: Settings, inputs: Inputs, directory: 
         raise UserError(f"run: compute.devices must be at most the GPUs here, {torch.cuda.device_count()}, got {world}")
     done = torch.multiprocessing.get_context("spawn").Array("q", 2)
     with tempfile.TemporaryDirectory() as meeting:
-        arguments = (world, is_cuda, Path(meeting) / "store", name, settings, dict(inputs), directory, done)
+        arguments = (
+            os.getpid(),
+            world,
+            is_cuda,
+            Path(meeting) / "store",
+            name,
+            settings,
+            dict(inputs),
+            directory,
+            done,
+        )
         context = torch.multiprocessing.start_processes(
             _train_on_one, arguments, world, join=False, start_method="spawn"
         )
@@ -267,6 +277,7 @@ def _train_on_devices(name: str, settings: Settings, inputs: Inputs, directory: 
 
 def _train_on_one(
     rank: int,
+    parent: int,
     world: int,
     is_cuda: bool,
     meeting: Path,
@@ -276,7 +287,9 @@ def _train_on_one(
     directory: Path,
     done: Any,
 ) -> None:
-    """What each of the processes does."""
+    """What each of the processes does, for as long as the run is there."""
+    if os.getppid() != parent:  # it was killed while this process started; later torch passes its end on
+        return
     if is_cuda:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu_of(rank, world)
     else:
