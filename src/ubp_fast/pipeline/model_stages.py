@@ -158,24 +158,26 @@ def _make_network(name: str, settings: Settings, inputs: Inputs, directory: Path
 
     if settings.devices > 1:
         _train_on_devices(name, settings, inputs, directory, told)
-    made = PARTS[name](settings, inputs)
-    _train(name, made, settings, inputs, directory, told)  # what several devices have trained is only loaded
-    _write_vectors(name, made.network, store, settings, inputs, directory, steps, progress)
-    return made.network
+    network = _train(name, settings, inputs, directory, told)  # what several devices have trained is only loaded
+    _write_vectors(name, network, store, settings, inputs, directory, steps, progress)
+    return network
 
 
 def _train(
     name: str,
-    made: Training,
     settings: Settings,
     inputs: Inputs,
     directory: Path,
     progress: Progress | None,
     group: dist.ProcessGroup | None = None,
-) -> None:
-    """Trains a network and validates it where asked for, on the window that follows those of the training."""
+) -> Network:
+    """Trains a network and validates it where asked for, on the window that follows those of the training.
+
+    Among several processes that share out tables each gets a network with its rows alone.
+    """
     part: ModelSettings = getattr(settings, name)
-    network, labels, loader, store = made
+    with divided_tables(group) if group is not None and settings.tables == "sharded" else nullcontext():
+        network, labels, loader, store = PARTS[name](settings, inputs)
     validation, config = None, part.config
     if part.training.validation_views and labels:
         views = views_at(store, cutoffs_of(store, settings)[1][:1], with_history=True)
@@ -195,6 +197,7 @@ def _train(
         )
     place = directory / TRAINING
     fit(network.model, loader, part.optimizer, part.training, place, progress, validation, group)
+    return network
 
 
 def _train_on_devices(name: str, settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
@@ -255,11 +258,7 @@ def _train_on_one(
         done[:] = [steps, total]
 
     try:
-        group = dist.group.WORLD
-        assert group is not None
-        with divided_tables(group) if settings.tables == "sharded" else nullcontext():
-            made = PARTS[name](settings, inputs)
-        _train(name, made, settings, inputs, directory, told if rank == 0 else None, group)
+        _train(name, settings, inputs, directory, told if rank == 0 else None, dist.group.WORLD)
     finally:
         dist.destroy_process_group()
 

@@ -9,6 +9,7 @@ the profiles is the backtest's; `profiles.at` asks for a second one, of another 
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,9 +22,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from ubp_fast.evaluation import Scores, build_targets, evaluate
+from ubp_fast.evaluation import Scores, Targets, build_targets, evaluate
 from ubp_fast.evaluation.diagnostics import diagnose
 from ubp_fast.evaluation.readers.linear import option_of
+from ubp_fast.evaluation.shares import Shares, keep_in_processes
 from ubp_fast.events.labels import make_label_lists
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import DataError, LabelLists, UserError
@@ -463,15 +465,28 @@ def _lead(areas: Mapping[str, float]) -> float:
 def _write_scores(
     settings: Settings, component: str, reader: str, inputs: Inputs, directory: Path, progress: Progress
 ) -> None:
+    config = replace(settings.evaluation, readers=(reader,))
+    has_units = component in ("features", "profile_features")
+    keep, device = directory / SCORED, on_device(settings.device)
+    told: Progress | None = progress
+    if settings.devices > 1 and reader == "network":
+        load = partial(_to_score, settings, component, inputs)
+        threads = settings.threads or os.cpu_count() or 1
+        keep_in_processes(Shares(load, config, device.type, has_units, keep, settings.devices, threads), progress)
+        told = None  # what is left is to read the scores
     events = EventDirectory.open(inputs["events"])
     profiles, remark = _scored(settings, component, inputs, events)
     targets = build_targets(events, profiles.client_ids, settings.evaluation.tasks)
-    config = replace(settings.evaluation, readers=(reader,))
-    has_units = component in ("features", "profile_features")
-    keep = directory / SCORED
-    scores = evaluate(profiles, targets, config, on_device(settings.device), progress, has_units, keep=keep)
+    scores = evaluate(profiles, targets, config, device, told, has_units, keep=keep)
     scores = replace(scores, remarks={**scores.remarks, **({"clients": remark} if remark else {})})
     write_json(directory / "scores.json", scores.to_json())
+
+
+def _to_score(settings: Settings, component: str, inputs: Inputs) -> tuple[Profiles, Targets]:
+    """Vectors and the labels of their clients."""
+    events = EventDirectory.open(inputs["events"])
+    profiles, _ = _scored(settings, component, inputs, events)
+    return profiles, build_targets(events, profiles.client_ids, settings.evaluation.tasks)
 
 
 def make_diagnosis(
