@@ -89,22 +89,26 @@ def evaluate(
 
 
 def keep_share(
-    profiles: Profiles,
-    targets: Targets,
+    load: Callable[[], tuple[Profiles, Targets]],
     config: EvaluationConfig,
-    device: torch.device | str,
-    progress: Progress | None,
+    device: str,
     has_units: bool,
     keep: Path,
     rank: int,
     world: int,
+    progress: Progress | None,
 ) -> None:
     """Trains the network on the tasks and row orders with the numbers rank, rank + world, ..., for `evaluate(keep=)`.
 
+    The scores are those of one process with as many threads, bit by bit. Every one lies in a file when it is there, so
+    that an evaluation whose processes have ended goes on with what is missing.
+
     Args:
-        profiles, targets, config, device, progress, has_units, keep: as for `evaluate`, with the same values.
+        load: gives profiles and targets.
+        config, device, has_units, keep, progress: as for `evaluate`, with the same values.
         rank, world: this process among those that share the work.
     """
+    profiles, targets = load()
     reader = reader_named("network")
     data = _read_data(profiles.align(targets.client_ids), targets, config, device, has_units, None)
     chosen, twins = _asked(targets, config)

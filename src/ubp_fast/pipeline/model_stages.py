@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
@@ -30,7 +30,7 @@ from ubp_fast.features.decayed import OF_LABEL
 from ubp_fast.features.matrix import load_features
 from ubp_fast.features.popular import lists_of_kinds
 from ubp_fast.features.scaling import DayStatistics, MinMaxScaler, ScaledRows
-from ubp_fast.files import complete_file, load_array, load_arrays, load_json, write_json
+from ubp_fast.files import complete_file, create_array, load_array, load_arrays, load_json, write_json
 from ubp_fast.models.contrastive import PROBE_LABELS, ContrastiveModel
 from ubp_fast.models.layers.event_embedding import EventSizes
 from ubp_fast.models.membership import weighted_views
@@ -56,6 +56,7 @@ from ubp_fast.profiler.parts import (
     own_blocks,
     parts_of,
 )
+from ubp_fast.profiler.processes import Processes, deal_out
 from ubp_fast.profiler.profiler import Profiler
 from ubp_fast.profiles import Profiles
 from ubp_fast.profiles.alignment import fit_alignment, without_turning
@@ -114,10 +115,7 @@ def _contrastive(settings: Settings, inputs: Inputs) -> Training:
 
 def make_multitask(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
     """Multi-task model on past cutoffs; its vectors at the stacking cutoffs and at the profiles' cutoff."""
-    network = _make_network("multitask", settings, inputs, directory, progress)
-    assert network.scaler is not None and network.outputs is not None
-    network.scaler.save(directory / SCALER)
-    write_json(directory / OUTPUTS_FILE, network.outputs)
+    _make_network("multitask", settings, inputs, directory, progress)
 
 
 def _multitask(settings: Settings, inputs: Inputs) -> Training:
@@ -146,7 +144,7 @@ def _multitask(settings: Settings, inputs: Inputs) -> Training:
 PARTS = {"contrastive": _contrastive, "multitask": _multitask}
 
 
-def _make_network(name: str, settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> Network:
+def _make_network(name: str, settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
     """Trains a network, on several devices where asked for, and writes its vectors."""
     store = EventStore.open(inputs["store"])
     batches, steps = sum(_inference_batches(store, settings).values()), 0
@@ -159,8 +157,10 @@ def _make_network(name: str, settings: Settings, inputs: Inputs, directory: Path
     if settings.devices > 1:
         _train_on_devices(name, settings, inputs, directory, told)
     network = _train(name, settings, inputs, directory, told)  # what several devices have trained is only loaded
+    if network.scaler is not None and network.outputs is not None:
+        network.scaler.save(directory / SCALER)
+        write_json(directory / OUTPUTS_FILE, network.outputs)
     _write_vectors(name, network, store, settings, inputs, directory, steps, progress)
-    return network
 
 
 def _train(
@@ -503,20 +503,111 @@ def _write_vectors(
     static = partial(StaticRows, store, features=inputs["features"])
     batches = _inference_batches(store, settings)
     total = steps + sum(batches.values())
+    if settings.devices > 1:
+        _write_on_devices(name, store, settings, inputs, directory, lambda done: progress(steps + done, total))
     for cutoff_s, at_once in _clients_at_once(store, settings).items():
 
         def told(done: int, of: int, before: int = steps, number: int = batches[cutoff_s]) -> None:
             progress(before + done * number // of, total)
 
-        made = directory / f"vectors-{cutoff_s}.npy"
-        if not made.exists():  # by a run that was interrupted
+        made = _vectors_file(directory, cutoff_s)
+        if not made.exists():  # by a run that was interrupted, or by several processes
             unfinished = made.with_name(f".{made.name}.partial")
             network.vectors(store, cutoff_s, static, at_once, unfinished, told)
             complete_file(unfinished, made)
+        for part in directory.glob(f"{made.stem}-*"):
+            part.unlink()
         steps += batches[cutoff_s]
-        progress(steps, total)
+        if settings.devices == 1:
+            progress(steps, total)
     vectors = load_array(made, memory_map=True)
     Profiles(store.client_ids[store.is_relevant], vectors).save(directory / name)
+
+
+def processes_of(settings: Settings) -> Processes:
+    """Those of `compute.devices`."""
+    return Processes(settings.devices, on_device(settings.device).type, settings.threads or os.cpu_count() or 1)
+
+
+def _vectors_file(directory: Path, cutoff_s: int, part: str = "") -> Path:
+    return directory / f"vectors-{cutoff_s}{part}.npy"
+
+
+def _part_file(directory: Path, cutoff_s: int, rank: int, world: int) -> Path:
+    return _vectors_file(directory, cutoff_s, f"-{rank}-of-{world}")
+
+
+def _write_on_devices(
+    name: str,
+    store: EventStore,
+    settings: Settings,
+    inputs: Inputs,
+    directory: Path,
+    told: Callable[[int], None],
+) -> None:
+    """All vectors that are missing, by the processes of `compute.devices`; `told` is called with the batches done."""
+    missing = {
+        cutoff_s: at_once
+        for cutoff_s, at_once in _clients_at_once(store, settings).items()
+        if not _vectors_file(directory, cutoff_s).exists()
+    }
+    batches = _inference_batches(store, settings)
+    before, number = (sum(batches[one] for one in batches if (one in missing) == here) for here in (False, True))
+    told(before)
+    if not missing:
+        return
+
+    def progress(done: int, of: int) -> None:
+        told(before + done * number // max(of, 1))
+
+    work = partial(_write_parts, name, settings, dict(inputs), directory, missing)
+    deal_out(work, processes_of(settings), progress, name, "with the vectors that are missing")
+    for cutoff_s in missing:
+        made = _vectors_file(directory, cutoff_s)
+        unfinished = made.with_name(f".{made.name}.partial")
+        ranks = range(settings.devices)
+        _join_parts([_part_file(directory, cutoff_s, rank, settings.devices) for rank in ranks], unfinished)
+        complete_file(unfinished, made)
+
+
+def _write_parts(
+    name: str,
+    settings: Settings,
+    inputs: Inputs,
+    directory: Path,
+    cutoffs: Mapping[int, int],
+    rank: int,
+    world: int,
+    progress: Progress,
+) -> None:
+    """Vectors of one of `world` parts of the clients at cutoffs -> clients of a batch; parts are whole batches."""
+    store = EventStore.open(inputs["store"])
+    network = _trained(name, settings, store, {name: directory})
+    network.model.to(on_device(settings.device))
+    static = partial(StaticRows, store, features=inputs["features"])
+    for number, (cutoff_s, at_once) in enumerate(cutoffs.items()):
+
+        def told(done: int, of: int, before: int = number) -> None:
+            progress(1_000 * before + 1_000 * done // of, 1_000 * len(cutoffs))
+
+        made = _part_file(directory, cutoff_s, rank, world)
+        if not made.exists():  # by a run that was interrupted
+            batches = -(-int(store.is_relevant.sum()) // at_once)
+            part = slice(at_once * (batches * rank // world), at_once * (batches * (rank + 1) // world))
+            unfinished = made.with_name(f".{made.name}.partial")
+            network.vectors(store, cutoff_s, static, at_once, unfinished, told, part)
+            complete_file(unfinished, made)
+        told(1, 1)
+
+
+def _join_parts(files: Sequence[Path], whole: Path) -> None:
+    """One file of the vectors of all processes."""
+    parts = [np.load(file, mmap_mode="r", allow_pickle=False) for file in files]
+    joined, first = create_array(whole, parts[0].dtype, (sum(map(len, parts)), parts[0].shape[1])), 0
+    for part in parts:
+        joined[first : first + len(part)] = part
+        first += len(part)
+    joined.flush()
 
 
 def _block(inputs: Inputs, name: str, cutoff_s: int) -> Block:

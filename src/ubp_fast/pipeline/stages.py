@@ -9,7 +9,6 @@ the profiles is the backtest's; `profiles.at` asks for a second one, of another 
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,8 +23,8 @@ import polars as pl
 
 from ubp_fast.evaluation import Scores, Targets, build_targets, evaluate
 from ubp_fast.evaluation.diagnostics import diagnose
+from ubp_fast.evaluation.evaluator import keep_share
 from ubp_fast.evaluation.readers.linear import option_of
-from ubp_fast.evaluation.shares import Shares, keep_in_processes
 from ubp_fast.events.labels import make_label_lists
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import DataError, LabelLists, UserError
@@ -68,9 +67,11 @@ from ubp_fast.pipeline.model_stages import (
     make_contrastive,
     make_multitask,
     make_stacking,
+    processes_of,
 )
 from ubp_fast.pipeline.settings import Settings
 from ubp_fast.profiler.parts import NETWORKS, aggregated_block, graded_blocks
+from ubp_fast.profiler.processes import deal_out
 from ubp_fast.profiles import Profiles, validate
 from ubp_fast.progress import Progress
 from ubp_fast.report.clients import portray
@@ -471,8 +472,8 @@ def _write_scores(
     told: Progress | None = progress
     if settings.devices > 1 and reader == "network":
         load = partial(_to_score, settings, component, inputs)
-        threads = settings.threads or os.cpu_count() or 1
-        keep_in_processes(Shares(load, config, device.type, has_units, keep, settings.devices, threads), progress)
+        work = partial(keep_share, load, config, device.type, has_units, keep)
+        deal_out(work, processes_of(settings), progress, f"evaluate-{component}", "with the next task")
         told = None  # what is left is to read the scores
     events = EventDirectory.open(inputs["events"])
     profiles, remark = _scored(settings, component, inputs, events)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from ubp_fast.evaluation import EvaluationConfig, Targets, build_targets, evaluate
-from ubp_fast.evaluation.shares import Shares, keep_in_processes
+from ubp_fast.evaluation.evaluator import keep_share
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import UserError
 from ubp_fast.events.sources.challenge import Challenge
+from ubp_fast.profiler.processes import Processes, deal_out
 from ubp_fast.profiles import Profiles
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -34,16 +36,20 @@ def load_in_one(directory: Path) -> tuple[Profiles, Targets]:
     return load(directory)
 
 
-def test_scores_are_those_of_one_process(tmp_path: Path) -> None:
+def test_scores_of_processes_are_those_of_one_process(tmp_path: Path) -> None:
     events, kept = tmp_path / "events", tmp_path / "kept"
     Challenge(dir=str(GOLDEN / "small")).prepare(events)
-    shares = Shares(partial(load_in_one, events), CONFIG, "cpu", False, kept, 2, 2)
     steps: list[tuple[int, int]] = []
+
+    def scored(load: Any) -> None:
+        work = partial(keep_share, load, CONFIG, "cpu", False, kept)
+        deal_out(work, Processes(2, "cpu", 2), lambda *pair: steps.append(pair), "evaluate", "with the next task")
+
     with pytest.raises(UserError, match=r"process 2 of 2 ended: .*; the same command continues with the next task"):
-        keep_in_processes(shares, lambda *pair: steps.append(pair))
+        scored(partial(load_in_one, events))
     finished = {path: path.stat().st_mtime_ns for path in kept.glob("*.json")}
     assert finished
-    keep_in_processes(Shares(partial(load, events), CONFIG, "cpu", False, kept, 2, 2), lambda *pair: steps.append(pair))
+    scored(partial(load, events))
     assert len(list(kept.glob("*.json"))) == 6
     assert {path: path.stat().st_mtime_ns for path in finished} == finished, "they were trained again"
     assert all(done <= total for done, total in steps)
