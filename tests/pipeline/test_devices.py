@@ -30,6 +30,7 @@ SETTINGS = (
 def trained(root: Path, *more: str) -> dict[str, torch.Tensor]:
     code, _, _ = run_tiny(root, *SETTINGS, *more)
     assert code == 0
+    assert not list(root.glob("cache/**/*-of-*"))
     (found,) = root.glob(f"cache/**/training/{MODEL_FILE}")
     return load_tensors(found)
 
@@ -55,3 +56,24 @@ def test_devices_that_cannot_be(tmp_path: Path, capfd: pytest.CaptureFixture[str
     assert any("error: contrastive: process" in line and "weight decay moves" in line for line in said), said
     assert run_tiny(tmp_path, *SETTINGS, "compute.devices=0")[0] == 2
     assert "compute.devices must be >= 1, got 0" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("profiles.at_once=1",),
+        pytest.param(("profiles.at_once=16", "compute.threads=2"), marks=pytest.mark.slow),
+    ],
+)
+def test_vectors_of_several_processes_are_those_of_one(more: tuple[str, ...], tmp_path: Path) -> None:
+    """From the network that one process has trained: only the vectors are taken away."""
+    trained(tmp_path, *more)
+    (stage,) = (tmp_path / "cache").glob("contrastive-*")
+    files = {path.name: path.read_bytes() for path in stage.glob("vectors-*.npy")}
+    assert files
+    partial = stage.with_name(f"{stage.name}.partial")
+    stage.rename(partial)
+    for name in files:
+        (partial / name).unlink()
+    trained(tmp_path, *more, "compute.devices=2")
+    assert {path.name: path.read_bytes() for path in stage.glob("vectors-*.npy")} == files

@@ -64,12 +64,8 @@ def evaluate(
     if read is not None and not set(readers) <= READ_OTHERS:
         raise UserError(f"evaluate: readers of other vectors must be among {sorted(READ_OTHERS)}, got {list(readers)}")
     aligned = profiles.align(targets.client_ids)
-    vectors = _to_device((aligned if has_units else aligned.to_float16()).embeddings, torch.device(device))
-    others_read = None if read is None else _to_device(read.align(targets.client_ids).embeddings, torch.device(device))
-    orders = row_orders(targets.client_ids, config)
-    data = ReaderData(vectors, tuple(orders), _shuffle(targets.client_ids, config, 0), has_units, others_read)
-    chosen = [targets.tasks[name] for name in config.tasks if name in targets.tasks]
-    twins = _twins(chosen)
+    data = _read_data(aligned, targets, config, device, has_units, read)
+    chosen, twins = _asked(targets, config)
     different = sorted(set(twins))
     asked = [chosen[position] for position in different]
     steps = Steps(progress, sum(reader.cost(data, asked, config) for reader in readers.values()))
@@ -86,10 +82,83 @@ def evaluate(
                 challenge[task.task.name] = result
             else:
                 others.setdefault(name, {})[task.task.name] = result
-    digests = tuple(_digest(targets.client_ids[order]) for order in orders)
+    digests = tuple(_digest(targets.client_ids[order]) for order in data.orders)
     missing = {name: reason for name, reason in targets.missing.items() if name in config.tasks}
     remarks = {task.task.name: text for task in chosen if (text := _few(task))}
     return Scores(challenge, config, digests, len(targets.client_ids), missing, others, remarks)
+
+
+def keep_share(
+    load: Callable[[], tuple[Profiles, Targets]],
+    config: EvaluationConfig,
+    device: str,
+    has_units: bool,
+    keep: Path,
+    rank: int,
+    world: int,
+    progress: Progress | None,
+) -> None:
+    """Trains the network on the tasks and row orders with the numbers rank, rank + world, ..., for `evaluate(keep=)`.
+
+    The scores are those of one process with as many threads, bit by bit. Every one lies in a file when it is there, so
+    that an evaluation whose processes have ended goes on with what is missing.
+
+    Args:
+        load: gives profiles and targets.
+        config, device, has_units, keep, progress: as for `evaluate`, with the same values.
+        rank, world: this process among those that share the work.
+    """
+    profiles, targets = load()
+    reader = reader_named("network")
+    data = _read_data(profiles.align(targets.client_ids), targets, config, device, has_units, None)
+    chosen, twins = _asked(targets, config)
+    mine = _trainings(data, [chosen[position] for position in sorted(set(twins))], keep)[rank::world]
+    steps = Steps(progress, sum(reader.cost(one, [task], config) for _, one, task in mine))
+    for training in mine:
+        _keep_one(reader, training, config, steps.done)
+
+
+def _read_data(
+    aligned: Profiles,
+    targets: Targets,
+    config: EvaluationConfig,
+    device: torch.device | str,
+    has_units: bool,
+    read: Profiles | None,
+) -> ReaderData:
+    vectors = _to_device((aligned if has_units else aligned.to_float16()).embeddings, torch.device(device))
+    others_read = None if read is None else _to_device(read.align(targets.client_ids).embeddings, torch.device(device))
+    orders, shuffle = row_orders(targets.client_ids, config), _shuffle(targets.client_ids, config, 0)
+    return ReaderData(vectors, tuple(orders), shuffle, has_units, others_read)
+
+
+def _asked(targets: Targets, config: EvaluationConfig) -> tuple[list[TaskTargets], list[int]]:
+    """The tasks, and for each the position of the first one that asks the same."""
+    chosen = [targets.tasks[name] for name in config.tasks if name in targets.tasks]
+    return chosen, _twins(chosen)
+
+
+# A file for the score of a task in the one row order of some data.
+_Training = tuple[Path, ReaderData, TaskTargets]
+
+
+def _trainings(data: ReaderData, tasks: Sequence[TaskTargets], folder: Path) -> list[_Training]:
+    """All trainings of the network; the folder for their scores is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return [
+        (folder / f"{task.task.name}-{number}.json", replace(data, orders=(order,)), task)
+        for number, order in enumerate(data.orders)
+        for task in tasks
+    ]
+
+
+def _keep_one(reader: Reader, training: _Training, config: EvaluationConfig, report: Callable[[int], None]) -> None:
+    """Trains where there is no score in the file."""
+    path, one, task = training
+    if path.exists():
+        report(reader.cost(one, [task], config))
+    else:
+        write_json(path, task_to_json(reader.read(one, [task], config, report)[0]))  # type: ignore[arg-type]
 
 
 def _kept_one_by_one(
@@ -101,18 +170,13 @@ def _kept_one_by_one(
     folder: Path,
 ) -> list[TaskScore]:
     """The network's scores, a training at a time; what lies in the folder is not trained again."""
-    folder.mkdir(parents=True, exist_ok=True)
-    found: list[list[TaskScore]] = [[] for _ in tasks]
-    for number, order in enumerate(data.orders):
-        for scores, task in zip(found, tasks, strict=True):
-            path, one = folder / f"{task.task.name}-{number}.json", replace(data, orders=(order,))
-            if path.exists():
-                report(reader.cost(one, [task], config))
-            else:
-                write_json(path, task_to_json(reader.read(one, [task], config, report)[0]))  # type: ignore[arg-type]
-            scores.append(task_from_json(load_json(path)))
+    trainings = _trainings(data, tasks, folder)
+    for training in trainings:
+        _keep_one(reader, training, config, report)
+    scores = [task_from_json(load_json(path)) for path, _, _ in trainings]
     shutil.rmtree(folder)
-    return [replace(parts[0], orders=tuple(part.orders[0] for part in parts)) for parts in found]
+    of_tasks = (scores[position :: len(tasks)] for position in range(len(tasks)))
+    return [replace(parts[0], orders=tuple(part.orders[0] for part in parts)) for parts in of_tasks]
 
 
 def _of_reader(name: str, data: ReaderData, profiles: Profiles) -> ReaderData:

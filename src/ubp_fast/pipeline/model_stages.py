@@ -19,10 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
-import torch
 import torch.distributed as dist
-import torch.multiprocessing
-from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from ubp_fast.events.schema import EVENT_KINDS, LabelLists, UserError
 from ubp_fast.events.split import utc_text
@@ -30,7 +27,7 @@ from ubp_fast.features.decayed import OF_LABEL
 from ubp_fast.features.matrix import load_features
 from ubp_fast.features.popular import lists_of_kinds
 from ubp_fast.features.scaling import DayStatistics, MinMaxScaler, Rows
-from ubp_fast.files import complete_file, load_array, load_arrays, load_json, write_json
+from ubp_fast.files import complete_file, create_array, load_array, load_arrays, load_json, write_json
 from ubp_fast.models.contrastive import PROBE_LABELS, ContrastiveModel
 from ubp_fast.models.layers.event_embedding import EventSizes
 from ubp_fast.models.membership import weighted_views
@@ -64,7 +61,8 @@ from ubp_fast.profiles import Profiles
 from ubp_fast.profiles.alignment import fit_alignment, without_turning
 from ubp_fast.profiles.blocks import Layout, compose
 from ubp_fast.progress import Progress
-from ubp_fast.ranks.company import BACKENDS, CONTINUES, Company, company_here, gpu_of
+from ubp_fast.ranks.company import BACKENDS, Company, company_here
+from ubp_fast.ranks.processes import Processes, deal_out
 from ubp_fast.sequences import ViewLoader, Views, age_quantiles_days, past_cutoffs, views_at, window_labels
 from ubp_fast.store.event_store import EventStore
 from ubp_fast.store.in_memory import Histories, Vocabulary
@@ -121,10 +119,7 @@ def _contrastive(settings: Settings, inputs: Inputs) -> Training:
 
 def make_multitask(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
     """Multi-task model on past cutoffs; its vectors at the stacking cutoffs and at the profiles' cutoff."""
-    network = _make_network("multitask", settings, inputs, directory, progress)
-    assert network.scaler is not None and network.outputs is not None
-    network.scaler.save(directory / SCALER)
-    write_json(directory / OUTPUTS_FILE, network.outputs)
+    _make_network("multitask", settings, inputs, directory, progress)
 
 
 def _multitask(settings: Settings, inputs: Inputs) -> Training:
@@ -156,7 +151,7 @@ def _multitask(settings: Settings, inputs: Inputs) -> Training:
 PARTS = {"contrastive": _contrastive, "multitask": _multitask}
 
 
-def _make_network(name: str, settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> Network:
+def _make_network(name: str, settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
     """Trains a network, on several devices where asked for, and writes its vectors."""
     store = EventStore.open(inputs["store"])
     batches, steps = sum(_inference_batches(store, settings).values()), 0
@@ -176,8 +171,11 @@ def _make_network(name: str, settings: Settings, inputs: Inputs, directory: Path
     if company is None or settings.tables == "sharded":  # what several devices have trained is only loaded, and whole
         made = PARTS[name](settings, inputs)
         _train(name, made, settings, inputs, directory, told)
-    _write_vectors(name, made.network, store, settings, inputs, directory, steps, progress)
-    return made.network
+    network = made.network
+    if network.scaler is not None and network.outputs is not None:
+        network.scaler.save(directory / SCALER)
+        write_json(directory / OUTPUTS_FILE, network.outputs)
+    _write_vectors(name, network, store, settings, inputs, directory, steps, progress)
 
 
 def _made_by_all(name: str, settings: Settings, inputs: Inputs) -> Training:
@@ -242,58 +240,24 @@ def _train_on_devices(name: str, settings: Settings, inputs: Inputs, directory: 
     Raises:
         UserError: fewer GPUs than that, or a process that ended.
     """
-    world, is_cuda = settings.devices, on_device(getattr(settings, name).training.device).type == "cuda"
-    if is_cuda and torch.cuda.device_count() < world:
-        raise UserError(f"run: compute.devices must be at most the GPUs here, {torch.cuda.device_count()}, got {world}")
-    done = torch.multiprocessing.get_context("spawn").Array("q", 2)
+    processes = processes_of(settings, getattr(settings, name).training.device)
     with tempfile.TemporaryDirectory() as meeting:
-        arguments = (
-            os.getpid(),
-            world,
-            is_cuda,
-            Path(meeting) / "store",
-            name,
-            settings,
-            dict(inputs),
-            directory,
-            done,
-        )
-        context = torch.multiprocessing.start_processes(
-            _train_on_one, arguments, world, join=False, start_method="spawn"
-        )
-        try:
-            while not context.join(timeout=0.5):
-                if done[1]:
-                    progress(done[0], done[1])
-        except (ProcessRaisedException, ProcessExitedException) as error:
-            last = str(error).strip().splitlines()[-1].removeprefix("ubp_fast.events.schema.UserError: ")
-            raise UserError(f"{name}: process {error.error_index + 1} of {world} ended: {last}; {CONTINUES}") from error
-        finally:
-            for process in context.processes:
-                if process.is_alive():
-                    process.kill()
-                process.join()
+        work = partial(_train_on_one, Path(meeting) / "store", name, settings, dict(inputs), directory)
+        deal_out(work, processes, progress, name, "from the last checkpoint")
 
 
 def _train_on_one(
-    rank: int,
-    parent: int,
-    world: int,
-    is_cuda: bool,
     meeting: Path,
     name: str,
     settings: Settings,
     inputs: Inputs,
     directory: Path,
-    done: Any,
+    rank: int,
+    world: int,
+    progress: Progress,
 ) -> None:
-    """What each of the processes does, for as long as the run is there."""
-    if os.getppid() != parent:  # it was killed while this process started; later torch passes its end on
-        return
-    if is_cuda:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu_of(rank, world)
-    else:
-        torch.set_num_threads(max(1, (settings.threads or os.cpu_count() or 1) // world))
+    """What each of the processes does."""
+    is_cuda = on_device(getattr(settings, name).training.device).type == "cuda"
     dist.init_process_group(
         BACKENDS if is_cuda else "gloo",
         init_method=f"file://{meeting}",
@@ -301,13 +265,9 @@ def _train_on_one(
         world_size=world,
         timeout=timedelta(seconds=settings.wait_s),
     )
-
-    def told(steps: int, total: int) -> None:
-        done[:] = [steps, total]
-
     try:
         made = _made_by_all(name, settings, inputs)
-        _train(name, made, settings, inputs, directory, told if rank == 0 else None, dist.group.WORLD)
+        _train(name, made, settings, inputs, directory, progress if rank == 0 else None, dist.group.WORLD)
     finally:
         dist.destroy_process_group()
 
@@ -573,21 +533,115 @@ def _write_vectors(
     network.model.to(on_device(settings.device))
     batches = _inference_batches(store, settings)
     total = steps + sum(batches.values())
+    if settings.devices > 1:
+        _write_on_devices(name, store, settings, inputs, directory, lambda done: progress(steps + done, total))
     for cutoff_s, at_once in _clients_at_once(store, settings).items():
 
         def told(done: int, of: int, before: int = steps, number: int = batches[cutoff_s]) -> None:
             progress(before + done * number // of, total)
 
-        made = directory / f"vectors-{cutoff_s}.npy"
-        if not made.exists():  # by a run that was interrupted
+        made = _vectors_file(directory, cutoff_s)
+        if not made.exists():  # by a run that was interrupted, or by several processes
             unfinished = made.with_name(f".{made.name}.partial")
             rows = _network_rows(name, network.scaler, settings, inputs, store, views_at(store, [cutoff_s]))
             network.vectors(store, cutoff_s, rows, at_once, unfinished, told)
             complete_file(unfinished, made)
+        for part in directory.glob(f"{made.stem}-*"):
+            part.unlink()
         steps += batches[cutoff_s]
-        progress(steps, total)
+        if settings.devices == 1:
+            progress(steps, total)
     vectors = load_array(made, memory_map=True)
     Profiles(store.client_ids[store.is_relevant], vectors).save(directory / name)
+
+
+def processes_of(settings: Settings, device: str | None = None) -> Processes:
+    """Those of `compute.devices`, on the device of the run or another."""
+    kind = on_device(settings.device if device is None else device).type
+    return Processes(settings.devices, kind, settings.threads or os.cpu_count() or 1)
+
+
+def _vectors_file(directory: Path, cutoff_s: int, part: str = "") -> Path:
+    return directory / f"vectors-{cutoff_s}{part}.npy"
+
+
+def _part_file(directory: Path, cutoff_s: int, rank: int, world: int) -> Path:
+    return _vectors_file(directory, cutoff_s, f"-{rank}-of-{world}")
+
+
+def _write_on_devices(
+    name: str,
+    store: EventStore,
+    settings: Settings,
+    inputs: Inputs,
+    directory: Path,
+    told: Callable[[int], None],
+) -> None:
+    """All vectors that are missing, by the processes of `compute.devices`; `told` is called with the batches done."""
+    missing = {
+        cutoff_s: at_once
+        for cutoff_s, at_once in _clients_at_once(store, settings).items()
+        if not _vectors_file(directory, cutoff_s).exists()
+    }
+    batches = _inference_batches(store, settings)
+    before, number = (sum(batches[one] for one in batches if (one in missing) == here) for here in (False, True))
+    told(before)
+    if not missing:
+        return
+
+    def progress(done: int, of: int) -> None:
+        told(before + done * number // max(of, 1))
+
+    work = partial(_write_parts, name, settings, dict(inputs), directory, missing)
+    deal_out(work, processes_of(settings), progress, name, "with the vectors that are missing")
+    for cutoff_s in missing:
+        made = _vectors_file(directory, cutoff_s)
+        unfinished = made.with_name(f".{made.name}.partial")
+        ranks = range(settings.devices)
+        _join_parts([_part_file(directory, cutoff_s, rank, settings.devices) for rank in ranks], unfinished)
+        complete_file(unfinished, made)
+
+
+def _write_parts(
+    name: str,
+    settings: Settings,
+    inputs: Inputs,
+    directory: Path,
+    cutoffs: Mapping[int, int],
+    rank: int,
+    world: int,
+    progress: Progress,
+) -> None:
+    """Vectors of one of `world` parts of the clients at cutoffs -> clients of a batch; parts are whole batches."""
+    store = EventStore.open(inputs["store"])
+    network = _trained(name, settings, store, {name: directory})
+    network.model.to(on_device(settings.device))
+    for number, (cutoff_s, at_once) in enumerate(cutoffs.items()):
+
+        def told(done: int, of: int, before: int = number) -> None:
+            progress(1_000 * before + 1_000 * done // of, 1_000 * len(cutoffs))
+
+        made = _part_file(directory, cutoff_s, rank, world)
+        if not made.exists():  # by a run that was interrupted
+            batches = -(-int(store.is_relevant.sum()) // at_once)
+            part = slice(at_once * (batches * rank // world), at_once * (batches * (rank + 1) // world))
+            views = views_at(store, [cutoff_s])
+            views = Views(views.row[part], views.cutoff_s[part])
+            rows = _network_rows(name, network.scaler, settings, inputs, store, views)
+            unfinished = made.with_name(f".{made.name}.partial")
+            network.vectors(store, cutoff_s, rows, at_once, unfinished, told, part)
+            complete_file(unfinished, made)
+        told(1, 1)
+
+
+def _join_parts(files: Sequence[Path], whole: Path) -> None:
+    """One file of the vectors of all processes."""
+    parts = [np.load(file, mmap_mode="r", allow_pickle=False) for file in files]
+    joined, first = create_array(whole, parts[0].dtype, (sum(map(len, parts)), parts[0].shape[1])), 0
+    for part in parts:
+        joined[first : first + len(part)] = part
+        first += len(part)
+    joined.flush()
 
 
 def _block(inputs: Inputs, name: str, cutoff_s: int) -> Block:

@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from ubp_fast.evaluation import Scores, build_targets, evaluate
+from ubp_fast.evaluation import Scores, Targets, build_targets, evaluate
 from ubp_fast.evaluation.diagnostics import diagnose
+from ubp_fast.evaluation.evaluator import keep_share
 from ubp_fast.evaluation.readers.linear import option_of
 from ubp_fast.events.labels import make_label_lists
 from ubp_fast.events.read import EventDirectory
@@ -66,11 +67,13 @@ from ubp_fast.pipeline.model_stages import (
     make_contrastive,
     make_multitask,
     make_stacking,
+    processes_of,
 )
 from ubp_fast.pipeline.settings import Settings
 from ubp_fast.profiler.parts import NETWORKS, aggregated_block, graded_blocks
 from ubp_fast.profiles import Profiles, validate
 from ubp_fast.progress import Progress
+from ubp_fast.ranks.processes import deal_out
 from ubp_fast.report.clients import portray
 from ubp_fast.report.drift import drift
 from ubp_fast.sequences import training_cutoffs
@@ -464,15 +467,28 @@ def _lead(areas: Mapping[str, float]) -> float:
 def _write_scores(
     settings: Settings, component: str, reader: str, inputs: Inputs, directory: Path, progress: Progress
 ) -> None:
+    config = replace(settings.evaluation, readers=(reader,))
+    has_units = component in ("features", "profile_features")
+    keep, device = directory / SCORED, on_device(settings.device)
+    told: Progress | None = progress
+    if settings.devices > 1 and reader == "network":
+        load = partial(_to_score, settings, component, inputs)
+        work = partial(keep_share, load, config, device.type, has_units, keep)
+        deal_out(work, processes_of(settings), progress, f"evaluate-{component}", "with the next task")
+        told = None  # what is left is to read the scores
     events = EventDirectory.open(inputs["events"])
     profiles, remark = _scored(settings, component, inputs, events)
     targets = build_targets(events, profiles.client_ids, settings.evaluation.tasks)
-    config = replace(settings.evaluation, readers=(reader,))
-    has_units = component in ("features", "profile_features")
-    keep = directory / SCORED
-    scores = evaluate(profiles, targets, config, on_device(settings.device), progress, has_units, keep=keep)
+    scores = evaluate(profiles, targets, config, device, told, has_units, keep=keep)
     scores = replace(scores, remarks={**scores.remarks, **({"clients": remark} if remark else {})})
     write_json(directory / "scores.json", scores.to_json())
+
+
+def _to_score(settings: Settings, component: str, inputs: Inputs) -> tuple[Profiles, Targets]:
+    """Vectors and the labels of their clients."""
+    events = EventDirectory.open(inputs["events"])
+    profiles, _ = _scored(settings, component, inputs, events)
+    return profiles, build_targets(events, profiles.client_ids, settings.evaluation.tasks)
 
 
 def make_diagnosis(

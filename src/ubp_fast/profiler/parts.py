@@ -89,8 +89,9 @@ class Network(NamedTuple):
         at_once: int,
         file: Path | None = None,
         progress: Progress | None = None,
+        part: slice = slice(None),
     ) -> np.ndarray:
-        """Float16 [U, E] of the relevant clients of a store.
+        """Float16 [U, E] of the relevant clients of a store, or of some of them.
 
         With `at_once=1` in one thread, and so that a client's vector does not depend on the others of its batch.
 
@@ -101,8 +102,10 @@ class Network(NamedTuple):
             at_once: see `Recipe`.
             file: the result is written there and mapped from there.
             progress: called as progress(batches done, batches in all).
+            part: which of the clients; the vectors are those of all where it begins with a batch of all.
         """
-        views = views_at(store, [cutoff_s])
+        every = views_at(store, [cutoff_s])
+        views = Views(every.row[part], every.cutoff_s[part])
         config = self.model.config
         loader = ViewLoader(
             store,
