@@ -166,7 +166,7 @@ def _make_network(name: str, settings: Settings, inputs: Inputs, directory: Path
         company.begin(key_of(directory))
         with company.training(name) as group:
             _train(name, made, settings, inputs, directory, told, group)
-    elif settings.devices > 1:
+    elif deals_out(settings):
         _train_on_devices(name, settings, inputs, directory, told)
     if company is None or settings.tables == "sharded":  # what several devices have trained is only loaded, and whole
         made = PARTS[name](settings, inputs)
@@ -533,7 +533,7 @@ def _write_vectors(
     network.model.to(on_device(settings.device))
     batches = _inference_batches(store, settings)
     total = steps + sum(batches.values())
-    if settings.devices > 1:
+    if deals_out(settings):
         _write_on_devices(name, store, settings, inputs, directory, lambda done: progress(steps + done, total))
     for cutoff_s, at_once in _clients_at_once(store, settings).items():
 
@@ -549,10 +549,15 @@ def _write_vectors(
         for part in directory.glob(f"{made.stem}-*"):
             part.unlink()
         steps += batches[cutoff_s]
-        if settings.devices == 1:
+        if not deals_out(settings):
             progress(steps, total)
     vectors = load_array(made, memory_map=True)
     Profiles(store.client_ids[store.is_relevant], vectors).save(directory / name)
+
+
+def deals_out(settings: Settings) -> bool:
+    """Whether work goes to processes of its own; those that torchrun has started take part in trainings alone."""
+    return settings.devices > 1 and company_here() is None
 
 
 def processes_of(settings: Settings, device: str | None = None) -> Processes:

@@ -63,6 +63,7 @@ from ubp_fast.pipeline.model_stages import (
     VECTORS,
     Inputs,
     cutoffs_of,
+    deals_out,
     load_lists,
     make_contrastive,
     make_multitask,
@@ -471,7 +472,7 @@ def _write_scores(
     has_units = component in ("features", "profile_features")
     keep, device = directory / SCORED, on_device(settings.device)
     told: Progress | None = progress
-    if settings.devices > 1 and reader == "network":
+    if deals_out(settings) and reader == "network":
         load = partial(_to_score, settings, component, inputs)
         work = partial(keep_share, load, config, device.type, has_units, keep)
         deal_out(work, processes_of(settings), progress, f"evaluate-{component}", "with the next task")
