@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,13 @@ def load(directory: Path) -> tuple[Profiles, Targets]:
     return profiles, build_targets(EventDirectory.open(directory), profiles.client_ids)
 
 
-def load_in_one(directory: Path) -> tuple[Profiles, Targets]:
-    """Of two processes the second ends at once, when the first has left a score."""
-    if torch.multiprocessing.current_process().name.endswith("-2"):
-        while not list((directory.parent / "kept").glob("*.json")):
-            pass
+def second_ends(work: Any, kept: Path, rank: int, world: int, progress: Any) -> None:
+    """The second process ends at once when the first has left a score."""
+    if rank == 1:
+        while not list(kept.glob("*.json")):
+            time.sleep(0.01)
         os._exit(9)
-    return load(directory)
+    work(rank, world, progress)
 
 
 def test_scores_of_processes_are_those_of_one_process(tmp_path: Path) -> None:
@@ -41,15 +42,16 @@ def test_scores_of_processes_are_those_of_one_process(tmp_path: Path) -> None:
     Challenge(dir=str(GOLDEN / "small")).prepare(events)
     steps: list[tuple[int, int]] = []
 
-    def scored(load: Any) -> None:
-        work = partial(keep_share, load, CONFIG, "cpu", False, kept)
+    work = partial(keep_share, partial(load, events), CONFIG, "cpu", False, kept)
+
+    def scored(work: Any) -> None:
         deal_out(work, Processes(2, "cpu", 2), lambda *pair: steps.append(pair), "evaluate", "with the next task")
 
     with pytest.raises(UserError, match=r"process 2 of 2 ended: .*; the same command continues with the next task"):
-        scored(partial(load_in_one, events))
+        scored(partial(second_ends, work, kept))
     finished = {path: path.stat().st_mtime_ns for path in kept.glob("*.json")}
     assert finished
-    scored(partial(load, events))
+    scored(work)
     assert len(list(kept.glob("*.json"))) == 6
     assert {path: path.stat().st_mtime_ns for path in finished} == finished, "they were trained again"
     assert all(done <= total for done, total in steps)
