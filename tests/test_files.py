@@ -273,7 +273,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_file(tmp_path: Path, form: str) 
 def test_arrays_are_written_here_alone() -> None:
     source = Path(files.__file__).parent
     ways = ("np.save(", "open_memmap(", "save_file(", ".tofile(")
-    texts = {path.name: path.read_text() for path in source.rglob("*.py")}
+    texts = {str(path.relative_to(source)): path.read_text() for path in source.rglob("*.py")}
     assert {name for name, text in texts.items() if any(way in text for way in ways)} == {"files.py"}
 
 
