@@ -15,6 +15,7 @@ from datetime import date, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from uuid import UUID
 from zoneinfo import ZoneInfo
 
 import numpy as np
@@ -159,6 +160,12 @@ def columns_of(source: EventRows) -> Table:
     return Table(path=source.name, **{one.name: getattr(source, one.name) for one in fields(EventRows)})
 
 
+def _holds_uuids(column: Any) -> bool:
+    """Whether the first object of a pandas column is one."""
+    first = column.first_valid_index() if column.dtype == object else None
+    return first is not None and isinstance(column.dropna().iloc[0], UUID)
+
+
 def frame_of(value: Any) -> pl.DataFrame:
     """A polars, pandas or Arrow table as a polars frame.
 
@@ -170,7 +177,9 @@ def frame_of(value: Any) -> pl.DataFrame:
     if isinstance(value, pl.DataFrame):
         return value
     if type(value).__module__.split(".")[0] == "pandas":
-        return pl.from_pandas(value)
+        # Older releases of pyarrow know no UUID objects.
+        texts = {name: of.map(str, na_action="ignore") for name, of in value.items() if _holds_uuids(of)}
+        return pl.from_pandas(value.assign(**texts))
     if hasattr(value, "__arrow_c_stream__"):
         return pl.DataFrame(value)
     raise UserError(
