@@ -197,7 +197,7 @@ def test_equals_one_process(
             assert deviation(other[name], first[name])[0] == 0
 
 
-TRAINED = ("contrastive", "multitask")
+TRAINED = ("contrastive", "multitask", "contrastive, divided", "multitask, divided")
 
 
 @pytest.fixture(scope="module")
