@@ -179,6 +179,25 @@ def test_trees_on_shared_bins_equal_trees_on_their_own():
         assert area == pytest.approx(expected, abs=1e-9)
 
 
+def test_trees_of_rare_labels_do_not_fit_noise(monkeypatch):
+    random = np.random.default_rng(2)
+    clients, labels = 2000, 4
+    vectors = random.normal(size=(clients, 40)).astype(np.float16)  # column l is the truth behind label l
+    train, validation = (vectors[:, :labels] + random.normal(size=(clients, labels)) > 3.4 for _ in range(2))
+    assert (train.sum(axis=0) < 25).all(), "hardly one client in a hundred"
+    everyone = np.ones(clients, bool)
+    task = TaskTargets(TASKS["propensity_sku"], everyone, matrix(train), matrix(validation), np.full(labels, 0.01))
+    shop = (Profiles(np.arange(clients), vectors), Targets(np.arange(clients), {"propensity_sku": task}))
+
+    def auroc() -> float:
+        found = scores_of("boosting", shop, labels_per_task=labels)
+        return found.aurocs()["boosting"]["propensity_sku"][0]
+
+    found = auroc()
+    monkeypatch.setitem(boosting.PARAMETERS, "lambda_l2", 0.0)
+    assert found > auroc() + 0.02
+
+
 def test_trees_sample_other_labels_in_every_repetition():
     found = scores_of("boosting", make_shop(), orders=3).others["boosting"]
     samples = [sample.labels for sample in found["propensity_sku"].samples]
