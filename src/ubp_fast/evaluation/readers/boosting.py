@@ -1,10 +1,10 @@
 """Gradient-boosted trees per label (LightGBM): 100 trees of 7 leaves, learning rate 0.05, 30 % of the columns a tree,
 an L2 penalty of 10.
 
-Settings are fixed, so nothing is chosen. The penalty is for rare labels: the weight of a client in a leaf is p (1 - p),
-a few thousandths where few buy, and without one every split that isolates a buyer looks pure. A tree per label is slow
-where a task has a hundred: `labels_per_task` evenly spaced labels of each task are read, others in every sample. Columns
-are binned once for all labels of the same clients. Deterministic, whatever the number of threads.
+Settings are fixed, so nothing is chosen. The penalty is for rare labels: the weight of a client in a leaf is p (1 -
+p), a few thousandths where few buy; without it a split that isolates one buyer looks pure. A tree per label is slow
+where a task has a hundred: `labels_per_task` evenly spaced labels of each task are read, others in every sample.
+Columns are binned once for all labels of the same clients. Deterministic, whatever the number of threads.
 """
 
 from __future__ import annotations
