@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import platform
 import signal
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -556,3 +557,28 @@ def test_row_sparse_training_is_dense_training(
         assert found == pytest.approx(wanted, rel=1e-5)
     found, wanted = (results[updates][1]["events.sku.weight"] for updates in ("row_sparse", "dense"))
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+
+
+def in_memory() -> int:
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's heap")
+@pytest.mark.parametrize("does", ["fit", "embed"])
+def test_holes_between_tensors_that_live_go_back_to_the_system(does: str, store: EventStore, tmp_path: Path) -> None:
+    model, views = small_contrastive(store), views_at(store, [CUTOFF_S])
+    few = ViewLoader(store, views, batch_size=3, history_length=64)  # ten batches
+    embed(model, few)
+    train(store, tmp_path / "before", epochs=1)
+    tensors = [torch.ones(16_384) for _ in range(4_000)]
+    living = tensors[::16]
+    full = in_memory()
+    del tensors
+    holes = full - in_memory()
+    assert holes < 50e6, "otherwise this test says nothing"
+    if does == "embed":
+        embed(model, few)
+    else:
+        train(store, tmp_path / "after", epochs=1)
+    assert in_memory() < full - 150e6
+    assert len(living) == 250

@@ -9,6 +9,7 @@ a validation loader the weights of the best epoch are the result, not those of t
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import json
@@ -18,7 +19,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -63,6 +64,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 MODEL_FILE, LOSSES_FILE, LOGS = "model.safetensors", "losses.json", "logs"
 CURVE_POINTS = 60
+TRIM_EVERY = 8  # steps
 # The sum of their AUROCs says which epoch is the best; docs/winner.md 4.7.
 SELECTION_LABELS = ("churn", "buy_sku", "buy_category")
 _CHECKPOINT, _ROWS = "checkpoint.pt", "rows-{}.pt"
@@ -312,6 +314,8 @@ def embed(
                     f" {first + row}, column {column}; look for a diverged training"
                 )
             first += len(rows)
+            if step % TRIM_EVERY == 0:
+                _give_back_memory()
             if progress is not None:
                 progress(step, len(loader))
     check_deferred()
@@ -488,6 +492,8 @@ class _Job(lightning.LightningModule):
             self.curve.append({"epoch": done / steps, **means})
             self._log(self.curve[-1])
             self._curve_start = self.step
+        if batch_index % TRIM_EVERY == 0:
+            _give_back_memory()
         if self.progress is not None:
             self.progress(done, total)
         if self.step < steps:  # the last one belongs to the end of the epoch
@@ -798,6 +804,16 @@ def _unsaved_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Buffers that are no part of a model's state, such as counts of an epoch."""
     kept = model.state_dict().keys()
     return {name: part for name, part in model.named_buffers() if name not in kept}
+
+
+def _give_back_memory() -> None:
+    """Returns the free pages of the C library's heap to the system, where it is glibc.
+
+    It keeps them between the tensors that live on. Batches differ in size, so the holes rarely fit, and the heap of a
+    training on a CPU would grow to several times what is in use.
+    """
+    with suppress(AttributeError, TypeError):  # not glibc, not POSIX
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _cuda_devices(config: TrainingConfig) -> list[int]:
