@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 
 from ubp_fast.kernels.flash_attention import _triton as attention
 from ubp_fast.kernels.flash_attention import _triton_kernels as attention_kernels
+from ubp_fast.kernels.flash_attention import _triton_short_kernels as short_kernels
 from ubp_fast.kernels.flash_attention.reference import Problem as AttentionProblem
 from ubp_fast.kernels.nt_xent import _triton as contrastive
 from ubp_fast.kernels.nt_xent import _triton_kernels as contrastive_kernels
@@ -102,6 +103,10 @@ def attention_builds() -> Iterator[Build]:
         extras = {"right": 0} if kind == "plain" else everything
         width = 64 if dtype == torch.float32 else width  # wider float32 spills in dq
         yield attention_build(device, kernel, dtype, width, length or 1000, extras)
+    offsets = {"cu_ptr": "*i32", "cu_key_ptr": "*i32", "pack_ptr": "*i32"}
+    for capability in CAPABILITIES:
+        constants, options = {"IS_SELF": False, "BLOCK": 128}, {"num_warps": 1}
+        yield Build("attention packs", capability, short_kernels.pack_kernel, offsets, constants, options, False)
 
 
 def attention_build(
@@ -119,9 +124,15 @@ def attention_build(
     tensors |= dict.fromkeys(("dq_ptr", "dk_ptr", "dv_ptr"), f"*{item}")
     tensors |= dict.fromkeys(("lse_ptr", "delta_ptr", "bias_ptr", "dbias_ptr"), "*fp32")
     tensors |= dict.fromkeys(("time_ptr", "key_time_ptr", "seed_ptr"), "*i64")
-    tensors |= {"cu_ptr": "*i32", "cu_key_ptr": "*i32", "scale": "fp32", "keep_scale": "fp32", "threshold": "i64"}
-    function = getattr(attention_kernels, f"{'backward_' * (kernel != 'forward')}{kernel}_kernel")
-    chosen = attention.tiles(kernel, problem, length, (device,))
+    tensors |= dict.fromkeys(("cu_ptr", "cu_key_ptr", "pack_ptr", "sequence_ptr", "key_sequence_ptr"), "*i32")
+    tensors |= {"scale": "fp32", "keep_scale": "fp32", "threshold": "i64"}
+    if kernel.startswith("short"):
+        function = getattr(short_kernels, f"{kernel}_kernel")
+        chosen = attention.short_tiles(kernel, problem, length, (device,))
+        assert chosen is not None
+    else:
+        function = getattr(attention_kernels, f"{'backward_' * (kernel != 'forward')}{kernel}_kernel")
+        chosen = attention.tiles(kernel, problem, length, (device,))
     constants = attention.constants(kernel, problem, chosen)
     options = {name: constants[name] for name in ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")}
     constants = {name: value for name, value in constants.items() if name.isupper()}

@@ -9,6 +9,8 @@ sequence end at once.
     dq        the same; also delta, and sums per bucket of the time_bias, written per tile and added afterwards
     dkv       tile of keys: loop over the queries that see any of them, scores transposed
 
+Sequences of at most LONGEST_PACKED rows on both sides belong to the kernels of `_triton_short_kernels.py`.
+
 Nobody writes what another program writes, so results are the same in every run. Statistics, scores and sums are
 float32. Scores and the saved log-sum-exp are in units of log 2: where one key outweighs all others both are the same
 number, and its weight is exactly 1. Products of float32 take full float32 precision, never TF32. Blocks in which all
@@ -102,7 +104,7 @@ def forward_kernel(
     q_stride_h, k_stride, k_stride_h, v_stride, v_stride_h, sequences, slots, left, right, scale, threshold,
     keep_scale, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_DROPOUT: tl.constexpr, BUCKETS: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, LEVELS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    LONGEST_PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # The last tiles of a causal sequence are the longest: they start first.
     head, heads = tl.program_id(1), tl.num_programs(1)
@@ -111,6 +113,8 @@ def forward_kernel(
         return
     key_start = tl.load(cu_key_ptr + b)
     keys = tl.load(cu_key_ptr + b + 1) - key_start
+    if (queries <= LONGEST_PACKED) & (keys <= LONGEST_PACKED):
+        return
     row, key_row = tl.cast(start + tile, tl.int64), tl.cast(key_start, tl.int64)
     k_ptr += key_row * k_stride + head * k_stride_h
     v_ptr += key_row * v_stride + head * v_stride_h
@@ -172,8 +176,8 @@ def backward_dq_kernel(
     delta_ptr, dq_ptr, dbias_ptr, q_stride, q_stride_h, k_stride, k_stride_h, v_stride, v_stride_h, sequences, slots,
     left, right, scale, threshold, keep_scale, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, BUCKETS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_BUCKETS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, LEVELS: tl.constexpr, LONGEST_PACKED: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_BUCKETS: tl.constexpr,
 ):  # fmt: skip
     head, heads, slot = tl.program_id(1), tl.num_programs(1), slots - 1 - tl.program_id(0)
     b, start, queries, tile = _tile(slot, cu_ptr, sequences, BLOCK_M, LEVELS)
@@ -185,6 +189,8 @@ def backward_dq_kernel(
         return
     key_start = tl.load(cu_key_ptr + b)
     keys = tl.load(cu_key_ptr + b + 1) - key_start
+    if (queries <= LONGEST_PACKED) & (keys <= LONGEST_PACKED):
+        return
     row, key_row = tl.cast(start + tile, tl.int64), tl.cast(key_start, tl.int64)
     k_ptr += key_row * k_stride + head * k_stride_h
     v_ptr += key_row * v_stride + head * v_stride_h
@@ -254,7 +260,7 @@ def backward_dkv_kernel(
     dk_ptr, dv_ptr, q_stride, q_stride_h, k_stride, k_stride_h, v_stride, v_stride_h, sequences, slots, left, right,
     scale, threshold, keep_scale, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     BUCKETS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    LEVELS: tl.constexpr, PRECISION: tl.constexpr,
+    LEVELS: tl.constexpr, LONGEST_PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     head, heads = tl.program_id(1), tl.num_programs(1)
     b, key_start, keys, tile = _tile(tl.program_id(0), cu_key_ptr, sequences, BLOCK_N, LEVELS)
@@ -262,6 +268,8 @@ def backward_dkv_kernel(
         return
     start = tl.load(cu_ptr + b)
     queries = tl.load(cu_ptr + b + 1) - start
+    if (queries <= LONGEST_PACKED) & (keys <= LONGEST_PACKED):
+        return
     row, key_row = tl.cast(start, tl.int64), tl.cast(key_start + tile, tl.int64)
     q_ptr += row * q_stride + head * q_stride_h
     grad_ptr += (row * heads + head) * WIDTH
