@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.attention import NAMES, expected, leaves, with_gradients
+from support.attention import NAMES, expected, leaves, with_gradients, with_lse_gradients
 from support.cases import ATTENTION_CASES, PackedCase, case_options, cumulative, packed_inputs
 from support.closeness import assert_matches_reference
 from support.gpu import DEVICE, DTYPES, HAS_GPU, require_triton_device
@@ -65,6 +65,8 @@ SMALL_CASES = (
     PackedCase("packs-of-many", (*130 * (1,), 0, 0, 3, *300 * (0,), 20), heads=1),
     PackedCase("packs-options", (3, 40, 0, 9, 20, 5, 2), heads=1, buckets=64, dropout_p=0.2, window=(30, 3)),
     PackedCase("packs-cross-options", (3, 0, 20, 5, 2), (9, 4, 33, 0, 2), heads=1, buckets=20, dropout_p=0.2),
+    PackedCase("packs-shared-heads", (3, 20, 0, 9), heads=6, key_heads=2, is_causal=True),
+    PackedCase("long-shared-heads", (140, 60), heads=4, key_heads=1, buckets=9, dropout_p=0.2),
     PackedCase("long-options", (140, 90), heads=1, buckets=40, dropout_p=0.2, window=(60, 5)),
     PackedCase("everything", (9, 20), (30, 23), kind="strided", window=(10, 1), buckets=64, dropout_p=0.3, width=32),
 )
@@ -98,6 +100,27 @@ def test_matches_reference(case: PackedCase, dtype: torch.dtype) -> None:
     found = with_gradients(case, inputs(case, dtype), "triton")
     for name, mine, *parts in zip(NAMES[: len(truth)], found, reference, truth, strict=True):
         assert_matches_reference(mine.cpu(), *parts, f"flash_attention {name}", f"{case}, triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        PackedCase("packs", (5, 0, 30), heads=4, key_heads=2, buckets=9, is_causal=True),
+        PackedCase("late-keys", (40, 3, 4), (20, 0, 4), heads=1, is_causal=True, dropout_p=0.2),
+    ],
+    ids=str,
+)
+def test_log_sum_exp_and_its_gradient(case: PackedCase, dtype: torch.dtype) -> None:
+    """In natural logarithms, though the kernels keep those of 2."""
+    tensors = list(packed_inputs(case, dtype))
+    reference = with_lse_gradients(case, tensors, "reference")
+    truth = with_lse_gradients(case, [*(part.double() for part in tensors[:3]), *tensors[3:]], "reference")
+    found = [part.cpu() for part in with_lse_gradients(case, inputs(case, dtype), "triton")]
+    blind = truth[0] == -torch.inf
+    found[0], reference[0], truth[0] = (part[0].masked_fill(blind, 0) for part in (found, reference, truth))
+    for name, *parts in zip(("lse", *NAMES[1:]), found, reference, truth, strict=False):
+        assert_matches_reference(*parts, f"flash_attention {name}", f"{case}, triton")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -10,6 +10,7 @@ per query and head; packs, two numbers per half tile and one per row; with a tim
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -20,10 +21,11 @@ from torch import Tensor
 from ubp_fast.kernels import deferred
 from ubp_fast.kernels import tiles as tile_table
 from ubp_fast.kernels.backends import on_device, triton_unavailable, unsupported_dtype
-from ubp_fast.kernels.flash_attention.reference import UNBOUNDED, Gradients, Problem
+from ubp_fast.kernels.flash_attention.reference import UNBOUNDED, Gradients, Problem, of_key_heads
 
 MAX_ROWS, MAX_SEQUENCES, MAX_HEADS = 2**29, 2**28, 2**16 - 1  # int32 places, rounds of the search, the grid's limit
 SEARCH_FAN = 128
+LSE_UNIT = math.log(2.0)  # of the log-sum-exp that forward gives and backward takes
 GROUP = 128  # sequences of which one program makes packs
 
 
@@ -74,7 +76,8 @@ def short_tiles(kernel: str, problem: Problem, mean_length: float, device: tuple
 
     `mean_length` is that of the longer side.
     """
-    found = tile_table.find(TABLE, device, kernel, kind(problem), problem.query.shape[2], mean_length)
+    which = "dropout" if kind(problem) == "options" and problem.time_bias is None else kind(problem)
+    found = tile_table.find(TABLE, device, kernel, which, problem.query.shape[2], mean_length)
     return None if found is None else Tiles(*found)
 
 
@@ -139,14 +142,20 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
 def backward(problem: Problem, output: Tensor, lse: Tensor, grad_output: Tensor) -> Gradients:
     """Gradients of query, key, value and time_bias from the saved output and log-sum-exp; scores are computed again."""
     saved = (output.contiguous(), lse.contiguous(), grad_output.contiguous())
-    dq, dk, dv = (part.new_empty(part.shape) for part in problem[:3])
-    if not problem.query.shape[1]:
-        return dq, dk, dv, None if problem.time_bias is None else torch.zeros_like(problem.time_bias)
-    short = _short_here("short_backward", problem)
-    sums = [_launch_short("short_backward", problem, short, *saved, dq, dk, dv)]
-    delta = torch.empty_like(lse)
-    sums.append(_launch("dq", problem, short, *saved, delta, dq))
-    _launch("dkv", problem, short, *saved[1:], delta, dk, dv)
+    heads, key_heads = problem.query.shape[1], problem.key.shape[1]
+    dq = problem.query.new_empty(problem.query.shape)
+    # Several heads of the query may share one of key and value: each writes its part, in float32, and they are added.
+    shape = (len(problem.key), heads, problem.key.shape[2])
+    dtype = problem.key.dtype if heads == key_heads else torch.float32
+    dk, dv = (problem.key.new_empty(shape, dtype=dtype) for _ in range(2))
+    sums = []
+    if heads:
+        short = _short_here("short_backward", problem)
+        sums.append(_launch_short("short_backward", problem, short, *saved, dq, dk, dv))
+        delta = torch.empty_like(lse)
+        sums.append(_launch("dq", problem, short, *saved, delta, dq))
+        _launch("dkv", problem, short, *saved[1:], delta, dk, dv)
+    dk, dv = (of_key_heads(part, key_heads, problem.key.dtype) for part in (dk, dv))
     if problem.time_bias is None:
         return dq, dk, dv, None
     parts = [part.sum(dim=0) for part in sums if part is not None]
@@ -254,6 +263,7 @@ def constants(name: str, problem: Problem, chosen: Tiles, longest_packed: int = 
         "HAS_RIGHT": problem.right != UNBOUNDED,
         "HAS_DROPOUT": problem.seed is not None,
         "BUCKETS": buckets,
+        "SHARED_BY": problem.query.shape[1] // problem.key.shape[1],
         "WIDTH": width,
         "BLOCK_M": chosen.block_m,
         "BLOCK_D": max(16, _power_of_two(width)),

@@ -33,7 +33,7 @@ def _first_slot(cu_ptr, cu_key_ptr, sequence, IS_SELF: tl.constexpr, BLOCK: tl.c
 
 @triton.jit(do_not_specialize=VARYING)
 def pack_kernel(
-    cu_ptr, cu_key_ptr, pack_ptr, sequences, IS_SELF: tl.constexpr, BLOCK: tl.constexpr
+    cu_ptr, cu_key_ptr, pack_ptr, sequences, IS_SELF: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """First and end sequence of each pack of GROUP sequences, [slots, 2]; -1 in slots without one."""
     begin = tl.program_id(0) * GROUP
@@ -102,7 +102,8 @@ def short_forward_kernel(
     q_ptr, k_ptr, v_ptr, cu_ptr, cu_key_ptr, bias_ptr, time_ptr, key_time_ptr, seed_ptr, pack_ptr, sequence_ptr,
     key_sequence_ptr, out_ptr, lse_ptr, q_stride, q_stride_h, k_stride, k_stride_h, v_stride, v_stride_h, left, right,
     scale, threshold, keep_scale, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    BUCKETS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    BUCKETS: tl.constexpr, SHARED_BY: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     if tl.load(pack_ptr + 2 * tl.program_id(0)) < 0:
         return
@@ -115,7 +116,7 @@ def short_forward_kernel(
     row, key_row = tl.cast(start, tl.int64), tl.cast(key_start, tl.int64)
     query_at, key_at = start + tl.arange(0, BLOCK_M), key_start + tl.arange(0, BLOCK_M)
     q = _load(q_ptr + row * q_stride + head * q_stride_h, q_stride, queries, WIDTH, BLOCK_M, BLOCK_D)
-    k = _load(k_ptr + key_row * k_stride + head * k_stride_h, k_stride, keys, WIDTH, BLOCK_M, BLOCK_D)
+    k = _load(k_ptr + key_row * k_stride + head // SHARED_BY * k_stride_h, k_stride, keys, WIDTH, BLOCK_M, BLOCK_D)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
     if BUCKETS > 0:
         time = tl.load(time_ptr + query_at, mask=sequence >= 0, other=0)[:, None]
@@ -128,7 +129,7 @@ def short_forward_kernel(
     total = tl.sum(p, 1)
     if HAS_DROPOUT:
         p = tl.where(_kept(seed_ptr, key_at[None, :], query_at[:, None], head, threshold), p, 0.0)
-    v = _load(v_ptr + key_row * v_stride + head * v_stride_h, v_stride, keys, WIDTH, BLOCK_M, BLOCK_D)
+    v = _load(v_ptr + key_row * v_stride + head // SHARED_BY * v_stride_h, v_stride, keys, WIDTH, BLOCK_M, BLOCK_D)
     output = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
     output *= (keep_scale / tl.where(total == 0.0, 1.0, total))[:, None]
     lse = tl.where(total == 0.0, float("-inf"), peak + tl.log2(tl.where(total == 0.0, 1.0, total)))
@@ -141,8 +142,9 @@ def short_backward_kernel(
     q_ptr, k_ptr, v_ptr, cu_ptr, cu_key_ptr, bias_ptr, time_ptr, key_time_ptr, seed_ptr, pack_ptr, sequence_ptr,
     key_sequence_ptr, out_ptr, lse_ptr, grad_ptr, dq_ptr, dk_ptr, dv_ptr, dbias_ptr, q_stride, q_stride_h, k_stride,
     k_stride_h, v_stride, v_stride_h, left, right, scale, threshold, keep_scale, HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr, HAS_DROPOUT: tl.constexpr, BUCKETS: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_BUCKETS: tl.constexpr,
+    HAS_RIGHT: tl.constexpr, HAS_DROPOUT: tl.constexpr, BUCKETS: tl.constexpr, SHARED_BY: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_BUCKETS: tl.constexpr,
 ):  # fmt: skip
     if tl.load(pack_ptr + 2 * tl.program_id(0)) < 0:
         return
@@ -159,7 +161,7 @@ def short_backward_kernel(
     lse = tl.load(lse_ptr + row * heads + head + tl.arange(0, BLOCK_M) * heads, mask=sequence >= 0, other=float("-inf"))
     lse = tl.where(lse == float("-inf"), float("inf"), lse)  # rows that see nothing: all weights 0
     q = _load(q_ptr + row * q_stride + head * q_stride_h, q_stride, queries, WIDTH, BLOCK_M, BLOCK_D)
-    k = _load(k_ptr + key_row * k_stride + head * k_stride_h, k_stride, keys, WIDTH, BLOCK_M, BLOCK_D)
+    k = _load(k_ptr + key_row * k_stride + head // SHARED_BY * k_stride_h, k_stride, keys, WIDTH, BLOCK_M, BLOCK_D)
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
     if BUCKETS > 0:
         time = tl.load(time_ptr + query_at, mask=sequence >= 0, other=0)[None, :]
@@ -168,6 +170,8 @@ def short_backward_kernel(
         s += tl.load(bias_ptr + head * BUCKETS + bucket) * LOG2E
     seen = _seen(query_at, key_at, sequence, key_sequence, cu_ptr, cu_key_ptr, left, right, HAS_LEFT, HAS_RIGHT, True)
     p = tl.where(seen, tl.exp2(s - lse[None, :]), 0.0)
+    if BUCKETS > 0:
+        bucket = tl.where(seen, bucket, -1)
     if HAS_DROPOUT:
         kept = _kept(seed_ptr, key_at[:, None], query_at[None, :], head, threshold)
         dropped = tl.where(kept, p, 0.0).to(grad.dtype)
@@ -175,14 +179,14 @@ def short_backward_kernel(
         dropped = p.to(grad.dtype)
     dv = tl.dot(dropped, grad, input_precision=PRECISION) * keep_scale
     _store(dv_ptr + key_packed, packed_stride, dv, keys, WIDTH, BLOCK_M, BLOCK_D)
-    v = _load(v_ptr + key_row * v_stride + head * v_stride_h, v_stride, keys, WIDTH, BLOCK_M, BLOCK_D)
+    v = _load(v_ptr + key_row * v_stride + head // SHARED_BY * v_stride_h, v_stride, keys, WIDTH, BLOCK_M, BLOCK_D)
     dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
     if HAS_DROPOUT:
         dp = tl.where(kept, dp * keep_scale, 0.0)
     ds = p * (dp - delta[None, :])
     if BUCKETS > 0:
         lanes = tl.arange(0, BLOCK_BUCKETS)
-        sums = _bucket_sums(tl.zeros([BLOCK_BUCKETS], tl.float32), ds, bucket, seen, lanes, BUCKETS)
+        sums = _bucket_sums(tl.zeros([BLOCK_BUCKETS], tl.float32), ds, bucket, lanes, BUCKETS)
         place = (tl.cast(tl.program_id(0), tl.int64) * heads + head) * BUCKETS
         tl.store(dbias_ptr + place + lanes, sums, mask=lanes < BUCKETS)
     small = ds.to(q.dtype)
