@@ -212,12 +212,7 @@ def _launch(name: str, problem: Problem, short: Tiles | None, *tensors: Tensor) 
     if name == "dq":
         sums = _bucket_sums(problem, slots)
         outputs.append(sums)  # type: ignore[arg-type]
-    kernels = _kernels()
-    function = {
-        "forward": kernels.forward_kernel,
-        "dq": kernels.backward_dq_kernel,
-        "dkv": kernels.backward_dkv_kernel,
-    }[name]
+    function = getattr(_kernels(), f"{'backward_' * (name != 'forward')}{name}_kernel")
     sides, strides = _sides(problem)
     options = constants(name, problem, chosen, longest)
     with on_device(problem.query.device):
