@@ -114,27 +114,39 @@ def attention_least(lengths: Sequence[int], heads: int, width: int) -> Work:
 
 
 def nt_xent_work(rows: int, width: int) -> dict[str, Work]:
-    """Forward and backward of `rows` pairs, "cross", 16 bits."""
+    """Forward and backward of `rows` pairs, "cross", 16 bits: in chunks where the backend would take them."""
+    product, matrix, pairs = 2.0 * rows * rows * width, rows * width * ITEM, float(rows) ** 2
+    around = {"prepare": Work(0, 8 * matrix, 8 * matrix, 2), "finish": Work(0, 8 * matrix, 8 * matrix)}
+    least_width, least_pairs = contrastive.LEAST_CHUNKED
+    if width >= least_width and pairs >= least_pairs:
+        high, wide = contrastive.CHUNK
+        chunks = math.ceil(rows / high) * math.ceil(rows / wide)
+        sides = chunks * (high + wide) * width  # elements of both sides of all chunks
+        # Similarities are float32, pulls 16 bits for each side, gradients float32 that are read and written again.
+        return around | {
+            "products": Work(product, sides * ITEM, sides * ITEM + 4 * pairs, chunks),
+            "statistics": Work(0, 0, 4 * pairs, chunks),
+            "products again": Work(product, sides * ITEM, sides * ITEM + 4 * pairs, chunks),
+            "pull": Work(0, 0, (4 + 2 * ITEM) * pairs, chunks),
+            "sums": Work(2 * product, sides * (ITEM + 16), sides * (ITEM + 16) + 2 * ITEM * pairs, 4 * chunks),
+        }
     statistics, gradient = (
         contrastive.tiles(kernel, torch.bfloat16, width, SM_90) for kernel in ("statistics", "gradient")
     )
-    product, matrix = 2.0 * rows * rows * width, rows * width * ITEM
     again = math.ceil(width / gradient.block_e)  # similarities, for each part of the elements
 
     def passing(tiles: contrastive.Tiles) -> float:
         """Rows that all tiles of similarities load: those of the columns, and their own where they do not fit whole."""
-        is_whole = tiles.block_k >= width
-        loaded = tiles.block_n + (0 if is_whole else tiles.block_m)
+        loaded = tiles.block_n + (0 if tiles.block_k >= width else tiles.block_m)
         return product / (tiles.block_m * tiles.block_n) * loaded * ITEM / 2
 
-    of_sum = product / gradient.block_m * ITEM / 2  # the columns once more, for the sum
-    return {
-        "prepare": Work(0, 2 * 4 * matrix, 2 * 4 * matrix, 2),
+    # The columns once more for the sum, where the tile does not have them whole.
+    of_sum = 0.0 if gradient.block_k >= width else product / gradient.block_m * ITEM / 2
+    return around | {
         "statistics": Work(product, 2 * matrix, passing(statistics)),
         "gradient": Work(
             2 * (1 + again) * product, 2 * (2 + again + 1) * matrix, 2 * (again * passing(gradient) + of_sum), 2
         ),
-        "finish": Work(0, 2 * (1 + 2 + 1) * matrix, 2 * (1 + 2 + 1) * matrix),
     }
 
 
@@ -185,7 +197,8 @@ def main() -> int:
         _print_work(f"{name}, H=4, D={width}", found, device)
         moved, least = total(found.values()).bytes, attention_least(case, 4, width)
         print(f"bytes: {moved / least.bytes:.2f} of the least; products of real pairs: {least.flop / 1e9:,.1f} GFLOP")
-    _print_work("nt_xent 65,536 x 512", nt_xent_work(65_536, 512), device)
+    for rows, width in ((65_536, 256), (65_536, 512), (1_048_576, 512)):
+        _print_work(f"nt_xent {rows:,} x {width}", nt_xent_work(rows, width), device)
     print("\n| kernel | warps | registers | shared bytes | programs of a multiprocessor |\n|---|---|---|---|---|")
     _print_occupancy(device)
     return 0

@@ -172,9 +172,32 @@ def contrastive_build(device: str, kernel: str, dtype: torch.dtype, width: int) 
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "maxnreg")}
     if kernel == "gradient":
         constants |= {"HAS_ROW_LOSS": True, "HAS_COLUMN_LOSS": True}
+    else:
+        constants |= {"HAS_PRODUCTS": False, "product_ptr": None}
     name = f"nt_xent {kernel} {item} E={width} {chosen.block_m}x{chosen.block_n}x{chosen.block_k} all options"
     function = getattr(contrastive_kernels, f"{kernel}_kernel")
     return Build(name, CAPABILITY[device], function, tensors, constants, options, dtype != torch.float32)
+
+
+def chunk_builds() -> Iterator[Build]:
+    """The kernels of nt_xent between the products of a BLAS."""
+    rows, row = torch.empty(64, 512, dtype=torch.bfloat16, device="meta"), torch.empty(64, device="meta")
+    facts = (row.bool(), row.bool(), row.long(), row.long(), row.long(), row.double(), row.double())
+    problem = ContrastiveProblem(rows, rows, None, row, "symmetric", *facts, True)
+    tensors = dict.fromkeys(("inverse_ptr", "positive_ptr", "temperature_ptr", "loss_ptr", "bias_ptr"), "*fp64")
+    tensors |= dict.fromkeys(("maximum_ptr", "sum_ptr", "moment_ptr"), "*fp64")
+    tensors |= dict.fromkeys(("product_ptr", "weight_ptr"), "*fp32")
+    tensors |= dict.fromkeys(("rows_ptr", "to_row_ptr", "to_column_ptr"), "*bf16")
+    tensors |= {"group_ptr": "*i32", "ids_ptr": "*i64", "valid_ptr": "*i1"}
+    for capability in CAPABILITIES:
+        chosen = contrastive.of_chunks(contrastive.tiles("statistics", torch.bfloat16, 512, (f"sm_{capability}",)))
+        statistics = contrastive.constants("statistics_kernel", problem, chosen) | {"HAS_PRODUCTS": True}
+        for name, constants in (("statistics", statistics), ("pull", contrastive.pull_options(problem))):
+            options = {
+                name: constants.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in constants
+            }
+            function = getattr(contrastive_kernels, f"{name}_kernel")
+            yield Build(f"nt_xent {name} of a chunk bf16", capability, function, tensors, constants, options, False)
 
 
 def pair_builds() -> Iterator[Build]:
@@ -234,7 +257,7 @@ def row_sparse_builds() -> Iterator[Build]:
 COLUMNS = ("arch", "warps", "regs", "spill", "shared", "dot")
 
 
-BUILDS = (attention_builds, contrastive_builds, pair_builds, row_sparse_builds)
+BUILDS = (attention_builds, contrastive_builds, chunk_builds, pair_builds, row_sparse_builds)
 
 
 def check(place: tuple[int, int]) -> tuple[str, bool]:

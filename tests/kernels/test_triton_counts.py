@@ -63,6 +63,11 @@ def test_short_histories_move_few_more_bytes_than_they_must(width: int) -> None:
     assert 1.0 < found.bytes / count_gpu.attention_least(lengths, 4, width).bytes < 1.25
 
 
+@pytest.mark.parametrize(("rows", "width", "products"), [(65_536, 512, 4), (65_536, 256, 5), (1024, 512, 5)])
+def test_wide_rows_of_nt_xent_take_four_products(rows: int, width: int, products: int) -> None:
+    assert count_gpu.total(count_gpu.nt_xent_work(rows, width).values()).flop == products * 2 * rows**2 * width
+
+
 def test_programs_of_a_multiprocessor() -> None:
     device = count_gpu.Device()
     for registers, shared, warps, held in (

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ubp_fast.kernels import check_deferred, deferred, flash_attention, nt_xent
 from ubp_fast.kernels.flash_attention import _triton
+from ubp_fast.kernels.nt_xent import _triton as contrastive
 from ubp_fast.kernels.nt_xent.api import NEGATIVES
 
 require_triton_device()
@@ -80,6 +81,15 @@ def test_contrastive_loss(
         loss = nt_xent(left, right, temperature=tau, negatives=negatives, backend="triton", **chosen)
         torch.autograd.grad(loss, wanted)
     torch.testing.assert_close(loss, nt_xent(left, right, temperature=0.1, negatives=negatives, **chosen))
+
+
+@pytest.mark.parametrize("negatives", NEGATIVES)
+def test_contrastive_loss_of_chunks(
+    negatives: str, monkeypatch: pytest.MonkeyPatch, without_waiting: Callable[[], Any]
+) -> None:
+    monkeypatch.setattr(contrastive, "CHUNK", (4, 3))
+    monkeypatch.setattr(contrastive, "LEAST_CHUNKED", (1, 0))
+    test_contrastive_loss(negatives, ("weight", "valid", "ids"), True, without_waiting)
 
 
 def test_the_stub_sees_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
