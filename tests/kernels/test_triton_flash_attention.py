@@ -62,7 +62,7 @@ SMALL_CASES = (
     PackedCase("packs-and-long", (3, 0, 70, 130, 5, 64, 1, 129, 20), heads=2, is_causal=True),
     PackedCase("packs-full", (64, 64, 0, 32, 32, 1), heads=1, width=33),
     PackedCase("packs-cross-long", (4, 4, 4, 0, 130), (40, 70, 3, 9, 10), heads=1, window=(30, 5)),
-    PackedCase("packs-of-many", (*130 * (1,), 0, 0, 3, *300 * (0,), 20), heads=1),
+    PackedCase("packs-of-many", (*126 * (1,), 0, 3, 2, *30 * (0,), 20), heads=1),
     PackedCase("packs-options", (3, 40, 0, 9, 20, 5, 2), heads=1, buckets=64, dropout_p=0.2, window=(30, 3)),
     PackedCase("packs-cross-options", (3, 0, 20, 5, 2), (9, 4, 33, 0, 2), heads=1, buckets=20, dropout_p=0.2),
     PackedCase("packs-shared-heads", (3, 20, 0, 9), heads=6, key_heads=2, is_causal=True),

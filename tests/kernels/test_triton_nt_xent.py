@@ -77,7 +77,7 @@ def test_matches_reference(
 @pytest.fixture
 def chunked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small problems take the way of large ones, in chunks that their rows do not fill."""
-    monkeypatch.setattr(_triton, "CHUNK", (40, 24))
+    monkeypatch.setattr(_triton, "CHUNK", (40, 50))
     monkeypatch.setattr(_triton, "LEAST_CHUNKED", (1, 0))
 
 

@@ -142,6 +142,12 @@ def test_packs_are_made_once_for_all_layers(deferring: None, monkeypatch: pytest
     for _ in range(3):
         flash_attention(leaf, query, query, offsets, backend="triton").sum().backward()
     assert made == sorted(set(made)) and made
+    for end in (2, 5):  # other keys every time: the last ones alone are kept
+        keys = torch.tensor([0, end, 8], device=DEVICE)
+        found = flash_attention(leaf, query, query, offsets, keys, backend="triton")
+        wanted = flash_attention(query, query, query, offsets, keys, backend="reference")
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0.02)
+    assert len(offsets._ubp_fast_checked[1]._ubp_fast_packs) <= 2  # sizes of packs
     offsets[1] = 4
     found = flash_attention(leaf, query, query, offsets, backend="triton")
     wanted = flash_attention(query, query, query, offsets, backend="reference")

@@ -101,11 +101,12 @@ def packs(problem: Problem, block: int) -> Packs:
     # Where checks are immediate offsets may share memory with what somebody writes to later.
     if not deferred.is_deferred(offsets.device) or offsets.is_inference():
         return _packs(problem, block)
-    known: dict[Any, tuple[Tensor | None, Packs]] = offsets.__dict__.setdefault("_ubp_fast_packs", {})
-    place = (block, id(offsets_key))
-    if place not in known:  # a reference to itself would keep the memory until Python looks for such rings
-        known[place] = (None if offsets_key is offsets else offsets_key, _packs(problem, block))
-    return known[place][1]
+    known: dict[int, tuple[Tensor | None, Packs]] = offsets.__dict__.setdefault("_ubp_fast_packs", {})
+    # A reference to itself would keep the memory until Python looks for such rings.
+    beside = None if offsets_key is offsets else offsets_key
+    if block not in known or known[block][0] is not beside:  # of other keys: the last ones alone are kept
+        known[block] = (beside, _packs(problem, block))
+    return known[block][1]
 
 
 def _packs(problem: Problem, block: int) -> Packs:
