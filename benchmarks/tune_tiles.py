@@ -31,7 +31,7 @@ from ubp_fast.kernels.nt_xent import _triton as contrastive
 from ubp_fast.kernels.nt_xent.reference import Problem as ContrastiveProblem
 
 LEAD, ROUNDS = 1.03, 15
-LENGTHS = {12: 8, 48: 40, 160: 128, None: 2048}  # of the table -> of the sequences that are timed
+LENGTHS = {24: 16, 48: 32, 96: 40, 160: 128, None: 2048}  # of the table -> of the sequences that are timed
 TOKENS, HEADS = 32768, 8
 
 
@@ -45,16 +45,19 @@ class Place(NamedTuple):
 
 
 def attention_places() -> Iterator[Place]:
-    """Blocks about as long as the sequences, warps for their size."""
-    for kernel, width, length in itertools.product(("forward", "dq", "dkv"), (64, 128, 256), LENGTHS):
-        if (length == 12 and width > 64) or (length == 160 and width > 128):
+    """Blocks about as long as the sequences, or as several short ones; warps for their size."""
+    for kernel, width, length in itertools.product(("short_forward", "short_backward"), (64, 128, 256), (24, 48, 96)):
+        packs = itertools.product((32, 64, 128), (2, 4, 8, 16))
+        found = [(rows, rows, warps, 1) for rows, warps in packs if 256 <= rows * rows / warps <= 2048]
+        yield Place(kernel, width, length, tuple(found))
+    for kernel, width, length in itertools.product(("forward", "dq", "dkv"), (64, 128, 256), (160, None)):
+        if length == 160 and width > 128:
             continue
-        rows = {12: (16,), 48: (16, 32, 64), 160: (32, 64, 128), None: (64, 128)}[length]
-        least = 256 if length in (12, 48) else 512  # scores of a warp
+        rows = (32, 64, 128) if length == 160 else (64, 128)
         found = [
             tiles
             for tiles in itertools.product(rows, rows, (1, 2, 4, 8), (2, 3) if length is None else (2,))
-            if least <= tiles[0] * tiles[1] / tiles[2] <= 1024 and max(tiles[:2]) * width <= 128 * 128
+            if 512 <= tiles[0] * tiles[1] / tiles[2] <= 1024 and max(tiles[:2]) * width <= 128 * 128
         ]
         yield Place(kernel, width, length, tuple(found))
 
@@ -68,7 +71,7 @@ def contrastive_places() -> Iterator[Place]:
 
 
 def attention_call(place: Place) -> Callable[[], tuple[torch.Tensor, ...]]:
-    """One launch of the kernel on sequences of one length, bfloat16."""
+    """One launch of the kernel on sequences of one length, bfloat16; packs are made before."""
     length = LENGTHS[place.length]
     query, key, value, grad = (
         torch.randn(TOKENS, HEADS, place.width, device="cuda", dtype=torch.bfloat16) for _ in range(4)
@@ -76,17 +79,19 @@ def attention_call(place: Place) -> Callable[[], tuple[torch.Tensor, ...]]:
     offsets = torch.arange(0, TOKENS + 1, length, device="cuda", dtype=torch.int32)
     problem = AttentionProblem(query, key, value, offsets, offsets, UNBOUNDED, UNBOUNDED, place.width**-0.5)
     output, lse = attention.forward(problem)
-    if place.kernel == "forward":
+    if place.kernel in ("forward", "short_forward"):
         return lambda: attention.forward(problem)
+    if place.kernel == "short_backward":
+        return lambda: attention.backward(problem, output, lse, grad)[:3]  # type: ignore[return-value]
     delta = torch.empty_like(lse)
     dq, dk, dv = (torch.empty_like(part) for part in (query, key, value))
-    attention._launch("dq", problem, offsets, TOKENS, output, lse, grad, delta, dq, None)
+    attention._launch("dq", problem, None, output, lse, grad, delta, dq)
 
     def call() -> tuple[torch.Tensor, ...]:
         if place.kernel == "dq":
-            attention._launch("dq", problem, offsets, TOKENS, output, lse, grad, delta, dq, None)
+            attention._launch("dq", problem, None, output, lse, grad, delta, dq)
             return (dq,)
-        attention._launch("dkv", problem, offsets, TOKENS, lse, grad, delta, dk, dv)
+        attention._launch("dkv", problem, None, lse, grad, delta, dk, dv)
         return dk, dv
 
     return call
@@ -113,7 +118,8 @@ OPERATORS: dict[str, tuple[ModuleType, Callable[[], Iterator[Place]], Callable[[
 def forced(operator: str, place: Place, candidate: tuple[int | None, ...]) -> Iterator[None]:
     """The operator's kernel `place.kernel` takes this candidate; its other kernels stay."""
     module = OPERATORS[operator][0]
-    chosen = module.tiles
+    name = "short_tiles" if place.kernel.startswith("short") else "tiles"
+    chosen = getattr(module, name)
 
     def tiles(kernel: str, *arguments: Any) -> Any:
         if kernel != place.kernel:
@@ -121,11 +127,11 @@ def forced(operator: str, place: Place, candidate: tuple[int | None, ...]) -> It
         whole = max(16, 1 << (min(place.width, 512) - 1).bit_length())
         return module.Tiles(*(whole if number is None else number for number in candidate))
 
-    module.tiles = tiles
+    setattr(module, name, tiles)
     try:
         yield
     finally:
-        module.tiles = chosen
+        setattr(module, name, chosen)
 
 
 def compile_one(job: tuple[str, Place, tuple[int | None, ...]]) -> str | None:

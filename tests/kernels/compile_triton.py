@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 
 from ubp_fast.kernels.flash_attention import _triton as attention
 from ubp_fast.kernels.flash_attention import _triton_kernels as attention_kernels
+from ubp_fast.kernels.flash_attention import _triton_short_kernels as short_kernels
 from ubp_fast.kernels.flash_attention.reference import Problem as AttentionProblem
 from ubp_fast.kernels.nt_xent import _triton as contrastive
 from ubp_fast.kernels.nt_xent import _triton_kernels as contrastive_kernels
@@ -100,8 +101,14 @@ def attention_builds() -> Iterator[Build]:
     for device, kernel, kind, width, length in all_rows(attention.TABLE):
         dtype = torch.float32 if kind == "float32" else torch.bfloat16
         extras = {"right": 0} if kind == "plain" else everything
+        if kind == "dropout":
+            extras = {name: value for name, value in everything.items() if name != "buckets"}
         width = 64 if dtype == torch.float32 else width  # wider float32 spills in dq
         yield attention_build(device, kernel, dtype, width, length or 1000, extras)
+    offsets = {"cu_ptr": "*i32", "cu_key_ptr": "*i32", "pack_ptr": "*i32"}
+    for capability in CAPABILITIES:
+        constants, options = {"IS_SELF": False, "BLOCK": 128}, {"num_warps": 1}
+        yield Build("attention packs", capability, short_kernels.pack_kernel, offsets, constants, options, False)
 
 
 def attention_build(
@@ -119,9 +126,15 @@ def attention_build(
     tensors |= dict.fromkeys(("dq_ptr", "dk_ptr", "dv_ptr"), f"*{item}")
     tensors |= dict.fromkeys(("lse_ptr", "delta_ptr", "bias_ptr", "dbias_ptr"), "*fp32")
     tensors |= dict.fromkeys(("time_ptr", "key_time_ptr", "seed_ptr"), "*i64")
-    tensors |= {"cu_ptr": "*i32", "cu_key_ptr": "*i32", "scale": "fp32", "keep_scale": "fp32", "threshold": "i64"}
-    function = getattr(attention_kernels, f"{'backward_' * (kernel != 'forward')}{kernel}_kernel")
-    chosen = attention.tiles(kernel, problem, length, (device,))
+    tensors |= dict.fromkeys(("cu_ptr", "cu_key_ptr", "pack_ptr", "sequence_ptr", "key_sequence_ptr"), "*i32")
+    tensors |= {"scale": "fp32", "keep_scale": "fp32", "threshold": "i64"}
+    if kernel.startswith("short"):
+        function = getattr(short_kernels, f"{kernel}_kernel")
+        chosen = attention.short_tiles(kernel, problem, length, (device,))
+        assert chosen is not None
+    else:
+        function = getattr(attention_kernels, f"{'backward_' * (kernel != 'forward')}{kernel}_kernel")
+        chosen = attention.tiles(kernel, problem, length, (device,))
     constants = attention.constants(kernel, problem, chosen)
     options = {name: constants[name] for name in ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")}
     constants = {name: value for name, value in constants.items() if name.isupper()}
@@ -159,9 +172,32 @@ def contrastive_build(device: str, kernel: str, dtype: torch.dtype, width: int) 
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "maxnreg")}
     if kernel == "gradient":
         constants |= {"HAS_ROW_LOSS": True, "HAS_COLUMN_LOSS": True}
+    else:
+        constants |= {"HAS_PRODUCTS": False, "product_ptr": None}
     name = f"nt_xent {kernel} {item} E={width} {chosen.block_m}x{chosen.block_n}x{chosen.block_k} all options"
     function = getattr(contrastive_kernels, f"{kernel}_kernel")
     return Build(name, CAPABILITY[device], function, tensors, constants, options, dtype != torch.float32)
+
+
+def chunk_builds() -> Iterator[Build]:
+    """The kernels of nt_xent between the products of a BLAS."""
+    rows, row = torch.empty(64, 512, dtype=torch.bfloat16, device="meta"), torch.empty(64, device="meta")
+    facts = (row.bool(), row.bool(), row.long(), row.long(), row.long(), row.double(), row.double())
+    problem = ContrastiveProblem(rows, rows, None, row, "symmetric", *facts, True)
+    tensors = dict.fromkeys(("inverse_ptr", "positive_ptr", "temperature_ptr", "loss_ptr", "bias_ptr"), "*fp64")
+    tensors |= dict.fromkeys(("maximum_ptr", "sum_ptr", "moment_ptr"), "*fp64")
+    tensors |= dict.fromkeys(("product_ptr", "weight_ptr"), "*fp32")
+    tensors |= dict.fromkeys(("rows_ptr", "to_row_ptr", "to_column_ptr"), "*bf16")
+    tensors |= {"group_ptr": "*i32", "ids_ptr": "*i64", "valid_ptr": "*i1"}
+    for capability in CAPABILITIES:
+        chosen = contrastive.of_chunks(contrastive.tiles("statistics", torch.bfloat16, 512, (f"sm_{capability}",)))
+        statistics = contrastive.constants("statistics_kernel", problem, chosen) | {"HAS_PRODUCTS": True}
+        for name, constants in (("statistics", statistics), ("pull", contrastive.pull_options(problem))):
+            options = {
+                name: constants.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in constants
+            }
+            function = getattr(contrastive_kernels, f"{name}_kernel")
+            yield Build(f"nt_xent {name} of a chunk bf16", capability, function, tensors, constants, options, False)
 
 
 def pair_builds() -> Iterator[Build]:
@@ -221,7 +257,7 @@ def row_sparse_builds() -> Iterator[Build]:
 COLUMNS = ("arch", "warps", "regs", "spill", "shared", "dot")
 
 
-BUILDS = (attention_builds, contrastive_builds, pair_builds, row_sparse_builds)
+BUILDS = (attention_builds, contrastive_builds, chunk_builds, pair_builds, row_sparse_builds)
 
 
 def check(place: tuple[int, int]) -> tuple[str, bool]:

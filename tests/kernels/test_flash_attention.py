@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.attention import NAMES, expected, leaves, with_gradients
+from support.attention import NAMES, expected, leaves, with_gradients, with_lse_gradients
 from support.cases import ATTENTION_CASES, PackedCase, case_options, cumulative, packed_inputs
 from support.closeness import assert_matches_reference
 from torch import Tensor
@@ -53,6 +53,73 @@ def test_reference_matches_pytorch(is_causal: bool) -> None:
         parts = (part[start:end].transpose(0, 1) for part in (query, key, value))
         wanted = functional.scaled_dot_product_attention(*parts, is_causal=is_causal, scale=0.3)
         torch.testing.assert_close(found[start:end], wanted.transpose(0, 1))
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_shared_heads_match_pytorch(backend: str) -> None:
+    """Query head h sees key head h // (H / K), as with `enable_gqa`."""
+    case = replace(MIXED, heads=6, key_heads=2)
+    query, key, value, cu_seqlens, _ = packed_inputs(case, torch.float32)
+    found = flash_attention(query, key, value, cu_seqlens, backend=backend)
+    for start, end in zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:], strict=False):
+        parts = (part[start:end].transpose(0, 1) for part in (query, key, value))
+        wanted = functional.scaled_dot_product_attention(*parts, enable_gqa=True)
+        torch.testing.assert_close(found[start:end], wanted.transpose(0, 1))
+
+
+LSE_CASES = (
+    MIXED,
+    DROPPED,
+    PackedCase("late-keys", (40, 3, 4), (20, 0, 4), is_causal=True),
+    PackedCase("one-column", (3, 9), width=1),
+    PackedCase("shared", (7, 0, 30), heads=4, key_heads=2, buckets=9),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", LSE_CASES, ids=str)
+def test_log_sum_exp_and_its_gradient(case: PackedCase, dtype: torch.dtype) -> None:
+    tensors = list(packed_inputs(case, dtype))
+    found, reference = (with_lse_gradients(case, tensors, backend) for backend in ("native", "reference"))
+    truth = with_lse_gradients(case, [*(part.double() for part in tensors[:3]), *tensors[3:]], "reference")
+    blind = truth[0] == -torch.inf
+    assert found[0].dtype == torch.float32 and torch.equal(found[0] == -torch.inf, blind)
+    found[0], reference[0], truth[0] = (part[0].masked_fill(blind, 0) for part in (found, reference, truth))
+    for name, *parts in zip(("lse", *NAMES[1:]), found, reference, truth, strict=False):
+        assert_matches_reference(*parts, f"{OP} {name}", str(case))
+
+
+def test_parts_of_the_keys_are_put_together_by_log_sum_exps() -> None:
+    query, key, value, cu_seqlens, _ = packed_inputs(PackedCase("whole", (40,)), torch.float32)
+    sides = leaves(query, key, value)
+    halves = [
+        flash_attention(sides[0], *(part[rows] for part in sides[1:]), cu_seqlens, [0, 20], return_lse=True)
+        for rows in (slice(20), slice(20, 40))
+    ]
+    shares = torch.stack([lse for _, lse in halves]).softmax(dim=0)[..., None]
+    together = shares[0] * halves[0][0] + shares[1] * halves[1][0]
+    whole = flash_attention(*sides, cu_seqlens)
+    torch.testing.assert_close(together, whole)
+    noise = torch.randn_like(whole)
+    for mine, theirs in zip(*(torch.autograd.grad(part, sides, noise) for part in (together, whole)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what PyTorch itself imports
+def test_log_sum_exp_differentiates_twice() -> None:
+    case = PackedCase("twice", (3, 2), heads=2, key_heads=1, width=3)
+    query, key, value, *offsets = packed_inputs(case, torch.float64)
+
+    def call(*sides: Tensor) -> tuple[Tensor, Tensor]:
+        return flash_attention(*sides, *offsets, return_lse=True)
+
+    sides = leaves(query, key, value)
+    assert torch.autograd.gradcheck(call, sides) and torch.autograd.gradgradcheck(call, sides)
+    wanted = torch.func.jvp(call, (query, key, value), (query, key, value))[1]
+    step = 1e-6
+    ahead, behind = (call(*(part * (1 + by) for part in (query, key, value))) for by in (step, -step))
+    for tangent, up, down in zip(wanted, ahead, behind, strict=True):
+        torch.testing.assert_close(tangent, (up - down) / (2 * step), rtol=1e-6, atol=1e-6)
 
 
 GRADCHECK_CASES = (
@@ -331,7 +398,21 @@ BAD_INPUT = {
     ),
     "no-width": ({"query": torch.randn(6, 2, 0)}, ValueError, r"query must have a width D in 1\.\.256, got 0"),
     "integers": ({"query": torch.ones(6, 2, 4).long()}, TypeError, r"query must have dtype .*, got torch\.int64"),
-    "key-heads": ({"key": torch.randn(6, 3, 4)}, ValueError, r"key must have shape \[S, H, D\] = \[S, 2, 4\] like"),
+    "key-heads": (
+        {"key": torch.randn(6, 3, 4)},
+        ValueError,
+        r"key must have .* heads that divides those of query, 2, g",
+    ),
+    "no-key-heads": (
+        {"key": torch.randn(6, 0, 4)},
+        ValueError,
+        r"key must have .* that divides those of query, 2, got 0",
+    ),
+    "key-width": (
+        {"key": torch.randn(6, 2, 5)},
+        ValueError,
+        r"key must have shape \[S, K, D\] = \[S, 1\.\.2, 4\] like",
+    ),
     "key-ndim": ({"key": torch.randn(6, 4)}, ValueError, r"key must have shape .*, got \[6, 4\]"),
     "value-rows": ({"value": torch.randn(5, 2, 4)}, ValueError, r"value must have shape \[6, 2, 4\] like key, got \[5"),
     "dtype-mix": ({"key": torch.randn(6, 2, 4).bfloat16()}, TypeError, r"key must have the dtype of query"),

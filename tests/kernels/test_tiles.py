@@ -37,7 +37,16 @@ def test_longer_sequences_take_other_tiles() -> None:
     def rows(length: float) -> int:
         return tiles.choose(attention.TABLE, ("sm_80",), "forward", "plain", 64, length)[0]
 
-    assert [rows(length) for length in (12, 13, 48, 49, 160, 161)] == [16, 32, 32, 64, 64, 128]
+    assert [rows(length) for length in (12, 160, 161)] == [64, 64, 128]
+
+
+def test_sequences_share_tiles_only_where_they_are_short() -> None:
+    def rows(length: float, width: int = 64, kind: str = "plain") -> int | None:
+        found = tiles.find(attention.TABLE, ("sm_90",), "short_backward", kind, width, length)
+        return None if found is None else found[0]
+
+    assert [rows(length) for length in (1, 24, 25, 96, 97)] == [64, 64, 128, 128, None]
+    assert rows(40, 256) == 64 and rows(90, 256) is None and rows(40, 64, "float32") is None
 
 
 def test_a_written_row_wins_on_its_card_alone(tmp_path: Path) -> None:
@@ -47,7 +56,7 @@ def test_a_written_row_wins_on_its_card_alone(tmp_path: Path) -> None:
     for numbers in ([1, 2, 3, 4], [5, 6, 7, 8]):  # the second in place of the first
         write_row(table, "Some Card", "dq plain", [64, 48, numbers])
     assert tiles.choose(table, ("Some Card", "sm_80"), "dq", "plain", 60, 40) == [5, 6, 7, 8]
-    assert tiles.choose(table, ("sm_80",), "dq", "plain", 60, 40) == [32, 32, 2, 2]
+    assert tiles.choose(table, ("sm_80",), "dq", "plain", 60, 40) == [64, 64, 4, 2]
     assert json.loads(table.read_text(encoding="utf-8")) == {
         **before,
         "Some Card": {"dq plain": [[64, 48, [5, 6, 7, 8]]]},
@@ -59,7 +68,7 @@ def test_lengths_that_a_sweep_left_out_fall_back_to_the_architecture(tmp_path: P
     table.write_text(attention.TABLE.read_text(encoding="utf-8"), encoding="utf-8")
     write_row(table, "Some Card", "dq plain", [64, 48, [1, 2, 3, 4]])
     names = ("Some Card", "sm_80")
-    assert tiles.choose(table, names, "dq", "plain", 64, 10) == [16, 16, 1, 2]
+    assert tiles.choose(table, names, "dq", "plain", 64, 49) == [64, 64, 4, 2]
     assert tiles.choose(table, names, "dq", "plain", 64, 40) == [1, 2, 3, 4]
     assert tiles.choose(table, names, "dq", "plain", 64, 1000) == [128, 64, 8, 2]
 

@@ -32,9 +32,10 @@ def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the device")
-def test_interpreted_kernels_match_their_references(capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_interpreted_kernels_match_their_references(file: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("triton", reason="needs Triton")
-    found = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, FILES), TRITON_INTERPRET="1")
+    found = run("-m", "pytest", "-q", "-p", "no:cacheprovider", str(file), TRITON_INTERPRET="1")
     with capfd.disabled():
         print(f"\nTriton's interpreter: {found.stdout.strip().splitlines()[-1]}")
     assert found.returncode == 0, found.stdout

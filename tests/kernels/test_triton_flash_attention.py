@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from support.attention import NAMES, expected, leaves, with_gradients
+from support.attention import NAMES, expected, leaves, with_gradients, with_lse_gradients
 from support.cases import ATTENTION_CASES, PackedCase, case_options, cumulative, packed_inputs
 from support.closeness import assert_matches_reference
 from support.gpu import DEVICE, DTYPES, HAS_GPU, require_triton_device
@@ -17,13 +18,15 @@ from torch.nn import functional
 from ubp_fast.kernels import BackendUnavailable, flash_attention
 from ubp_fast.kernels.flash_attention import _triton, _triton_kernels
 from ubp_fast.kernels.flash_attention.api import _backward_op, _bounds, _forward_op
+from ubp_fast.kernels.flash_attention.reference import Problem
 
 require_triton_device()
 
 import triton  # noqa: E402
 from triton import language as tl  # noqa: E402
 
-# Around tiles of 16 (short), 32, 64 and 128 rows (16-bit types; the mean length chooses), and inside of long ones.
+# Around packs of 32, 64 and 128 rows (16-bit types; the mean length chooses), with sequences that fit in none, and
+# inside of long ones.
 SMALL_CASES = (
     PackedCase("no-sequence", ()),
     PackedCase("all-empty", (0, 0, 0), buckets=5),
@@ -56,6 +59,15 @@ SMALL_CASES = (
     PackedCase("time-cross", (5, 20, 0, 3), (9, 30, 4, 0), buckets=20, heads=1, is_causal=True),
     PackedCase("dropout", (1, 17, 20), dropout_p=0.2),
     PackedCase("dropout-cross-causal", (5, 20, 0), (9, 30, 4), dropout_p=0.5, is_causal=True, width=59, heads=1),
+    PackedCase("packs-and-long", (3, 0, 70, 130, 5, 64, 1, 129, 20), heads=2, is_causal=True),
+    PackedCase("packs-full", (64, 64, 0, 32, 32, 1), heads=1, width=33),
+    PackedCase("packs-cross-long", (4, 4, 4, 0, 130), (40, 70, 3, 9, 10), heads=1, window=(30, 5)),
+    PackedCase("packs-of-many", (*126 * (1,), 0, 3, 2, *30 * (0,), 20), heads=1),
+    PackedCase("packs-options", (3, 40, 0, 9, 20, 5, 2), heads=1, buckets=64, dropout_p=0.2, window=(30, 3)),
+    PackedCase("packs-cross-options", (3, 0, 20, 5, 2), (9, 4, 33, 0, 2), heads=1, buckets=20, dropout_p=0.2),
+    PackedCase("packs-shared-heads", (3, 20, 0, 9), heads=6, key_heads=2, is_causal=True),
+    PackedCase("long-shared-heads", (140, 60), heads=4, key_heads=1, buckets=9, dropout_p=0.2),
+    PackedCase("long-options", (140, 90), heads=1, buckets=40, dropout_p=0.2, window=(60, 5)),
     PackedCase("everything", (9, 20), (30, 23), kind="strided", window=(10, 1), buckets=64, dropout_p=0.3, width=32),
 )
 # float32 has one size of tiles: in the interpreter, where every tile costs milliseconds, it meets no long sequence.
@@ -88,6 +100,27 @@ def test_matches_reference(case: PackedCase, dtype: torch.dtype) -> None:
     found = with_gradients(case, inputs(case, dtype), "triton")
     for name, mine, *parts in zip(NAMES[: len(truth)], found, reference, truth, strict=True):
         assert_matches_reference(mine.cpu(), *parts, f"flash_attention {name}", f"{case}, triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        PackedCase("packs", (5, 0, 30), heads=4, key_heads=2, buckets=9, is_causal=True),
+        PackedCase("late-keys", (40, 3, 4), (20, 0, 4), heads=1, is_causal=True, dropout_p=0.2),
+    ],
+    ids=str,
+)
+def test_log_sum_exp_and_its_gradient(case: PackedCase, dtype: torch.dtype) -> None:
+    """In natural logarithms, though the kernels keep those of 2."""
+    tensors = list(packed_inputs(case, dtype))
+    reference = with_lse_gradients(case, tensors, "reference")
+    truth = with_lse_gradients(case, [*(part.double() for part in tensors[:3]), *tensors[3:]], "reference")
+    found = [part.cpu() for part in with_lse_gradients(case, inputs(case, dtype), "triton")]
+    blind = truth[0] == -torch.inf
+    found[0], reference[0], truth[0] = (part[0].masked_fill(blind, 0) for part in (found, reference, truth))
+    for name, *parts in zip(("lse", *NAMES[1:]), found, reference, truth, strict=False):
+        assert_matches_reference(*parts, f"flash_attention {name}", f"{case}, triton")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -240,6 +273,32 @@ def test_float64_is_refused() -> None:
     tensors = inputs(PLAIN, torch.float64)[:4]
     with pytest.raises(BackendUnavailable, match=r"'triton' is unavailable: it computes float32, .* torch\.float64"):
         flash_attention(*tensors, backend="triton")
+
+
+@pytest.mark.parametrize("block", [32, 128])
+@pytest.mark.parametrize("is_self", [True, False])
+def test_packs_hold_every_short_sequence_once(block: int, is_self: bool) -> None:
+    """In order, none larger than a tile, and no two neighbours that had fit together: those of a group at a time."""
+    generator = torch.Generator().manual_seed(block)
+    lengths = torch.randint(0, block + 9, (300,), generator=generator) // torch.randint(
+        1, 9, (300,), generator=generator
+    )
+    lengths[20:60] = 0
+    offsets = cumulative(tuple(lengths.tolist())).to(DEVICE)
+    others = lengths if is_self else lengths.flip(0)
+    offsets_key = offsets if is_self else cumulative(tuple(others.tolist())).to(DEVICE)
+    rows = torch.empty(int(offsets[-1]), 1, 16, dtype=torch.float16, device=DEVICE)
+    found = _triton.packs(Problem(rows, rows, rows, offsets, offsets_key, -1, -1, 1.0), block)
+    made = [(first, end) for first, end in found.table.tolist() if first >= 0]
+    inside = [sequence for first, end in made for sequence in range(first, end)]
+    assert inside == [b for b in range(300) if max(lengths[b], others[b]) <= block]
+    sizes = [max(int(side[first:end].sum()) for side in (lengths, others)) for first, end in made]
+    assert max(sizes) <= block
+    for (first, end), (_, further) in itertools.pairwise(made):
+        if end % _triton.GROUP and further > end and max(lengths[end], others[end]) <= block:
+            assert max(int(side[first : end + 1].sum()) for side in (lengths, others)) > block
+    assert torch.equal(found.sequence.cpu(), torch.arange(300).repeat_interleave(lengths).int())
+    assert torch.equal(found.key_sequence.cpu(), torch.arange(300).repeat_interleave(others).int())
 
 
 def test_search_takes_as_many_rounds_as_sequences_need() -> None:

@@ -74,6 +74,37 @@ def test_matches_reference(
     assert_triton_is_close(left.to(dtype), right.to(dtype), temperature, case, **more)
 
 
+@pytest.fixture
+def chunked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small problems take the way of large ones, in chunks that their rows do not fill."""
+    monkeypatch.setattr(_triton, "CHUNK", (40, 50))
+    monkeypatch.setattr(_triton, "LEAST_CHUNKED", (1, 0))
+
+
+@FORMS
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize(("count", "width", "variant"), [(65, 20, "options"), (3, 300, "plain"), (70, 64, "lengths")])
+def test_chunks_match_reference(
+    count: int, width: int, variant: str, dtype: torch.dtype, negatives: str, chunked: None
+) -> None:
+    test_matches_reference(count, width, 0.1, negatives, variant, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("case", RECTANGULAR if HAS_GPU else [c for c in RECTANGULAR if c.is_small], ids=str)
+def test_chunks_of_rectangular_problems(case: Rectangular, dtype: torch.dtype, chunked: None) -> None:
+    assert_rectangular_is_close(case, dtype, "triton", DEVICE)
+
+
+def test_chunks_are_for_many_wide_rows() -> None:
+    def is_chunked(rows: int, width: int, dtype: torch.dtype = torch.bfloat16) -> bool:
+        sides = [torch.empty(rows, width, dtype=dtype, device="meta") for _ in range(2)]
+        return _triton.is_chunked(Problem(*sides, None, sides[0], "cross", *[None] * 7, True))
+
+    assert is_chunked(4096, 512) and is_chunked(65_536, 257)
+    assert not (is_chunked(4095, 512) or is_chunked(65_536, 256) or is_chunked(4096, 512, torch.float32))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", RECTANGULAR if HAS_GPU else [c for c in RECTANGULAR if c.is_small], ids=str)
 def test_rectangular_problems(case: Rectangular, dtype: torch.dtype) -> None:

@@ -16,6 +16,8 @@ from support.waits import WouldWait, nothing_waits
 from torch import Tensor
 
 from ubp_fast.kernels import check_deferred, deferred, flash_attention, nt_xent
+from ubp_fast.kernels.flash_attention import _triton
+from ubp_fast.kernels.nt_xent import _triton as contrastive
 from ubp_fast.kernels.nt_xent.api import NEGATIVES
 
 require_triton_device()
@@ -81,6 +83,15 @@ def test_contrastive_loss(
     torch.testing.assert_close(loss, nt_xent(left, right, temperature=0.1, negatives=negatives, **chosen))
 
 
+@pytest.mark.parametrize("negatives", NEGATIVES)
+def test_contrastive_loss_of_chunks(
+    negatives: str, monkeypatch: pytest.MonkeyPatch, without_waiting: Callable[[], Any]
+) -> None:
+    monkeypatch.setattr(contrastive, "CHUNK", (4, 3))
+    monkeypatch.setattr(contrastive, "LEAST_CHUNKED", (1, 0))
+    test_contrastive_loss(negatives, ("weight", "valid", "ids"), True, without_waiting)
+
+
 def test_the_stub_sees_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = torch.randn(4, 3)
     for waiting in (
@@ -120,6 +131,28 @@ def test_offsets_are_checked_once_until_they_change(deferring: None, monkeypatch
         with pytest.raises(ValueError, match="must start at 0"):
             check_deferred()
     assert len(looked) == 2
+
+
+def test_packs_are_made_once_for_all_layers(deferring: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    make = _triton._packs
+    monkeypatch.setattr(_triton, "_packs", lambda *facts: (made.append(facts[1]), make(*facts))[1])
+    query, offsets = torch.randn(8, 1, 8, device=DEVICE, dtype=torch.float16), torch.tensor([0, 3, 8], device=DEVICE)
+    leaf = query.clone().requires_grad_()
+    for _ in range(3):
+        flash_attention(leaf, query, query, offsets, backend="triton").sum().backward()
+    assert made == sorted(set(made)) and made
+    for end in (2, 5):  # other keys every time: the last ones alone are kept
+        keys = torch.tensor([0, end, 8], device=DEVICE)
+        found = flash_attention(leaf, query, query, offsets, keys, backend="triton")
+        wanted = flash_attention(query, query, query, offsets, keys, backend="reference")
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0.02)
+    assert len(offsets._ubp_fast_checked[1]._ubp_fast_packs) <= 2  # sizes of packs
+    offsets[1] = 4
+    found = flash_attention(leaf, query, query, offsets, backend="triton")
+    wanted = flash_attention(query, query, query, offsets, backend="reference")
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0.02)
+    assert len(made) > len(set(made))
 
 
 @pytest.mark.parametrize(

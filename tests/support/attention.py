@@ -41,6 +41,21 @@ def with_gradients(case: PackedCase, tensors: list[Tensor], backend: str, **chan
     return [output, *torch.autograd.grad(output, inputs, noise_like(output, output.dtype))]
 
 
+def with_lse_gradients(case: PackedCase, tensors: list[Tensor], backend: str) -> list[Tensor]:
+    """Log-sum-exp, and the gradients of query, key, value and time_bias through it and the output."""
+    device = tensors[0].device
+    given = case_options(case).items()
+    options = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given}
+    inputs = leaves(*tensors[:3])
+    if case.buckets:
+        options["time_bias"] = options["time_bias"].to(torch.promote_types(tensors[0].dtype, torch.float32))
+        options["time_bias"].requires_grad_()
+        inputs.append(options["time_bias"])
+    output, lse = flash_attention(*inputs[:3], *tensors[3:], backend=backend, return_lse=True, **options)
+    grads = [noise_like(part, tensors[0].dtype) for part in (output, lse)]
+    return [lse, *torch.autograd.grad((output, lse), inputs, grads)]
+
+
 def truth_of(case: PackedCase, tensors: list[Tensor]) -> list[Tensor]:
     """Output and gradients by autograd through the reference at float64, on the values the kernel saw."""
     inputs, options = leaves(*(tensor.double() for tensor in tensors[:3])), case_options(case)

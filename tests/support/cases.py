@@ -25,6 +25,7 @@ class PackedCase:
         lengths: queries of each sequence.
         key_lengths: keys of each sequence; None is self attention.
         heads: H.
+        key_heads: of keys and values; None is as many.
         width: D.
         is_causal: hide later keys.
         kind: "normal"; "peaked" plants keys equal to queries; "large" makes scores of size 1e4; "duplicates" repeats
@@ -44,6 +45,7 @@ class PackedCase:
     window: tuple[int | None, int | None] | None = None
     buckets: int = 0
     dropout_p: float = 0.0
+    key_heads: int | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -60,6 +62,18 @@ ATTENTION_CASES = (
         for width, is_causal in itertools.product((*WIDTHS, 8, 15, 17, 32, 33, 128, 256), (False, True))
     ),
     PackedCase("heads5", (7, 60), heads=5, width=20),
+    PackedCase("shared-heads", (7, 0, 60), heads=6, key_heads=2, width=20, is_causal=True),
+    PackedCase(
+        "shared-heads-everything",
+        (9, 33),
+        (30, 43),
+        heads=4,
+        key_heads=1,
+        kind="strided",
+        window=(10, 1),
+        buckets=9,
+        dropout_p=0.3,
+    ),
     PackedCase("cross", (5, 49, 0, 3, 25), (9, 30, 4, 0, 300)),
     PackedCase("cross-causal", (5, 49, 0, 3, 25, 2), (9, 30, 4, 0, 300, 2), is_causal=True, width=59),
     PackedCase("no-keys", (4, 30), (0, 0)),
@@ -104,10 +118,11 @@ def packed_inputs(case: PackedCase, dtype: torch.dtype, seed: int = 0) -> tuple[
         cu_key = cu_query
     tokens, keys = int(cu_query[-1]), int(cu_key[-1])
 
-    def rows(count: int) -> Tensor:
-        return torch.randn(count, case.heads, case.width, generator=generator, dtype=torch.float64)
+    def rows(count: int, heads: int) -> Tensor:
+        return torch.randn(count, heads, case.width, generator=generator, dtype=torch.float64)
 
-    query, key, value = rows(tokens), rows(keys), rows(keys)
+    query, *sides = rows(tokens, case.heads), *(rows(keys, case.key_heads or case.heads) for _ in range(2))
+    key, value = sides
     if case.kind == "peaked":
         key[::3] = 3 * query[::3]
     if case.kind == "large":

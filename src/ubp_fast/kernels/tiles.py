@@ -46,13 +46,26 @@ def rows(path: Path, names: tuple[str, ...], kernel: str, kind: str) -> list[tup
     return [(*place, found[place]) for place in sorted(found)]
 
 
-def choose(path: Path, names: tuple[str, ...], kernel: str, kind: str, width: int, length: float = 0.0) -> list[Any]:
+def find(
+    path: Path, names: tuple[str, ...], kernel: str, kind: str, width: int, length: float = 0.0
+) -> list[Any] | None:
     """Block sizes, warps and stages for rows of `width` numbers and a mean length, as the operator's table has them.
 
-    Raises:
-        KeyError: the table has no row for the device, the kernel and the problem.
+    None where the table has no row for the device, the kernel and the problem.
     """
     for most_width, most_length, chosen in rows(path, names, kernel, kind):
         if width <= most_width and length <= most_length:
             return chosen
-    raise KeyError(f"{path}: no tiles of {kernel}, {kind}, width {width}, length {length} for any of {list(names)}")
+    return None
+
+
+def choose(path: Path, names: tuple[str, ...], kernel: str, kind: str, width: int, length: float = 0.0) -> list[Any]:
+    """The same.
+
+    Raises:
+        KeyError: the table has no row for the device, the kernel and the problem.
+    """
+    found = find(path, names, kernel, kind, width, length)
+    if found is None:
+        raise KeyError(f"{path}: no tiles of {kernel}, {kind}, width {width}, length {length} for any of {list(names)}")
+    return found

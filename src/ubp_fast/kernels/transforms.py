@@ -88,10 +88,10 @@ def require_reference(op: str, backend: str) -> None:
 
 
 def differentiable_gradients(
-    function: Callable[..., Tensor],
+    function: Callable[..., Tensor | Sequence[Tensor]],
     inputs: Sequence[Tensor | None],
     needs_gradient: Sequence[bool],
-    grad_output: Tensor,
+    grad_output: Tensor | Sequence[Tensor],
 ) -> list[Tensor | None]:
     """Gradients of a plain function at saved inputs, for a backward with `create_graph` or with batched gradients."""
     is_graph = torch.is_grad_enabled()

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from ubp_fast.kernels import cuda
 from ubp_fast.kernels.backends import DTYPES
+from ubp_fast.kernels.flash_attention.reference import LSE_UNIT as LSE_UNIT
 from ubp_fast.kernels.flash_attention.reference import Gradients, Problem
 
 FORWARD, BACKWARD_QUERIES, BACKWARD_KEYS = 0, 1, 2

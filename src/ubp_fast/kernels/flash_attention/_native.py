@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ubp_fast import _core
 from ubp_fast.kernels.backends import DTYPES, unsupported_on_cpu
+from ubp_fast.kernels.flash_attention.reference import LSE_UNIT as LSE_UNIT
 from ubp_fast.kernels.flash_attention.reference import Gradients, Problem
 
 

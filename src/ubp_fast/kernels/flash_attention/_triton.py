@@ -1,13 +1,16 @@
 """The Triton backend for NVIDIA GPUs from compute capability 8.0: which tiles run, and the launches.
 
-Forward is one launch, backward two (dq, which also leaves delta, then dk and dv). The grid follows from shapes alone,
-so no launch waits for the device; tiles that a sequence does not fill end at once. Deterministic, no atomic additions.
-Memory beyond inputs and outputs: lse and delta, a float per query and head; with a time_bias also sums [tiles, H,
-buckets].
+Where sequences are short on average (the table of tiles says up to which mean length), neighbours share a tile: one
+launch forward, one backward (dq, dk and dv), over packs that are made once per batch and kept beside the offsets.
+Sequences that no pack can hold, and batches of long ones, take the other kernels: one launch forward, two backward (dq,
+which also leaves delta, then dk and dv). Grids follow from shapes alone, so no launch waits for the device; tiles
+without rows end at once. Deterministic, no atomic additions. Memory beyond inputs and outputs: lse and delta, a float
+per query and head; packs, two numbers per half tile and one per row; with a time_bias also sums [tiles, H, buckets].
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -15,12 +18,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ubp_fast.kernels import deferred
 from ubp_fast.kernels import tiles as tile_table
 from ubp_fast.kernels.backends import on_device, triton_unavailable, unsupported_dtype
-from ubp_fast.kernels.flash_attention.reference import UNBOUNDED, Gradients, Problem
+from ubp_fast.kernels.flash_attention.reference import UNBOUNDED, Gradients, Problem, of_key_heads
 
 MAX_ROWS, MAX_SEQUENCES, MAX_HEADS = 2**29, 2**28, 2**16 - 1  # int32 places, rounds of the search, the grid's limit
 SEARCH_FAN = 128
+LSE_UNIT = math.log(2.0)  # of the log-sum-exp that forward gives and backward takes
+GROUP = 128  # sequences of which one program makes packs
 
 
 class Tiles(NamedTuple):
@@ -58,11 +64,68 @@ def kind(problem: Problem) -> str:
 def tiles(kernel: str, problem: Problem, mean_length: float, device: tuple[str, ...]) -> Tiles:
     """The tiles of a kernel; `mean_length` is that of the side whose rows a tile owns.
 
-    A tile should be about as long as a sequence: 16 rows to 12, 32 rows to 48 (user histories), 64 rows to 160, else
-    large ones, at which the tensor cores wait neither for memory nor for the exponential.
+    A tile should be about as long as a sequence: 64 rows to 160, else large ones, at which the tensor cores wait
+    neither for memory nor for the exponential.
     """
     found = tile_table.choose(TABLE, device, kernel, kind(problem), problem.query.shape[2], mean_length)
     return Tiles(*found)
+
+
+def short_tiles(kernel: str, problem: Problem, mean_length: float, device: tuple[str, ...]) -> Tiles | None:
+    """The tiles of a kernel for packs, `block_m` rows of either side; None where sequences are too long for it.
+
+    `mean_length` is that of the longer side.
+    """
+    which = "dropout" if kind(problem) == "options" and problem.time_bias is None else kind(problem)
+    found = tile_table.find(TABLE, device, kernel, which, problem.query.shape[2], mean_length)
+    return None if found is None else Tiles(*found)
+
+
+class Packs(NamedTuple):
+    """Neighbouring sequences that share a tile.
+
+    Attributes:
+        table: int32 [slots, 2], first and end sequence of each pack; -1 in slots without one.
+        sequence: int32 [T], of each query row.
+        key_sequence: int32 [S], of each key row.
+    """
+
+    table: Tensor
+    sequence: Tensor
+    key_sequence: Tensor
+
+
+def packs(problem: Problem, block: int) -> Packs:
+    """Packs of at most `block` queries and keys: made for the first layer, forward, and found by all others."""
+    offsets, offsets_key = problem.cu_seqlens, problem.cu_seqlens_key
+    # Where checks are immediate offsets may share memory with what somebody writes to later.
+    if not deferred.is_deferred(offsets.device) or offsets.is_inference():
+        return _packs(problem, block)
+    known: dict[int, tuple[Tensor | None, Packs]] = offsets.__dict__.setdefault("_ubp_fast_packs", {})
+    # A reference to itself would keep the memory until Python looks for such rings.
+    beside = None if offsets_key is offsets else offsets_key
+    if block not in known or known[block][0] is not beside:  # of other keys: the last ones alone are kept
+        known[block] = (beside, _packs(problem, block))
+    return known[block][1]
+
+
+def _packs(problem: Problem, block: int) -> Packs:
+    offsets, offsets_key = problem.cu_seqlens.contiguous(), problem.cu_seqlens_key.contiguous()
+    is_self, sequences = problem.cu_seqlens_key is problem.cu_seqlens, len(offsets) - 1
+    rows = len(problem.query) if is_self else len(problem.query) + len(problem.key)
+    groups = -(-sequences // GROUP)
+    table = torch.empty((2 * rows // block + groups, 2), dtype=torch.int32, device=offsets.device)
+    with on_device(offsets.device):
+        _short_kernels().pack_kernel[(groups,)](
+            offsets, offsets_key, table, sequences, IS_SELF=is_self, BLOCK=block, num_warps=1
+        )
+    sequence = _sequence_of_rows(offsets, len(problem.query))
+    return Packs(table, sequence, sequence if is_self else _sequence_of_rows(offsets_key, len(problem.key)))
+
+
+def _sequence_of_rows(offsets: Tensor, rows: int) -> Tensor:
+    row = torch.arange(rows, dtype=torch.int32, device=offsets.device)
+    return torch.searchsorted(offsets[1:].contiguous(), row, right=True, out_int32=True)
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -70,29 +133,44 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     tokens, heads, width = problem.query.shape
     output = problem.query.new_empty((tokens, heads, width))
     lse = problem.query.new_empty((tokens, heads), dtype=torch.float32)
-    _launch("forward", problem, problem.cu_seqlens, tokens, output, lse)
+    if tokens and heads:
+        short = _short_here("short_forward", problem)
+        _launch_short("short_forward", problem, short, output, lse)
+        _launch("forward", problem, short, output, lse)
     return output, lse
 
 
 def backward(problem: Problem, output: Tensor, lse: Tensor, grad_output: Tensor) -> Gradients:
     """Gradients of query, key, value and time_bias from the saved output and log-sum-exp; scores are computed again."""
-    tokens, heads, _ = problem.query.shape
-    saved, delta = [output.contiguous(), lse.contiguous(), grad_output.contiguous()], torch.empty_like(lse)
-    dq, dk, dv = (part.new_empty(part.shape) for part in problem[:3])
-    sums = None
-    if problem.time_bias is not None:
-        slots = _slots(problem.cu_seqlens, tokens, _tiles_here("dq", problem).block_m)
-        sums = lse.new_zeros((slots, heads, problem.time_bias.shape[1]))
-    _launch("dq", problem, problem.cu_seqlens, tokens, *saved, delta, dq, sums)
-    _launch("dkv", problem, problem.cu_seqlens_key, len(problem.key), *saved[1:], delta, dk, dv)
-    return dq, dk, dv, None if sums is None else sums.sum(dim=0)
+    saved = (output.contiguous(), lse.contiguous(), grad_output.contiguous())
+    heads, key_heads = problem.query.shape[1], problem.key.shape[1]
+    dq = problem.query.new_empty(problem.query.shape)
+    # Several heads of the query may share one of key and value: each writes its part, in float32, and they are added.
+    shape = (len(problem.key), heads, problem.key.shape[2])
+    dtype = problem.key.dtype if heads == key_heads else torch.float32
+    dk, dv = (problem.key.new_empty(shape, dtype=dtype) for _ in range(2))
+    sums = []
+    if heads:
+        short = _short_here("short_backward", problem)
+        sums.append(_launch_short("short_backward", problem, short, *saved, dq, dk, dv))
+        delta = torch.empty_like(lse)
+        sums.append(_launch("dq", problem, short, *saved, delta, dq))
+        _launch("dkv", problem, short, *saved[1:], delta, dk, dv)
+    dk, dv = (of_key_heads(part, key_heads, problem.key.dtype) for part in (dk, dv))
+    if problem.time_bias is None:
+        return dq, dk, dv, None
+    parts = [part.sum(dim=0) for part in sums if part is not None]
+    return dq, dk, dv, torch.stack([torch.zeros_like(problem.time_bias), *parts]).sum(dim=0)
 
 
-def _tiles_here(kernel: str, problem: Problem) -> Tiles:
-    """The tiles for this device and the mean length of the side that a tile owns."""
-    rows = len(problem.key if kernel == "dkv" else problem.query)
-    device = tile_table.device_names(problem.query.device)
-    return tiles(kernel, problem, rows / max(1, len(problem.cu_seqlens) - 1), device)
+def _mean_length(rows: Tensor, problem: Problem) -> float:
+    return len(rows) / max(1, len(problem.cu_seqlens) - 1)
+
+
+def _short_here(kernel: str, problem: Problem) -> Tiles | None:
+    """The tiles of packs for this device and these sequences, if they are short."""
+    mean_length = max(_mean_length(problem.query, problem), _mean_length(problem.key, problem))
+    return short_tiles(kernel, problem, mean_length, tile_table.device_names(problem.query.device))
 
 
 def _slots(cu_seqlens: Tensor, rows: int, block: int) -> int:
@@ -100,30 +178,74 @@ def _slots(cu_seqlens: Tensor, rows: int, block: int) -> int:
     return rows // block + len(cu_seqlens) - 1
 
 
-def _launch(name: str, problem: Problem, owner: Tensor, rows: int, *tensors: Tensor | None) -> None:
-    """One kernel over the tiles of the side `owner`, `rows` long; `tensors` are what it has beyond the others."""
-    heads = problem.query.shape[1]
-    chosen = _tiles_here(name, problem)
-    slots = _slots(owner, rows, chosen.block_n if name == "dkv" else chosen.block_m)
-    if not (rows and heads):
-        return
-    kernels = _kernels()
-    function = {
-        "forward": kernels.forward_kernel,
-        "dq": kernels.backward_dq_kernel,
-        "dkv": kernels.backward_dkv_kernel,
-    }[name]
+def _launch_short(name: str, problem: Problem, chosen: Tiles | None, *tensors: Tensor) -> Tensor | None:
+    """One kernel over packs, if there are any; the sums [slots, H, buckets] of the time_bias in backward."""
+    if chosen is None or len(problem.cu_seqlens) < 2:
+        return None
+    made, heads = packs(problem, chosen.block_m), problem.query.shape[1]
+    outputs, sums = list(tensors), None
+    if name == "short_backward":
+        sums = _bucket_sums(problem, len(made.table))
+        outputs.append(sums)  # type: ignore[arg-type]
+    if len(made.table):
+        sides, strides = _sides(problem)
+        options = constants(name, problem, chosen)
+        with on_device(problem.query.device):
+            function = getattr(_short_kernels(), f"{name}_kernel")
+            function[(len(made.table), heads)](*sides, *made, *outputs, *strides, **options)
+    return sums
+
+
+def _launch(name: str, problem: Problem, short: Tiles | None, *tensors: Tensor) -> Tensor | None:
+    """One kernel over the tiles of all sequences, or of those that no pack of `short` holds.
+
+    Returns:
+        The sums [slots, H, buckets] of the time_bias from "dq".
+    """
+    owner, rows = (problem.cu_seqlens, problem.query) if name != "dkv" else (problem.cu_seqlens_key, problem.key)
+    heads, longest = problem.query.shape[1], 0 if short is None else short.block_m
+    if not len(rows) or max(len(problem.query), len(problem.key)) <= longest:
+        return None
+    device = tile_table.device_names(problem.query.device)
+    chosen = tiles(name, problem, max(_mean_length(rows, problem), longest + 1 if short else 0), device)
+    slots = _slots(owner, len(rows), chosen.block_n if name == "dkv" else chosen.block_m)
+    outputs, sums = list(tensors), None
+    if name == "dq":
+        sums = _bucket_sums(problem, slots)
+        outputs.append(sums)  # type: ignore[arg-type]
+    function = getattr(_kernels(), f"{'backward_' * (name != 'forward')}{name}_kernel")
+    sides, strides = _sides(problem)
+    options = constants(name, problem, chosen, longest)
+    with on_device(problem.query.device):
+        function[(slots, heads)](*sides, *outputs, *strides, len(owner) - 1, slots, **options)
+    return sums
+
+
+def _bucket_sums(problem: Problem, slots: int) -> Tensor | None:
+    if problem.time_bias is None:
+        return None
+    shape = (slots, *problem.time_bias.shape)
+    return torch.zeros(shape, dtype=torch.float32, device=problem.query.device)
+
+
+def _sides(problem: Problem) -> tuple[tuple[Tensor | None, ...], list[int]]:
+    """What all kernels take first, and the strides of query, key and value."""
     sides = [_unit_rows(part) for part in problem[:3]]
-    strides = [stride for part in sides for stride in part.stride()[:2]]
     optional = (problem.time_bias, problem.timestamp_s, problem.timestamp_key_s)
     times = [None if part is None else part.contiguous() for part in optional]
-    shared = (*sides, problem.cu_seqlens, problem.cu_seqlens_key, *times, problem.seed)
-    with on_device(problem.query.device):
-        function[(slots, heads)](*shared, *tensors, *strides, len(owner) - 1, slots, **constants(name, problem, chosen))
+    strides = [stride for part in sides for stride in part.stride()[:2]]
+    return (*sides, problem.cu_seqlens, problem.cu_seqlens_key, *times, problem.seed), strides
 
 
-def constants(name: str, problem: Problem, chosen: Tiles) -> dict[str, Any]:
-    """Everything a kernel takes beside tensors, strides and the sizes of its grid."""
+def constants(name: str, problem: Problem, chosen: Tiles, longest_packed: int = 0) -> dict[str, Any]:
+    """Everything a kernel takes beside tensors, strides and the sizes of its grid.
+
+    Args:
+        name: of the kernel.
+        problem: what it computes.
+        chosen: its tiles.
+        longest_packed: sequences of at most so many rows on either side belong to packs.
+    """
     width = problem.query.shape[2]
     far = len(problem.query) + len(problem.key)  # as good as unbounded, and far from overflow
     buckets = 0 if problem.time_bias is None else problem.time_bias.shape[1]
@@ -137,11 +259,10 @@ def constants(name: str, problem: Problem, chosen: Tiles) -> dict[str, Any]:
         "HAS_RIGHT": problem.right != UNBOUNDED,
         "HAS_DROPOUT": problem.seed is not None,
         "BUCKETS": buckets,
+        "SHARED_BY": problem.query.shape[1] // problem.key.shape[1],
         "WIDTH": width,
         "BLOCK_M": chosen.block_m,
-        "BLOCK_N": chosen.block_n,
         "BLOCK_D": max(16, _power_of_two(width)),
-        "LEVELS": _levels(len(problem.cu_seqlens) - 1),
         "PRECISION": "ieee" if problem.query.dtype == torch.float32 else "tf32",
         "num_warps": chosen.num_warps,
         "num_stages": chosen.num_stages,
@@ -150,7 +271,10 @@ def constants(name: str, problem: Problem, chosen: Tiles) -> dict[str, Any]:
         # Fused, score minus log-sum-exp would keep the digits that the saved log-sum-exp lost: no longer exactly 0.
         "enable_fp_fusion": problem.query.dtype != torch.float32,
     }
-    if name == "dq":
+    if not name.startswith("short"):
+        levels = _levels(len(problem.cu_seqlens) - 1)
+        found |= {"BLOCK_N": chosen.block_n, "LEVELS": levels, "LONGEST_PACKED": longest_packed}
+    if name in ("dq", "short_backward"):
         found["BLOCK_BUCKETS"] = _power_of_two(buckets)
     return found
 
@@ -178,3 +302,9 @@ def _kernels() -> ModuleType:
     from ubp_fast.kernels.flash_attention import _triton_kernels
 
     return _triton_kernels
+
+
+def _short_kernels() -> ModuleType:
+    from ubp_fast.kernels.flash_attention import _triton_short_kernels
+
+    return _triton_short_kernels

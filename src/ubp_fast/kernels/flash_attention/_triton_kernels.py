@@ -9,6 +9,10 @@ sequence end at once.
     dq        the same; also delta, and sums per bucket of the time_bias, written per tile and added afterwards
     dkv       tile of keys: loop over the queries that see any of them, scores transposed
 
+Sequences of at most LONGEST_PACKED rows on both sides belong to the kernels of `_triton_short_kernels.py`.
+
+SHARED_BY heads of the query see one head of key and value; each leaves its part of dk and dv.
+
 Nobody writes what another program writes, so results are the same in every run. Statistics, scores and sums are
 float32. Scores and the saved log-sum-exp are in units of log 2: where one key outweighs all others both are the same
 number, and its weight is exactly 1. Products of float32 take full float32 precision, never TF32. Blocks in which all
@@ -99,10 +103,10 @@ def _keys_seen(place, keys, left, right, BLOCK_M: tl.constexpr, HAS_LEFT: tl.con
 @triton.jit(do_not_specialize=VARYING)
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, cu_ptr, cu_key_ptr, bias_ptr, time_ptr, key_time_ptr, seed_ptr, out_ptr, lse_ptr, q_stride,
-    q_stride_h, k_stride, k_stride_h, v_stride, v_stride_h, sequences, slots, left, right, scale, threshold,
-    keep_scale, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_DROPOUT: tl.constexpr, BUCKETS: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, LEVELS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q_stride_h, k_stride, k_stride_h, v_stride, v_stride_h, sequences, slots, left, right, scale, threshold, keep_scale,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_DROPOUT: tl.constexpr, BUCKETS: tl.constexpr,
+    SHARED_BY: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    LEVELS: tl.constexpr, LONGEST_PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # The last tiles of a causal sequence are the longest: they start first.
     head, heads = tl.program_id(1), tl.num_programs(1)
@@ -111,9 +115,11 @@ def forward_kernel(
         return
     key_start = tl.load(cu_key_ptr + b)
     keys = tl.load(cu_key_ptr + b + 1) - key_start
+    if (queries <= LONGEST_PACKED) & (keys <= LONGEST_PACKED):
+        return
     row, key_row = tl.cast(start + tile, tl.int64), tl.cast(key_start, tl.int64)
-    k_ptr += key_row * k_stride + head * k_stride_h
-    v_ptr += key_row * v_stride + head * v_stride_h
+    k_ptr += key_row * k_stride + head // SHARED_BY * k_stride_h
+    v_ptr += key_row * v_stride + head // SHARED_BY * v_stride_h
     query_at = tile + tl.arange(0, BLOCK_M)
     q = _load(q_ptr + row * q_stride + head * q_stride_h, q_stride, queries - tile, WIDTH, BLOCK_M, BLOCK_D)
     if BUCKETS > 0:
@@ -156,10 +162,10 @@ def forward_kernel(
 
 
 @triton.jit
-def _bucket_sums(sums, grad, bucket, seen, lanes, BUCKETS: tl.constexpr):
-    """Adds the gradients of a tile to the sums of their buckets; only as many rounds as buckets lie between."""
-    lowest = tl.min(tl.min(tl.where(seen, bucket, BUCKETS), 1), 0)
-    highest = tl.max(tl.max(tl.where(seen, bucket, -1), 1), 0)
+def _bucket_sums(sums, grad, bucket, lanes, BUCKETS: tl.constexpr):
+    """Adds the gradients of a tile to the sums of their buckets, -1 being none; a round for each from first to last."""
+    lowest = tl.min(tl.min(tl.where(bucket < 0, BUCKETS, bucket), 1), 0)
+    highest = tl.max(tl.max(bucket, 1), 0)
     for here in range(lowest, highest + 1):
         part = tl.sum(tl.sum(tl.where(bucket == here, grad, 0.0), 1), 0)
         sums += tl.where(lanes == here, part, 0.0)
@@ -171,9 +177,9 @@ def backward_dq_kernel(
     q_ptr, k_ptr, v_ptr, cu_ptr, cu_key_ptr, bias_ptr, time_ptr, key_time_ptr, seed_ptr, out_ptr, lse_ptr, grad_ptr,
     delta_ptr, dq_ptr, dbias_ptr, q_stride, q_stride_h, k_stride, k_stride_h, v_stride, v_stride_h, sequences, slots,
     left, right, scale, threshold, keep_scale, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, BUCKETS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_BUCKETS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, BUCKETS: tl.constexpr, SHARED_BY: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, LEVELS: tl.constexpr,
+    LONGEST_PACKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_BUCKETS: tl.constexpr,
 ):  # fmt: skip
     head, heads, slot = tl.program_id(1), tl.num_programs(1), slots - 1 - tl.program_id(0)
     b, start, queries, tile = _tile(slot, cu_ptr, sequences, BLOCK_M, LEVELS)
@@ -185,9 +191,11 @@ def backward_dq_kernel(
         return
     key_start = tl.load(cu_key_ptr + b)
     keys = tl.load(cu_key_ptr + b + 1) - key_start
+    if (queries <= LONGEST_PACKED) & (keys <= LONGEST_PACKED):
+        return
     row, key_row = tl.cast(start + tile, tl.int64), tl.cast(key_start, tl.int64)
-    k_ptr += key_row * k_stride + head * k_stride_h
-    v_ptr += key_row * v_stride + head * v_stride_h
+    k_ptr += key_row * k_stride + head // SHARED_BY * k_stride_h
+    v_ptr += key_row * v_stride + head // SHARED_BY * v_stride_h
     query_at = tile + tl.arange(0, BLOCK_M)
     q = _load(q_ptr + row * q_stride + head * q_stride_h, q_stride, queries - tile, WIDTH, BLOCK_M, BLOCK_D)
     packed, packed_stride = (row * heads + head) * WIDTH, heads * WIDTH
@@ -224,7 +232,7 @@ def backward_dq_kernel(
         ds = p * (dp - delta[:, None])
         if BUCKETS > 0:
             seen = _seen(query_at[:, None], key_at[None, :], queries, keys, left, right, HAS_LEFT, HAS_RIGHT)
-            sums = _bucket_sums(sums, ds, bucket, seen, lanes, BUCKETS)
+            sums = _bucket_sums(sums, ds, tl.where(seen, bucket, -1), lanes, BUCKETS)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
     _store(dq_ptr + packed, packed_stride, dq * scale, queries - tile, WIDTH, BLOCK_M, BLOCK_D)
@@ -253,8 +261,8 @@ def backward_dkv_kernel(
     q_ptr, k_ptr, v_ptr, cu_ptr, cu_key_ptr, bias_ptr, time_ptr, key_time_ptr, seed_ptr, lse_ptr, grad_ptr, delta_ptr,
     dk_ptr, dv_ptr, q_stride, q_stride_h, k_stride, k_stride_h, v_stride, v_stride_h, sequences, slots, left, right,
     scale, threshold, keep_scale, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    BUCKETS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    LEVELS: tl.constexpr, PRECISION: tl.constexpr,
+    BUCKETS: tl.constexpr, SHARED_BY: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, LEVELS: tl.constexpr, LONGEST_PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     head, heads = tl.program_id(1), tl.num_programs(1)
     b, key_start, keys, tile = _tile(tl.program_id(0), cu_key_ptr, sequences, BLOCK_N, LEVELS)
@@ -262,14 +270,18 @@ def backward_dkv_kernel(
         return
     start = tl.load(cu_ptr + b)
     queries = tl.load(cu_ptr + b + 1) - start
+    if (queries <= LONGEST_PACKED) & (keys <= LONGEST_PACKED):
+        return
     row, key_row = tl.cast(start, tl.int64), tl.cast(key_start + tile, tl.int64)
     q_ptr += row * q_stride + head * q_stride_h
     grad_ptr += (row * heads + head) * WIDTH
     lse_ptr += row * heads + head
     delta_ptr += row * heads + head
     key_at = tile + tl.arange(0, BLOCK_N)
-    k = _load(k_ptr + key_row * k_stride + head * k_stride_h, k_stride, keys - tile, WIDTH, BLOCK_N, BLOCK_D)
-    v = _load(v_ptr + key_row * v_stride + head * v_stride_h, v_stride, keys - tile, WIDTH, BLOCK_N, BLOCK_D)
+    k_ptr += key_row * k_stride + head // SHARED_BY * k_stride_h
+    v_ptr += key_row * v_stride + head // SHARED_BY * v_stride_h
+    k = _load(k_ptr, k_stride, keys - tile, WIDTH, BLOCK_N, BLOCK_D)
+    v = _load(v_ptr, v_stride, keys - tile, WIDTH, BLOCK_N, BLOCK_D)
     if BUCKETS > 0:
         key_time = tl.load(key_time_ptr + key_start + key_at, mask=key_at < keys, other=0)[:, None]
 

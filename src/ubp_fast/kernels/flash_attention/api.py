@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal, TypeAlias, overload
 
 import numpy as np
 import torch
@@ -44,14 +44,35 @@ IMPLEMENTATIONS: dict[str, ModuleType] = {"native": _native, "triton": _triton, 
 # float32, bfloat16 and float16 run natively on the CPU and with Triton on NVIDIA GPUs; the rest takes the reference.
 # "cuda" must be named: its kernels are compiled and emulated, but no device has run them yet.
 ORDER = ("native", "triton", "reference")
+Offsets: TypeAlias = Tensor | Sequence[int] | np.ndarray
+
+
+@overload
+def flash_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Offsets, cu_seqlens_key: Offsets | None = None, *,
+    causal: bool = False, window: int | tuple[int | None, int | None] | None = None,
+    scale: float | Tensor | None = None, time_bias: Tensor | None = None, timestamp_s: Tensor | None = None,
+    timestamp_key_s: Tensor | None = None, dropout_p: float = 0.0, seed: int | Tensor | None = None,
+    first_rows: tuple[int, int] = (0, 0), return_lse: Literal[False] = False, backend: str = "auto",
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def flash_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Offsets, cu_seqlens_key: Offsets | None = None, *,
+    causal: bool = False, window: int | tuple[int | None, int | None] | None = None,
+    scale: float | Tensor | None = None, time_bias: Tensor | None = None, timestamp_s: Tensor | None = None,
+    timestamp_key_s: Tensor | None = None, dropout_p: float = 0.0, seed: int | Tensor | None = None,
+    first_rows: tuple[int, int] = (0, 0), return_lse: Literal[True], backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def flash_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    cu_seqlens: Tensor | Sequence[int] | np.ndarray,
-    cu_seqlens_key: Tensor | Sequence[int] | np.ndarray | None = None,
+    cu_seqlens: Offsets,
+    cu_seqlens_key: Offsets | None = None,
     *,
     causal: bool = False,
     window: int | tuple[int | None, int | None] | None = None,
@@ -62,19 +83,23 @@ def flash_attention(
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
     first_rows: tuple[int, int] = (0, 0),
+    return_lse: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention of every query over the keys of its own sequence.
 
     For one sequence it equals `F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)` on [H, T, D],
-    except that a row which sees no key gives 0. With fewer queries than keys, `causal` and `window` align the ends:
-    the place of query i of q among k keys is i + k - q, and causal hides the keys after it.
+    with `enable_gqa=True` where key and value have fewer heads, except that a row which sees no key gives 0. With fewer
+    queries than keys, `causal` and `window` align the ends: the place of query i of q among k keys is i + k - q, and
+    causal hides the keys after it.
 
     Args:
         query: [T, H, D], float32, bfloat16, float16 or float64, 1 <= D <= 256; any strides. Under `torch.autocast`
             query, key and value become its dtype, as in `scaled_dot_product_attention` (float64 stays).
-        key: [S, H, D], dtype and device of query.
-        value: [S, H, D], dtype and device of query.
+        key: [S, K, D], dtype and device of query. K divides H, and query head h sees key head h // (H / K): multi-query
+            attention is K = 1, grouped-query attention what lies between 1 and H. Triton reads shared heads where they
+            are; other backends repeat them in memory.
+        value: [S, K, D], dtype and device of query.
         cu_seqlens: integer [B + 1]: query rows of sequence b are cu_seqlens[b] .. cu_seqlens[b + 1] - 1. Starts at 0,
             never decreases, ends at T; sequences may be empty. A list, an array or a tensor on any device; one of
             int32 or int64 on the device of query is taken without a copy.
@@ -95,11 +120,15 @@ def flash_attention(
             device.
         first_rows: numbers of the first query row and the first key row in a larger batch of which these sequences are
             a part: dropout draws what it would draw in that batch.
+        return_lse: also give the log-sum-exp of the scores of every query, natural logarithm, with which results over
+            parts of the keys can be put together. It has a gradient, which costs a second backward pass where it is
+            used; dropout does not enter it.
         backend: "auto", "native" (compiled, CPU), "triton" (NVIDIA GPU), "cuda" (compiled, capability 8.0 and newer) or
             "reference". "auto" takes the first of native, triton and reference that computes these tensors.
 
     Returns:
-        [T, H, D] in the dtype of query. The same in every run and for any number of threads, bit by bit.
+        [T, H, D] in the dtype of query. The same in every run and for any number of threads, bit by bit. With
+        `return_lse` a pair of it and float32 [T, H] (float64 for float64); -infinity where a query sees no key.
 
     Derivatives beyond a plain backward (second ones, forward mode, transforms of `torch.func`, batched gradients) are
     those of the reference, which "auto" takes for them: in the dtype of the inputs, with the scores of all sequences in
@@ -132,9 +161,10 @@ def flash_attention(
     dropout_p = number(OP, "dropout_p", dropout_p)
     options = (left, right, scale, dropout_p, backend)
     if transforms.is_transforming():
-        return _transformed(*tensors, _seed(dropout_p, seed, first_rows, query.device, is_drawn=False), *options)
-    output, _ = _forward_op(*tensors, _seed(dropout_p, seed, first_rows, query.device), *options)
-    return output
+        found = _transformed(*tensors, _seed(dropout_p, seed, first_rows, query.device, is_drawn=False), *options)
+        return found if return_lse else found[0]
+    output, lse = _forward_op(*tensors, _seed(dropout_p, seed, first_rows, query.device), *options)
+    return (output, _natural_op(lse, query, key, cu_seqlens, backend)) if return_lse else output
 
 
 def _offsets(name: str, offsets: Any, device: torch.device) -> Tensor:
@@ -155,7 +185,7 @@ def _offsets(name: str, offsets: Any, device: torch.device) -> Tensor:
 @transforms.outside_of_graphs("flash_attention in a transform of torch.func is computed outside of the graph")
 def _transformed(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, cu_seqlens_key: Tensor, *arguments: Any
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """The reference, through which transforms of PyTorch see its operations."""
     *arguments, backend = arguments  # type: ignore[assignment]
     transforms.require_reference(OP, backend)
@@ -164,7 +194,7 @@ def _transformed(
         require(not is_batchedtensor(part), OP, name, "be the same for all that vmap maps over", "mapped ones")
         with transforms.outside_of_transforms():  # inside nobody may look at a value
             _check_offsets(name, part, rows.shape[0])
-    return reference.attention(_as_problem(query, key, value, *offsets, *arguments))[0]
+    return reference.attention(_as_problem(query, key, value, *offsets, *arguments))
 
 
 def _bounds(window: int | tuple[int | None, int | None] | None, causal: bool) -> tuple[int, int]:
@@ -234,11 +264,11 @@ def _check(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, cu_seq
     heads, width = query.shape[1:]
     require(1 <= width <= MAX_WIDTH, OP, "query", f"have a width D in 1..{MAX_WIDTH}", width)
     require_dtype(OP, "query", query, FLOATS)
-    if key.ndim != 3 or key.shape[2] != width or key.shape[1] != heads:
-        rule, remedy = f"have shape [S, H, D] = [S, {heads}, {width}] like query", ""
-        if key.ndim == 3 and 1 <= key.shape[1] < heads and heads % key.shape[1] == 0:
-            remedy = f"repeat heads of key and value with .repeat_interleave({heads // key.shape[1]}, dim=1)"
-        require(False, OP, "key", rule, list(key.shape), remedy)
+    if key.ndim != 3 or key.shape[2] != width:
+        require(False, OP, "key", f"have shape [S, K, D] = [S, 1..{heads}, {width}] like query", list(key.shape))
+    key_heads = key.shape[1]
+    if key_heads != heads and (key_heads == 0 or heads % key_heads != 0):
+        require(False, OP, "key", f"have a number of heads that divides those of query, {heads}", key_heads)
     if value.shape != key.shape:
         require(False, OP, "value", f"have shape {list(key.shape)} like key", list(value.shape))
     require_same(OP, "query", query, key=key, value=value)
@@ -293,10 +323,11 @@ def _check_offsets(name: str, offsets: Tensor, tokens: int) -> None:
 
 @torch.library.custom_op("ubp_fast::flash_attention", mutates_args=(), schema=f"({SCHEMA}) -> (Tensor, Tensor)")
 def _forward_op(query, *arguments):
+    """The second result is the log-sum-exp in the backend's unit, which backward takes."""
     deferred.poll(query.device)
     *arguments, backend = arguments
-    problem = _problem(query, *arguments)
-    return _implementation(backend, problem).forward(problem)
+    implementation, problem = _chosen(backend, _problem(query, *arguments))
+    return implementation.forward(problem)
 
 
 @torch.library.custom_op(
@@ -304,12 +335,37 @@ def _forward_op(query, *arguments):
     mutates_args=(),
     schema=f"(Tensor grad_output, Tensor output, Tensor lse, {SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _backward_op(grad_output, output, lse, query, *arguments):
+def _backward_op(grad_output, output, lse, query, key, *arguments):
     """The last result is empty without a time_bias: an op returns tensors only."""
     *arguments, backend = arguments
-    problem = _problem(query, *arguments, is_backward=True)
-    *gradients, grad_bias = _implementation(backend, problem).backward(problem, output, lse, grad_output)
-    return *gradients, query.new_empty(0) if grad_bias is None else grad_bias
+    implementation, problem = _chosen(backend, _problem(query, key, *arguments, is_backward=True))
+    grad_query, *sides, grad_bias = implementation.backward(problem, output, lse, grad_output)
+    sides = [reference.of_key_heads(part, key.shape[1], key.dtype) for part in sides]
+    return grad_query, *sides, query.new_empty(0) if grad_bias is None else grad_bias
+
+
+@torch.library.custom_op(
+    "ubp_fast::flash_attention_natural_lse",
+    mutates_args=(),
+    schema="(Tensor lse, Tensor query, Tensor key, Tensor cu_seqlens, str backend) -> Tensor",
+)
+def _natural_op(lse, query, key, cu_seqlens, backend):
+    """The backend's log-sum-exp in natural logarithms.
+
+    Its gradient is passed on as it is: `_backward`, the only one to get it, takes that of the natural logarithms.
+    """
+    problem = Problem(query, key, key, cu_seqlens, cu_seqlens, UNBOUNDED, UNBOUNDED, 1.0)
+    return lse * _implementation(backend, problem).LSE_UNIT
+
+
+def _implementation(backend: str, problem: Problem) -> ModuleType:
+    return IMPLEMENTATIONS[backends.resolve(OP, backend, IMPLEMENTATIONS, ORDER, problem)]
+
+
+def _chosen(backend: str, problem: Problem) -> tuple[ModuleType, Problem]:
+    """The backend that runs, and the problem as it takes it."""
+    implementation = _implementation(backend, problem)
+    return implementation, problem if implementation is _triton else reference.with_all_heads(problem)
 
 
 def _problem(
@@ -333,10 +389,6 @@ def _as_problem(
     return Problem(query, key, value, cu_seqlens, cu_seqlens_key, left, right, scale, *times, dropout_p, seed)
 
 
-def _implementation(backend: str, problem: Problem) -> ModuleType:
-    return IMPLEMENTATIONS[backends.resolve(OP, backend, IMPLEMENTATIONS, ORDER, problem)]
-
-
 @_forward_op.register_fake
 def _fake_forward(query, *_):
     return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=lse_dtype(query.dtype))
@@ -348,31 +400,68 @@ def _fake_backward(grad_output, output, lse, query, key, value, cu_seqlens, cu_s
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), grad_bias
 
 
+@_natural_op.register_fake
+def _fake_natural(lse, *_):
+    return torch.empty_like(lse)
+
+
 def _setup_context(ctx, inputs, output):
     *tensors, left, right, scale, dropout_p, backend = inputs
     ctx.options = (left, right, scale, dropout_p, backend)
     ctx.save_for_backward(*output, *tensors)
-    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # no zeros for the log-sum-exp
 
 
-def _backward(ctx, grad_output, _):
+def _backward(ctx, grad_output, grad_lse):
     nothing = (None,) * 14
-    if grad_output is None:
+    if grad_output is None and grad_lse is None:
         return nothing
+    output, lse, *inputs = ctx.saved_tensors
     if torch.is_grad_enabled() or transforms.is_transforming():
         *options, backend = ctx.options
         transforms.require_reference(OP, backend)
+        grads = {0: grad_output, 1: None if grad_lse is None else grad_lse.to(output.dtype)}
+        wanted = [which for which, grad in grads.items() if grad is not None]
+
+        def results(*inputs):
+            found = reference.attention(_as_problem(*inputs, *options))
+            return [found[which] for which in wanted]
+
         found = transforms.differentiable_gradients(
-            lambda *inputs: reference.attention(_as_problem(*inputs, *options))[0],
-            ctx.saved_tensors[2:],
-            ctx.needs_input_grad,
-            grad_output,
+            results, inputs, ctx.needs_input_grad, [grads[which] for which in wanted]
         )
         return (*found, *nothing[len(found) :])
-    *gradients, grad_bias = _backward_op(grad_output, *ctx.saved_tensors, *ctx.options)
+    gradients = [None] * 4
+    if grad_output is not None:
+        gradients = list(_backward_op(grad_output, output, lse, *inputs, *ctx.options))
+    if grad_lse is not None:
+        of_lse = _backward_of_lse(grad_lse, output, lse, inputs, ctx.options)
+        gradients = [new if old is None else old + new for old, new in zip(gradients, of_lse, strict=True)]
+    *gradients, grad_bias = gradients
     found = (*gradients, None, None, grad_bias, *nothing[6:])
     return tuple(part if need else None for part, need in zip(found, ctx.needs_input_grad, strict=True))
 
 
+def _backward_of_lse(grad_lse, output, lse, inputs, options):
+    """Gradients through the log-sum-exp, dS_ij = P_ij g_i, by the same kernels.
+
+    Without values dS_ij = -P_ij delta_i, and delta_i = <grad, output> is -g_i for the rows below. Two columns hold the
+    leading and the trailing digits of g, whatever the dtype.
+    """
+    query, key, value, *rest = inputs
+    grad, minus_one = torch.zeros_like(output), torch.zeros_like(output)
+    grad[:, :, 0] = grad_lse.to(grad.dtype)
+    minus_one[:, :, :2] = -1.0
+    if output.shape[2] > 1:
+        grad[:, :, 1] = (grad_lse - grad[:, :, 0]).to(grad.dtype)
+    without = torch.zeros_like(value)
+    grad_query, grad_key, _, grad_bias = _backward_op(grad, minus_one, lse, query, key, without, *rest, *options)
+    return grad_query, grad_key, without, grad_bias
+
+
+def _natural_backward(_, grad):
+    return grad, None, None, None, None
+
+
+_natural_op.register_autograd(_natural_backward)
 _forward_op.register_autograd(_backward, setup_context=_setup_context)

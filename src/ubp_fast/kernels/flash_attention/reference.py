@@ -20,8 +20,8 @@ class Problem(NamedTuple):
 
     Attributes:
         query: [T, H, D].
-        key: [S, H, D].
-        value: [S, H, D].
+        key: [S, K, D], H a multiple of K: query head h sees key head h // (H / K).
+        value: [S, K, D].
         cu_seqlens: int32 [B + 1], first query row of each sequence.
         cu_seqlens_key: int32 [B + 1], first key row of each sequence.
         left: keys that a query sees before the one at its own place, -1 for all; ends aligned.
@@ -50,6 +50,7 @@ class Problem(NamedTuple):
 
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
+LSE_UNIT = 1.0  # of the log-sum-exp that forward gives and backward takes
 
 
 def unsupported(problem: Problem) -> str | None:
@@ -57,8 +58,26 @@ def unsupported(problem: Problem) -> str | None:
     return None
 
 
+def with_all_heads(problem: Problem) -> Problem:
+    """The same problem with a head of key and value for each head of the query: repeated in memory."""
+    times = problem.query.shape[1] // max(1, problem.key.shape[1])
+    if times == 1:
+        return problem
+    key, value = (part.repeat_interleave(times, dim=1) for part in (problem.key, problem.value))
+    return problem._replace(key=key, value=value)
+
+
+def of_key_heads(gradient: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    """Gradient [S, H, D] of repeated heads -> [S, heads, D]: summed in float32 or wider."""
+    if gradient.shape[1] == heads:
+        return gradient
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    return gradient.unflatten(1, (heads, -1)).sum(dim=2, dtype=wide).to(dtype)
+
+
 def attention(problem: Problem) -> tuple[Tensor, Tensor]:
     """Differentiable attention: output [T, H, D] and log-sum-exp of the scores [T, H], in the dtype of the inputs."""
+    problem = with_all_heads(problem)
     outputs, lses = [problem.query[:0]], [problem.query[:0, :, 0]]
     for rows, key_rows in _sequences(problem):
         scores = _scores(problem, rows, key_rows)

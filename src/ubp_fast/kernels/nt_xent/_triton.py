@@ -3,10 +3,15 @@
 Memory beyond inputs and gradients: a copy of the rows, in backward a float32 matrix of their size, and a few numbers
 per row (at most 528 / blocks of rows of them in forward); never a matrix of similarities. "symmetric" looks at its
 matrix once from each side in forward and in backward, "simclr" at all of its own: no tile serves its columns, too.
+
+Many wide rows of 16 bits take another way (`is_chunked`): the BLAS multiplies, a chunk of similarities at a time, and
+kernels of single similarities stand between its products. They are four for "cross" instead of five, for one look at a
+similarity serves both of its rows. That takes three chunks of memory more.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +26,10 @@ from ubp_fast.kernels.nt_xent.reference import Problem, each_row, groups
 
 TABLE = Path(__file__).with_name("tiles.json")
 MAX_ROWS = 2**29  # row numbers of both sides are int32
+CHUNK = (4096, 2048)  # rows and columns: large enough for the BLAS, small enough to stay in an L2 cache of 50 MB
+LEAST_CHUNKED = (257, 2**24)  # width, and similarities
+PULL_BLOCK = (32, 64)
+LIFT = 16384.0  # of what `pull_kernel` writes
 PROGRAMS = 528  # four for each multiprocessor of the largest GPU of today; small problems split their columns for it
 
 
@@ -85,21 +94,19 @@ def forward(problem: Problem) -> Tensor:
     device = problem.left.device
     if not len(problem.left) or not len(problem.right):
         return torch.zeros(len(problem.left) * problem.directions, dtype=torch.float64, device=device)
-    rows, losses = _prepare(problem), []
+    rows, losses, is_apart = _prepare(problem), [], is_chunked(problem)
     for own, others in _meetings(problem):
-        chosen = _tiles_here("statistics", problem)
-        blocks = math.ceil(own[1] / chosen.block_m)
-        parts = max(1, min(math.ceil(PROGRAMS / blocks), math.ceil(others[1] / chosen.block_n)))
-        step = math.ceil(math.ceil(others[1] / parts) / chosen.block_n) * chosen.block_n
-        parts = math.ceil(others[1] / step)
-        maximum, total = (torch.empty((parts, own[1]), dtype=torch.float64, device=device) for _ in range(2))
-        _launch(
-            "statistics_kernel", (blocks, parts), problem, *rows, maximum, total, *own, *others, step, chosen=chosen
-        )
-        peak = maximum.amax(dim=0)
-        sums = (total * torch.exp2(maximum - peak)).sum(dim=0)
-        peak = peak * math.log(2.0)
-        losses.append(peak + torch.log1p(torch.expm1(-peak) + sums))
+        for here in _chunks(own, CHUNK[0]) if is_apart else [own]:
+            if is_apart:
+                columns = _chunks(others, CHUNK[1])
+                parts = [_statistics(problem, rows, here, there, _products(rows, here, there)) for there in columns]
+            else:
+                parts = [_statistics(problem, rows, here, others)]
+            maximum, total = (torch.cat(part) for part in zip(*parts, strict=True))
+            peak = maximum.amax(dim=0)
+            sums = (total * torch.exp2(maximum - peak)).sum(dim=0)
+            peak = peak * math.log(2.0)
+            losses.append(peak + torch.log1p(torch.expm1(-peak) + sums))
     row_losses = torch.cat(losses)
     return row_losses if problem.valid is None else row_losses.masked_fill(~problem.valid.repeat(problem.directions), 0)
 
@@ -114,7 +121,94 @@ def backward(
     )
     if not len(problem.left) or not len(problem.right):
         return left, right, positive, torch.zeros_like(problem.temperature)  # type: ignore[return-value]
-    rows, width = _prepare(problem), problem.left.shape[1]
+    rows = _prepare(problem)
+    make = _chunked_slope if is_chunked(problem) else _slope
+    slope, moment = make(problem, rows, row_losses / math.log(2.0), weight.float())
+    factor = factor / rows.temperature
+    pull = (shares * weight).view(problem.directions, -1).sum(dim=0)  # the positive gains what its negatives lose
+    _finish(problem, slope, pull, factor, left, right, positive)
+    to_temperature = (-moment * math.log(2.0) * factor).to(problem.temperature)
+    return left, right, positive, to_temperature  # type: ignore[return-value]
+
+
+def is_chunked(problem: Problem) -> bool:
+    """Whether the BLAS multiplies.
+
+    By count (`docs/gpu_model.md`) kernels that multiply themselves are as fast up to 256 columns, where a tile holds
+    whole rows. Wider ones load their rows again for every few similarities, and the L2 cache limits them to a fifth of
+    the peak. Chunks want enough similarities for their launches.
+    """
+    width, similarities = LEAST_CHUNKED
+    is_large = problem.left.shape[1] >= width and len(problem.left) * len(problem.right) >= similarities
+    return is_large and problem.left.dtype != torch.float32
+
+
+def _chunks(side: tuple[int, int], most: int) -> list[tuple[int, int]]:
+    """(first row, rows) of parts of at most `most` rows."""
+    first, count = side
+    return [(first + at, min(most, count - at)) for at in range(0, count, most)]
+
+
+def _part(rows: Tensor, side: tuple[int, int]) -> Tensor:
+    return rows[side[0] : side[0] + side[1]]
+
+
+def _multiply(a: Tensor, b: Tensor) -> Tensor:
+    """16-bit matrices, added up and given in float32."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+
+
+def _products(rows: Rows, here: tuple[int, int], there: tuple[int, int]) -> Tensor:
+    return _multiply(_part(rows.rows, here), _part(rows.rows, there).t())
+
+
+def _statistics(
+    problem: Problem, rows: Rows, own: tuple[int, int], others: tuple[int, int], products: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Largest gap and sum of exp2(gap - largest) of each own row, float64 [parts, rows]."""
+    chosen = _tiles_here("statistics", problem)
+    if products is not None:
+        chosen = of_chunks(chosen)
+    blocks = math.ceil(own[1] / chosen.block_m)
+    parts = max(1, min(math.ceil(PROGRAMS / blocks), math.ceil(others[1] / chosen.block_n)))
+    step = math.ceil(math.ceil(others[1] / parts) / chosen.block_n) * chosen.block_n
+    parts = math.ceil(others[1] / step)
+    maximum, total = (torch.empty((parts, own[1]), dtype=torch.float64, device=rows.rows.device) for _ in range(2))
+    tensors = (*rows, products, maximum, total)
+    has = {"HAS_PRODUCTS": products is not None}
+    _launch("statistics_kernel", (blocks, parts), problem, *tensors, *own, *others, step, chosen=chosen, **has)
+    return maximum, total
+
+
+def of_chunks(tiles: Tiles) -> Tiles:
+    """The tiles where products come from memory: nothing is multiplied, and each thread has a few similarities."""
+    return tiles._replace(block_m=PULL_BLOCK[0], block_n=PULL_BLOCK[1], num_warps=8, num_stages=1)
+
+
+def _chunked_slope(problem: Problem, rows: Rows, losses: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """sum_j G_ij u_j of all rows, float32 [R, E], and the sum of p_ij gap_ij; losses in units of log 2."""
+    is_simclr, device = problem.negatives == "simclr", rows.rows.device
+    own, others = _meetings(problem)[0]
+    slope = torch.zeros(rows.rows.shape, dtype=torch.float32, device=device)
+    blocks = [math.ceil(most / block) for most, block in zip(CHUNK, PULL_BLOCK, strict=True)]
+    moment = torch.zeros(blocks[0] * blocks[1], dtype=torch.float64, device=device)
+    for here, there in itertools.product(_chunks(own, CHUNK[0]), _chunks(others, CHUNK[1])):
+        products = _products(rows, here, there)
+        to_row = torch.empty(products.shape, dtype=rows.rows.dtype, device=device)
+        to_column = None if is_simclr else torch.empty_like(to_row)
+        blocks = [math.ceil(count / block) for count, block in zip(products.shape, PULL_BLOCK, strict=True)]
+        tensors = (products, *rows[1:], losses, weight, to_row, to_column, moment)
+        with on_device(device):
+            _kernels().pull_kernel[tuple(blocks)](*tensors, *here, *there, **pull_options(problem))
+        _part(slope, here).add_(_multiply(to_row, _part(rows.rows, there)))
+        if to_column is not None:
+            _part(slope, there).add_(_multiply(to_column.t(), _part(rows.rows, here)))
+    return slope.div_(LIFT), moment.sum()
+
+
+def _slope(problem: Problem, rows: Rows, losses: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by one kernel for each side."""
+    width = problem.left.shape[1]
     slope = torch.empty((len(rows.rows), width), dtype=torch.float32, device=problem.left.device)
     if problem.positive is not None:
         slope[len(problem.left) : 2 * len(problem.left)] = 0
@@ -127,15 +221,11 @@ def backward(
             "HAS_ROW_LOSS": own[0] == 0 or problem.negatives != "cross",
             "HAS_COLUMN_LOSS": others[0] == 0 or problem.negatives != "cross",
         }
-        tensors = (*rows, row_losses / math.log(2.0), weight.float(), slope, moment)
+        tensors = (*rows, losses, weight, slope, moment)
         grid = (blocks, math.ceil(width / chosen.block_e))
         _launch("gradient_kernel", grid, problem, *tensors, *own, *others, chosen=chosen, **sides)
-        moments.append(moment.sum() * math.log(2.0))
-    factor = factor / rows.temperature
-    pull = (shares * weight).view(problem.directions, -1).sum(dim=0)  # the positive gains what its negatives lose
-    _finish(problem, slope, pull, factor, left, right, positive)
-    to_temperature = (-torch.stack(moments).sum() * factor).to(problem.temperature)
-    return left, right, positive, to_temperature  # type: ignore[return-value]
+        moments.append(moment.sum())
+    return slope, torch.stack(moments).sum()
 
 
 def _tiles_here(kernel: str, problem: Problem) -> Tiles:
@@ -223,9 +313,7 @@ def _launch(name: str, grid: tuple[int, int], problem: Problem, *arguments: Any,
 def constants(name: str, problem: Problem, chosen: Tiles) -> dict[str, Any]:
     """What decides the code of a kernel beside the forms."""
     found: dict[str, Any] = {
-        "HAS_IDS": problem.ids is not None,
-        "HAS_VALID": problem.valid is not None or problem.right_valid is not None,
-        "HAS_BIAS": problem.bias is not None,
+        **_given(problem),
         "IS_WIDE": problem.left.dtype == torch.float32,
         "IS_WHOLE": chosen.block_k == chosen.block_e and chosen.block_k >= problem.left.shape[1],
         "WIDTH": problem.left.shape[1],
@@ -240,6 +328,26 @@ def constants(name: str, problem: Problem, chosen: Tiles) -> dict[str, Any]:
     if name == "gradient_kernel":
         found["BLOCK_E"] = chosen.block_e
     return found
+
+
+def pull_options(problem: Problem) -> dict[str, Any]:
+    """What decides the code of the kernel between the BLAS's products."""
+    return {
+        **_given(problem),
+        "HAS_COLUMN_LOSS": problem.negatives != "cross",
+        "IS_FOR_COLUMNS": problem.negatives != "simclr",
+        "BLOCK_M": PULL_BLOCK[0],
+        "BLOCK_N": PULL_BLOCK[1],
+        "num_warps": 4,
+    }
+
+
+def _given(problem: Problem) -> dict[str, bool]:
+    return {
+        "HAS_IDS": problem.ids is not None,
+        "HAS_VALID": problem.valid is not None or problem.right_valid is not None,
+        "HAS_BIAS": problem.bias is not None,
+    }
 
 
 def _kernels() -> ModuleType:

@@ -8,6 +8,7 @@ numbers lie in the order of that matrix; biases are in units of log 2, those of 
     statistics  block of rows x one part of the columns: running maximum of the gaps s - s_positive, 0 included, and
                 the sum of exp(gap - maximum); the parts are put together afterwards
     gradient    block of rows, all columns: G = weight p of the row + weight p of the column, sum += G rows'
+    pull        block of rows x block of columns of a chunk: G for either side, where the products are made elsewhere
     finish      the positive's part, and back through the normalisation
 
 16-bit rows are multiplied by tensor cores and added in float32. float32 rows are multiplied and added in float64,
@@ -120,12 +121,15 @@ def _is_negative(
 
 @triton.jit(do_not_specialize=VARYING)
 def statistics_kernel(
-    rows_ptr, inverse_ptr, positive_ptr, group_ptr, ids_ptr, valid_ptr, bias_ptr, temperature_ptr, maximum_ptr,
-    sum_ptr, first_row, rows, first_column, columns, step, HAS_IDS: tl.constexpr, HAS_VALID: tl.constexpr,
-    HAS_BIAS: tl.constexpr, IS_WIDE: tl.constexpr, IS_WHOLE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    rows_ptr, inverse_ptr, positive_ptr, group_ptr, ids_ptr, valid_ptr, bias_ptr, temperature_ptr, product_ptr,
+    maximum_ptr, sum_ptr, first_row, rows, first_column, columns, step, HAS_PRODUCTS: tl.constexpr,
+    HAS_IDS: tl.constexpr, HAS_VALID: tl.constexpr, HAS_BIAS: tl.constexpr, IS_WIDE: tl.constexpr,
+    IS_WHOLE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Rows first_row .. first_row + rows - 1 against `step` of the columns, of first_column .. + columns - 1."""
+    """Rows first_row .. first_row + rows - 1 against `step` of the columns, of first_column .. + columns - 1.
+
+    HAS_PRODUCTS: their products lie in memory, [rows, columns].
+    """
     REAL: tl.constexpr = tl.float64 if IS_WIDE else tl.float32
     row, part = tl.program_id(0) * BLOCK_M, tl.program_id(1)
     a_ptr = rows_ptr + tl.cast(first_row, tl.int64) * WIDTH
@@ -138,19 +142,23 @@ def statistics_kernel(
         bias = tl.load(bias_ptr + first_row + at, mask=is_row, other=0.0).to(REAL)
     unit = (1.0 / tl.load(temperature_ptr) * LOG2E).to(REAL)
     a = inverse
-    if IS_WHOLE:
+    if IS_WHOLE and not HAS_PRODUCTS:
         a = _tile(a_ptr, row, rows, 0, WIDTH, BLOCK_M, BLOCK_K)
     maximum = tl.zeros([BLOCK_M], REAL)
     total = tl.zeros([BLOCK_M], tl.float64)
     for first in range(part * step, tl.minimum(part * step + step, columns), BLOCK_N):
-        b = a
-        if IS_WHOLE:
-            b = _tile(b_ptr, first, columns, 0, WIDTH, BLOCK_N, BLOCK_K)
-        products = _products(
-            a_ptr, b_ptr, a, b, row, rows, first, columns, IS_WIDE, IS_WHOLE, WIDTH, BLOCK_M, BLOCK_N, BLOCK_K
-        )
         there = first + tl.arange(0, BLOCK_N)
         is_column = there < columns
+        if HAS_PRODUCTS:
+            place = product_ptr + at[:, None] * columns + there[None, :]
+            products = tl.load(place, mask=is_row[:, None] & is_column[None, :], other=0.0)
+        else:
+            b = a
+            if IS_WHOLE:
+                b = _tile(b_ptr, first, columns, 0, WIDTH, BLOCK_N, BLOCK_K)
+            products = _products(
+                a_ptr, b_ptr, a, b, row, rows, first, columns, IS_WIDE, IS_WHOLE, WIDTH, BLOCK_M, BLOCK_N, BLOCK_K
+            )
         column_inverse = tl.load(inverse_ptr + first_column + there, mask=is_column, other=0.0).to(REAL)
         gap = (products * (inverse[:, None] * column_inverse[None, :]) - positive[:, None]) * unit
         if HAS_BIAS:
@@ -239,6 +247,56 @@ def gradient_kernel(
     tl.store(slope_ptr + place, slope / LIFT, mask=is_row[:, None] & (e < WIDTH)[None, :])
     if HAS_ROW_LOSS and element == 0:
         tl.store(moment_ptr + tl.program_id(0), tl.sum(moment * weight.to(tl.float64), 0))
+
+
+@triton.jit(do_not_specialize=VARYING)
+def pull_kernel(
+    product_ptr, inverse_ptr, positive_ptr, group_ptr, ids_ptr, valid_ptr, bias_ptr, temperature_ptr, loss_ptr,
+    weight_ptr, to_row_ptr, to_column_ptr, moment_ptr, first_row, rows, first_column, columns,
+    HAS_COLUMN_LOSS: tl.constexpr, IS_FOR_COLUMNS: tl.constexpr, HAS_IDS: tl.constexpr, HAS_VALID: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """G of a chunk from its products, both [rows, columns]: times the lengths of the columns, and of the rows.
+
+    The sum_ij p_ij gap_ij is added to what the program's place holds: of the rows' losses, and IS_FOR_COLUMNS also of
+    the columns'.
+    """
+    at, there = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_row, is_column = at < rows, there < columns
+    row, column = first_row + at, first_column + there
+    place, is_inside = at[:, None] * columns + there[None, :], is_row[:, None] & is_column[None, :]
+    inverse = tl.load(inverse_ptr + row, mask=is_row, other=0.0).to(tl.float32)
+    column_inverse = tl.load(inverse_ptr + column, mask=is_column, other=0.0).to(tl.float32)
+    unit = (1.0 / tl.load(temperature_ptr) * LOG2E).to(tl.float32)
+    s = tl.load(product_ptr + place, mask=is_inside, other=0.0) * (inverse[:, None] * column_inverse[None, :])
+    is_negative = _is_negative(row, column, is_row, is_column, group_ptr, ids_ptr, valid_ptr, HAS_IDS, HAS_VALID)
+    positive = tl.load(positive_ptr + row, mask=is_row, other=0.0).to(tl.float32)
+    loss = tl.load(loss_ptr + row, mask=is_row, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + row, mask=is_row, other=0.0)
+    distance = (s - positive[:, None]) * unit
+    gap = distance - loss[:, None]
+    if HAS_BIAS:  # of candidates, which have no loss of their own
+        bias = tl.load(bias_ptr + row, mask=is_row, other=0.0).to(tl.float32)
+        column_bias = tl.load(bias_ptr + column, mask=is_column, other=0.0).to(tl.float32)
+        gap += column_bias[None, :] - bias[:, None]
+    g = tl.exp2(tl.where(is_negative, gap, float("-inf"))) * weight[:, None]
+    moment = tl.where(is_negative, g * distance, 0.0)
+    if HAS_COLUMN_LOSS:
+        positive = tl.load(positive_ptr + column, mask=is_column, other=0.0).to(tl.float32)
+        loss = tl.load(loss_ptr + column, mask=is_column, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + column, mask=is_column, other=0.0)
+        distance = (s - positive[None, :]) * unit
+        of_column = tl.exp2(tl.where(is_negative, distance - loss[None, :], float("-inf"))) * weight[None, :]
+        g += of_column
+        if IS_FOR_COLUMNS:
+            moment += tl.where(is_negative, of_column * distance, 0.0)
+    g *= LIFT
+    kind = to_row_ptr.dtype.element_ty
+    tl.store(to_row_ptr + place, (g * column_inverse[None, :]).to(kind), mask=is_inside)
+    if IS_FOR_COLUMNS:
+        tl.store(to_column_ptr + place, (g * inverse[:, None]).to(kind), mask=is_inside)
+    own = moment_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(own, tl.load(own) + tl.sum(tl.sum(moment, 1).to(tl.float64), 0))
 
 
 @triton.jit(do_not_specialize=VARYING)

@@ -1,0 +1,208 @@
+"""What the Triton kernels cost a GPU, counted: products, bytes, launches, and what the compiler makes of them.
+
+    python benchmarks/count_gpu.py
+
+Prints the tables of docs/gpu_model.md. Nothing is measured and no device is needed: bytes and products follow from
+shapes and tiles, registers and shared memory are those that ptxas reports. A measured time should lie between "at
+best", where copies and products overlap completely at their peaks, and "apart", where nothing hides anything and the
+tensor cores reach half of their peak; what is slower than that is a fault to look for.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ubp_fast.kernels import tiles as tile_table
+from ubp_fast.kernels.flash_attention import _triton as attention
+from ubp_fast.kernels.nt_xent import _triton as contrastive
+
+ITEM = 2  # bytes of a 16-bit number
+SM_90 = ("sm_90",)
+
+
+class Device(NamedTuple):
+    """Peaks of a device, and what a multiprocessor holds: an H100 SXM, of whose L2 cache no data sheet speaks."""
+
+    flop_per_s: float = 989e12  # bfloat16, dense
+    bytes_per_s: float = 3.35e12
+    l2_bytes_per_s: float = 5.5e12
+    registers: int = 65_536
+    shared_bytes: int = 233_472
+    warps: int = 64
+
+
+class Work(NamedTuple):
+    """What launches of one kernel do.
+
+    Attributes:
+        flop: of the products that are computed, masked places included.
+        bytes: from and to memory, each tensor once per launch.
+        tile_bytes: what tiles load and store, most of it again and again, from the L2 cache.
+        launches: kernels launched.
+    """
+
+    flop: float
+    bytes: float
+    tile_bytes: float
+    launches: int = 1
+
+    def seconds(self, device: Device) -> tuple[float, float]:
+        """At best, and apart."""
+        products, copies = self.flop / device.flop_per_s, self.bytes / device.bytes_per_s
+        copies = max(copies, self.tile_bytes / device.l2_bytes_per_s)
+        return max(products, copies), 2 * products + copies
+
+
+def total(parts: Iterable[Work]) -> Work:
+    """Of several kernels, one after the other."""
+    flop, moved, loaded, launches = (sum(numbers) for numbers in zip(*parts, strict=True))
+    return Work(flop, moved, loaded, int(launches))
+
+
+def packs_of(lengths: Sequence[int], block: int) -> list[list[int]]:
+    """Lengths of the sequences that share a tile, as the kernels choose them; longer ones are in none."""
+    found: list[list[int]] = []
+    for first in range(0, len(lengths), attention.GROUP):
+        open_pack: list[int] = []
+        for length in lengths[first : first + attention.GROUP]:
+            if sum(open_pack) + length > block:
+                found, open_pack = [*found, open_pack], []
+            if length <= block:
+                open_pack.append(length)
+        found.append(open_pack)
+    return [pack for pack in found if pack]
+
+
+def attention_work(lengths: Sequence[int], heads: int, width: int, kind: str = "plain") -> dict[str, Work]:
+    """Each kernel of forward and backward, self attention without a mask, 16 bits, on a device like sm_90."""
+    mean, rows = sum(lengths) / len(lengths), sum(lengths)
+    found: dict[str, Work] = {}
+    tensors = {"short_forward": 4, "short_backward": 8, "forward": 4, "dq": 6, "dkv": 6}
+    products = {"short_forward": 2, "short_backward": 5, "forward": 2, "dq": 3, "dkv": 4}
+    numbers = {"short_forward": 1, "short_backward": 1, "forward": 1, "dq": 2, "dkv": 2}  # lse and delta, per row
+    for short, longs in (("short_forward", ("forward",)), ("short_backward", ("dq", "dkv"))):
+        chosen = tile_table.find(attention.TABLE, SM_90, short, kind, width, mean)
+        block = 0 if chosen is None else chosen[0]
+        packs = packs_of(lengths, block) if block else []
+        long = [length for length in lengths if length > block]
+        if block:
+            packed = sum(map(sum, packs))
+            moved = heads * packed * (tensors[short] * width * ITEM + 4 * numbers[short]) + 4 * packed
+            found[short] = Work(heads * len(packs) * products[short] * 2 * block**2 * width, moved, moved)
+        if rows > block:  # launched wherever shapes do not rule long ones out
+            for name in longs:
+                m, n, *_ = tile_table.choose(attention.TABLE, SM_90, name, kind, width, max(mean, block + 1))
+                places = sum(math.ceil(length / m) * m * math.ceil(length / n) * n for length in long)
+                moved = heads * sum(long) * (tensors[name] * width * ITEM + 4 * numbers[name])
+                own = n if name == "dkv" else m  # rows that a tile keeps, while two tensors of the others pass by
+                passing = heads * places / own * 2 * width * ITEM
+                found[name] = Work(heads * products[name] * 2 * places * width, moved, moved + passing)
+    return found
+
+
+def attention_least(lengths: Sequence[int], heads: int, width: int) -> Work:
+    """Seven products of real pairs; every tensor read or written once by forward and once by backward."""
+    pairs, rows = sum(length**2 for length in lengths), sum(lengths)
+    moved = heads * rows * (12 * width * ITEM + 8)
+    return Work(heads * 7 * 2 * pairs * width, moved, moved, 2)
+
+
+def nt_xent_work(rows: int, width: int) -> dict[str, Work]:
+    """Forward and backward of `rows` pairs, "cross", 16 bits: in chunks where the backend would take them."""
+    product, matrix, pairs = 2.0 * rows * rows * width, rows * width * ITEM, float(rows) ** 2
+    around = {"prepare": Work(0, 8 * matrix, 8 * matrix, 2), "finish": Work(0, 8 * matrix, 8 * matrix)}
+    least_width, least_pairs = contrastive.LEAST_CHUNKED
+    if width >= least_width and pairs >= least_pairs:
+        high, wide = contrastive.CHUNK
+        chunks = math.ceil(rows / high) * math.ceil(rows / wide)
+        sides = chunks * (high + wide) * width  # elements of both sides of all chunks
+        # Similarities are float32, pulls 16 bits for each side, gradients float32 that are read and written again.
+        return around | {
+            "products": Work(product, sides * ITEM, sides * ITEM + 4 * pairs, chunks),
+            "statistics": Work(0, 0, 4 * pairs, chunks),
+            "products again": Work(product, sides * ITEM, sides * ITEM + 4 * pairs, chunks),
+            "pull": Work(0, 0, (4 + 2 * ITEM) * pairs, chunks),
+            "sums": Work(2 * product, sides * (ITEM + 16), sides * (ITEM + 16) + 2 * ITEM * pairs, 4 * chunks),
+        }
+    statistics, gradient = (
+        contrastive.tiles(kernel, torch.bfloat16, width, SM_90) for kernel in ("statistics", "gradient")
+    )
+    again = math.ceil(width / gradient.block_e)  # similarities, for each part of the elements
+
+    def passing(tiles: contrastive.Tiles) -> float:
+        """Rows that all tiles of similarities load: those of the columns, and their own where they do not fit whole."""
+        loaded = tiles.block_n + (0 if tiles.block_k >= width else tiles.block_m)
+        return product / (tiles.block_m * tiles.block_n) * loaded * ITEM / 2
+
+    # The columns once more for the sum, where the tile does not have them whole.
+    of_sum = 0.0 if gradient.block_k >= width else product / gradient.block_m * ITEM / 2
+    return around | {
+        "statistics": Work(product, 2 * matrix, passing(statistics)),
+        "gradient": Work(
+            2 * (1 + again) * product, 2 * (2 + again + 1) * matrix, 2 * (again * passing(gradient) + of_sum), 2
+        ),
+    }
+
+
+def blocks_per_multiprocessor(registers: int, shared_bytes: int, warps: int, device: Device) -> int:
+    """How many programs a multiprocessor holds at a time."""
+    by_registers = device.registers // (32 * warps * 8 * math.ceil(registers / 8))
+    by_shared = device.shared_bytes // (shared_bytes + 1024)
+    return min(by_registers, by_shared, device.warps // warps, 32)
+
+
+def mix(sequences: int, seed: int = 0) -> list[int]:
+    """Lengths of shop histories: median 26, mean 40, at most 256."""
+    spread = torch.randn(sequences, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (26 * spread.exp()).round().clamp(1, 256).long().tolist()
+
+
+def _row(*cells: object) -> None:
+    print("| " + " | ".join(str(cell) for cell in cells) + " |")
+
+
+def _print_work(name: str, found: dict[str, Work], device: Device) -> None:
+    times = {kernel: work.seconds(device) for kernel, work in found.items()}
+    times["together"] = tuple(map(sum, zip(*times.values(), strict=True)))  # type: ignore[assignment]
+    for kernel, work in {**found, "together": total(found.values())}.items():
+        cells = (f"{number:,.0f}" for number in (work.flop / 1e9, work.bytes / 1e6, work.tile_bytes / 1e6))
+        _row(name, kernel, *cells, work.launches, *(f"{time * 1e6:,.0f}" for time in times[kernel]))
+
+
+def _print_occupancy(device: Device) -> None:
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "kernels"))
+    from compile_triton import attention_builds, compiled, contrastive_builds
+
+    for build in (*attention_builds(), *contrastive_builds()):
+        if build.capability == 90 and "fp32" not in build.name:
+            found, warps = compiled(build), build.options["num_warps"]
+            held = blocks_per_multiprocessor(found.registers, found.shared_bytes, warps, device)
+            _row(build.name, warps, found.registers, found.shared_bytes, held)
+
+
+def main() -> int:
+    device = Device()
+    print("| case | kernel | GFLOP | MB | MB of tiles | launches | at best, µs | apart, µs |")
+    print("|---|---|---|---|---|---|---|---|")
+    lengths = mix(1024)
+    cases = {f"mix of {sum(lengths):,} rows": lengths, "16 of 2,048": [2048] * 16}
+    for (name, case), width in ((case, width) for case in cases.items() for width in (64, 128)):
+        found = attention_work(case, 4, width)
+        _print_work(f"{name}, H=4, D={width}", found, device)
+        moved, least = total(found.values()).bytes, attention_least(case, 4, width)
+        print(f"bytes: {moved / least.bytes:.2f} of the least; products of real pairs: {least.flop / 1e9:,.1f} GFLOP")
+    for rows, width in ((65_536, 256), (65_536, 512), (1_048_576, 512)):
+        _print_work(f"nt_xent {rows:,} x {width}", nt_xent_work(rows, width), device)
+    print("\n| kernel | warps | registers | shared bytes | programs of a multiprocessor |\n|---|---|---|---|---|")
+    _print_occupancy(device)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,79 @@
+"""The counted model of the GPU kernels against what is launched, and what it says of the histories of shops."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.cases import cumulative
+from support.gpu import DEVICE, require_triton_device
+
+from ubp_fast.kernels.flash_attention import _triton
+from ubp_fast.kernels.flash_attention.reference import Problem
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+import count_gpu
+
+require_triton_device()
+
+
+def problem(lengths: list[int], width: int = 16) -> Problem:
+    offsets = cumulative(tuple(lengths)).to(DEVICE)
+    rows = torch.randn(sum(lengths), 1, width, device=DEVICE, dtype=torch.float16)
+    return Problem(rows, rows, rows, offsets, offsets, -1, -1, 0.25)
+
+
+@pytest.mark.parametrize("block", [32, 128])
+def test_counted_packs_are_those_of_the_kernel(block: int) -> None:
+    lengths = count_gpu.mix(300)
+    made = _triton.packs(problem(lengths), block).table.tolist()
+    assert [lengths[first:end] for first, end in made if first >= 0] == count_gpu.packs_of(lengths, block)
+
+
+@pytest.mark.parametrize("lengths", [[20, 3, 7], [20, 3, 200, 7, 9], [300, 150]], ids=str)
+def test_counted_launches_are_those_of_a_step(lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[str] = []
+
+    class Counted:
+        def __init__(self, kernels: Any) -> None:
+            self.kernels = kernels
+
+        def __getattr__(self, name: str) -> Any:
+            if name != "pack_kernel":
+                launched.append(name.removesuffix("_kernel").removeprefix("backward_"))
+            return getattr(self.kernels, name)
+
+    for which in ("_kernels", "_short_kernels"):
+        made = Counted(getattr(_triton, which)())
+        monkeypatch.setattr(_triton, which, lambda made=made: made)
+    given = problem(lengths)
+    monkeypatch.setattr(_triton.tile_table, "device_names", lambda device: count_gpu.SM_90)
+    output, lse = _triton.forward(given)
+    _triton.backward(given, output, lse, output)
+    assert launched == list(count_gpu.attention_work(lengths, 1, 16))
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_short_histories_move_few_more_bytes_than_they_must(width: int) -> None:
+    lengths = count_gpu.mix(4096)
+    found = count_gpu.total(count_gpu.attention_work(lengths, 4, width).values())
+    assert 1.0 < found.bytes / count_gpu.attention_least(lengths, 4, width).bytes < 1.25
+
+
+@pytest.mark.parametrize(("rows", "width", "products"), [(65_536, 512, 4), (65_536, 256, 5), (1024, 512, 5)])
+def test_wide_rows_of_nt_xent_take_four_products(rows: int, width: int, products: int) -> None:
+    assert count_gpu.total(count_gpu.nt_xent_work(rows, width).values()).flop == products * 2 * rows**2 * width
+
+
+def test_programs_of_a_multiprocessor() -> None:
+    device = count_gpu.Device()
+    for registers, shared, warps, held in (
+        (254, 65_536, 8, 1),
+        (168, 32_768, 4, 3),
+        (38, 0, 1, 32),
+        (32, 80_000, 4, 2),
+    ):
+        assert count_gpu.blocks_per_multiprocessor(registers, shared, warps, device) == held
