@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "common/dispatch.h"
@@ -66,11 +67,14 @@ std::vector<ubp::FlashAttentionItem> costly_first(const Attention& problem) {
       items.push_back({static_cast<int32_t>(b), static_cast<int32_t>(head),
                        static_cast<int32_t>(std::min(heads, problem.heads - head))});
   }
-  const auto cost = [&](const ubp::FlashAttentionItem& item) {
-    return length(problem.cu_query, item.sequence) * length(problem.cu_key, item.sequence) * item.heads;
+  // Equal ones in the order of memory.
+  const auto rank = [&](const ubp::FlashAttentionItem& item) {
+    const int64_t cost =
+        length(problem.cu_query, item.sequence) * length(problem.cu_key, item.sequence) * item.heads;
+    return std::make_tuple(-cost, item.sequence, item.first_head);
   };
-  std::stable_sort(items.begin(), items.end(),
-                   [&](const auto& one, const auto& other) { return cost(one) > cost(other); });
+  std::sort(items.begin(), items.end(),
+            [&](const auto& one, const auto& other) { return rank(one) < rank(other); });
   return items;
 }
 
