@@ -4,7 +4,7 @@ CASE ?= bench
 INSTALLED := .venv/installed
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test test-clang test-minimum test-newest docs lint format torture bench wheel wheel-cuda smoke sanitize sanitize-cuda cuda triton
+.PHONY: demo test test-clang test-arm64 test-minimum test-newest docs lint format torture bench wheel wheel-cuda smoke sanitize sanitize-cuda cuda triton
 
 demo: $(INSTALLED)  ## real retail purchases -> profiles, scores, report
 	$(BIN)/python -m ubp_fast.run
@@ -81,6 +81,16 @@ build/clang/installed: $(SOURCES) $(INSTALLED)
 	UBP_CUDA=OFF CXX=$(CLANG) CXXFLAGS=-Werror build/clang/bin/pip install --quiet --no-deps \
 	  -C build-dir=build/clang/core -e .
 	touch $@
+
+# Cross-compiled, and run by QEMU as two processors: one with BFMMLA and BFDOT, and one without.
+ARM64 ?= aarch64-linux-gnu-g++
+EMULATED := qemu-aarch64 -L /usr/aarch64-linux-gnu
+test-arm64:  ## the kernels on ARM64: warnings as errors, compared with plain sums
+	cmake -S . -B build/arm64 -DCMAKE_BUILD_TYPE=Release -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=$(ARM64) -DCMAKE_CXX_FLAGS=-Werror -DUBP_KERNEL_TEST=ON
+	cmake --build build/arm64 -j 2
+	$(EMULATED) -cpu max build/arm64/kernel_test base neon_bf16
+	$(EMULATED) -cpu cortex-a57 build/arm64/kernel_test base
 
 # Environments of their own below build/, made anew where a list has changed. The PyTorch of the package index brings its
 # CUDA libraries: gigabytes each.
