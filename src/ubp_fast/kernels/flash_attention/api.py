@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 
+from ubp_fast import _core
 from ubp_fast.kernels import backends, deferred, transforms
 from ubp_fast.kernels.checks import integer, number, require, require_dtype, require_same, require_tensors, to_autocast
 from ubp_fast.kernels.flash_attention import _cuda, _native, _triton, reference
@@ -133,7 +134,7 @@ def flash_attention(
     options = (left, right, scale, dropout_p, backend)
     if transforms.is_transforming():
         return _transformed(*tensors, _seed(dropout_p, seed, first_rows, query.device, is_drawn=False), *options)
-    output, _ = _forward_op(*tensors, _seed(dropout_p, seed, first_rows, query.device), *options)
+    output, _ = _direct_forward(*tensors, _seed(dropout_p, seed, first_rows, query.device), *options)
     return output
 
 
@@ -169,6 +170,8 @@ def _transformed(
 
 def _bounds(window: int | tuple[int | None, int | None] | None, causal: bool) -> tuple[int, int]:
     """Keys seen to the left and right, -1 for all."""
+    if window is None:
+        return UNBOUNDED, 0 if causal else UNBOUNDED
     both = window if isinstance(window, (tuple, list)) else (window, window)
     sides = [None if side is None else integer(OP, "window", side) for side in both]
     is_sound = len(sides) == 2 and all(side is None or side >= 0 for side in sides)
@@ -282,7 +285,10 @@ def _checked_offsets(name: str, offsets: Tensor, tokens: int, is_backward: bool)
 
 
 def _check_offsets(name: str, offsets: Tensor, tokens: int) -> None:
-    values = offsets.cpu().numpy()  # a few microseconds less than torch's own operations
+    offsets = offsets.cpu().contiguous()
+    if _core.are_offsets(offsets.data_ptr(), offsets.shape[0], offsets.element_size(), tokens):
+        return
+    values = offsets.numpy()
     require(values[0] == 0, OP, name, "start at 0", values[0])
     require(values[-1] == tokens, OP, name, f"end at the number of rows {tokens}", values[-1])
     is_fall = values[1:] < values[:-1]
@@ -312,14 +318,18 @@ def _backward_op(grad_output, output, lse, query, *arguments):
     return *gradients, query.new_empty(0) if grad_bias is None else grad_bias
 
 
+_direct_forward, _direct_backward = transforms.direct(_forward_op), transforms.direct(_backward_op)
+
+
 def _problem(
     query, key, value, cu_seqlens, cu_seqlens_key, time_bias, timestamp_s, timestamp_key_s, seed,
     left, right, scale, dropout_p, is_backward=False,
 ) -> Problem:  # fmt: skip
     """The problem with checked offsets; backward finds those that forward has checked, or checks them again."""
-    offsets = _checked_offsets("cu_seqlens", cu_seqlens, len(query), is_backward)
-    is_self = cu_seqlens_key is cu_seqlens and len(key) == len(query)
-    offsets_key = offsets if is_self else _checked_offsets("cu_seqlens_key", cu_seqlens_key, len(key), is_backward)
+    queries, keys = query.shape[0], key.shape[0]
+    offsets = _checked_offsets("cu_seqlens", cu_seqlens, queries, is_backward)
+    is_self = cu_seqlens_key is cu_seqlens and keys == queries
+    offsets_key = offsets if is_self else _checked_offsets("cu_seqlens_key", cu_seqlens_key, keys, is_backward)
     seed = None if seed is None else seed.to(query.device, non_blocking=True)
     times = (time_bias, timestamp_s, timestamp_key_s, seed)
     return _as_problem(query, key, value, offsets, offsets_key, *times, left, right, scale, dropout_p)
@@ -370,7 +380,7 @@ def _backward(ctx, grad_output, _):
             grad_output,
         )
         return (*found, *nothing[len(found) :])
-    *gradients, grad_bias = _backward_op(grad_output, *ctx.saved_tensors, *ctx.options)
+    *gradients, grad_bias = _direct_backward(grad_output, *ctx.saved_tensors, *ctx.options)
     found = (*gradients, None, None, grad_bias, *nothing[6:])
     return tuple(part if need else None for part, need in zip(found, ctx.needs_input_grad, strict=True))
 
