@@ -4,7 +4,7 @@ CASE ?= bench
 INSTALLED := .venv/installed
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test test-minimum test-newest docs lint format torture bench wheel wheel-cuda smoke sanitize sanitize-cuda cuda triton
+.PHONY: demo test test-clang test-arm64 test-minimum test-newest docs lint format torture bench wheel wheel-cuda smoke sanitize sanitize-cuda cuda triton
 
 demo: $(INSTALLED)  ## real retail purchases -> profiles, scores, report
 	$(BIN)/python -m ubp_fast.run
@@ -49,6 +49,10 @@ wheel-cuda: $(INSTALLED)  ## the wheel with CUDA code, version +cu13, in dist/cu
 	$(RELEASE) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair -w dist/cuda build/wheel/cuda/*+cu13*.whl
 	$(BIN)/twine check --strict dist/cuda/*
 
+# A line for a new environment: it finds what .venv has, but not this package.
+BORROWED = $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+  > "$$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/borrowed.pth"
+
 # Borrows what the wheel needs from .venv; make smoke WITH=constraints-minimum.txt installs all of it instead.
 SMOKE := build/smoke/environment
 smoke: $(INSTALLED)  ## the wheel in a new environment without compilers: doctor, the README's Python, a run
@@ -59,10 +63,34 @@ ifdef WITH
 	$(SMOKE)/bin/pip install --quiet -c $(WITH) "$$(ls build/smoke/*.whl)[evaluate]"
 else
 	$(SMOKE)/bin/pip install --quiet --no-deps build/smoke/*.whl
-	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
-	  > "$$($(SMOKE)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/borrowed.pth"
+	$(call BORROWED,$(SMOKE))
 endif
 	cd build/smoke && env PATH=$(CURDIR)/$(SMOKE)/bin python $(CURDIR)/tests/smoke.py
+
+# The compiled module by the other compiler, warnings as errors, in an environment that borrows the rest from .venv.
+CLANG ?= clang++
+TESTS ?= $(addprefix tests/kernels/test_,core.py flash_attention.py flash_attention_fuzz.py nt_xent.py \
+  nt_xent_native.py nt_xent_rectangular.py row_product.py row_sparse.py)
+test-clang: build/clang/installed  ## make test-clang CLANG=clang++-19 TESTS=tests
+	build/clang/bin/python -m pytest $(TESTS)
+
+build/clang/installed: $(SOURCES) $(INSTALLED)
+	@command -v $(CLANG) > /dev/null || { echo "no $(CLANG) here: install Clang, or name one with CLANG=" >&2; exit 1; }
+	$(PYTHON) -m venv --clear build/clang
+	$(call BORROWED,build/clang)
+	UBP_CUDA=OFF CXX=$(CLANG) CXXFLAGS=-Werror build/clang/bin/pip install --quiet --no-deps \
+	  -C build-dir=build/clang/core -e .
+	touch $@
+
+# Cross-compiled, and run by QEMU as two processors: one with BFMMLA and BFDOT, and one without.
+ARM64 ?= aarch64-linux-gnu-g++
+EMULATED := qemu-aarch64 -L /usr/aarch64-linux-gnu
+test-arm64:  ## the kernels on ARM64: warnings as errors, compared with plain sums
+	cmake -S . -B build/arm64 -DCMAKE_BUILD_TYPE=Release -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=$(ARM64) -DCMAKE_CXX_FLAGS=-Werror -DUBP_KERNEL_TEST=ON
+	cmake --build build/arm64 -j 2
+	$(EMULATED) -cpu max build/arm64/kernel_test base neon_bf16
+	$(EMULATED) -cpu cortex-a57 build/arm64/kernel_test base
 
 # Environments of their own below build/, made anew where a list has changed. The PyTorch of the package index brings its
 # CUDA libraries: gigabytes each.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from contest import Contest, peak_extra_bytes
+from contest import Contest, flushing_denormals, peak_extra_bytes
 from reference_pytorch.nt_xent import chunked_symmetric, plain
 from torch import Tensor
 
@@ -79,9 +79,10 @@ def bench_simclr(contest: Contest, dtype: torch.dtype, width: int, plain_bar: fl
             "rows": 2 * count,
             "width": width,
             "temperature": TEMPERATURE,
-            "flop_needed": 4 * (2 * count) ** 2 * width,
+            "flop": 4 * (2 * count) ** 2 * width,
             "flop_plain": 6 * (2 * count) ** 2 * width,
         },
+        share=(dtype, None),
     )
 
 
@@ -103,4 +104,15 @@ def bench_memory(contest: Contest) -> None:
         check,
         most_bytes=most_bytes,
         facts={"rows": 16384, "width": 128, "most_bytes": "a thirtieth of the plain loss's peak"},
+    )
+
+
+def bench_denormals(contest: Contest) -> None:
+    left, right = views(2048, 128)
+    contest.run(
+        "nt_xent simclr float32 N=2048 E=128 f+b, denormal inputs, flushed",
+        flushing_denormals(competitors((left * 1e-39, right * 1e-39), torch.float32)[0]),
+        {"normal inputs": (competitors((left, right), torch.float32)[0], 1 / 1.5)},
+        lambda *_: None,  # other numbers
+        facts={"rows": 4096, "width": 128},
     )

@@ -51,10 +51,14 @@ def bench_multitask_step(contest: Contest, share: float, precision: str, bar: fl
         "ubp_fast": cpu_ms_of(ours, model, multitask_parts(model, batches[0])),
         "rival": cpu_ms_of(theirs, rival, padded_multitask_parts(rival, padded[0])),
     }
+    rivals: dict[str, tuple[Step, float | None]] = {"padded PyTorch fp32 + AdamW(fused)": (theirs, bar)}
+    if precision == "bf16":
+        in_bf16 = Step(rival.loss, padded, theirs.optimizer, "bf16")
+        rivals["padded PyTorch bf16 autocast + AdamW(fused)"] = (in_bf16, 4.0)
     contest.run(
         f"multi-task training step {precision}, {sizes.num_skus + sizes.num_urls:,} rows, batch 128",
         ours,
-        {"padded PyTorch fp32 + AdamW(fused)": (theirs, bar)},
+        rivals,
         lambda *_: None,  # both drop out at random; the losses were compared without that
         min_rounds=10,
         seconds=30,

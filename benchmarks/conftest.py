@@ -19,6 +19,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]  # contest, bars; the tests' rule of closeness
 
 import bars  # noqa: E402
+import peaks  # noqa: E402
 from contest import Contest, GpuContest, Ratio, give_memory_back, keep_freed_memory, machine  # noqa: E402
 
 RATIOS = pytest.StashKey[list[Ratio]]()
@@ -88,6 +89,8 @@ def _write(config: pytest.Config, case: str, info: dict[str, Any]) -> None:
     if "figure" not in info:  # it failed before it was timed
         return
     facts = machine()
+    if "gpu" not in facts:
+        facts["gflops of one core"] = peaks.measured()
     name = facts.get("gpu", f"{facts['cpu']}-{facts['cores']}-cores")
     name = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     path = Path(config.getoption("--results")) / name / f"{_commit()}.json"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peaks
 import torch
 
 CONTENDER = "ubp_fast"
@@ -83,6 +84,7 @@ class Contest:
         min_rounds: int = 7,
         threads: dict[str, int] | None = None,
         facts: dict[str, Any] | None = None,
+        share: tuple[torch.dtype, float | None] | None = None,
     ) -> None:
         """Checks that all results agree, then times all competitors in turns.
 
@@ -95,14 +97,20 @@ class Contest:
             min_rounds: but there are at least so many.
             threads: torch threads of a competitor, 1 when absent.
             facts: inputs and sizes, stored with the result.
+            share: of the peak of this dtype on one core, and its bar: a bare loop of facts["flop"] operations becomes a
+                rival without a result, whose ratio is the share. Nothing where no such loop can be made.
         """
+        checked = tuple(rivals)
+        if share is not None:
+            loop = peaks.bare_loop((facts or {})["flop"], share[0])
+            rivals = rivals if loop is None else {**rivals, loop[0]: (loop[1], share[1])}
         competitors = {CONTENDER: contender, **{name: call for name, (call, _) in rivals.items()}}
         threads = {name: (threads or {}).get(name, 1) for name in competitors}
         results = {}
         for name, call in competitors.items():  # warm-up, too
             with torch_threads(threads[name]):
                 results[name] = call()
-        for name in rivals:
+        for name in checked:
             check(name, results[CONTENDER], results[name])
         del results
         samples = self._rounds(competitors, threads, seconds, min_rounds)
@@ -380,6 +388,19 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def flushing_denormals(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The same call with denormal numbers taken for zero."""
+
+    def flushed() -> Any:
+        torch.set_flush_denormal(True)
+        try:
+            return call()
+        finally:
+            torch.set_flush_denormal(False)
+
+    return flushed
+
+
 @contextlib.contextmanager
 def quiet_collector() -> Iterator[None]:
     """No garbage collection inside a timed call."""
@@ -450,19 +471,28 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(mmap_max, 0)) and bool(mallopt(trim_threshold, 2**31 - 1))
 
 
-def machine() -> dict[str, str]:
-    """CPU model, cores, versions: what a number depends on, and nothing that names the computer."""
-    model = platform.machine()
+# Instructions for vectors and matrices, as Linux names them.
+VECTORS = ("avx", "fma", "f16c", "amx", "asimd", "sve", "bf16", "i8mm")
+
+
+def machine() -> dict[str, Any]:
+    """CPU model, instructions, clock, cores, versions: what a number depends on, nothing that names the computer."""
+    model, flags, clock = platform.machine(), "", {}
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         parts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
         # Names such as "AMD EPYC" stand for chips of several generations, which family and model tell apart.
         if "model name" in parts:
             model = f"{parts['model name']} (family {parts.get('cpu family')} model {parts.get('model')})"
+        every = parts.get("flags", parts.get("Features", "")).split()
+        flags = " ".join(sorted(flag for flag in every if flag.startswith(VECTORS)))
+        clock = {"MHz now": parts["cpu MHz"]} if "cpu MHz" in parts else {}
     gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
         **gpu,
         "cpu": model,
+        "instructions": flags,
+        **clock,
         "cores": str(os.cpu_count()),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "common/dispatch.h"
@@ -35,9 +36,19 @@ void require_common(const char* op, ubp::DType dtype, int threads) {
 
 constexpr const char *kAttention = "flash_attention", *kContrastive = "nt_xent", *kProduct = "row_product";
 
+// Start at 0, never fall, and end at the number of tokens. Without a branch per entry.
+template <class Offset>
+bool are_offsets(const Offset* offsets, int64_t count, int64_t tokens) {
+  if (count < 1 || offsets[0] != 0 || offsets[count - 1] != tokens) return false;
+  unsigned falls = 0;
+  for (int64_t at = 1; at < count; ++at) falls |= offsets[at] < offsets[at - 1];
+  return falls == 0;
+}
+
 // cu_seqlens must start at 0, never fall, and end at the number of tokens: indices come from it.
 void check_offsets(const int32_t* offsets, int64_t sequences, int64_t tokens, const char* name) {
   if (offsets == nullptr) refuse(kAttention, std::string(name) + " must be given");
+  if (are_offsets(offsets, sequences + 1, tokens)) return;
   if (offsets[0] != 0)
     refuse(kAttention, std::string(name) + " must start at 0, got " + std::to_string(offsets[0]));
   for (int64_t at = 0; at < sequences; ++at)
@@ -66,11 +77,14 @@ std::vector<ubp::FlashAttentionItem> costly_first(const Attention& problem) {
       items.push_back({static_cast<int32_t>(b), static_cast<int32_t>(head),
                        static_cast<int32_t>(std::min(heads, problem.heads - head))});
   }
-  const auto cost = [&](const ubp::FlashAttentionItem& item) {
-    return length(problem.cu_query, item.sequence) * length(problem.cu_key, item.sequence) * item.heads;
+  // Equal ones in the order of memory.
+  const auto rank = [&](const ubp::FlashAttentionItem& item) {
+    const int64_t cost =
+        length(problem.cu_query, item.sequence) * length(problem.cu_key, item.sequence) * item.heads;
+    return std::make_tuple(-cost, item.sequence, item.first_head);
   };
-  std::stable_sort(items.begin(), items.end(),
-                   [&](const auto& one, const auto& other) { return cost(one) > cost(other); });
+  std::sort(items.begin(), items.end(),
+            [&](const auto& one, const auto& other) { return rank(one) < rank(other); });
   return items;
 }
 
@@ -189,6 +203,13 @@ PYBIND11_MODULE(_core, module) {
              "Instruction sets that this build has and this machine can run.");
   module.def("set_isa", &ubp::set_isa, py::arg("name"),
              "Uses another instruction set; ValueError when it cannot.");
+  module.def(
+      "are_offsets",
+      [](ubp::Address offsets, int64_t count, int item_bytes, int64_t tokens) {
+        return item_bytes == 4 ? are_offsets(reinterpret_cast<const int32_t*>(offsets), count, tokens)
+                               : are_offsets(reinterpret_cast<const int64_t*>(offsets), count, tokens);
+      },
+      "Whether they start at 0, never fall and end at `tokens`; of 4 or 8 bytes each.");
   ubp::Struct<Attention>(module, "FlashAttentionProblem")
       .fields("query", &Attention::query, "key", &Attention::key, "value", &Attention::value, "cu_query",
               &Attention::cu_query, "cu_key", &Attention::cu_key, "query_tokens", &Attention::query_tokens,

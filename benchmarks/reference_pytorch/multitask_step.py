@@ -123,7 +123,7 @@ class PaddedMultitask(nn.Module):
             self.price(events.price[is_item]),
             self.codes(events.codes[is_item]).mean(dim=1),
         )
-        content[is_item] = functional.relu(self.item(torch.cat(tables, dim=1)))
+        content[is_item] = functional.relu(self.item(torch.cat(tables, dim=1))).float()  # under autocast, too
         content[is_visit] = self.url(events.url[is_visit])
         content[is_search] = self.codes(events.codes[is_search]).mean(dim=1)
         day = (events.age_s // DAY_S).clamp(0, self.config.events.max_days - 1)

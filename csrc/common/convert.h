@@ -31,6 +31,10 @@ inline float to_float(BFloat16 value) { return bits_to_float(uint32_t{value.bits
 inline float to_float(Float16 value) {
 #if defined(__F16C__)
   return _cvtsh_ss(value.bits);
+#elif defined(__aarch64__)
+  __fp16 half;
+  std::memcpy(&half, &value, sizeof(half));
+  return half;
 #else
   const uint32_t sign = uint32_t{value.bits & 0x8000u} << 16, magnitude = value.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
@@ -54,6 +58,9 @@ inline void from_float(float value, BFloat16& target) {
 inline void from_float(float value, Float16& target) {
 #if defined(__F16C__)
   target.bits = _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__aarch64__)
+  const __fp16 half = value;
+  std::memcpy(&target, &half, sizeof(half));
 #else
   const uint32_t bits = float_to_bits(value), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u) {
@@ -90,6 +97,8 @@ UBP_INLINE Vec load_floats(const Float16* source) {
   return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
 #elif defined(__F16C__) && defined(__AVX2__)
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
+#elif defined(__aarch64__)
+  return (Vec)vcvt_f32_f16(load_as<float16x4_t>(source));
 #else
   Vec value;
   for (int lane = 0; lane < kWidth; ++lane) value[lane] = to_float(source[lane]);
@@ -113,6 +122,8 @@ UBP_INLINE void store_floats(Float16* target, Vec value) {
                       _mm512_maskz_cvtps_ph(0xffff, value, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__) && defined(__AVX2__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(target), _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+  store_as(target, vcvt_f16_f32((float32x4_t)value));
 #else
   for (int lane = 0; lane < kWidth; ++lane) from_float(value[lane], target[lane]);
 #endif

@@ -2,6 +2,9 @@
 
 #include <atomic>
 #include <stdexcept>
+#if UBP_ARM64
+#include <sys/auxv.h>
+#endif
 
 namespace ubp {
 
@@ -26,6 +29,8 @@ UBP_DECLARE(base)
 UBP_DECLARE(avx2)
 UBP_DECLARE(avx512)
 UBP_DECLARE(avx512_bf16)
+#elif UBP_ARM64
+UBP_DECLARE(neon_bf16)
 #endif
 
 namespace {
@@ -36,6 +41,8 @@ const Kernels kTable[] = {
     UBP_ENTRY(avx2),
     UBP_ENTRY(avx512),
     UBP_ENTRY(avx512_bf16),
+#elif UBP_ARM64
+    UBP_ENTRY(neon_bf16),
 #endif
 };
 
@@ -50,6 +57,9 @@ bool is_supported(const std::string& isa) {
   if (isa == "avx2") return avx2;
   if (isa == "avx512") return avx512;
   if (isa == "avx512_bf16") return avx512 && __builtin_cpu_supports("avx512bf16");
+#elif UBP_ARM64
+  constexpr unsigned long kHasBFloat16 = 1ul << 14;  // HWCAP2_BF16, which older headers do not name
+  if (isa == "neon_bf16") return (getauxval(AT_HWCAP2) & kHasBFloat16) != 0;
 #endif
   return false;
 }

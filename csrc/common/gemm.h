@@ -36,15 +36,26 @@ struct FloatArithmetic {
   UBP_INLINE Vec multiply_add(Elements a, Elements b, Vec sum) { return sum + a * b; }
 };
 
-#if defined(__AVX512BF16__)
+// The machine has sums of products of pairs of bfloat16.
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define UBP_HAS_PAIRS 1
 struct PairArithmetic : FloatArithmetic {
   using Element = uint32_t;  // the number with the lower index in the lower half
   typedef uint32_t Elements __attribute__((vector_size(kWidth * 4)));
   static constexpr int kPair = 2;
   static constexpr int64_t kPart = 4096;
+  typedef uint16_t Halves __attribute__((vector_size(kWidth * 2)));
+#if defined(__aarch64__)
+  UBP_INLINE Vec multiply_add(Elements a, Elements b, Vec sum) {
+    return (Vec)vbfdotq_f32((float32x4_t)sum, (bfloat16x8_t)a, (bfloat16x8_t)b);
+  }
+  UBP_INLINE Halves rounded(Vec value) { return (Halves)vcvt_bf16_f32((float32x4_t)value); }
+#else
   UBP_INLINE Vec multiply_add(Elements a, Elements b, Vec sum) {
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }
+  UBP_INLINE Halves rounded(Vec value) { return (Halves)_mm512_cvtneps_pbh((__m512)value); }
+#endif
 
   // Rows 2 i and 2 i + 1 side by side: one step of a product over rows.
   static void join_rows(const uint32_t* even, const uint32_t* odd, int64_t steps, uint32_t* target) {
@@ -54,10 +65,9 @@ struct PairArithmetic : FloatArithmetic {
     }
   }
 
-  // One element of neighbours in a row, and one of neighbours in a column, from 16 numbers of two rows.
+  // One element of neighbours in a row, and one of neighbours in a column, from a vector of each of two rows.
   UBP_INLINE void round_pairs(Vec even, Vec odd, uint32_t* even_row, uint32_t* odd_row, uint32_t* columns) {
-    typedef uint16_t Halves __attribute__((vector_size(32)));
-    const auto low = (Halves)_mm512_cvtneps_pbh((__m512)even), high = (Halves)_mm512_cvtneps_pbh((__m512)odd);
+    const Halves low = rounded(even), high = rounded(odd);
     store_as(even_row, low);
     store_as(odd_row, high);
     store_as(columns, __builtin_convertvector(low, Elements) | __builtin_convertvector(high, Elements) << 16);
@@ -71,6 +81,85 @@ struct Operand {
   int64_t stride;  // between rows, in elements
 };
 
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+// A register tile of 2 x 2 blocks of sums. BFMMLA does to the four of a block what two steps of multiply_add
+// do, with the same roundings. Where kRows is odd, the last row is a pair with itself.
+template <class A, bool kIsTransposed, int kRows, int kColumns>
+struct BlockTile {
+  static constexpr int kPairs = (kRows + 1) / 2;
+  float32x4_t sums[kPairs][kColumns][2];
+
+  static constexpr int second(int pair) { return 2 * pair + 1 < kRows ? 2 * pair + 1 : 2 * pair; }
+
+  // Two steps of two rows of A; of the last step of an odd number, the other is 0.
+  template <bool kIsWhole>
+  UBP_INLINE bfloat16x8_t rows_of(Operand<A> a, int64_t step, int pair) {
+    const auto element = [&](int row, int64_t at) {
+      return kIsTransposed ? a.data[at * a.stride + row] : a.data[row * a.stride + at];
+    };
+    const int one = 2 * pair, other = second(pair);
+    const auto two = [&](int64_t row, int64_t column) { return vld1_u32(&a.data[row * a.stride + column]); };
+    if (kIsWhole && !kIsTransposed) return (bfloat16x8_t)vcombine_u32(two(one, step), two(other, step));
+    if (kIsWhole && other != one) {
+      const uint32x2_t first = two(step, one), last = two(step + 1, one);
+      return (bfloat16x8_t)vcombine_u32(vzip1_u32(first, last), vzip2_u32(first, last));
+    }
+    return (bfloat16x8_t)uint32x4_t{element(one, step), kIsWhole ? element(one, step + 1) : 0,
+                                    element(other, step), kIsWhole ? element(other, step + 1) : 0};
+  }
+
+  template <bool kIsWhole>
+  UBP_INLINE void add(BlockTile& tile, Operand<A> a, Operand<A> b, int64_t step) {
+    bfloat16x8_t left[kPairs];
+#pragma GCC unroll 8
+    for (int pair = 0; pair < kPairs; ++pair) left[pair] = rows_of<kIsWhole>(a, step, pair);
+#pragma GCC unroll 8
+    for (int column = 0; column < kColumns; ++column) {
+      const uint32_t* source = b.data + step * b.stride + column * A::kLanes;
+      const uint32x4_t even = vld1q_u32(source), odd = kIsWhole ? vld1q_u32(source + b.stride) : uint32x4_t{};
+      const auto first = (bfloat16x8_t)vzip1q_u32(even, odd), last = (bfloat16x8_t)vzip2q_u32(even, odd);
+#pragma GCC unroll 8
+      for (int pair = 0; pair < kPairs; ++pair) {
+        tile.sums[pair][column][0] = vbfmmlaq_f32(tile.sums[pair][column][0], left[pair], first);
+        tile.sums[pair][column][1] = vbfmmlaq_f32(tile.sums[pair][column][1], left[pair], last);
+      }
+    }
+  }
+
+  UBP_INLINE void multiply(float* c, int64_t c_stride, Operand<A> a, Operand<A> b, int64_t k, bool adds) {
+    BlockTile tile;
+    const bool goes_on = adds && !A::kAddsLast;
+#pragma GCC unroll 8
+    for (int pair = 0; pair < kPairs; ++pair)
+#pragma GCC unroll 8
+      for (int column = 0; column < kColumns; ++column) {
+        const float *one = c + 2 * pair * c_stride + column * 4,
+                    *other = c + second(pair) * c_stride + column * 4;
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half)
+          tile.sums[pair][column][half] =
+              goes_on ? vcombine_f32(vld1_f32(one + 2 * half), vld1_f32(other + 2 * half)) : float32x4_t{};
+      }
+    int64_t step = 0;
+    for (; step + 2 <= k; step += 2) add<true>(tile, a, b, step);
+    if (step < k) add<false>(tile, a, b, step);
+#pragma GCC unroll 8
+    for (int pair = 0; pair < kPairs; ++pair)
+#pragma GCC unroll 8
+      for (int column = 0; column < kColumns; ++column) {
+        const float32x4_t first = tile.sums[pair][column][0], last = tile.sums[pair][column][1];
+        const auto write = [&](int row, float32x4_t sums) {
+          float* target = c + row * c_stride + column * 4;
+          vst1q_f32(target, adds && A::kAddsLast ? vaddq_f32(vld1q_f32(target), sums) : sums);
+        };
+        write(2 * pair, vcombine_f32(vget_low_f32(first), vget_low_f32(last)));
+        if (2 * pair + 1 < kRows)
+          write(2 * pair + 1, vcombine_f32(vget_high_f32(first), vget_high_f32(last)));
+      }
+  }
+};
+#endif
+
 // C [kRows, kColumns vectors]. Rows of A are broadcast element by element; with kIsTransposed A is stored as
 // [k, m].
 template <class A, bool kIsTransposed, int kRows, int kColumns>
@@ -78,6 +167,10 @@ UBP_INLINE void register_tile(typename A::Real* c, int64_t c_stride, Operand<A> 
                               bool adds) {
   using V = typename A::Vec;
   using E = typename A::Elements;
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  if constexpr (A::kPair == 2)
+    return BlockTile<A, kIsTransposed, kRows, kColumns>::multiply(c, c_stride, a, b, k, adds);
+#endif
   V sums[kRows][kColumns];
 #pragma GCC unroll 8
   for (int row = 0; row < kRows; ++row)

@@ -13,6 +13,9 @@ typedef uint64_t LongVec __attribute__((vector_size(kWidth * 4)));
 
 // Products of the low words of all 64-bit lanes, whatever their high words hold.
 UBP_INLINE LongVec multiply_low_words(LongVec a, uint32_t factor) {
+#if defined(__aarch64__)
+  return (LongVec)vmull_n_u32(vmovn_u64((uint64x2_t)a), factor);
+#else
   const LongVec b = LongVec{} + factor;
 #if defined(__AVX512F__)
   return reinterpret_cast<LongVec>(
@@ -24,6 +27,7 @@ UBP_INLINE LongVec multiply_low_words(LongVec a, uint32_t factor) {
   return reinterpret_cast<LongVec>(_mm_mul_epu32(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
 #else
   return (a & 0xffffffffu) * b;
+#endif
 #endif
 }
 

@@ -1,4 +1,5 @@
-// One vector type for all instruction sets: GCC vector extensions, as wide as the unit is compiled for.
+// One vector type for all instruction sets: the vector extensions of GCC and Clang, as wide as the unit is
+// compiled for.
 //
 // The operators +, -, *, comparison and ?: work on it lane by lane; with -ffp-contract=fast a * b + c is one
 // FMA. Everything is static: a unit compiled for AVX-512 must not leave symbols that another unit could be
@@ -8,9 +9,12 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define UBP_INLINE static inline __attribute__((always_inline))
@@ -29,6 +33,9 @@ constexpr int kRegisterColumns = 4;  // 6 x 4 accumulators of the 32 registers
 #elif defined(__AVX2__)
 constexpr int kWidth = 8;
 constexpr int kRegisterColumns = 2;  // 6 x 2 accumulators of the 16 registers
+#elif defined(__aarch64__)
+constexpr int kWidth = 4;
+constexpr int kRegisterColumns = 4;  // 6 x 4 accumulators of the 32 registers
 #else
 constexpr int kWidth = 4;
 constexpr int kRegisterColumns = 2;
@@ -75,36 +82,53 @@ UBP_INLINE IntVec lanes() {
 #endif
 }
 
-// Lane i of the result is lane i + distance, around the end.
-UBP_INLINE Vec rotate(Vec value, int distance) {
-  return __builtin_shuffle(value, (lanes() + distance) & (kWidth - 1));
+// Where the lanes of a result come from, counted over two vectors side by side, 0 .. 2 kWidth - 1.
+template <int kDistance>
+struct Rotated {  // by kDistance, around the end of the first
+  static constexpr int source(int lane) { return (lane + kDistance) & (kWidth - 1); }
+};
+template <int kHalf>
+struct Upper {  // groups of kHalf lanes: the first ones of both, in turns
+  static constexpr int source(int lane) { return (lane & kHalf) == 0 ? lane : lane - kHalf + kWidth; }
+};
+template <int kHalf>
+struct Lower {  // the second ones
+  static constexpr int source(int lane) { return (lane & kHalf) == 0 ? lane + kHalf : lane + kWidth; }
+};
+
+template <class Order, int... kLane>
+UBP_INLINE Vec shuffle(Vec a, Vec b, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(a, b, Order::source(kLane)...);
 }
 
+template <class Order>
+UBP_INLINE Vec shuffle(Vec a, Vec b) {
+  return shuffle<Order>(a, b, std::make_integer_sequence<int, kWidth>{});
+}
+
+template <int kHalf = kWidth / 2>
 UBP_INLINE float sum_lanes(Vec value) {
-#pragma GCC unroll 4
-  for (int half = kWidth / 2; half > 0; half /= 2) value += rotate(value, half);
+  value += shuffle<Rotated<kHalf>>(value, value);
+  if constexpr (kHalf > 1) return sum_lanes<kHalf / 2>(value);
   return value[0];
 }
 
+template <int kHalf = kWidth / 2>
 UBP_INLINE float max_lanes(Vec value) {
-#pragma GCC unroll 4
-  for (int half = kWidth / 2; half > 0; half /= 2) value = maximum(value, rotate(value, half));
+  value = maximum(value, shuffle<Rotated<kHalf>>(value, value));
+  if constexpr (kHalf > 1) return max_lanes<kHalf / 2>(value);
   return value[0];
 }
 
 // Rows become columns, by exchanging halves, then quarters, and so on.
 template <int kHalf>
 UBP_INLINE void transpose_halves(Vec (&rows)[kWidth]) {
-  const IntVec lane = lanes(), is_first = (lane & kHalf) == 0;
-  // Lanes of two vectors side by side, 0 .. 2 kWidth - 1.
-  const IntVec upper = is_first ? lane : lane - kHalf + kWidth;
-  const IntVec lower = is_first ? lane + kHalf : lane + kWidth;
 #pragma GCC unroll 16
   for (int row = 0; row < kWidth; ++row) {
     if ((row & kHalf) != 0) continue;
     const Vec a = rows[row], b = rows[row + kHalf];
-    rows[row] = __builtin_shuffle(a, b, upper);
-    rows[row + kHalf] = __builtin_shuffle(a, b, lower);
+    rows[row] = shuffle<Upper<kHalf>>(a, b);
+    rows[row + kHalf] = shuffle<Lower<kHalf>>(a, b);
   }
   if constexpr (kHalf > 1) transpose_halves<kHalf / 2>(rows);
 }

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cfenv>
 #include <condition_variable>
 #include <mutex>
 #include <new>
@@ -18,6 +19,9 @@ struct Job {
   void* context;
   int64_t items;
   std::atomic<int64_t> next{0};
+  // Of the caller: how it rounds, and whether it flushes denormal numbers to zero. Helpers compute in the
+  // same mode, or results would depend on their number.
+  std::fenv_t mode;
 };
 
 void work(Job& job, int worker) {
@@ -69,6 +73,7 @@ class Pool {
         if (worker > helpers_wanted_) continue;
         job = job_;
       }
+      std::fesetenv(&job->mode);
       work(*job, worker);
       std::lock_guard<std::mutex> lock(mutex_);
       if (--helpers_running_ == 0) done_.notify_one();
@@ -107,11 +112,12 @@ void throw_out_of_memory() { throw std::bad_alloc(); }
 
 void parallel_for(int64_t items, int threads, void (*task)(void*, int64_t, int), void* context) {
   threads = static_cast<int>(std::min<int64_t>(threads, items));
-  Job job{task, context, items};
+  Job job{task, context, items, {}, {}};
   if (threads <= 1) {
     work(job, 0);
     return;
   }
+  std::fegetenv(&job.mode);
   pool().run(job, threads);
 }
 

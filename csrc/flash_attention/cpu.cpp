@@ -117,7 +117,7 @@ void row_products(float* result, const float* a, const float* b, int64_t stride,
   }
 }
 
-#if defined(__AVX512BF16__)
+#if defined(UBP_HAS_PAIRS)
 void row_products(float* result, const uint32_t* a, const uint32_t* b, int64_t stride, int64_t rows,
                   int64_t steps) {
   for (int64_t first = 0; first < rows; first += kWidth) {  // rows are padded to whole vectors
@@ -306,7 +306,7 @@ void run_item(void* context, int64_t index, int worker) {
 
 template <bool kIsForward, bool kIsPlain>
 auto item_function(DType dtype) {
-#if defined(__AVX512BF16__)
+#if defined(UBP_HAS_PAIRS)
   if (dtype == DType::kBFloat16) return &run_item<Pairs, BFloat16, kIsForward, kIsPlain>;
 #else
   if (dtype == DType::kBFloat16) return &run_item<Floats, BFloat16, kIsForward, kIsPlain>;

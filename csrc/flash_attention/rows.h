@@ -17,7 +17,7 @@ struct Continued : A {
   static constexpr bool kAddsLast = false;
 };
 using Floats = Continued<FloatArithmetic>;
-#if defined(__AVX512BF16__)
+#if defined(UBP_HAS_PAIRS)
 using Pairs = Continued<PairArithmetic>;
 #endif
 

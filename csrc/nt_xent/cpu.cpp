@@ -574,7 +574,7 @@ void run(const NTXentProblem& problem) {
     kIsBackward ? backward<A>(problem, exponent) : forward<A>(problem, exponent);
   };
   if (is_small(problem)) return with(DoubleArithmetic{});
-#if defined(__AVX512BF16__)
+#if defined(UBP_HAS_PAIRS)
   if (problem.dtype == DType::kBFloat16) return with(PairArithmetic{});
 #endif
   if (exponent <= kLargestShared<FloatArithmetic>) return with(FloatArithmetic{});

@@ -229,7 +229,7 @@ void normalise(const Run<A>& run, int64_t index, double* row, int64_t padded) {
   }
 }
 
-uint32_t pair_of(double low, double high) {
+inline uint32_t pair_of(double low, double high) {
   BFloat16 a, b;
   from_float(static_cast<float>(low), a);
   from_float(static_cast<float>(high), b);

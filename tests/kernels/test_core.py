@@ -100,6 +100,26 @@ def test_many_threads_call_at_once() -> None:
         assert all(executor.map(call, range(6)))
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_helpers_flush_denormals_where_the_caller_does(threads: int) -> None:
+    """Else a result would depend on who computed it. Means of numbers near 1e-40 are such numbers, or 0."""
+    query, tiny = torch.randn(300 * 64, 4, 16), torch.full((300 * 64, 4, 16), 1e-40)
+    torch.set_num_threads(threads)
+
+    def mean() -> torch.Tensor:
+        return flash_attention(query, query, tiny, torch.arange(0, 300 * 64 + 1, 64), backend="native")
+
+    assert (mean() > 0).all()
+    assert torch.set_flush_denormal(True)
+    try:
+        assert (mean() == 0).all()
+        assert (tiny[0] * 0.5 == 0).all(), "the caller's mode must stay"
+    finally:
+        torch.set_flush_denormal(False)
+    assert (mean() > 0).all()
+    assert (tiny[0] * 0.5 > 0).all()
+
+
 def test_thread_count_follows_torch() -> None:
     code = """
 import psutil, torch

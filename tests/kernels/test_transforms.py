@@ -15,11 +15,13 @@ import torch
 from support.operations import Operations
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.utils.flop_counter import FlopCounterMode
 
 from ubp_fast.kernels import BackendUnavailable, flash_attention, nt_xent, row_sparse, windowed_aggregate
 from ubp_fast.kernels.row_sparse import Adam, AdamStep, RowTable
+from ubp_fast.kernels.transforms import direct
 
 KERNELS = ("flash_attention", "nt_xent", "row_sparse", "windowed_aggregate")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what PyTorch itself imports
@@ -345,3 +347,55 @@ def test_values_in_a_transform_are_checked() -> None:
 
 def test_the_document_lists_these_operations() -> None:
     operations.assert_documented()
+
+
+class _Watched:
+    """Stands for an operator: says whether it or its function was called."""
+
+    @staticmethod
+    def _init_fn(*_: Any) -> str:
+        return "function"
+
+    def __call__(self, *_: Any) -> str:
+        return "operator"
+
+
+WATCHED = {
+    "gradient": lambda call: call(torch.ones(2, requires_grad=True)),
+    "negative view": lambda call: call(torch._neg_view(torch.ones(2))),
+    "subclass": lambda call: call(torch.nn.Parameter(torch.ones(2), requires_grad=False)),
+    "vmap": lambda call: _mapped(call),
+    "forward mode": lambda call: _within(forward_ad.dual_level(), call),
+    "dispatch mode": lambda call: _within(FlopCounterMode(display=False), call),
+    "function mode": lambda call: _within(torch.device("cpu"), call),
+    "profiler": lambda call: _within(torch.profiler.profile(), call),
+}
+
+
+def _within(context: Any, call: Callable[[Tensor], str]) -> str:
+    with context:
+        return call(torch.ones(2))
+
+
+def _mapped(call: Callable[[Tensor], str]) -> str:
+    found: list[str] = []
+    vmap(lambda x: found.append(call(x)) or x)(torch.ones(2))
+    return found[0]
+
+
+@pytest.mark.parametrize("case", WATCHED)
+def test_operators_are_called_where_somebody_watches(case: str) -> None:
+    call = direct(_Watched())
+    assert WATCHED[case](call) == "operator"
+    assert call(torch.ones(2), None, 3) == "function"
+    with torch.no_grad():
+        assert call(torch.ones(2, requires_grad=True)) == "function"
+    with torch.inference_mode():
+        assert call(torch.ones(2)) == "function"
+
+
+def test_negative_views_keep_their_sign() -> None:
+    query = torch.randn(6, 2, 8)
+    wanted = flash_attention(-query, query, query, [0, 2, 6], backend="native")
+    found = flash_attention(torch._neg_view(query), query, query, [0, 2, 6], backend="native")
+    assert torch.equal(found, wanted)

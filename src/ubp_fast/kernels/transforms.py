@@ -13,7 +13,16 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _dispatch_tls_is_dispatch_key_included, _parse_dispatch_key
+from torch._C import (
+    DispatchKey,
+    DispatchKeySet,
+    _are_functorch_transforms_active,
+    _dispatch_tls_is_dispatch_key_included,
+    _dispatch_tls_local_include_set,
+    _len_torch_function_stack,
+    _parse_dispatch_key,
+)
+from torch._C._autograd import _profiler_enabled
 from torch._C._functorch import (
     get_unwrapped,
     is_batchedtensor,
@@ -27,6 +36,8 @@ from ubp_fast.kernels.backends import BackendUnavailable
 from ubp_fast.kernels.checks import require
 
 _BATCHED_BACKWARD: Any = _parse_dispatch_key("VmapMode")
+# What PyTorch's dispatcher looks for in every call; modes, traces and transforms add to it.
+_ALWAYS: int = (DispatchKeySet(DispatchKey.BackendSelect) | DispatchKeySet(DispatchKey.ADInplaceOrView)).raw_repr()
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 
@@ -49,6 +60,39 @@ def is_transforming() -> bool:
         or forward_ad._current_level >= 0
         or _dispatch_tls_is_dispatch_key_included(_BATCHED_BACKWARD)
     )
+
+
+def direct(op: Any) -> Callable[..., Any]:
+    """The operator, or, where the dispatcher has nothing to do for it, its function alone, ten microseconds faster.
+
+    Args:
+        op: made by `torch.library.custom_op`; changes none of its arguments.
+    """
+    function: Callable[..., Any] = op._init_fn
+
+    def call(*arguments: Any) -> Any:
+        return (function if _is_unwatched(arguments) else op)(*arguments)
+
+    return call
+
+
+def _is_unwatched(arguments: Sequence[Any]) -> bool:
+    """No gradient, graph, trace, mode, transform, profiler, nor a tensor that is more than its numbers."""
+    if (
+        torch.compiler.is_compiling()
+        or _dispatch_tls_local_include_set().raw_repr() & ~_ALWAYS
+        or _len_torch_function_stack()
+        or _profiler_enabled()
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    is_differentiating = torch.is_grad_enabled()
+    for part in arguments:
+        if isinstance(part, Tensor) and (
+            type(part) is not Tensor or part.is_neg() or (is_differentiating and part.requires_grad)
+        ):
+            return False
+    return True
 
 
 def outside_of_transforms() -> AbstractContextManager[Any]:

@@ -68,3 +68,18 @@ def test_nothing_to_do() -> None:
 def test_wrong_share(share: float) -> None:
     with pytest.raises(ValueError, match=r"share must be in \[0, 1\), got"):
         dropout(torch.ones(2), share, True)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # PyTorch's compiler looks at it
+def test_compiled_callers_leave_it_as_it_is() -> None:
+    values = torch.randn(40, 8, requires_grad=True)
+
+    def call(rows: torch.Tensor) -> torch.Tensor:
+        return dropout(rows * 2, 0.5, True) + 1
+
+    results = []
+    for function in (call, torch.compile(call, backend="eager")):
+        torch.manual_seed(3)
+        found = function(values)
+        results.append((found.detach(), *torch.autograd.grad(found.sum(), values)))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])

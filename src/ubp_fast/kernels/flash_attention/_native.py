@@ -58,7 +58,7 @@ def _compiled(problem: Problem, **tensors: Tensor | None) -> _core.FlashAttentio
         **tensors,
         query_tokens=tokens,
         key_tokens=problem.key.shape[0],
-        sequences=len(problem.cu_seqlens) - 1,
+        sequences=problem.cu_seqlens.shape[0] - 1,
         heads=heads,
         width=width,
         buckets=0 if problem.time_bias is None else problem.time_bias.shape[1],

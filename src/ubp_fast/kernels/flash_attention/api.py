@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 
+from ubp_fast import _core
 from ubp_fast.kernels import backends, deferred, transforms
 from ubp_fast.kernels.checks import integer, number, require, require_dtype, require_same, require_tensors, to_autocast
 from ubp_fast.kernels.flash_attention import _cuda, _native, _triton, reference
@@ -163,7 +164,7 @@ def flash_attention(
     if transforms.is_transforming():
         found = _transformed(*tensors, _seed(dropout_p, seed, first_rows, query.device, is_drawn=False), *options)
         return found if return_lse else found[0]
-    output, lse = _forward_op(*tensors, _seed(dropout_p, seed, first_rows, query.device), *options)
+    output, lse = _direct_forward(*tensors, _seed(dropout_p, seed, first_rows, query.device), *options)
     return (output, _natural_op(lse, query, key, cu_seqlens, backend)) if return_lse else output
 
 
@@ -199,6 +200,8 @@ def _transformed(
 
 def _bounds(window: int | tuple[int | None, int | None] | None, causal: bool) -> tuple[int, int]:
     """Keys seen to the left and right, -1 for all."""
+    if window is None:
+        return UNBOUNDED, 0 if causal else UNBOUNDED
     both = window if isinstance(window, (tuple, list)) else (window, window)
     sides = [None if side is None else integer(OP, "window", side) for side in both]
     is_sound = len(sides) == 2 and all(side is None or side >= 0 for side in sides)
@@ -312,7 +315,10 @@ def _checked_offsets(name: str, offsets: Tensor, tokens: int, is_backward: bool)
 
 
 def _check_offsets(name: str, offsets: Tensor, tokens: int) -> None:
-    values = offsets.cpu().numpy()  # a few microseconds less than torch's own operations
+    offsets = offsets.cpu().contiguous()
+    if _core.are_offsets(offsets.data_ptr(), offsets.shape[0], offsets.element_size(), tokens):
+        return
+    values = offsets.numpy()
     require(values[0] == 0, OP, name, "start at 0", values[0])
     require(values[-1] == tokens, OP, name, f"end at the number of rows {tokens}", values[-1])
     is_fall = values[1:] < values[:-1]
@@ -368,14 +374,18 @@ def _chosen(backend: str, problem: Problem) -> tuple[ModuleType, Problem]:
     return implementation, problem if implementation is _triton else reference.with_all_heads(problem)
 
 
+_direct_forward, _direct_backward = transforms.direct(_forward_op), transforms.direct(_backward_op)
+
+
 def _problem(
     query, key, value, cu_seqlens, cu_seqlens_key, time_bias, timestamp_s, timestamp_key_s, seed,
     left, right, scale, dropout_p, is_backward=False,
 ) -> Problem:  # fmt: skip
     """The problem with checked offsets; backward finds those that forward has checked, or checks them again."""
-    offsets = _checked_offsets("cu_seqlens", cu_seqlens, len(query), is_backward)
-    is_self = cu_seqlens_key is cu_seqlens and len(key) == len(query)
-    offsets_key = offsets if is_self else _checked_offsets("cu_seqlens_key", cu_seqlens_key, len(key), is_backward)
+    queries, keys = query.shape[0], key.shape[0]
+    offsets = _checked_offsets("cu_seqlens", cu_seqlens, queries, is_backward)
+    is_self = cu_seqlens_key is cu_seqlens and keys == queries
+    offsets_key = offsets if is_self else _checked_offsets("cu_seqlens_key", cu_seqlens_key, keys, is_backward)
     seed = None if seed is None else seed.to(query.device, non_blocking=True)
     times = (time_bias, timestamp_s, timestamp_key_s, seed)
     return _as_problem(query, key, value, offsets, offsets_key, *times, left, right, scale, dropout_p)
@@ -433,7 +443,7 @@ def _backward(ctx, grad_output, grad_lse):
         return (*found, *nothing[len(found) :])
     gradients = [None] * 4
     if grad_output is not None:
-        gradients = list(_backward_op(grad_output, output, lse, *inputs, *ctx.options))
+        gradients = list(_direct_backward(grad_output, output, lse, *inputs, *ctx.options))
     if grad_lse is not None:
         of_lse = _backward_of_lse(grad_lse, output, lse, inputs, ctx.options)
         gradients = [new if old is None else old + new for old, new in zip(gradients, of_lse, strict=True)]

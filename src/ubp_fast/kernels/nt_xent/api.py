@@ -211,7 +211,7 @@ def _over_ranks(
 
 def row_losses_of(*arguments: Any) -> Tensor:
     """Row losses [N] or [2N] of the arguments of `SCHEMA`, float32 or wider, by what may differentiate them."""
-    found: Tensor = _transformed(*arguments) if transforms.is_transforming() else _nt_xent(*arguments)
+    found: Tensor = _transformed(*arguments) if transforms.is_transforming() else _direct(*arguments)
     return found
 
 
@@ -498,6 +498,9 @@ def implementation(backend: str, problem: Problem) -> ModuleType:
     return IMPLEMENTATIONS[backends.resolve("nt_xent", backend, IMPLEMENTATIONS, ORDER, problem)]
 
 
+_direct, _direct_backward = transforms.direct(_nt_xent), transforms.direct(_nt_xent_backward)
+
+
 @_nt_xent.register_fake
 def _fake_forward(left, right, positive, temperature, negatives, *facts):
     return left.new_empty((left.shape[0] * (1 if negatives == "cross" else 2),), dtype=torch.float64)
@@ -529,7 +532,7 @@ def _backward(ctx, grad):
         )
     else:
         more = (ctx.negatives, *facts, None, ctx.normalize, ctx.backend)
-        gradients = _nt_xent_backward(grad, row_losses.detach(), *rows, *more)
+        gradients = _direct_backward(grad, row_losses.detach(), *rows, *more)
     wanted = [gradient if need else None for gradient, need in zip(gradients, ctx.needs_input_grad, strict=False)]
     return (*wanted, *[None] * (len(ctx.needs_input_grad) - len(wanted)))
 

@@ -33,7 +33,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ubp_fast.kernels import backends
+from ubp_fast.kernels import backends, transforms
 from ubp_fast.kernels.checks import require, require_dtype, require_same
 from ubp_fast.kernels.row_sparse import _native, _triton, reference
 from ubp_fast.kernels.row_sparse.reference import Adam, AdamStep, RowTable, Rule, ScheduleFree, ScheduleFreeStep, Step
@@ -69,7 +69,7 @@ def gather(table: RowTable, rule: Rule, ids: Tensor, *, backend: str = "auto") -
     """
     kind = _check(table, rule)
     _check_ids(ids, table.weight)
-    return _gather_op(*table, kind, list(rule), ids.reshape(-1), backend).view(*ids.shape, table.weight.shape[1])
+    return _direct_gather(*table, kind, list(rule), ids.reshape(-1), backend).view(*ids.shape, table.weight.shape[1])
 
 
 def reduce(ids: Tensor, gradient: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -87,7 +87,7 @@ def reduce(ids: Tensor, gradient: Tensor, *, backend: str = "auto") -> tuple[Ten
         ValueError, TypeError, IndexError, BackendUnavailable: as for `gather`.
     """
     _check_entries(ids, gradient)
-    return _reduce_op(ids, gradient, backend)
+    return _direct_reduce(ids, gradient, backend)
 
 
 def reduce_padded(ids: Tensor, gradient: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
@@ -263,6 +263,7 @@ def _(ids, gradient, backend):
     return ids.new_empty(ids.shape), gradient.new_empty(gradient.shape), ids.new_empty((1,))
 
 
+_direct_gather, _direct_reduce = transforms.direct(_gather_op), transforms.direct(_reduce_op)
 UPDATED = TABLE.format(*(f"(a{at}!)" for at in range(5)))
 
 

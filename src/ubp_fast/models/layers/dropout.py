@@ -108,6 +108,11 @@ def dropout(values: Tensor, share: float, is_training: bool, first_row: int = 0)
     dropped = min(round(share * _WORDS), _WORDS - 1)
     if not is_training or dropped == 0:
         return values
+    return _dropout(values, dropped, first_row)
+
+
+@torch.compiler.disable  # it would look into compiled functions
+def _dropout(values: Tensor, dropped: int, first_row: int) -> Tensor:
     seed, of_a_row = int(torch.randint(2**63 - 1, ())), values.shape[1:].numel()
     draws = _draws(values.numel(), seed, first_row * of_a_row, values.device)
     return _Drop.apply(values, draws, dropped - _WORDS // 2, _WORDS / (_WORDS - dropped))
