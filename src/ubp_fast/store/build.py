@@ -72,7 +72,7 @@ def build_store(
     is_here = None if shard is None else in_shard(clients, shard)
     with published_directory(Path(path)) as partial:
         counted = is_relevant if min_url_count > 1 and not is_relevant.all() else None
-        builder = _Builder(events, partial, cutoff_s, clients, is_here, base, counted)
+        builder = Builder(events, partial, cutoff_s, clients, is_here, base, counted)
         steps = Steps(progress, sum(events.num_batches(kind) for kind in EVENT_KINDS) + builder.num_blocks + 1)
         builder.save("client_ids", (clients if is_here is None else clients[is_here]).astype(np.int64))
         builder.save("is_relevant", is_relevant if is_here is None else is_relevant[is_here])
@@ -105,7 +105,7 @@ def _check_base(
         raise ValueError(f"build_store: base must have a cutoff up to {cutoff_s}, got {base.cutoff_s}")
 
 
-class _Builder:
+class Builder:
     """Steps of one build, in the order in which `build_store` calls them."""
 
     def __init__(
@@ -179,6 +179,19 @@ class _Builder:
         places = places_of_skus(self._events, kind, self._skus, values[rows])
         count(places, self._sku_counts[kind])
         return places
+
+    def add_counts(self, kind: str, items: np.ndarray, counts: np.ndarray) -> None:
+        """How often more some items of a kind came: places of skus in the product table, or urls; none twice."""
+        if kind != "page_visit":
+            self._sku_counts[kind][items] += counts
+            return
+        numbers = self._urls.number(items, np.arange(len(items), dtype=np.int32))
+        self._urls.add_counts(numbers, counts - 1)
+
+    @property
+    def dense_skus(self) -> np.ndarray:
+        """Dense ids i32 of the rows of the product table by ascending sku, once the vocabularies are made."""
+        return self._dense["sku"]
 
     def write_vocabularies(self, min_url_count: int) -> None:
         """Makes the vocabularies and writes them and the product table; numbers get their dense ids."""

@@ -23,11 +23,20 @@ def clients_of(
         DataError: more clients than the keys of their events can tell apart.
     """
     clients, is_relevant = _present_clients(events, cutoff_s, all_clients, base)
-    if len(clients) > MAX_CLIENTS:
-        raise DataError(
-            f"{events.path}: clients must be at most {MAX_CLIENTS}, got {len(clients)}; split them into two directories"
-        )
+    require_few(events, len(clients))
     return clients, is_relevant
+
+
+def require_few(events: EventDirectory, clients: int) -> None:
+    """Refuses more clients than the keys of their events can tell apart.
+
+    Raises:
+        DataError: there are more.
+    """
+    if clients > MAX_CLIENTS:
+        raise DataError(
+            f"{events.path}: clients must be at most {MAX_CLIENTS}, got {clients}; split them into two directories"
+        )
 
 
 def _present_clients(

@@ -292,3 +292,13 @@ def rows_before(offsets: np.ndarray, timestamp_s: np.ndarray, cutoff_s: int) -> 
         high[open_rows[~before]] = middle[~before]
         open_rows = open_rows[low[open_rows] < high[open_rows]]
     return low
+
+
+def end_to_end(start: np.ndarray, end: np.ndarray) -> tuple[slice | np.ndarray, np.ndarray]:
+    """Rows start[i]..end[i] of all i, a slice where these are neighbours, and where each i begins, i64 [N + 1]."""
+    offsets = np.concatenate((np.zeros(1, np.int64), np.cumsum(end - start)))
+    if not offsets[-1]:
+        return slice(0, 0), offsets
+    if end[-1] - start[0] == offsets[-1] and (start[1:] == end[:-1]).all():
+        return slice(start[0], end[-1]), offsets
+    return np.arange(offsets[-1]) + np.repeat(start - offsets[:-1], end - start), offsets
