@@ -82,7 +82,12 @@ def test_shards_are_the_rows_of_one_pass(
     parts = []
     for shard in range(len(bounds) - 1):
         parts.append(EventStore.open(shards.shard_folder(store.path, shard)))
-        assert parts[-1].header == {**whole.header, "num_clients": bounds[shard + 1] - bounds[shard]}
+        assert parts[-1].header == {
+            **whole.header,
+            "num_clients": bounds[shard + 1] - bounds[shard],
+            "vocabulary": "../..",
+        }
+        np.testing.assert_array_equal(parts[-1].url_ids, whole.url_ids)
     found, rows = [columns_of(part) for part in parts], np.zeros(len(EVENT_KINDS), np.int64)
     for part, columns in zip(parts, found, strict=True):
         columns[f"{TIMELINE}.row"] = columns[f"{TIMELINE}.row"] + rows[columns[f"{TIMELINE}.kind"] - 1]

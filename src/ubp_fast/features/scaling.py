@@ -153,7 +153,7 @@ class ColumnMoments(Statistic[_Spread, tuple[np.ndarray, np.ndarray]]):
         return part
 
     def _part(self, arrays: list[np.ndarray]) -> _Spread:
-        return _Spread(int(arrays[0]), *arrays[1:])
+        return _Spread(int(arrays[0].item()), *arrays[1:])
 
     def _result(self, part: _Spread) -> tuple[np.ndarray, np.ndarray]:
         return part.mean, np.sqrt(part.squares / part.rows)

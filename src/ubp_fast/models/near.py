@@ -48,7 +48,7 @@ class NearSums(Sums[list[np.ndarray]]):
 
     def _of(self, *rows: Any) -> list[np.ndarray]:
         (values,) = rows
-        return [np.array(len(values), np.float64), values.sum(axis=0), values.T @ values]
+        return [np.array([len(values)], np.float64), values.sum(axis=0), values.T @ values]
 
     def _result(self, part: list[np.ndarray]) -> list[np.ndarray]:
         return part

@@ -272,8 +272,7 @@ class PairScorer:
             ValueError: a window that reaches beyond the store's cutoff.
         """
         config = config or PairScorerConfig()
-        known = {name: lists[name] for name in LISTS if name in lists}
-        known |= _categories_of_skus(store, known)
+        known = scored_lists(store, lists)
         slots = _slots_of(store, known)
         # What is learned here knows nothing that lies behind the newest window.
         newest_s = max((when + store.target_days * DAY_S for when in cutoffs_s), default=store.cutoff_s)
@@ -455,13 +454,13 @@ class PopularitySums(Sums[tuple[np.ndarray]]):
 
     def _of(self, *rows: Any) -> list[np.ndarray]:
         clients, *of_kinds = rows
-        return [np.array(clients, np.float64), *of_kinds]
+        return [np.array([clients], np.float64), *of_kinds]
 
     def _result(self, part: list[np.ndarray]) -> tuple[np.ndarray]:
         clients, *of_kinds = part
         found: list[np.ndarray] = []
         for counts in of_kinds:
-            logarithm = np.log(counts / max(clients, 1) + LEAST_POPULARITY)
+            logarithm = np.log(counts / max(clients.item(), 1) + LEAST_POPULARITY)
             found += [*logarithm, logarithm[0] - logarithm[-1]]
         return (np.stack(found, axis=1).astype(np.float32),)
 
@@ -547,6 +546,12 @@ def _products(tastes: np.ndarray, of_labels: Sequence[np.ndarray]) -> Iterator[n
         yield products
         length = np.sqrt(row_product(mine**2, np.ones((mine.shape[1], 1), np.float32)))
         yield products / np.maximum(length, np.float32(LEAST_LENGTH))
+
+
+def scored_lists(store: EventStore, lists: LabelLists) -> LabelLists:
+    """The lists whose labels are scored, and the categories of the skus."""
+    known = {name: lists[name] for name in LISTS if name in lists}
+    return known | _categories_of_skus(store, known)
 
 
 def _categories_of_skus(store: EventStore, lists: LabelLists) -> LabelLists:

@@ -80,7 +80,7 @@ class RegressionSums(Sums[list[np.ndarray]]):
     def _of(self, *rows: Any) -> list[np.ndarray]:
         total: list[np.ndarray] = []
         for inputs, labels in rows:
-            more = [np.array(len(inputs), np.float64), inputs.T @ inputs, *(inputs.T @ label for label in labels)]
+            more = [np.array([len(inputs)], np.float64), inputs.T @ inputs, *(inputs.T @ label for label in labels)]
             total = self._joined(total, more) if total else more
         return total
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,12 +27,20 @@ from ubp_fast.files import load_array, load_json, save_array, write_arrays, writ
 from ubp_fast.store import spill
 from ubp_fast.store.build import Builder, count, places_of_skus
 from ubp_fast.store.clients import no_history, require_few
-from ubp_fast.store.event_store import HEADER_FILE, TIMELINE, ColumnWriter, EventStore, end_to_end
+from ubp_fast.store.event_store import (
+    FIRST_ROWS,
+    HEADER_FILE,
+    TIMELINE,
+    VOCABULARY,
+    ColumnWriter,
+    EventStore,
+    end_to_end,
+)
 from ubp_fast.store.ids import KnownIds, Numbering
 from ubp_fast.store.spill import Events, keys_of, narrowest, sort_events
 from ubp_fast.store.vocabulary import FIRST_ID
 
-SHARDS, FIRST_ROWS = "shards", "first_rows"
+SHARDS = "shards"
 CHUNK_ROWS = 1 << 21
 # A shard reads the ranges that it touches: the more of them, the less is read twice at its ends.
 RANGES_PER_SHARD = 8
@@ -235,7 +243,7 @@ def build_shard(
             keys.append(keys_of(rows[here], timestamp_s[here]))
             items.append(item)
         kinds.append(sort_events(np.concatenate(keys), np.concatenate(items), 0, last - first, time))
-    _write(folder, whole, store, client_ids, kinds)
+    _write(folder, whole | {VOCABULARY: "../.."}, client_ids, kinds)
 
 
 def _of_ranges(paths: Sequence[Path], low: int, high: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -252,11 +260,10 @@ def _of_ranges(paths: Sequence[Path], low: int, high: int) -> Iterator[tuple[np.
             yield client_id, timestamp_s, item
 
 
-def _write(
-    folder: Path, whole: dict[str, object], store: Path, client_ids: np.ndarray, kinds: Sequence[Events]
-) -> None:
-    """A store of some clients with the vocabulary of all, whose files are the same where the disk has links."""
-    header = {name: value for name, value in whole.items() if name != FIRST_ROWS} | {"num_clients": len(client_ids)}
+def _write(folder: Path, whole: Mapping[str, object], client_ids: np.ndarray, kinds: Sequence[Events]) -> None:
+    """Columns and header of some clients of a store, whose header is given."""
+    of_all = (FIRST_ROWS, "num_events", "num_empty")
+    header = {name: value for name, value in whole.items() if name not in of_all} | {"num_clients": len(client_ids)}
     save_array(folder / "client_ids.npy", client_ids)
     save_array(folder / "is_relevant.npy", np.ones(len(client_ids), bool))
     number = max(len(events.timestamp_s) for events in kinds)
@@ -268,11 +275,6 @@ def _write(
         writer = ColumnWriter(folder, name, names, len(client_ids), len(arrays[1]))
         writer.append(*arrays)
         writer.close()
-    for path in vocabulary_files(store):
-        try:
-            os.link(path, folder / path.name)
-        except OSError:  # another disk, or one without links
-            shutil.copyfile(path, folder / path.name)
     write_json(folder / HEADER_FILE, header)
 
 
@@ -318,4 +320,9 @@ def some_clients(store: EventStore, rows: np.ndarray, folder: Path) -> None:
         following = [events.offsets[1:] + start for events, start in zip(of_kind, ends[:-1], strict=True)]
         columns = (np.concatenate([events[column] for events in of_kind]) for column in (1, 2))
         kinds.append(Events(np.concatenate([np.zeros(1, np.int64), *following]), *columns))
-    _write(folder, dict(store.header), store.path, np.asarray(store.client_ids)[rows], kinds)
+    _write(folder, store.header, np.asarray(store.client_ids)[rows], kinds)
+    for path in vocabulary_files(store.path):
+        try:
+            os.link(path, folder / path.name)
+        except OSError:  # another disk, or one without links
+            shutil.copyfile(path, folder / path.name)

@@ -1,0 +1,68 @@
+"""compute.shards: profiles, model and features have the bytes of one pass, whatever the number of shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.runs import TINY, contents, run_tiny
+
+from ubp_fast.features import scaling
+from ubp_fast.features.matrix import load_features
+from ubp_fast.store.event_store import EventStore
+from ubp_fast.store.shards import first_rows
+
+SETTINGS = (
+    *TINY,
+    "data=synthetic",
+    "data.clients=400",
+    "data.skus=60",
+    "data.urls=80",
+    "windows.stacking_cutoffs=2",
+    "features.tastes.clients=90",
+    "features.pairs.clients=50",
+    "stages=profiles",
+)
+# Clients of a part of a sum: few, so that small data has many parts.
+ROWS_AT_ONCE = 16
+
+
+@pytest.fixture(scope="module")
+def small_parts() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scaling, "ROWS_AT_ONCE", ROWS_AT_ONCE)
+        yield
+
+
+@pytest.fixture(scope="module")
+def one_pass(tmp_path_factory: pytest.TempPathFactory, small_parts: None) -> Path:
+    code, run, said = run_tiny(tmp_path_factory.mktemp("one"), *SETTINGS)
+    assert code == 0, said
+    return run
+
+
+def features_of(run: Path) -> dict[str, np.ndarray]:
+    """Name and cutoff of every set -> its rows, of all shards end to end."""
+    folder = run / "stages" / "features"
+    if (folder / "days").exists():
+        parts = sorted(path.parent for path in folder.glob("f*/*/*/*/names.json"))
+        found: dict[str, list[np.ndarray]] = {}
+        for part in parts:
+            found.setdefault(f"{part.name}-{part.parent.name}", []).append(load_features(part).rows(slice(None)))
+        return {name: np.concatenate(rows) for name, rows in found.items()}
+    return {path.parent.name: load_features(path.parent).rows(slice(None)) for path in folder.glob("*/names.json")}
+
+
+@pytest.mark.parametrize("number", [3, 8])
+def test_shards_give_the_bytes_of_one_pass(number: int, one_pass: Path, tmp_path: Path) -> None:
+    code, run, said = run_tiny(tmp_path, *SETTINGS, f"compute.shards={number}")
+    assert code == 0, said
+    assert len(first_rows(EventStore.open(run / "stages" / "store"))) == number + 1
+    wanted, found = features_of(one_pass), features_of(run)
+    assert wanted.keys() == found.keys() and len(wanted) > 8
+    for name, rows in wanted.items():
+        np.testing.assert_array_equal(found[name], rows, err_msg=name)
+    for folder in ("profiles", "model"):
+        assert contents(run / folder) == contents(one_pass / folder)
+    assert (run / "profiles.parquet").read_bytes() == (one_pass / "profiles.parquet").read_bytes()
