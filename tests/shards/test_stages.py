@@ -6,40 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.runs import TINY, contents, run_tiny
+from support.runs import CLOSED_FORMS, contents, run_tiny
 
-from ubp_fast.features import scaling
 from ubp_fast.features.matrix import load_features
 from ubp_fast.store.event_store import EventStore
 from ubp_fast.store.shards import first_rows
-
-SETTINGS = (
-    *TINY,
-    "data=synthetic",
-    "data.clients=400",
-    "data.skus=60",
-    "data.urls=80",
-    "windows.stacking_cutoffs=2",
-    "features.tastes.clients=90",
-    "features.pairs.clients=50",
-    "stages=profiles",
-)
-# Clients of a part of a sum: few, so that small data has many parts.
-ROWS_AT_ONCE = 16
-
-
-@pytest.fixture(scope="module")
-def small_parts() -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scaling, "ROWS_AT_ONCE", ROWS_AT_ONCE)
-        yield
-
-
-@pytest.fixture(scope="module")
-def one_pass(tmp_path_factory: pytest.TempPathFactory, small_parts: None) -> Path:
-    code, run, said = run_tiny(tmp_path_factory.mktemp("one"), *SETTINGS)
-    assert code == 0, said
-    return run
 
 
 def features_of(run: Path) -> dict[str, np.ndarray]:
@@ -56,7 +27,7 @@ def features_of(run: Path) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("number", [3, 8])
 def test_shards_give_the_bytes_of_one_pass(number: int, one_pass: Path, tmp_path: Path) -> None:
-    code, run, said = run_tiny(tmp_path, *SETTINGS, f"compute.shards={number}")
+    code, run, said = run_tiny(tmp_path, *CLOSED_FORMS, f"compute.shards={number}")
     assert code == 0, said
     assert len(first_rows(EventStore.open(run / "stages" / "store"))) == number + 1
     wanted, found = features_of(one_pass), features_of(run)
