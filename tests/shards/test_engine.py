@@ -62,6 +62,7 @@ def test_ray_is_asked_for_by_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """Three machines of one CPU each."""
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # of a machine with other work; read by the import
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
@@ -119,14 +120,14 @@ def test_a_node_that_dies_in_every_stage_costs_its_tasks(
 
     def kill_one() -> None:
         cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
-        cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
 
     def run(engine: RayEngine, stage: str, tasks: Sequence[Task], done: Callable[[], None]) -> None:
         stages.append(stage)
-        timer = threading.Timer(random.Random(len(stages)).uniform(0.1, 1.0), kill_one)
+        timer = threading.Timer(random.Random(len(stages)).uniform(0.05, 0.4), kill_one)
         timer.start()
         alone(engine, stage, tasks, done)
         timer.join()
+        cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
 
     monkeypatch.setattr(RayEngine, "_run", run)
     code, run_directory, said = run_tiny(tmp_path, *CLOSED_FORMS, "compute.engine=ray", "compute.shards=8")

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.runs import CLOSED_FORMS, contents, run_tiny
+from support.runs import CLOSED_FORMS, composed, contents, run_tiny
 
+from ubp_fast.events.schema import UserError
 from ubp_fast.features.matrix import load_features
+from ubp_fast.pipeline.settings import read_settings
+from ubp_fast.pipeline.stages import plan
 from ubp_fast.store.event_store import EventStore
 from ubp_fast.store.shards import first_rows
 
@@ -37,3 +40,19 @@ def test_shards_give_the_bytes_of_one_pass(number: int, one_pass: Path, tmp_path
     for folder in ("profiles", "model"):
         assert contents(run / folder) == contents(one_pass / folder)
     assert (run / "profiles.parquet").read_bytes() == (one_pass / "profiles.parquet").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("experiment=best", r"networks \['contrastive', 'multitask'\]"),
+        ("features=rich", "features=rich, whose propensities"),
+        ("model@stacking=stacking", "the stacking network"),
+        ("evaluation.components=[stacked,features]", "features as a scored component"),
+        ("profiles.client_order=baseline", "profiles.client_order=baseline"),
+    ],
+)
+def test_what_no_shard_does_is_refused(override: str, message: str) -> None:
+    for sharded in ("compute.shards=2", "compute.engine=ray"):
+        with pytest.raises(UserError, match=f"works with closed forms alone .*got {message}.*compute.shards=1"):
+            plan(read_settings(composed(override, sharded)))

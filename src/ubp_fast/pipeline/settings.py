@@ -60,7 +60,6 @@ PLAIN_TYPES: dict[str, Any] = {
     "profiles.old_after_days": int,
     "store.min_url_count": int,
     "store.all_clients": bool,
-    "store.shard": tuple[int, int] | None,
     "windows.days": int,
     "windows.model_cutoffs": int,
     "windows.stacking_cutoffs": int,

@@ -228,14 +228,12 @@ def _require_closed_forms(settings: Settings) -> None:
     Raises:
         UserError: says what to change.
     """
-    sets = settings.plain["store"]
     rich = settings.plain["features"].get("rich")
     refused = {
         f"the networks {list(_trained(settings))}, which learn from all clients at once": _trained(settings),
         "the stacking network": settings.stacking.training is not None,
         "features=rich, whose propensities are learned from all clients at once": rich is not None,
-        "store.all_clients=true, which only networks look at": sets["all_clients"],
-        f"store.shard={sets['shard']}": sets["shard"] is not None,
+        "store.all_clients=true, which only networks look at": settings.plain["store"]["all_clients"],
         "profiles.align_to": settings.align_to is not None,
         "profiles.client_order=baseline": settings.client_order != "ids",
         "report.against": settings.report.against is not None,

@@ -142,7 +142,7 @@ def merge(
     Raises:
         DataError: no event before the cutoff, or too many clients.
     """
-    builder = Builder(events, folder, cutoff_s, np.zeros(0, np.int64), None, None, None)
+    builder = Builder(events, folder, cutoff_s, np.zeros(0, np.int64), None, None)
     first_s, kinds, of_ranges = cutoff_s, set(), np.zeros(len(edges) + 1, np.int64)
     handles = []
     for chunk, path in chunks:
