@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import random
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -109,32 +107,3 @@ def test_shards_on_a_cluster_give_the_bytes_of_one_pass(
     assert code == 0, said
     for folder in ("profiles", "model"):
         assert contents(run / folder) == contents(one_pass / folder)
-
-
-@pytest.mark.slow
-def test_a_node_that_dies_in_every_stage_costs_its_tasks(
-    cluster: Any, one_pass: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Each stage has one of its three machines killed a moment after it has begun; another one takes its place."""
-    stages, alone = [], RayEngine._run
-
-    def kill_one() -> None:
-        cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
-
-    def run(engine: RayEngine, stage: str, tasks: Sequence[Task], done: Callable[[], None]) -> None:
-        stages.append(stage)
-        timer = threading.Timer(random.Random(len(stages)).uniform(0.05, 0.4), kill_one)
-        timer.start()
-        alone(engine, stage, tasks, done)
-        timer.join()
-        cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
-
-    monkeypatch.setattr(RayEngine, "_run", run)
-    code, run_directory, said = run_tiny(tmp_path, *CLOSED_FORMS, "compute.engine=ray", "compute.shards=8")
-    assert code == 0, said
-    assert len(stages) == 9
-    again = [line for line in capfd.readouterr().err.splitlines() if line.endswith("and is done again")]
-    assert again, "some task was lost"
-    print("\n".join(again))
-    for folder in ("profiles", "model"):
-        assert contents(run_directory / folder) == contents(one_pass / folder)
