@@ -24,6 +24,7 @@ ORDER = (
     "models",
     "profiles",
     "profiler",
+    "shards",
     "evaluation",
     "report",
     "pipeline",

@@ -341,7 +341,6 @@ def test_probes_are_recorded_and_change_no_vector(synthetic_run: Path, tmp_path:
     [
         ("data.days=20", "Synthetic: days must be at least 29, got 20"),
         ("data.days=40", "training_cutoffs: the store must reach back more than 14 days"),
-        ("store.shard=[3,2]", "build_store: shard must be (index, count)"),
         ("multitask.config.encoder.heads=7", "EncoderLayer: heads must divide the width"),
     ],
 )

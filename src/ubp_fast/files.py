@@ -264,6 +264,20 @@ def complete_directory(partial: Path, path: Path) -> None:
     put_in_place(partial, path)
 
 
+def publish_first(partial: Path, path: Path) -> None:
+    """Flushes all files below `partial` to disk and gives it the name, unless another one was faster."""
+    for file in sorted(partial.rglob("*")):
+        if file.is_file():
+            _flush(file)
+    _flush(partial)
+    try:
+        os.rename(partial, path)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+    _flush(path.parent)
+
+
 def complete_file(partial: Path, path: Path) -> None:
     """Flushes a file to disk and puts it in the place of `path`."""
     _flush(partial)

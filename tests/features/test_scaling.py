@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load, save
 
 from ubp_fast.features import scaling
 from ubp_fast.features.scaling import (
@@ -53,8 +54,11 @@ def merged(empty: Callable[[], Statistic], parts: list[tuple[Any, ...]], process
     for number in reversed(range(len(parts))):
         of_processes[number * 7 % processes].add(number, *parts[number])
     first, *others = reversed(of_processes)
-    for other in others:
-        first.merge(other)
+    for number, other in enumerate(others):
+        if number % 2:
+            first.merge(other)
+        else:  # as it travels between processes
+            first.unpack(load(save(other.packed())))
     return first.finish()
 
 
@@ -73,8 +77,8 @@ def test_parts_of_several_processes_give_the_bytes_of_one_pass(statistic: str, c
         scaler = MinMaxScaler.fit(whole)
         empty, wanted = ColumnExtremes, [scaler.shift, scaler.scale]
     elif statistic == "regression":
-        empty, wanted = RegressionSums, [whole.T @ whole, whole.T @ target[:, None]]
-        parts = [(rows, [label[:, None]]) for rows, label in zip(inputs, labels, strict=True)]
+        empty, wanted = RegressionSums, [np.array([len(whole)]), whole.T @ whole, whole.T @ target[:, None]]
+        parts = [((rows, [label[:, None]]),) for rows, label in zip(inputs, labels, strict=True)]
     else:
         empty, parts = partial(NewtonSums, np.zeros(6)), [*zip(inputs, labels, strict=True)]
         design = np.column_stack([whole, np.ones(len(whole))])

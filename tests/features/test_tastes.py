@@ -13,6 +13,7 @@ from ubp_fast.events.split import DAY_S
 from ubp_fast.features import writing
 from ubp_fast.features.tastes import TastesConfig, fit_tastes, taste_features
 from ubp_fast.store.event_store import EventStore
+from ubp_fast.store.ids import drawn
 
 CUTOFF_S = END_S - 28 * DAY_S
 
@@ -82,8 +83,8 @@ def test_drawn_clients_alone_are_factorised(store: EventStore) -> None:
     np.testing.assert_array_equal(fit_tastes(store, CUTOFF_S, config), weights)
     assert not np.array_equal(fit_tastes(store, CUTOFF_S, replace(config, clients=21)), weights)
     found = taste_features(store, CUTOFF_S, config, weights=weights).rows(slice(None))
-    drawn = np.random.default_rng(0).choice(store.num_clients, 20, replace=False)
-    np.testing.assert_allclose((found[drawn] ** 2).mean(axis=0), 1, rtol=1e-4)
+    places = drawn(np.asarray(store.client_ids), 20, 0)
+    np.testing.assert_allclose((found[places] ** 2).mean(axis=0), 1, rtol=1e-4)
 
 
 def test_items_of_long_ago_have_no_weight(store: EventStore) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import EVENT_KINDS, DataError
 from ubp_fast.store.build import build_store
-from ubp_fast.store.event_store import EventStore, KindColumns
+from ubp_fast.store.event_store import EventStore
 
 Write = Callable[..., EventDirectory]
 Rows = dict[str, list[tuple[int, int, int]]]
@@ -262,78 +262,6 @@ def test_another_day_on_a_base_gives_the_same_bytes(
     build_store(events, tmp_path / "more", 90, all_clients=all_clients, base=base)
     build_store(events, tmp_path / "whole", 90, all_clients=all_clients)
     assert contents(tmp_path / "more") == contents(tmp_path / "whole")
-
-
-@pytest.mark.usefixtures("small_steps")
-@pytest.mark.parametrize(
-    ("relevant", "all_clients"), [(None, False), ([*range(0, 70, 7), 999], False), ([0, 999], True)]
-)
-def test_shards_together_are_the_whole(
-    write_events: Write, tmp_path: Path, relevant: list[int] | None, all_clients: bool
-) -> None:
-    rows = random_rows(2) | {"remove_from_cart": [(63, 3, 5)]}  # one client has the first event and a kind of its own
-    rows = {
-        kind: [(c, t + (kind != "remove_from_cart") * 4, item) for c, t, item in rows[kind]] for kind in EVENT_KINDS
-    }
-    events = write_events(tmp_path / "events", rows, relevant)
-    build_store(events, tmp_path / "whole", 90, all_clients=all_clients)
-    whole, found = EventStore.open(tmp_path / "whole"), []
-    for index in range(3):
-        path = tmp_path / f"shard{index}"
-        build_store(events, path, 90, all_clients=all_clients, shard=(index, 3))
-        shard = EventStore.open(path)
-        places = np.searchsorted(whole.client_ids, shard.client_ids)
-        found.append(places)
-        np.testing.assert_array_equal(shard.client_ids, whole.client_ids[places])
-        np.testing.assert_array_equal(shard.is_relevant, whole.is_relevant[places])
-        assert (shard.kinds, shard.first_timestamp_s) == (whole.kinds, whole.first_timestamp_s)
-        same = ["url_ids", "category_ids", *(file.stem for file in path.glob("products.*"))]
-        same += [file.stem for file in path.glob("*.item_counts.npy")]
-        assert len(same) == 10
-        for name in same:
-            assert (path / f"{name}.npy").read_bytes() == (tmp_path / "whole" / f"{name}.npy").read_bytes(), name
-        for kind in EVENT_KINDS:
-            check_same_histories(shard.kind(kind), whole.kind(kind), places)
-        check_timeline(shard, shard.client_ids.tolist())
-    assert sorted(np.concatenate(found)) == list(range(whole.num_clients))
-    assert max(map(len, found)) < whole.num_clients
-
-
-def check_same_histories(found: KindColumns, wanted: KindColumns, places: np.ndarray) -> None:
-    for row, place in enumerate(places):
-        here = slice(found.offsets[row], found.offsets[row + 1])
-        there = slice(wanted.offsets[place], wanted.offsets[place + 1])
-        for mine, theirs in zip(found[1:], wanted[1:], strict=True):
-            assert (mine is None) == (theirs is None)
-            if mine is not None and theirs is not None:
-                np.testing.assert_array_equal(mine[here], theirs[there])
-
-
-@pytest.mark.parametrize(
-    ("shard", "error", "message"),
-    [
-        ((3, 3), ValueError, r"shard must be \(index, count\) with 0 <= index < count, got \[3, 3\]"),
-        ((-1, 3), ValueError, "0 <= index < count"),
-        ((0,), ValueError, r"shard must be \(index, count\)"),
-        ((7, 1000), DataError, r"shard \[7, 1000\] must hold a client, got none of 2; use fewer"),
-    ],
-)
-def test_bad_shards(
-    write_events: Write, tmp_path: Path, shard: tuple[int, ...], error: type[Exception], message: str
-) -> None:
-    events = write_events(tmp_path / "events", {"page_visit": [(1, 1, 1), (2, 1, 1)]})
-    with pytest.raises(error, match=message):
-        build_store(events, tmp_path / "store", 10, shard=shard)
-    assert not (tmp_path / "store").exists()
-
-
-def test_a_base_and_a_shard_exclude_each_other(write_events: Write, tmp_path: Path) -> None:
-    events = write_events(tmp_path / "events", {"page_visit": [(1, 1, 1), (2, 1, 1)]})
-    build_store(events, tmp_path / "base", 5)
-    build_store(events, tmp_path / "part", 5, shard=(0, 1))
-    for base, shard in (("base", (0, 1)), ("part", None)):
-        with pytest.raises(ValueError, match="base must be None for a shard, and no shard itself"):
-            build_store(events, tmp_path / "store", 10, base=EventStore.open(tmp_path / base), shard=shard)
 
 
 def test_a_base_spares_reading_what_it_holds(write_events: Write, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ubp_fast.store.ids import DIRECT_IDS, KnownIds, Numbering
+from ubp_fast.store.ids import DIRECT_IDS, KnownIds, Numbering, drawn
 
 IDS = st.integers(-(2**63), 2**63 - 1) | st.integers(-300, 300) | st.sampled_from([-(2**63), 2**63 - 1])
 
@@ -90,3 +90,14 @@ def test_most_frequent_ids(number: int) -> None:
     assert found[0].tolist() == values[order].tolist()
     assert found[1].tolist() == [number_of[value] for value in values[order].tolist()]
     assert found[2].tolist() == occurrences[order].tolist()
+
+
+def test_who_is_drawn_does_not_depend_on_who_else_is_known() -> None:
+    ids = np.unique(np.random.default_rng(0).integers(-(2**60), 2**60, 2_000))
+    chosen = ids[drawn(ids, 300, 5)]
+    assert len(chosen) == 300 and (np.diff(chosen) > 0).all()
+    some = np.union1d(ids[::7], chosen)
+    np.testing.assert_array_equal(some[drawn(some, 300, 5)], chosen)
+    assert 20 < len(np.intersect1d(ids[drawn(ids, 300, 6)], chosen)) < 80, "another seed draws others"
+    assert len(np.intersect1d(ids[drawn(ids, 300, 5, 1)], ids[drawn(ids, 300, 5, 2)])) < 80
+    np.testing.assert_array_equal(drawn(ids, 5_000, 5), np.arange(len(ids)))

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 import ubp_fast
+from ubp_fast.features import scaling
 from ubp_fast.pipeline import execute
 
 CONF = Path(ubp_fast.__file__).resolve().parent / "conf"
@@ -43,6 +44,19 @@ WIDE = ("contrastive.config.wide=[static,aggregated,decayed]", "multitask.config
 # The winner's stacking network instead of the reduced-rank regression.
 NETWORK = ("model@stacking=stacking", "stacking.config.profile_width=64", "stacking.config.standardise=true")
 
+# A run that shards can work on; more clients than are drawn for what does not add up.
+CLOSED_FORMS = (
+    *TINY,
+    "data=synthetic",
+    "data.clients=400",
+    "data.skus=60",
+    "data.urls=80",
+    "windows.stacking_cutoffs=2",
+    "features.tastes.clients=90",
+    "features.pairs.clients=50",
+    "stages=profiles",
+)
+
 
 def composed(*overrides: str) -> DictConfig:
     """The configuration that the command line would make of these overrides."""
@@ -63,3 +77,8 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()
     }
+
+
+def few_rows() -> None:
+    """Parts of sums hold 16 clients from now on; also for workers of a cluster."""
+    scaling.ROWS_AT_ONCE = 16

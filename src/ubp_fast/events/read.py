@@ -195,11 +195,11 @@ class EventDirectory:
             frame = scan.filter(pl.col("timestamp_s") >= from_s).collect()
             scan, rows = frame.lazy(), len(frame)
         for frame in in_batches(scan, rows):
-            column = ITEM_COLUMN[kind]
-            item = (
-                frame[column].to_numpy() if column in frame.columns else _joined(frame[name] for name in _words(column))
-            )
-            yield EventBatch(frame["client_id"].to_numpy(), frame["timestamp_s"].to_numpy(), item)
+            yield _batch(kind, frame)
+
+    def rows(self, kind: str, first: int, number: int) -> EventBatch:
+        """Some rows of the table of a kind that is present, in file order."""
+        return _batch(kind, self._scan_stored(kind).slice(first, number).collect())
 
     def products(self, columns: Sequence[str] = tuple(PRODUCT_SCHEMA)) -> pl.DataFrame:
         """Product properties: sku, category, price (bucket 0..99), name (16 codes), or some of them."""
@@ -260,6 +260,13 @@ class EventDirectory:
                 raise DataError(
                     f"{path}: columns must be {wanted}, got {found}; prepare the events again from their source"
                 )
+
+
+def _batch(kind: str, frame: pl.DataFrame) -> EventBatch:
+    """Of rows as they are stored."""
+    column = ITEM_COLUMN[kind]
+    item = frame[column].to_numpy() if column in frame.columns else _joined(frame[name] for name in _words(column))
+    return EventBatch(frame["client_id"].to_numpy(), frame["timestamp_s"].to_numpy(), item)
 
 
 def parquet_files(path: Path) -> list[Path]:

@@ -12,8 +12,8 @@ import numpy as np
 from ubp_fast.compiled import njit
 from ubp_fast.events.schema import SKU_KINDS, LabelLists
 from ubp_fast.events.split import DAY_S
-from ubp_fast.features.matrix import Features, end_to_end
-from ubp_fast.features.scaling import DayStatistics
+from ubp_fast.features.matrix import Features
+from ubp_fast.features.scaling import DayStatistics, KnownMeans, Rows, gathered
 from ubp_fast.features.writing import clients_at_once, in_client_blocks, in_sparse_blocks
 from ubp_fast.kernels.windowed_aggregate import (
     SparseDecay,
@@ -22,7 +22,7 @@ from ubp_fast.kernels.windowed_aggregate import (
     sparse_decay,
     window_aggregator,
 )
-from ubp_fast.store.event_store import TIMELINE, EventStore, KindColumns
+from ubp_fast.store.event_store import TIMELINE, EventStore, KindColumns, end_to_end
 from ubp_fast.store.vocabulary import FIRST_ID
 
 T = TypeVar("T")
@@ -235,8 +235,13 @@ def features_of(
         return in_client_blocks(client_ids, names, units, fill, directory)
     return in_client_blocks(
         *(client_ids, names, units, fill, directory),
-        missing=lambda measure: history.day.once((missing,), lambda: (measure(),))[0],
+        missing=lambda values: _known_means(history.day, missing, values),
     )
+
+
+def _known_means(day: DayStatistics, name: str, values: Rows) -> np.ndarray:
+    """Float64 [F]: what the day knows under a name, or the means of the values that are there."""
+    return day.statistic((name,), lambda: gathered(KnownMeans(), values, day.first_part))[0]
 
 
 def _lay(single: list[np.ndarray], block: np.ndarray, place: int) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ubp_fast.files import load_array, load_json
+from ubp_fast.store.event_store import end_to_end
 
 NAMES_FILE = "names.json"
 ARRAYS = ("client_ids", "indptr", "indices", "values")
@@ -161,13 +162,3 @@ def load_features(directory: Path) -> Features:
     """A matrix of either kind from its directory; what is large stays in its file."""
     is_sparse = (directory / "indptr.npy").exists()
     return (SparseFeatureMatrix if is_sparse else FeatureMatrix).load(directory, memory_map=True)
-
-
-def end_to_end(start: np.ndarray, end: np.ndarray) -> tuple[slice | np.ndarray, np.ndarray]:
-    """Rows start[i]..end[i] of all i, a slice where these are neighbours, and where each i begins, i64 [N + 1]."""
-    offsets = np.concatenate((np.zeros(1, np.int64), np.cumsum(end - start)))
-    if not offsets[-1]:
-        return slice(0, 0), offsets
-    if end[-1] - start[0] == offsets[-1] and (start[1:] == end[:-1]).all():
-        return slice(start[0], end[-1]), offsets
-    return np.arange(offsets[-1]) + np.repeat(start - offsets[:-1], end - start), offsets

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ubp_fast.events.labels import positions_in
-from ubp_fast.events.schema import LabelLists
+from ubp_fast.events.schema import ITEM_COLUMN, LabelLists
 from ubp_fast.features.history import History
 from ubp_fast.kernels.windowed_aggregate import code_counts
 from ubp_fast.store.event_store import EventStore
@@ -45,8 +45,7 @@ def popular_lists(store: EventStore, kind: str, before_s: int, top_values: int) 
         before_s: only events before it are counted.
         top_values: values per column, fewer where fewer occur.
     """
-    columns = store.kind(kind)
-    if columns.item is None:
+    if ITEM_COLUMN[kind] == "query":
         raise ValueError(f"popular_lists: kind must have items, got '{kind}'")
     num_items = store.num_urls if kind == "page_visit" else store.num_skus
     if not store.is_relevant.all():
@@ -57,9 +56,8 @@ def popular_lists(store: EventStore, kind: str, before_s: int, top_values: int) 
     elif before_s >= store.cutoff_s:
         item_counts = np.asarray(store.item_counts(kind))
     else:
-        item_counts = code_counts(
-            columns.offsets, columns.timestamp_s, columns.item, before_s=before_s, num_codes=num_items
-        )
+        offsets, timestamp_s, item, _ = store.kind(kind)
+        item_counts = code_counts(offsets, timestamp_s, item, before_s=before_s, num_codes=num_items)
     return {
         name: originals[_largest(_counts(dense_of_item, originals, item_counts), originals, top_values)]
         for name, (dense_of_item, originals) in _tables(store, kind).items()

@@ -7,7 +7,7 @@ all rows is a `Statistic`: it adds up over parts of the rows, wherever these are
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
@@ -57,6 +57,24 @@ class Statistic(ABC, Generic[PartT, ResultT]):
         for (level, number), part in other._held.items():
             self._take(level, number, part)
 
+    def packed(self) -> dict[str, np.ndarray]:
+        """What was added so far by names that `unpack` of another process understands."""
+        held = sorted(self._held.items())
+        return {
+            f"{level}/{number}/{place}": np.asarray(array)
+            for (level, number), part in held
+            for place, array in enumerate(self._arrays(part))
+        }
+
+    def unpack(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Takes the parts that another one has packed, like `merge`."""
+        found: dict[tuple[int, int], dict[int, np.ndarray]] = {}
+        for name, array in arrays.items():
+            level, number, place = map(int, name.split("/"))
+            found.setdefault((level, number), {})[place] = array
+        for (level, number), places in sorted(found.items()):
+            self._take(level, number, self._part([places[place] for place in range(len(places))]))
+
     def finish(self) -> ResultT:
         """What all parts say.
 
@@ -79,6 +97,14 @@ class Statistic(ABC, Generic[PartT, ResultT]):
             part = self._joined(other, part) if number & 1 else self._joined(part, other)
             level, number = level + 1, number >> 1
         self._held[level, number] = part
+
+    @abstractmethod
+    def _arrays(self, part: PartT) -> Sequence[np.ndarray | int]:
+        """A part as arrays."""
+
+    @abstractmethod
+    def _part(self, arrays: list[np.ndarray]) -> PartT:
+        """The part of its arrays."""
 
     @abstractmethod
     def _of(self, *rows: Any) -> PartT:
@@ -123,22 +149,68 @@ class ColumnMoments(Statistic[_Spread, tuple[np.ndarray, np.ndarray]]):
             squares = left.squares + right.squares + step * step * (left.rows * right.rows / rows)
         return _Spread(rows, mean, squares)
 
+    def _arrays(self, part: _Spread) -> Sequence[np.ndarray | int]:
+        return part
+
+    def _part(self, arrays: list[np.ndarray]) -> _Spread:
+        return _Spread(int(arrays[0].item()), *arrays[1:])
+
     def _result(self, part: _Spread) -> tuple[np.ndarray, np.ndarray]:
         return part.mean, np.sqrt(part.squares / part.rows)
 
 
+class Sums(Statistic[list[np.ndarray], ResultT]):
+    """A statistic whose parts are arrays that add up."""
+
+    def _joined(self, left: list[np.ndarray], right: list[np.ndarray]) -> list[np.ndarray]:
+        for total, more in zip(left, right, strict=True):
+            total += more
+        return left
+
+    def _arrays(self, part: list[np.ndarray]) -> Sequence[np.ndarray | int]:
+        return part
+
+    def _part(self, arrays: list[np.ndarray]) -> list[np.ndarray]:
+        return arrays
+
+
+class KnownMeans(Sums[tuple[np.ndarray]]):
+    """Mean of what is not NaN in every column, 0 without any, float64 [F]."""
+
+    def _of(self, *rows: Any) -> list[np.ndarray]:
+        (values,) = rows
+        known = ~np.isnan(values)
+        return [np.where(known, values, 0).sum(axis=0, dtype=np.float64), known.sum(axis=0)]
+
+    def _result(self, part: list[np.ndarray]) -> tuple[np.ndarray]:
+        total, number = part
+        return (total / np.maximum(number, 1),)
+
+
+def parts_of_rows(number: int) -> Iterator[tuple[int, slice]]:
+    """Numbers and rows of the parts in which so many rows are read."""
+    for part, start in enumerate(range(0, number, ROWS_AT_ONCE)):
+        yield part, slice(start, start + ROWS_AT_ONCE)
+
+
 def in_parts(values: Rows) -> Iterator[tuple[int, slice]]:
     """Numbers and rows of the parts in which a matrix is read."""
-    for number, start in enumerate(range(0, len(values), ROWS_AT_ONCE)):
-        yield number, slice(start, start + ROWS_AT_ONCE)
+    return parts_of_rows(len(values))
+
+
+StatisticT = TypeVar("StatisticT", bound=Statistic[Any, Any])
+
+
+def gathered(statistic: StatisticT, values: Rows, first_part: int = 0) -> StatisticT:
+    """The statistic with all rows of a matrix added, whose first ones are part `first_part`."""
+    for number, part in in_parts(values):
+        statistic.add(first_part + number, values[part])
+    return statistic
 
 
 def moments(values: Rows) -> tuple[np.ndarray, np.ndarray]:
     """`ColumnMoments` of the rows of one matrix."""
-    found = ColumnMoments()
-    for number, part in in_parts(values):
-        found.add(number, values[part])
-    return found.finish()
+    return gathered(ColumnMoments(), values).finish()
 
 
 def standardised(
@@ -197,7 +269,10 @@ class DayStatistics:
 
     Attributes:
         arrays: what is known, by name.
+        first_part: number of the first part of the rows at hand, see `Statistic`.
     """
+
+    first_part = 0
 
     def __init__(self, known: Mapping[str, np.ndarray] | None = None, num_clients: int | None = None) -> None:
         self._is_measuring = known is None
@@ -222,8 +297,46 @@ class DayStatistics:
 
     def moments(self, name: str, values: Rows) -> tuple[np.ndarray, np.ndarray]:
         """Mean and deviation float64 [F] of the columns of a matrix float [N, F]."""
-        mean, deviation = self.once((f"{name}.mean", f"{name}.deviation"), lambda: moments(values))
+        names = (f"{name}.mean", f"{name}.deviation")
+        mean, deviation = self.statistic(names, lambda: gathered(ColumnMoments(), values, self.first_part))
         return mean, deviation
+
+    def statistic(self, names: tuple[str, ...], measure: Callable[[], Statistic[Any, Any]]) -> tuple[np.ndarray, ...]:
+        """`once` of what a statistic of all clients says; `measure` adds the rows at hand."""
+        return self.once(names, lambda: measure().finish())
+
+
+class NotYetKnown(Exception):
+    """Something of all clients is asked for that other processes must measure, too."""
+
+
+class PartialStatistics(DayStatistics):
+    """The day of some of the clients: what of all is not known yet is measured among these, and kept to be merged.
+
+    Args:
+        known: arrays that are known.
+        first_part: see `DayStatistics`.
+
+    Attributes:
+        measured: names that a statistic gives -> it, of these clients.
+    """
+
+    def __init__(self, known: Mapping[str, np.ndarray], first_part: int) -> None:
+        super().__init__(known)
+        self.first_part = first_part
+        self.measured: dict[tuple[str, ...], Statistic[Any, Any]] = {}
+
+    def statistic(self, names: tuple[str, ...], measure: Callable[[], Statistic[Any, Any]]) -> tuple[np.ndarray, ...]:
+        """What is known of all.
+
+        Raises:
+            NotYetKnown: nothing is; it has been measured among these clients.
+        """
+        if names[0] not in self.arrays:
+            if names not in self.measured:
+                self.measured[names] = measure()
+            raise NotYetKnown(names[0])
+        return super().statistic(names, measure)
 
 
 @dataclass(frozen=True)
@@ -293,6 +406,12 @@ class ColumnExtremes(Statistic[tuple[np.ndarray, np.ndarray], MinMaxScaler]):
         self, left: tuple[np.ndarray, np.ndarray], right: tuple[np.ndarray, np.ndarray]
     ) -> tuple[np.ndarray, np.ndarray]:
         return np.minimum(left[0], right[0]), np.maximum(left[1], right[1])
+
+    def _arrays(self, part: tuple[np.ndarray, np.ndarray]) -> Sequence[np.ndarray | int]:
+        return part
+
+    def _part(self, arrays: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        return arrays[0], arrays[1]
 
     def _result(self, part: tuple[np.ndarray, np.ndarray]) -> MinMaxScaler:
         smallest, largest = part

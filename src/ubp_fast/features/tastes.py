@@ -25,6 +25,7 @@ from ubp_fast.events.schema import SKU_KINDS
 from ubp_fast.features.history import Column, History, features_of
 from ubp_fast.features.matrix import Features
 from ubp_fast.store.event_store import EventStore
+from ubp_fast.store.ids import drawn
 
 # Counts below this, of events from 13 half-lives ago, are none: an item of which nothing else is known would weigh too
 # much.
@@ -71,8 +72,8 @@ def fit_tastes(store: EventStore, cutoff_s: int, config: TastesConfig | None = N
     config = config or TastesConfig()
     history = History.of(store, cutoff_s)
     if len(history.clients) > config.clients:
-        drawn = np.random.default_rng(config.seed).choice(history.clients, config.clients, replace=False)
-        history = replace(history, clients=np.sort(drawn))
+        places = drawn(np.asarray(store.client_ids)[history.clients], config.clients, config.seed)
+        history = replace(history, clients=history.clients[places])
     width = max(len(history.present(config.kinds)), 1) * store.num_skus
     parts, first = [(np.zeros((2, 0), np.int64), np.zeros(0, np.float32))], 0
     for part in history.parts(config.rank):

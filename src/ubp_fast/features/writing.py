@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ubp_fast.features.matrix import NAMES_FILE, FeatureMatrix, SparseFeatureMatrix
+from ubp_fast.features.scaling import Rows
 from ubp_fast.files import load_array, write_array, write_json
 
 # A block of 320 columns per thread stays in the cache of a large CPU while all kinds of events are added to it.
@@ -36,7 +37,7 @@ def in_client_blocks(
     fill: Fill,
     directory: Path | None = None,
     dtype: str = "float32",
-    missing: Callable[[Callable[[], np.ndarray]], np.ndarray] | None = None,
+    missing: Callable[[Rows], np.ndarray] | None = None,
 ) -> FeatureMatrix:
     """The matrix whose rows first..last are what `fill(block, first, last)` writes over float32 zeros.
 
@@ -49,8 +50,8 @@ def in_client_blocks(
         fill: called from several threads.
         directory: values are written there and never held in memory as a whole; the result is mapped from there.
         dtype: "float32" or "float16"; what float16 cannot hold becomes +-65,504, never infinite.
-        missing: gives what stands for NaN, where a client lacks what a column measures, float32 [F]; it is called with
-            a function that gives the mean of each column's other values, 0 without any. None: there is no NaN.
+        missing: gives what stands for NaN, where a client lacks what a column measures, float [F]; it is called with
+            the matrix. None: there is no NaN.
     """
     shape = (len(client_ids), len(names))
     step = clients_at_once(shape[1])
@@ -82,7 +83,7 @@ def in_client_blocks(
     path = None if file is None else file.complete()
     if missing is not None and names:
         whole = values if path is None else np.load(path, mmap_mode="r+", allow_pickle=False)
-        means = missing(lambda: _known_means(whole, step))
+        means = missing(whole).astype(whole.dtype)
         for first in range(0, len(whole), step):
             rows, columns = np.nonzero(np.isnan(whole[first : first + step]))
             whole[first + rows, columns] = means[columns]
@@ -203,17 +204,6 @@ def _in_order(make: Callable[[int], T], starts: Sequence[int]) -> Iterator[T]:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-
-
-def _known_means(values: np.ndarray, step: int) -> np.ndarray:
-    """Mean of what is not NaN in every column, 0 without any, in the dtype of the values."""
-    total, number = np.zeros((2, values.shape[1]))
-    for first in range(0, len(values), step):
-        block = values[first : first + step]
-        known = ~np.isnan(block)
-        total += np.where(known, block, 0).sum(axis=0, dtype=np.float64)
-        number += known.sum(axis=0)
-    return (total / np.maximum(number, 1)).astype(values.dtype)
 
 
 def _zeros(shape: tuple[int, int], dtype: str) -> np.ndarray:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ubp_fast.features.scaling import Statistic, in_parts, moments
+from ubp_fast.features.scaling import Sums, in_parts, moments
 from ubp_fast.sequences.sampling import DAY_S, Views, views_at
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def activity_columns(store: EventStore, cutoff_s: int, clients: np.ndarray | Non
     return columns
 
 
-class NewtonSums(Statistic[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]):
+class NewtonSums(Sums[list[np.ndarray]]):
     """Gradient [F + 1] and curvature [F + 1, F + 1] of the log-likelihood of columns [N, F] and targets [N], float64.
 
     Args:
@@ -77,18 +77,13 @@ class NewtonSums(Statistic[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.n
         super().__init__()
         self.coefficients = coefficients
 
-    def _of(self, *rows: Any) -> tuple[np.ndarray, np.ndarray]:
+    def _of(self, *rows: Any) -> list[np.ndarray]:
         columns, target = rows
         design = np.column_stack([columns, np.ones(len(columns))])
         chance = _sigmoid(design @ self.coefficients)
-        return design.T @ (chance - target), (design * (chance * (1.0 - chance))[:, None]).T @ design
+        return [design.T @ (chance - target), (design * (chance * (1.0 - chance))[:, None]).T @ design]
 
-    def _joined(
-        self, left: tuple[np.ndarray, np.ndarray], right: tuple[np.ndarray, np.ndarray]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        return left[0] + right[0], left[1] + right[1]
-
-    def _result(self, part: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    def _result(self, part: list[np.ndarray]) -> list[np.ndarray]:
         return part
 
 

@@ -12,12 +12,13 @@ neighbours of all. Mean and P [F, R] are fitted on all clients of a day.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ubp_fast.compiled import njit
-from ubp_fast.features.scaling import CACHED_ROWS, ROWS_AT_ONCE, Rows, standardised
+from ubp_fast.features import scaling
+from ubp_fast.features.scaling import CACHED_ROWS, Rows, Sums, in_parts, standardised
 from ubp_fast.kernels.row_product import row_product
 
 # Of the largest eigenvalue: a direction with less is made of roundings.
@@ -42,6 +43,26 @@ class NearPart(NamedTuple):
     weight: float
 
 
+class NearSums(Sums[list[np.ndarray]]):
+    """How many rows [N, F] of length one there are, their sum [F] and their products [F, F], float64."""
+
+    def _of(self, *rows: Any) -> list[np.ndarray]:
+        (values,) = rows
+        return [np.array([len(values)], np.float64), values.sum(axis=0), values.T @ values]
+
+    def _result(self, part: list[np.ndarray]) -> list[np.ndarray]:
+        return part
+
+
+def near_sums(parts: Sequence[NearPart], first_part: int = 0) -> NearSums:
+    """Those of the clients at hand; `first_part`: see `DayStatistics`."""
+    sums = NearSums()
+    blocks = in_parts(parts[0].values)
+    for (number, _), rows in zip(blocks, _unit_rows(parts, scaling.ROWS_AT_ONCE, np.float64), strict=True):
+        sums.add(first_part + number, rows)
+    return sums
+
+
 class NearModel:
     """The principal directions; `fit`, then `transform`.
 
@@ -56,13 +77,13 @@ class NearModel:
     @classmethod
     def fit(cls, parts: Sequence[NearPart], width: int) -> NearModel:
         """The `width` leading directions of all clients of a day, fewer where the parts have fewer."""
-        columns = sum(part.values.shape[1] for part in parts)
-        total, products, clients = np.zeros(columns), np.zeros((columns, columns)), 0
-        for rows in _unit_rows(parts, ROWS_AT_ONCE, np.float64):
-            total += rows.sum(axis=0)
-            products += rows.T @ rows
-            clients += len(rows)
-        mean = total / max(clients, 1)
+        return cls.of_sums(near_sums(parts), width)
+
+    @classmethod
+    def of_sums(cls, sums: NearSums, width: int) -> NearModel:
+        """`fit` from the sums of all clients."""
+        clients, total, products = sums.finish()
+        mean = total / clients
         values, vectors = np.linalg.eigh(products - np.outer(mean, total))
         leading = vectors[:, values > values[-1] * SMALLEST_SHARE][:, ::-1][:, :width]
         # An eigenvector has no sign of its own: its largest entry is made positive.

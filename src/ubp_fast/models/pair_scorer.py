@@ -38,12 +38,13 @@ from ubp_fast.events.split import DAY_S
 from ubp_fast.features.history import Column, History, features_of
 from ubp_fast.features.matrix import Features
 from ubp_fast.features.popular import label_slots
-from ubp_fast.features.scaling import DayStatistics
+from ubp_fast.features.scaling import DayStatistics, Sums, parts_of_rows
 from ubp_fast.features.tastes import TastesConfig, fit_tastes, tastes_of
 from ubp_fast.files import load_arrays, write_arrays
 from ubp_fast.kernels.row_product import pair_network, row_product
 from ubp_fast.sequences import Views, window_labels
 from ubp_fast.store.event_store import EventStore
+from ubp_fast.store.ids import drawn as drawn_ids
 
 # List -> the labels of `window_labels` that its scores predict.
 LISTS = {"propensity_category": "buy_category", "propensity_sku": "buy_sku", "propensity_price": "buy_price"}
@@ -252,6 +253,7 @@ class PairScorer:
         config: PairScorerConfig | None = None,
         seed: int = 0,
         folder: Path | None = None,
+        days: Mapping[int, DayStatistics] | None = None,
     ) -> PairScorer:
         """Learns from the target windows after each cutoff.
 
@@ -263,13 +265,14 @@ class PairScorer:
             seed: of drawn clients and pairs, initial weights and order. The same seed gives the same weights.
             folder: keeps what is learned part by part, and factors of past windows out of memory. Of a fit that was
                 interrupted, the same one goes on from there; nothing else may use it.
+            days: cutoff -> what knows how popular the labels were among all clients, when the store holds no others
+                than those that are drawn; see `popularity_of`. None: they are measured among its clients.
 
         Raises:
             ValueError: a window that reaches beyond the store's cutoff.
         """
         config = config or PairScorerConfig()
-        known = {name: lists[name] for name in LISTS if name in lists}
-        known |= _categories_of_skus(store, known)
+        known = scored_lists(store, lists)
         slots = _slots_of(store, known)
         # What is learned here knows nothing that lies behind the newest window.
         newest_s = max((when + store.target_days * DAY_S for when in cutoffs_s), default=store.cutoff_s)
@@ -284,14 +287,13 @@ class PairScorer:
         random = np.random.default_rng(seed)
         drawn: dict[str, list[tuple[np.ndarray, ...]]] = {name: [] for name in known if name in LISTS}
         alone: dict[str, list[tuple[np.ndarray, ...]]] = {}
-        for cutoff_s in cutoffs_s:
+        for window, cutoff_s in enumerate(cutoffs_s):
             history = History.of(store, cutoff_s, known)
-            rows = history.clients
-            if len(rows) > config.clients:
-                rows = np.sort(random.choice(rows, config.clients, replace=False))
+            client_ids = np.asarray(store.client_ids)[history.clients]
+            rows = history.clients[drawn_ids(client_ids, config.clients, seed, window)]
             labels, factors = window_labels(store, Views(rows, np.full(len(rows), cutoff_s)), known), past[cutoff_s]
             counts = _counts(replace(history, rows=rows, seen={}), config, factors.items)
-            popularity = scorer._popularity(history, DayStatistics())
+            popularity = popularity_of(history, config, (days or {}).get(cutoff_s) or DayStatistics())
             for name, parts in drawn.items():
                 label = labels[LISTS[name]]
                 assert isinstance(label, LabelMatrix)
@@ -354,7 +356,7 @@ class PairScorer:
             [U, scores] float32, clients in the order of the store.
         """
         history = History.of(store, cutoff_s, self.lists, day)
-        popularity = self._popularity(history, history.day, name)
+        popularity = popularity_of(history, self.config, history.day, name)
         factors = self.past.get(cutoff_s, self.factors)
         # Skus that are new to the factors count as unknown.
         of_items = factors.items[:, store.embedding_rows("sku", np.arange(store.num_skus))]
@@ -408,32 +410,6 @@ class PairScorer:
             found.append(pair_network(of_client[rows], of_label, *of_pairs, arrays["pair_weight"], *last))
         return np.concatenate(found)
 
-    def _popularity(self, history: History, day: DayStatistics, name: str = "scores") -> np.ndarray:
-        """Log of the decayed count per client of every slot and how it changes, float32 [S, J + kinds]."""
-
-        def measure() -> tuple[np.ndarray]:
-            found, config = [], self.config
-            slots, labels = label_slots(history.store, self.lists)
-            for kind in history.present(config.kinds):
-                of_items = np.zeros((len(config.half_lives_days), history.store.num_skus))
-                for part in history.parts(1):
-                    events = part.events(kind)
-                    assert events.item is not None
-                    seen = np.flatnonzero(events.timestamp_s < history.cutoff_s)
-                    age_days = (history.cutoff_s - events.timestamp_s[seen].astype(np.int64)) / DAY_S
-                    for number, days in enumerate(config.half_lives_days):
-                        of_items[number] += np.bincount(events.item[seen], 0.5 ** (age_days / days), of_items.shape[1])
-                counts = np.zeros((len(config.half_lives_days), len(labels)))
-                for column in slots.T:
-                    listed = column >= 0
-                    for number in range(len(counts)):
-                        counts[number] += np.bincount(column[listed], of_items[number, listed], len(labels))
-                logarithm = np.log(counts / max(len(history.clients), 1) + LEAST_POPULARITY)
-                found += [*logarithm, logarithm[0] - logarithm[-1]]
-            return (np.stack(found, axis=1).astype(np.float32),)
-
-        return day.once((f"{name}.popularity",), measure)[0]
-
     @property
     def arrays(self) -> dict[str, np.ndarray]:
         """What was fitted, by name; for safetensors."""
@@ -468,6 +444,52 @@ class PairScorer:
             path.removeprefix("factors/"): array for path, array in arrays.items() if path.startswith("factors/")
         }
         return cls(config, lists, groups, Factors.of_arrays(factors, lists, config))
+
+
+class PopularitySums(Sums[tuple[np.ndarray]]):
+    """Log of the decayed count per client of every slot and how it changes, float32 [S, J + kinds].
+
+    A part adds clients and, of every kind, counts float64 [half-lives, S].
+    """
+
+    def _of(self, *rows: Any) -> list[np.ndarray]:
+        clients, *of_kinds = rows
+        return [np.array([clients], np.float64), *of_kinds]
+
+    def _result(self, part: list[np.ndarray]) -> tuple[np.ndarray]:
+        clients, *of_kinds = part
+        found: list[np.ndarray] = []
+        for counts in of_kinds:
+            logarithm = np.log(counts / max(clients.item(), 1) + LEAST_POPULARITY)
+            found += [*logarithm, logarithm[0] - logarithm[-1]]
+        return (np.stack(found, axis=1).astype(np.float32),)
+
+
+def popularity_of(history: History, config: PairScorerConfig, day: DayStatistics, name: str = "scores") -> np.ndarray:
+    """How popular the slots of the history's lists are, see `PopularitySums`; known to the day, or measured."""
+
+    def measure() -> PopularitySums:
+        sums, (slots, labels) = PopularitySums(), label_slots(history.store, history.lists)
+        for number, clients in parts_of_rows(len(history.clients)):
+            part = replace(history, rows=history.clients[clients], seen={})
+            of_kinds = []
+            for kind in history.present(config.kinds):
+                events = part.events(kind)
+                assert events.item is not None
+                seen = np.flatnonzero(events.timestamp_s < history.cutoff_s)
+                age_days = (history.cutoff_s - events.timestamp_s[seen].astype(np.int64)) / DAY_S
+                of_lists = slots[events.item[seen]].T
+                counts = np.zeros((len(config.half_lives_days), len(labels)))
+                for half_life, days in enumerate(config.half_lives_days):
+                    decayed = 0.5 ** (age_days / days)
+                    for column in of_lists:
+                        listed = column >= 0
+                        counts[half_life] += np.bincount(column[listed], decayed[listed], len(labels))
+                of_kinds.append(counts)
+            sums.add(day.first_part + number, len(part.rows), *of_kinds)
+        return sums
+
+    return day.statistic((f"{name}.popularity",), measure)[0]
 
 
 def _scaled(values: np.ndarray, arrays: Mapping[str, np.ndarray], name: str) -> np.ndarray:
@@ -524,6 +546,12 @@ def _products(tastes: np.ndarray, of_labels: Sequence[np.ndarray]) -> Iterator[n
         yield products
         length = np.sqrt(row_product(mine**2, np.ones((mine.shape[1], 1), np.float32)))
         yield products / np.maximum(length, np.float32(LEAST_LENGTH))
+
+
+def scored_lists(store: EventStore, lists: LabelLists) -> LabelLists:
+    """The lists whose labels are scored, and the categories of the skus."""
+    known = {name: lists[name] for name in LISTS if name in lists}
+    return known | _categories_of_skus(store, known)
 
 
 def _categories_of_skus(store: EventStore, lists: LabelLists) -> LabelLists:

@@ -31,7 +31,15 @@ from safetensors.numpy import load_file
 
 from ubp_fast.events.labels import LabelMatrix
 from ubp_fast.events.schema import DataError
-from ubp_fast.features.scaling import ROWS_AT_ONCE, SMALLEST_DEVIATION, Rows, Statistic, moments, standardised
+from ubp_fast.features.scaling import (
+    ROWS_AT_ONCE,
+    SMALLEST_DEVIATION,
+    Rows,
+    Sums,
+    moments,
+    parts_of_rows,
+    standardised,
+)
 from ubp_fast.files import write_arrays
 from ubp_fast.kernels.row_product import row_product
 
@@ -63,17 +71,18 @@ class ReducedRankConfig:
             raise ValueError(f"ReducedRankConfig: summary_weight must be > 0, got {self.summary_weight}")
 
 
-class RegressionSums(Statistic[list[np.ndarray], list[np.ndarray]]):
-    """Inputs [N, F] times themselves, float64 [F, F], and times every list of labels [N, L], float64 [F, L]."""
+class RegressionSums(Sums[list[np.ndarray]]):
+    """Number of rows; inputs [N, F] times themselves, float64 [F, F], and times every list of labels [N, L], [F, L].
+
+    A part holds the rows of all cutoffs that have the same places: one pass over shards of clients gives them all.
+    """
 
     def _of(self, *rows: Any) -> list[np.ndarray]:
-        inputs, labels = rows
-        return [inputs.T @ inputs, *(inputs.T @ label for label in labels)]
-
-    def _joined(self, left: list[np.ndarray], right: list[np.ndarray]) -> list[np.ndarray]:
-        for total, more in zip(left, right, strict=True):
-            total += more
-        return left
+        total: list[np.ndarray] = []
+        for inputs, labels in rows:
+            more = [np.array([len(inputs)], np.float64), inputs.T @ inputs, *(inputs.T @ label for label in labels)]
+            total = self._joined(total, more) if total else more
+        return total
 
     def _result(self, part: list[np.ndarray]) -> list[np.ndarray]:
         return part
@@ -110,22 +119,49 @@ class ReducedRankModel:
             ValueError: no rows, other numbers of rows, values that are not finite, or no label that is predictable.
         """
         of_cutoffs = _checked(blocks, labels)
-        num_rows, width = sum(map(len, blocks)), blocks[0].shape[1]
-        weight = np.ones(width) if is_summary is None else np.where(is_summary, self.config.summary_weight, 1.0)
-        sums, first, number = RegressionSums(), 0, 0
-        for values, statistics in zip(blocks, of_cutoffs, strict=True):
-            for part, inputs in standardised(values, *statistics, ROWS_AT_ONCE):
-                inputs *= weight
-                rows = slice(first + part.start, first + part.start + len(inputs))
-                sums.add(number, inputs, [_dense(labels[name], rows) for name in sorted(labels)])
-                number += 1
-            first += len(values)
-        gram, *products = (total / num_rows for total in sums.finish())
+        return self.of_sums(self.sums(blocks, labels, of_cutoffs, is_summary), is_summary)
+
+    def sums(
+        self,
+        blocks: Sequence[Rows],
+        labels: Mapping[str, LabelMatrix | np.ndarray],
+        of_cutoffs: Sequence[tuple[np.ndarray, np.ndarray]],
+        is_summary: np.ndarray | None = None,
+        first_part: int = 0,
+    ) -> RegressionSums:
+        """What `of_sums` needs of some clients.
+
+        Args:
+            blocks, labels, is_summary: as of `fit`, of these clients.
+            of_cutoffs: mean and deviation float64 [F] of the columns at every cutoff among all clients.
+            first_part: number of the first part of these clients, see `Statistic`.
+        """
+        sums, weight = RegressionSums(), self._weight(blocks[0].shape[1], is_summary)
+        starts = np.cumsum([0, *map(len, blocks)])
+        for number, part in parts_of_rows(max(map(len, blocks))):
+            pairs = []
+            for values, (mean, deviation), start in zip(blocks, of_cutoffs, starts, strict=False):
+                rows = values[part]
+                for _, inputs in standardised(rows, mean, deviation, max(len(rows), 1)):
+                    inputs *= weight
+                    place = slice(start + part.start, start + part.start + len(inputs))
+                    pairs.append((inputs, [_dense(labels[name], place) for name in sorted(labels)]))
+            sums.add(first_part + number, *pairs)
+        return sums
+
+    def of_sums(self, sums: RegressionSums, is_summary: np.ndarray | None = None) -> ReducedRankModel:
+        """Learns the directions from the sums of all clients and returns itself."""
+        num_rows, *totals = sums.finish()
+        gram, *products = (total / num_rows for total in totals)
+        weight = self._weight(len(gram), is_summary)
         penalised = gram + self.config.ridge * np.eye(len(gram))
         coefficients = [_weighted(np.linalg.solve(penalised, product), gram) for product in products]
         directions, self.singular_values = _leading(np.concatenate(coefficients, axis=1), gram, self.config.rank)
         self.directions = weight[:, None] * directions
         return self
+
+    def _weight(self, width: int, is_summary: np.ndarray | None) -> np.ndarray:
+        return np.ones(width) if is_summary is None else np.where(is_summary, self.config.summary_weight, 1.0)
 
     def transform(self, blocks: Rows, statistics: tuple[np.ndarray, np.ndarray] | None = None) -> np.ndarray:
         """Directions and a one, float32 [N, R + 1], of clients of one cutoff.

@@ -8,6 +8,8 @@ same for other events.
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -23,7 +25,6 @@ import torch.distributed as dist
 
 from ubp_fast.events.schema import EVENT_KINDS, LabelLists, UserError
 from ubp_fast.events.split import utc_text
-from ubp_fast.features.decayed import OF_LABEL
 from ubp_fast.features.matrix import load_features
 from ubp_fast.features.popular import lists_of_kinds
 from ubp_fast.features.scaling import DayStatistics, MinMaxScaler, Rows
@@ -47,9 +48,9 @@ from ubp_fast.profiler.parts import (
     Fitted,
     Made,
     Network,
-    column_names,
     graded_blocks,
     graded_rank,
+    is_summary,
     joined,
     near_parts,
     network_rows,
@@ -60,10 +61,14 @@ from ubp_fast.profiler.profiler import Profiler
 from ubp_fast.profiles import Profiles
 from ubp_fast.profiles.alignment import fit_alignment, without_turning
 from ubp_fast.profiles.blocks import Layout, compose
+from ubp_fast.profiles.matrix import EMBEDDINGS_FILE
 from ubp_fast.progress import Progress
 from ubp_fast.ranks.company import BACKENDS, Company, company_here
 from ubp_fast.ranks.processes import Processes, deal_out
 from ubp_fast.sequences import ViewLoader, Views, age_quantiles_days, past_cutoffs, views_at, window_labels
+from ubp_fast.shards import stages as shard_stages
+from ubp_fast.shards.engine import Engine, LocalEngine, RayEngine
+from ubp_fast.shards.work import Shared
 from ubp_fast.store.event_store import EventStore
 from ubp_fast.store.in_memory import Histories, Vocabulary
 
@@ -318,16 +323,13 @@ def make_stacking(
         strong.to(on_device(settings.device))
     parts = parts_of(fitted, made, day)
     halves, layout = compose(parts, recipe.layout.max_width, day)
-    maps = inputs["events"] / "maps"
-    tables = {path.stem: pl.read_parquet(path) for path in sorted(maps.glob("*.parquet"))}
+    tables = _maps(inputs)
     if align_to is not None:
         old = Profiler.load(align_to)
         _require_same_numbers(old, tables)
         fitted, halves, layout = _aligned(fitted, halves, layout, store, old, directory)
-    client_ids, own_ids = store.client_ids[store.is_relevant], None
-    if (numbers := tables.pop("client_id", None)) is not None:
-        own_ids = pl.DataFrame({"id": client_ids}).join(numbers, on="id", how="left", maintain_order="left")["value"]
-    profiles = Profiles(client_ids, halves, layout, own_ids)
+    client_ids = store.client_ids[store.is_relevant]
+    profiles = Profiles(client_ids, halves, layout, _own_ids(client_ids, tables))
     if settings.client_order == "baseline":
         profiles = profiles.align(client_ids[_order_of_baseline(store)])
     if isinstance(strong, StackingModel):
@@ -335,6 +337,56 @@ def make_stacking(
     profiles.save(directory / "stacked")
     profiles.write_parquet(directory / PROFILE_TABLE)
     save_bundle(directory / MODEL_FOLDER, fitted, layout, day, tables)
+
+
+def make_sharded_stacking(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
+    """`make_stacking` of a sharded store, shard by shard."""
+    models, stacked = directory / "models", directory / "stacked"
+    for folder in (models, stacked):
+        folder.mkdir(exist_ok=True)
+    shared, vectors = shared_by_tasks(settings, inputs, models), stacked / EMBEDDINGS_FILE
+    fitted, layout, day = shard_stages.make_profiles(shared, engine_of(settings), vectors, progress)
+    tables, client_ids = _maps(inputs), shared.whole.client_ids
+    profiles = Profiles(client_ids, load_array(vectors, memory_map=True), layout, _own_ids(client_ids, tables))
+    profiles.save_beside(stacked)
+    profiles.write_parquet(directory / PROFILE_TABLE)
+    save_bundle(directory / MODEL_FOLDER, fitted, layout, day, tables)
+    shutil.rmtree(models)
+
+
+def shared_by_tasks(settings: Settings, inputs: Inputs, models: Path) -> Shared:
+    """What all tasks on shards know; inputs: folders of store and features, whose label lists are there."""
+    store = EventStore.open(inputs["store"])
+    return Shared(
+        inputs["store"].resolve(),
+        inputs["features"].resolve(),
+        models.resolve(),
+        settings.recipe,
+        cutoffs_of(store, settings)[1],
+        load_lists(inputs["features"]),
+        lists_of_kinds(store, store.cutoff_s, settings.recipe.aggregated.top_values),
+        settings.seed,
+    )
+
+
+def engine_of(settings: Settings) -> Engine:
+    """Where tasks on shards run."""
+    if settings.engine == "local":
+        return LocalEngine()
+    return RayEngine(settings.address, settings.threads or 1, lambda text: print(text, file=sys.stderr))
+
+
+def _maps(inputs: Inputs) -> dict[str, pl.DataFrame]:
+    """How text ids were numbered."""
+    maps = inputs["events"] / "maps"
+    return {path.stem: pl.read_parquet(path) for path in sorted(maps.glob("*.parquet"))}
+
+
+def _own_ids(client_ids: np.ndarray, tables: dict[str, pl.DataFrame]) -> pl.Series | None:
+    """The shop's own ids of clients, where they are text; their table is taken out."""
+    if (numbers := tables.pop("client_id", None)) is None:
+        return None
+    return pl.DataFrame({"id": client_ids}).join(numbers, on="id", how="left", maintain_order="left")["value"]
 
 
 def _order_of_baseline(store: EventStore) -> np.ndarray:
@@ -392,7 +444,7 @@ def _fit_regression(
     """The regression of past windows' labels on some blocks."""
     made = [_made(inputs, cutoff_s) for cutoff_s in cutoffs]
     blocks = [joined(one, names, unit_length, raw_counts) for one in made]
-    return ReducedRankModel(config).fit(blocks, labels, _is_summary(inputs, names, cutoffs[0]))
+    return ReducedRankModel(config).fit(blocks, labels, is_summary(made[0], names))
 
 
 def _scorer(settings: Settings, inputs: Inputs) -> PairScorer | None:
@@ -653,12 +705,3 @@ def _block(inputs: Inputs, name: str, cutoff_s: int) -> Block:
     if name in NETWORKS:
         return np.load(inputs[name] / f"vectors-{cutoff_s}.npy", mmap_mode="r", allow_pickle=False)
     return load_features(inputs["features"] / f"{name}-{cutoff_s}")
-
-
-def _is_summary(inputs: Inputs, blocks: Sequence[str], cutoff_s: int) -> np.ndarray:
-    """Bool [F], columns of some blocks side by side that sum a client up instead of counting one label."""
-    found = []
-    for name in blocks:
-        columns = column_names(_block(inputs, name, cutoff_s))
-        found += [name == "static" or (name == "decayed" and OF_LABEL not in column) for column in columns]
-    return np.array(found)

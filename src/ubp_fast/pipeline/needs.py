@@ -94,7 +94,7 @@ def needs_of_models(store: EventStore, settings: Settings, stages: Iterable[str]
     on_gpu = on_device(settings.device).type == "cuda"
     launch = Launch.of_environment()
     here, everywhere = (settings.devices,) * 2 if launch is None else (launch.local_world, launch.world)
-    length = len(store.timeline.timestamp_s) / max(clients, 1)
+    length = store.num_events / max(clients, 1)
     found, in_bundle = {}, 0
     # A sparse set keeps what is not 0: at most some columns per event of a client.
     counts = int(min(900, 60 + 25 * length))
@@ -165,7 +165,10 @@ def bytes_of_tastes(store: EventStore, config: TastesConfig) -> int:
     relevant = np.asarray(store.is_relevant)
     clients = min(int(relevant.sum()), config.clients)
     kinds = [kind for kind in config.kinds if kind in store.kinds]
-    events = sum(int(np.diff(store.kind(kind).offsets)[relevant].sum()) for kind in kinds)
+    if relevant.all():
+        events = sum(int(store.item_counts(kind).sum()) for kind in kinds)
+    else:
+        events = sum(int(np.diff(store.kind(kind).offsets)[relevant].sum()) for kind in kinds)
     rows = len(kinds) * store.num_skus + clients
     narrow = rows * 4 * (config.rank + NARROW_MATRICES * (config.rank + SPARE_FACTORS))
     return narrow + events * clients // max(int(relevant.sum()), 1) * BYTES_PER_ENTRY

@@ -219,12 +219,11 @@ def warnings_of(run: Path, settings: Settings, scores: Mapping[str, Scores]) -> 
 
 
 def _empty_clients(store: EventStore) -> list[str]:
-    wanted = np.asarray(store.is_relevant)
-    empty = int((np.diff(store.timeline.offsets)[wanted] == 0).sum())
+    empty = store.num_empty
     if not empty:
         return []
     return [
-        f"clients: {empty:,} of the {int(wanted.sum()):,} with a profile have no event before"
+        f"clients: {empty:,} of the {int(store.is_relevant.sum()):,} with a profile have no event before"
         f" {utc_text(store.cutoff_s)}; their vectors are alike and say only that"
     ]
 

@@ -60,7 +60,6 @@ PLAIN_TYPES: dict[str, Any] = {
     "profiles.old_after_days": int,
     "store.min_url_count": int,
     "store.all_clients": bool,
-    "store.shard": tuple[int, int] | None,
     "windows.days": int,
     "windows.model_cutoffs": int,
     "windows.stacking_cutoffs": int,
@@ -77,6 +76,9 @@ PLAIN_TYPES: dict[str, Any] = {
     "compute.nodes": int,
     "compute.wait_s": float,
     "compute.tables": Literal["replicated", "sharded"],
+    "compute.engine": Literal["local", "ray"],
+    "compute.shards": int,
+    "compute.address": str | None,
     "compute.threads": int | None,
     "compute.on_shortage": Literal["refuse", "try"],
     **{f"evaluation.{one.name}": get_type_hints(EvaluationConfig)[one.name] for one in fields(EvaluationConfig)},
@@ -195,6 +197,9 @@ class Settings:
     nodes: int
     wait_s: float
     tables: str
+    engine: str
+    shards: int
+    address: str | None
     threads: int | None
     evaluation: Any
     components: tuple[str, ...]
@@ -205,6 +210,11 @@ class Settings:
     client_order: str = "ids"
     latest: int | str | None = None
     align_to: Path | None = None
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether clients are worked on shard by shard."""
+        return self.shards > 1 or self.engine != "local"
 
     @property
     def recipe(self) -> Recipe:
@@ -276,7 +286,7 @@ def read_settings(config: DictConfig) -> Settings:
         raise UserError(f"run: seed must be >= 0, got {plain['seed']}")
     if plain["profiles"]["at_once"] < 1:
         raise UserError(f"run: profiles.at_once must be >= 1, got {plain['profiles']['at_once']}")
-    for part in ("devices", "nodes"):
+    for part in ("devices", "nodes", "shards"):
         if plain["compute"][part] < 1:
             raise UserError(f"run: compute.{part} must be >= 1, got {plain['compute'][part]}")
     if not 1 <= plain["compute"]["wait_s"] <= 86_400:
@@ -308,6 +318,9 @@ def read_settings(config: DictConfig) -> Settings:
         nodes=plain["compute"]["nodes"],
         wait_s=float(plain["compute"]["wait_s"]),
         tables=plain["compute"]["tables"],
+        engine=plain["compute"]["engine"],
+        shards=plain["compute"]["shards"],
+        address=plain["compute"]["address"],
         threads=threads,
         evaluation=_make(evaluation),
         components=components,

@@ -64,11 +64,14 @@ from ubp_fast.pipeline.model_stages import (
     Inputs,
     cutoffs_of,
     deals_out,
+    engine_of,
     load_lists,
     make_contrastive,
     make_multitask,
+    make_sharded_stacking,
     make_stacking,
     processes_of,
+    shared_by_tasks,
 )
 from ubp_fast.pipeline.settings import Settings
 from ubp_fast.profiler.parts import NETWORKS, aggregated_block, graded_blocks
@@ -78,6 +81,7 @@ from ubp_fast.ranks.processes import deal_out
 from ubp_fast.report.clients import portray
 from ubp_fast.report.drift import drift
 from ubp_fast.sequences import training_cutoffs
+from ubp_fast.shards import stages as shard_stages
 from ubp_fast.store.build import build_store
 from ubp_fast.store.clients import clients_of
 from ubp_fast.store.event_store import EventStore
@@ -169,6 +173,8 @@ def plan(settings: Settings) -> list[Stage]:
 
 def _profiles(settings: Settings, align_to: Path | None = None) -> list[Stage]:
     """From events to the profiles of the backtest's cutoff, in the space of an earlier run if one is named."""
+    if settings.is_sharded:
+        return _of_shards(settings)
     aligned = {} if align_to is None else {"align_to": settings.content(align_to)}
     common = settings.part("seed", "windows")
     joined = tuple(name for name in NETWORKS if name in settings.stacking_blocks)
@@ -200,6 +206,46 @@ def _profiles(settings: Settings, align_to: Path | None = None) -> list[Stage]:
             (TRAINING,),
         ),
     ]
+
+
+def _of_shards(settings: Settings) -> list[Stage]:
+    """The same row where clients are worked on in shards."""
+    _require_closed_forms(settings)
+    shards = {"shards": settings.shards}
+    profiles = settings.part("seed", "windows", "stacking", "profile") | shards
+    return [
+        Stage("store", ("events",), settings.part("store") | shards, make_store, 2, (FINISHED,)),
+        Stage(
+            "features", ("events", "store"), _features_config(settings) | shards, make_sharded_features, 8, (FINISHED,)
+        ),
+        Stage("stacking", ("events", "store", "features"), profiles, make_sharded_stacking, 3, (FINISHED,)),
+    ]
+
+
+def _require_closed_forms(settings: Settings) -> None:
+    """Refuses what no task of a shard does.
+
+    Raises:
+        UserError: says what to change.
+    """
+    rich = settings.plain["features"].get("rich")
+    refused = {
+        f"the networks {list(_trained(settings))}, which learn from all clients at once": _trained(settings),
+        "the stacking network": settings.stacking.training is not None,
+        "features=rich, whose propensities are learned from all clients at once": rich is not None,
+        "store.all_clients=true, which only networks look at": settings.plain["store"]["all_clients"],
+        "profiles.align_to": settings.align_to is not None,
+        "profiles.client_order=baseline": settings.client_order != "ids",
+        "report.against": settings.report.against is not None,
+        "features as a scored component": set(settings.components) & {"features", "profile_features"},
+    }
+    found = [what for what, is_asked in refused.items() if is_asked]
+    if found:
+        raise UserError(
+            f"run: compute.shards={settings.shards} with compute.engine={settings.engine} works with closed forms alone"
+            f" (experiment=demo), got {'; '.join(found)}; leave that out, or take compute.shards=1 and"
+            " compute.engine=local"
+        )
 
 
 def _model(settings: Settings, name: str) -> dict[str, Any]:
@@ -317,7 +363,7 @@ def make_events(settings: Settings, inputs: Inputs, directory: Path, progress: P
 def make_store(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
     """Client-sorted columns of everything before the profiles' cutoff, and nothing after it."""
     events = EventDirectory.open(inputs["events"])
-    build_store(events, directory, events.split.input_end_s, **settings.plain["store"], progress=progress)
+    _build(settings, events, events.split.input_end_s, directory, progress)
 
 
 def make_latest_store(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
@@ -325,20 +371,31 @@ def make_latest_store(settings: Settings, inputs: Inputs, directory: Path, progr
     events = EventDirectory.open(inputs["events"])
     at_s = events.last_s + 1 if settings.latest == "end" else settings.latest
     assert isinstance(at_s, int)
-    build_store(events, directory, at_s, **settings.plain["store"], progress=progress)
+    _build(settings, events, at_s, directory, progress)
+
+
+def _build(settings: Settings, events: EventDirectory, cutoff_s: int, directory: Path, progress: Progress) -> None:
+    if not settings.is_sharded:
+        build_store(events, directory, cutoff_s, **settings.plain["store"], progress=progress)
+        return
+    min_url_count = settings.plain["store"]["min_url_count"]
+    shard_stages.make_store(events, cutoff_s, min_url_count, settings.shards, engine_of(settings), directory, progress)
+
+
+def make_sharded_features(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
+    """`make_features` of a sharded store, shard by shard."""
+    store = EventStore.open(inputs["store"])
+    _label_lists(settings, inputs, store, directory)
+    shared = shared_by_tasks(settings, {**inputs, "features": directory}, directory)
+    wanted = [(name, cutoff_s) for cutoff_s in (*shared.cutoffs, store.cutoff_s) for name in feature_sets(settings)]
+    wanted += [(name, store.cutoff_s) for name in profile_sets(settings)]
+    shard_stages.make_features(shared, wanted, engine_of(settings), progress)
 
 
 def make_features(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
     """Label lists of the newest known window, and feature matrices at every cutoff that a model looks at."""
-    store, events = EventStore.open(inputs["store"]), EventDirectory.open(inputs["events"])
-    start_s = store.cutoff_s - store.target_days * DAY_S
-    lists = make_label_lists(events, start_s, store.cutoff_s, settings.windows.labels)
-    if settings.windows.given_lists:
-        lists |= _given_lists(settings, events)
-    for name, (ids, popularity) in lists.items():
-        save_array(directory / f"{name}.npy", ids)
-        save_array(directory / f"popularity_{name}.npy", popularity)
-    lists = load_lists(directory)  # in one order wherever columns are made of them
+    store = EventStore.open(inputs["store"])
+    lists = _label_lists(settings, inputs, store, directory)
     model, stacking = cutoffs_of(store, settings)
     make = _feature_makers(settings, store, lists)
     if settings.layout.tastes:
@@ -368,6 +425,18 @@ def make_features(settings: Settings, inputs: Inputs, directory: Path, progress:
         progress(done + 1, len(wanted))
     if (directory / LEARNED).exists():
         shutil.rmtree(directory / LEARNED)
+
+
+def _label_lists(settings: Settings, inputs: Inputs, store: EventStore, directory: Path) -> LabelLists:
+    """Those of the newest window before the store's cutoff, written into the folder."""
+    events, start_s = EventDirectory.open(inputs["events"]), store.cutoff_s - store.target_days * DAY_S
+    lists = make_label_lists(events, start_s, store.cutoff_s, settings.windows.labels)
+    if settings.windows.given_lists:
+        lists |= _given_lists(settings, events)
+    for name, (ids, popularity) in lists.items():
+        save_array(directory / f"{name}.npy", ids)
+        save_array(directory / f"popularity_{name}.npy", popularity)
+    return load_lists(directory)  # in one order wherever columns are made of them
 
 
 def _given_lists(settings: Settings, events: EventDirectory) -> LabelLists:

@@ -7,7 +7,7 @@ Nothing here depends on which clients are at hand: whatever is compared among cl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 
 from ubp_fast.events.schema import LabelLists
 from ubp_fast.features.aggregated import AggregatedConfig, aggregated_features
-from ubp_fast.features.decayed import decayed_features
+from ubp_fast.features.decayed import OF_LABEL, decayed_features
 from ubp_fast.features.matrix import FeatureMatrix, Features
 from ubp_fast.features.organisers import CountsConfig, count_features
 from ubp_fast.features.popular import PopularLists
@@ -42,7 +42,7 @@ from ubp_fast.profiles.blocks import Layout, LayoutConfig, Part, compose
 from ubp_fast.progress import Progress
 from ubp_fast.sequences import ViewLoader, Views, views_at
 from ubp_fast.store.event_store import EventStore
-from ubp_fast.store.in_memory import MemoryStore, Vocabulary
+from ubp_fast.store.in_memory import Vocabulary
 
 NETWORKS = ("contrastive", "multitask")
 # Clients whose histories go through a network at once.
@@ -280,7 +280,7 @@ class Blocks:
     """
 
     def __init__(
-        self, fitted: Fitted, store: MemoryStore, cutoff_s: int, day: DayStatistics, directory: Path | None = None
+        self, fitted: Fitted, store: EventStore, cutoff_s: int, day: DayStatistics, directory: Path | None = None
     ) -> None:
         self._fitted, self._store, self._cutoff_s = fitted, store, cutoff_s
         self._day, self._directory = day, directory
@@ -371,6 +371,34 @@ def measure(fitted: Fitted, made: Made, day: DayStatistics) -> None:
             day.moments(part.name, part.values)
     for name in _near_blocks(recipe.layout) if recipe.layout.near else ():
         day.moments(name, joined(made, (name,), unit_length=False))
+
+
+def inputs_of_models(recipe: Recipe, made: Made) -> dict[str, JoinedBlocks]:
+    """What the regressions look at, by the name under which its means and deviations among all clients are known."""
+    found = {"strong.inputs": joined(made, recipe.joined, unit_length=True, raw_counts=recipe.raw_counts)}
+    if own_blocks(recipe):
+        found["graded.inputs"] = joined(made, graded_blocks(recipe), unit_length=False)
+    return found
+
+
+def inputs_of_day(recipe: Recipe, made: Made) -> dict[str, JoinedBlocks]:
+    """The same, and what else is brought to mean 0 and deviation 1 among the clients of a profile's day."""
+    layout, found = recipe.layout, inputs_of_models(recipe, made)
+    if layout.own:
+        found["own"] = joined(made, own_blocks(recipe), unit_length=False)
+    names = [name for name in ("scores", "tastes", "rhythm") if getattr(layout, name)]
+    for name in dict.fromkeys([*names, *(_near_blocks(layout) if layout.near else ())]):
+        found[name] = joined(made, (name,), unit_length=False)
+    return found
+
+
+def is_summary(made: Made, names: Sequence[str]) -> np.ndarray:
+    """Bool [F], columns of some blocks side by side that sum a client up instead of counting one label."""
+    found = []
+    for name in names:
+        columns = column_names(made(name))
+        found += [name == "static" or (name == "decayed" and OF_LABEL not in column) for column in columns]
+    return np.array(found)
 
 
 def rows_of(made: Made, first: int, last: int) -> Made:

@@ -8,7 +8,6 @@ Memory holds a batch or a block of clients, the clients and the vocabularies, wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, NUM_CODES, SKU_KINDS, DataError
 from ubp_fast.files import published_directory, save_array, write_json
 from ubp_fast.progress import Progress, Steps
-from ubp_fast.store.clients import clients_of, in_shard, no_history
+from ubp_fast.store.clients import clients_of, no_history
 from ubp_fast.store.event_store import FORMAT, HEADER_FILE, TIMELINE, ColumnWriter, EventStore
 from ubp_fast.store.ids import KnownIds, Numbering
 from ubp_fast.store.spill import Events, Spill, keys_of, merge, narrowest, sort_events
@@ -37,7 +36,6 @@ def build_store(
     all_clients: bool = False,
     progress: Progress | None = None,
     base: EventStore | None = None,
-    shard: Sequence[int] | None = None,
 ) -> None:
     """Writes the store of all events with `timestamp_s < cutoff_s`; nothing later is looked at.
 
@@ -57,28 +55,23 @@ def build_store(
         base: a store of the same source with an earlier cutoff. Events before that cutoff are taken from it and only
             later ones are read, so that another day costs a copy and that day; the result has the same bytes. Its
             clients must be all that `events` asks for, and min_url_count must be 1: it does not hold rare urls.
-        shard: (index, count), only the clients of one of `count` parts, drawn by a hash of their ids. Vocabularies,
-            item counts, kinds and the first timestamp stay those of all clients: shards that were built apart, on
-            other machines, agree in every id, and their rows together are those of the whole. Not with a base.
 
     Raises:
         DataError: no event before the cutoff, or too many clients.
         OutputDirectoryError: the directory is in use or cannot be written.
-        ValueError: `base` or `shard` does not fit.
+        ValueError: `base` does not fit.
     """
     if base is not None:
-        _check_base(base, cutoff_s, min_url_count, all_clients, shard)
+        _check_base(base, cutoff_s, min_url_count, all_clients)
     clients, is_relevant = clients_of(events, cutoff_s, all_clients, base)
-    is_here = None if shard is None else in_shard(clients, shard)
     with published_directory(Path(path)) as partial:
         counted = is_relevant if min_url_count > 1 and not is_relevant.all() else None
-        builder = _Builder(events, partial, cutoff_s, clients, is_here, base, counted)
+        builder = Builder(events, partial, cutoff_s, clients, base, counted)
         steps = Steps(progress, sum(events.num_batches(kind) for kind in EVENT_KINDS) + builder.num_blocks + 1)
-        builder.save("client_ids", (clients if is_here is None else clients[is_here]).astype(np.int64))
-        builder.save("is_relevant", is_relevant if is_here is None else is_relevant[is_here])
+        builder.save("client_ids", clients.astype(np.int64))
+        builder.save("is_relevant", is_relevant)
         builder.header |= {"all_clients": all_clients, "min_url_count": min_url_count}
         builder.header |= {"target_days": events.target_days}
-        builder.header |= {} if shard is None else {"shard": list(shard)}
         try:
             for kind in EVENT_KINDS:
                 builder.spill_kind(kind, steps)
@@ -89,11 +82,7 @@ def build_store(
             builder.close()
 
 
-def _check_base(
-    base: EventStore, cutoff_s: int, min_url_count: int, all_clients: bool, shard: Sequence[int] | None
-) -> None:
-    if shard is not None or "shard" in base.header:
-        raise ValueError("build_store: base must be None for a shard, and no shard itself; build without a base")
+def _check_base(base: EventStore, cutoff_s: int, min_url_count: int, all_clients: bool) -> None:
     found = (base.header.get("all_clients"), base.header.get("min_url_count"))
     if (all_clients, min_url_count) != found or min_url_count != 1:
         raise ValueError(
@@ -105,7 +94,7 @@ def _check_base(
         raise ValueError(f"build_store: base must have a cutoff up to {cutoff_s}, got {base.cutoff_s}")
 
 
-class _Builder:
+class Builder:
     """Steps of one build, in the order in which `build_store` calls them."""
 
     def __init__(
@@ -114,23 +103,19 @@ class _Builder:
         directory: Path,
         cutoff_s: int,
         clients: np.ndarray,
-        is_here: np.ndarray | None,
         base: EventStore | None,
         counted: np.ndarray | None,
     ) -> None:
         self._counted, self._counted_urls = counted, Numbering()
         self._events, self._directory, self._cutoff_s, self._base = events, directory, cutoff_s, base
         self._clients = KnownIds(clients)
-        self._num_clients = len(clients) if is_here is None else int(is_here.sum())
-        # Row in this shard of every client, -1 for those of other shards.
-        self._rows = None if is_here is None else np.where(is_here, np.cumsum(is_here) - 1, -1).astype(np.int32)
+        self._num_clients = len(clients)
         sizes = sum(events.num_rows(kind) for kind in EVENT_KINDS)
         # A power of two: the block of a client is a shift away.
         self._block_bits = (-(-self._num_clients // min(MAX_BLOCKS, 1 + sizes // BLOCK_EVENTS)) - 1).bit_length()
         self._block_clients = 1 << self._block_bits
         self.num_blocks = -(-self._num_clients // self._block_clients)
         self._spills: dict[str, Spill] = {}
-        # Of all clients, whichever of them this shard holds.
         self._first_s = cutoff_s if base is None else base.first_timestamp_s
         self._kinds = set() if base is None else set(base.kinds)
         self._products = events.products().sort("sku")
@@ -160,10 +145,6 @@ class _Builder:
             if len(rows):
                 self._first_s = min(self._first_s, int(times.min()))
                 self._kinds.add(kind)
-            if self._rows is not None:
-                clients = self._rows[clients]
-                here = clients >= 0
-                clients, times, numbers = clients[here], times[here], numbers[here]
             spill.write(clients, times, numbers)
             steps.done()
         spill.finish()
@@ -179,6 +160,19 @@ class _Builder:
         places = places_of_skus(self._events, kind, self._skus, values[rows])
         count(places, self._sku_counts[kind])
         return places
+
+    def add_counts(self, kind: str, items: np.ndarray, counts: np.ndarray) -> None:
+        """How often more some items of a kind came: places of skus in the product table, or urls; none twice."""
+        if kind != "page_visit":
+            self._sku_counts[kind][items] += counts
+            return
+        numbers = self._urls.number(items, np.arange(len(items), dtype=np.int32))
+        self._urls.add_counts(numbers, counts - 1)
+
+    @property
+    def dense_skus(self) -> np.ndarray:
+        """Dense ids i32 of the rows of the product table by ascending sku, once the vocabularies are made."""
+        return self._dense["sku"]
 
     def write_vocabularies(self, min_url_count: int) -> None:
         """Makes the vocabularies and writes them and the product table; numbers get their dense ids."""

@@ -1,16 +1,13 @@
-"""Which clients a store holds, and in which shard a client is."""
+"""Which clients a store holds."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import numpy as np
 import polars as pl
 
 from ubp_fast.events.read import EventDirectory
-from ubp_fast.events.schema import DataError, UserError
+from ubp_fast.events.schema import DataError
 from ubp_fast.store.event_store import EventStore
-from ubp_fast.store.ids import hashes
 from ubp_fast.store.spill import MAX_CLIENTS
 
 
@@ -23,11 +20,20 @@ def clients_of(
         DataError: more clients than the keys of their events can tell apart.
     """
     clients, is_relevant = _present_clients(events, cutoff_s, all_clients, base)
-    if len(clients) > MAX_CLIENTS:
-        raise DataError(
-            f"{events.path}: clients must be at most {MAX_CLIENTS}, got {len(clients)}; split them into two directories"
-        )
+    require_few(events, len(clients))
     return clients, is_relevant
+
+
+def require_few(events: EventDirectory, clients: int) -> None:
+    """Refuses more clients than the keys of their events can tell apart.
+
+    Raises:
+        DataError: there are more.
+    """
+    if clients > MAX_CLIENTS:
+        raise DataError(
+            f"{events.path}: clients must be at most {MAX_CLIENTS}, got {clients}; split them into two directories"
+        )
 
 
 def _present_clients(
@@ -58,18 +64,3 @@ def no_history(events: EventDirectory, cutoff_s: int) -> DataError:
         f"{events.path}: the cutoff must lie after the first event of a client, got {cutoff_s} with no event before it;"
         " choose a later cutoff or check the relevant clients"
     )
-
-
-def in_shard(client_ids: np.ndarray, shard: Sequence[int]) -> np.ndarray:
-    """Bool [N]: ids i64 [N] whose hash leaves the rest `index` when it is divided by `count`, shard = (index, count).
-
-    Raises:
-        ValueError: not 0 <= index < count.
-        DataError: no client is in the shard.
-    """
-    if len(shard) != 2 or not 0 <= shard[0] < shard[1]:
-        raise UserError(f"build_store: shard must be (index, count) with 0 <= index < count, got {list(shard)}")
-    inside = hashes(client_ids.astype(np.int64)) % np.uint64(shard[1]) == np.uint64(shard[0])
-    if len(inside) and not inside.any():
-        raise DataError(f"build_store: shard {list(shard)} must hold a client, got none of {len(inside)}; use fewer")
-    return np.asarray(inside)

@@ -26,6 +26,8 @@ from ubp_fast.store.vocabulary import FIRST_ID
 HEADER_FILE = "store.json"
 FORMAT = 3
 TIMELINE = "timeline"
+# In the header of a shard, where the ids of all lie; in that of a sharded store, the rows at which its shards begin.
+VOCABULARY, FIRST_ROWS = "vocabulary", "first_rows"
 
 
 class KindColumns(NamedTuple):
@@ -117,6 +119,18 @@ class EventStore:
         if header.get("format") != FORMAT:
             raise DataError(f"{path}: store must have format {FORMAT}, got {header.get('format')}; build it again")
         return cls(path, header)
+
+    @property
+    def num_events(self) -> int:
+        """Events of all kinds and clients."""
+        return int(self.header["num_events"]) if FIRST_ROWS in self.header else len(self.timeline.timestamp_s)
+
+    @property
+    def num_empty(self) -> int:
+        """Clients that need a profile and have no event."""
+        if FIRST_ROWS in self.header:
+            return int(self.header["num_empty"])
+        return int((np.diff(self.timeline.offsets)[np.asarray(self.is_relevant)] == 0).sum())
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -228,9 +242,16 @@ class EventStore:
 
     def _column(self, name: str) -> np.ndarray:
         path = self.path / f"{name}.npy"
+        if VOCABULARY in self.header and not path.exists():
+            path = self.path / self.header[VOCABULARY] / path.name
         try:
             return load_array(path, memory_map=True)
         except OSError as error:
+            if FIRST_ROWS in self.header:
+                raise DataError(
+                    f"{self.path}: events must lie in one store for this, got them in shards; make the run again with"
+                    " compute.shards=1"
+                ) from error
             raise DataError(f"{path}: column must exist, got '{error}'; build the store again") from error
 
 
@@ -292,3 +313,13 @@ def rows_before(offsets: np.ndarray, timestamp_s: np.ndarray, cutoff_s: int) -> 
         high[open_rows[~before]] = middle[~before]
         open_rows = open_rows[low[open_rows] < high[open_rows]]
     return low
+
+
+def end_to_end(start: np.ndarray, end: np.ndarray) -> tuple[slice | np.ndarray, np.ndarray]:
+    """Rows start[i]..end[i] of all i, a slice where these are neighbours, and where each i begins, i64 [N + 1]."""
+    offsets = np.concatenate((np.zeros(1, np.int64), np.cumsum(end - start)))
+    if not offsets[-1]:
+        return slice(0, 0), offsets
+    if end[-1] - start[0] == offsets[-1] and (start[1:] == end[:-1]).all():
+        return slice(start[0], end[-1]), offsets
+    return np.arange(offsets[-1]) + np.repeat(start - offsets[:-1], end - start), offsets

@@ -182,6 +182,20 @@ def hashes(ids):  # pragma: no cover - compiled
     return found
 
 
+def drawn(ids: np.ndarray, number: int, *seed: int) -> np.ndarray:
+    """Places i64, ascending, of `number` of the ids i64 [N], or of all: those whose hashes with the seed are smallest.
+
+    Whoever knows a part of the ids finds those of them that are among the drawn of all, and nobody else.
+    """
+    if number >= len(ids):
+        return np.arange(len(ids))
+    salt = np.uint64(0)
+    for word in seed:
+        salt = hashes(np.array([salt ^ np.uint64(word + 1)]).view(np.int64))[0]
+    mixed = hashes((hashes(np.ascontiguousarray(ids)) ^ salt).view(np.int64))
+    return np.sort(np.argpartition(mixed, number)[:number])
+
+
 @njit
 def _slot(key, keys, values):  # pragma: no cover - compiled
     """Place of a key in the table, or the free place where it belongs."""

@@ -465,7 +465,7 @@ def _backward_of_lse(grad_lse, output, lse, inputs, options):
     if output.shape[2] > 1:
         grad[:, :, 1] = (grad_lse - grad[:, :, 0]).to(grad.dtype)
     without = torch.zeros_like(value)
-    grad_query, grad_key, _, grad_bias = _backward_op(grad, minus_one, lse, query, key, without, *rest, *options)
+    grad_query, grad_key, _, grad_bias = _direct_backward(grad, minus_one, lse, query, key, without, *rest, *options)
     return grad_query, grad_key, without, grad_bias
 
 

@@ -1,0 +1,109 @@
+"""Tasks that fill folders: what is whole stays, what is lost or damaged is done again, here and on Ray."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.runs import CLOSED_FORMS, contents, few_rows, run_tiny
+
+from ubp_fast.events.schema import DataError, UserError
+from ubp_fast.shards.engine import LocalEngine, RayEngine, Task, is_whole
+
+
+def write(number: int, folder: Path) -> None:
+    (folder / "inside").mkdir()
+    (folder / "inside" / "number.txt").write_text(str(number))
+
+
+def refuse(folder: Path) -> None:
+    raise DataError("table: rows must be there, got none")
+
+
+def tasks_in(folder: Path, number: int) -> list[Task]:
+    return [Task(folder / f"{place:05d}", partial(write, place)) for place in range(number)]
+
+
+def test_what_is_whole_is_not_done_again(tmp_path: Path) -> None:
+    tasks, seen = tasks_in(tmp_path, 3), []
+    LocalEngine().run("write", tasks, lambda: seen.append(1))
+    assert len(seen) == 3 and all(is_whole(task.folder) for task in tasks)
+    times = [(task.folder / "inside" / "number.txt").stat().st_mtime_ns for task in tasks]
+    (tasks[1].folder / "inside" / "number.txt").write_text("7")  # as long as before
+    (tmp_path / ".00002.1a2b3c4d.partial").mkdir()
+    (tmp_path / ".00002.1a2b3c4d.partial" / "half").touch()
+    (tasks[2].folder / "manifest.json").unlink()
+    LocalEngine().run("write", tasks, lambda: seen.append(1))
+    assert len(seen) == 6
+    assert [(task.folder / "inside" / "number.txt").read_text() for task in tasks] == ["0", "1", "2"]
+    assert (tasks[0].folder / "inside" / "number.txt").stat().st_mtime_ns == times[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000", "00001", "00002"]
+
+
+def test_a_task_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="rows must be there"):
+        LocalEngine().run("refuse", [Task(tmp_path / "0", refuse)], lambda: None)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_ray_is_asked_for_by_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"pip install 'ubp_fast\[ray\]'"):
+        RayEngine(None, 1, print)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Three machines of one CPU each."""
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # of a machine with other work; read by the import
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 1, "object_store_memory": 100 << 20}
+    paths = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    found = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    for _ in range(2):
+        found.add_node(**node)
+    environment = {"env_vars": {"PYTHONPATH": paths}, "worker_process_setup_hook": few_rows}
+    ray.init(address=found.address, log_to_driver=False, runtime_env=environment)
+    yield found
+    ray.shutdown()
+    found.shutdown()
+
+
+def end_at_once(other: Path, folder: Path) -> None:
+    """The first process ends as if its machine had."""
+    if not (other / "ended").exists():
+        (other / "ended").touch()
+        os._exit(1)
+    (folder / "done").touch()
+
+
+@pytest.mark.slow
+def test_ray_does_what_was_lost_again(cluster: Any, tmp_path: Path) -> None:
+    said: list[str] = []
+    engine, other = RayEngine(None, 1, said.append), tmp_path / "other"
+    other.mkdir()
+    lost = Task(tmp_path / "tasks" / "lost", partial(end_at_once, other))
+    tasks, seen = [*tasks_in(tmp_path / "tasks", 4), lost], []
+    engine.run("write", tasks, lambda: seen.append(1))
+    assert len(seen) == 5 and all(is_whole(task.folder) for task in tasks)
+    assert len(said) == 1 and said[0].startswith("write: task lost was lost (") and said[0].endswith("is done again")
+    with pytest.raises(DataError, match="rows must be there"):
+        engine.run("refuse", [Task(tmp_path / "refused", refuse)], lambda: None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [1, 3, 8])
+def test_shards_on_a_cluster_give_the_bytes_of_one_pass(
+    number: int, cluster: Any, one_pass: Path, tmp_path: Path
+) -> None:
+    code, run, said = run_tiny(tmp_path, *CLOSED_FORMS, "compute.engine=ray", f"compute.shards={number}")
+    assert code == 0, said
+    for folder in ("profiles", "model"):
+        assert contents(run / folder) == contents(one_pass / folder)
