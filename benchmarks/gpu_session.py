@@ -409,11 +409,11 @@ STEPS = (
     ),
     Step("test-chosen", "first", 120, _tests(CHOSEN), CHOSEN, fixed_s=START_S + 12),
     Step("test-attention", "second", 120, _tests({"attention": ""}), {"attention": ""}, fixed_s=START_S + 8),
-    Step("test-contrastive", "second", 120, _tests({"nt_xent": ""}), {"nt_xent": ""}, fixed_s=START_S + 8),
+    Step("test-contrastive", "second", 150, _tests({"nt_xent": ""}), {"nt_xent": ""}, fixed_s=START_S + 8),
     Step("test-rest", "first", 90, _tests(REST), REST, fixed_s=START_S + 8),
     Step(
         "test-large",
-        "second",
+        "first",
         75,
         _tests({"attention": "beyond", "nt_xent": "beyond"}, "--slow", "-m", "gpu and slow", workers=1),
         fixed_s=START_S + _serial(8) + 12,
