@@ -214,7 +214,7 @@ def _of_shards(settings: Settings) -> list[Stage]:
     shards = {"shards": settings.shards}
     profiles = settings.part("seed", "windows", "stacking", "profile") | shards
     return [
-        Stage("store", ("events",), settings.part("store") | shards, make_store, 2, (FINISHED,)),
+        Stage("store", ("events",), settings.part("store") | shards, make_sharded_store, 2, (FINISHED,)),
         Stage(
             "features", ("events", "store"), _features_config(settings) | shards, make_sharded_features, 8, (FINISHED,)
         ),
@@ -270,12 +270,14 @@ def _latest(stage: Stage, settings: Settings) -> Stage:
     """A stage of the profiles once more, with everything before another moment; `LATEST` stands before its name."""
 
     def make(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
-        make_one = make_latest_store if stage.name == "store" else stage.make
+        latest = make_latest_sharded_store if settings.is_sharded else make_latest_store
+        make_one = latest if stage.name == "store" else stage.make
         make_one(settings, {name.removeprefix(LATEST): path for name, path in inputs.items()}, directory, progress)
 
     inputs = tuple(name if name == "events" else LATEST + name for name in stage.inputs)
     config = {**stage.config, "at": settings.latest} if stage.name == "store" else stage.config
-    return replace(stage, name=LATEST + stage.name, inputs=inputs, config=config, make=make, reaches=stage.begins)
+    reaches = (*stage.begins, _latest_s) if stage.name == "store" else stage.begins
+    return replace(stage, name=LATEST + stage.name, inputs=inputs, config=config, make=make, reaches=reaches)
 
 
 def _trained(settings: Settings) -> tuple[str, ...]:
@@ -363,21 +365,36 @@ def make_events(settings: Settings, inputs: Inputs, directory: Path, progress: P
 def make_store(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
     """Client-sorted columns of everything before the profiles' cutoff, and nothing after it."""
     events = EventDirectory.open(inputs["events"])
-    _build(settings, events, events.split.input_end_s, directory, progress)
+    build_store(events, directory, events.split.input_end_s, **settings.plain["store"], progress=progress)
 
 
 def make_latest_store(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
     """The same of everything before the moment that the settings name, the end of the data included."""
     events = EventDirectory.open(inputs["events"])
+    build_store(events, directory, _latest_s(settings, events), **settings.plain["store"], progress=progress)
+
+
+def make_sharded_store(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
+    """`make_store` in shards of the clients."""
+    events = EventDirectory.open(inputs["events"])
+    _build_shards(settings, events, events.split.input_end_s, directory, progress)
+
+
+def make_latest_sharded_store(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
+    """`make_latest_store` in shards of the clients."""
+    events = EventDirectory.open(inputs["events"])
+    _build_shards(settings, events, _latest_s(settings, events), directory, progress)
+
+
+def _latest_s(settings: Settings, events: EventDirectory) -> int:
     at_s = events.last_s + 1 if settings.latest == "end" else settings.latest
     assert isinstance(at_s, int)
-    _build(settings, events, at_s, directory, progress)
+    return at_s
 
 
-def _build(settings: Settings, events: EventDirectory, cutoff_s: int, directory: Path, progress: Progress) -> None:
-    if not settings.is_sharded:
-        build_store(events, directory, cutoff_s, **settings.plain["store"], progress=progress)
-        return
+def _build_shards(
+    settings: Settings, events: EventDirectory, cutoff_s: int, directory: Path, progress: Progress
+) -> None:
     min_url_count = settings.plain["store"]["min_url_count"]
     shard_stages.make_store(events, cutoff_s, min_url_count, settings.shards, engine_of(settings), directory, progress)
 
