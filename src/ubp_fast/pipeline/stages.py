@@ -276,8 +276,7 @@ def _latest(stage: Stage, settings: Settings) -> Stage:
 
     inputs = tuple(name if name == "events" else LATEST + name for name in stage.inputs)
     config = {**stage.config, "at": settings.latest} if stage.name == "store" else stage.config
-    reaches = (*stage.begins, _latest_s) if stage.name == "store" else stage.begins
-    return replace(stage, name=LATEST + stage.name, inputs=inputs, config=config, make=make, reaches=reaches)
+    return replace(stage, name=LATEST + stage.name, inputs=inputs, config=config, make=make, reaches=stage.begins)
 
 
 def _trained(settings: Settings) -> tuple[str, ...]:
