@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from support.runs import CLOSED_FORMS, contents, few_rows, run_tiny
 
 from ubp_fast.events.schema import DataError, UserError
@@ -55,6 +59,62 @@ def test_ray_is_asked_for_by_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"pip install 'ubp_fast\[ray\]'"):
         RayEngine(None, 1, print)
+
+
+class ThreadsAsRay:
+    """As much of Ray as the engine asks for, with threads for workers."""
+
+    exceptions = SimpleNamespace(RayTaskError=DataError, RayError=ConnectionError)
+
+    def __init__(self) -> None:
+        self.workers, self.names = ThreadPoolExecutor(8), list[str]()
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def remote(self, **_: object) -> Any:
+        def named(function: Any, name: str) -> Any:
+            self.names.append(name)
+            return SimpleNamespace(remote=partial(self.workers.submit, function))
+
+        return lambda function: SimpleNamespace(options=partial(named, function))
+
+    def wait(self, references: list[Any], timeout: float) -> tuple[list[Any], list[Any]]:
+        done, left = wait(references, timeout, FIRST_COMPLETED)
+        return list(done), list(left)
+
+    def get(self, reference: Any) -> None:
+        reference.result()
+
+    def cancel(self, reference: Any, force: bool) -> None:
+        assert force
+
+
+def test_a_slow_task_is_started_twice_at_most_and_the_first_result_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray, said, seen, end, calls = ThreadsAsRay(), list[str](), list[int](), Event(), list[int]()
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr("ubp_fast.shards.engine.SLOW_S", 0.2)
+    monkeypatch.setattr("ubp_fast.shards.engine.POLL_S", 0.02)
+
+    def slow_at_first(folder: Path) -> None:
+        calls.append(1)
+        attempt = len(calls)
+        end.wait(30 if attempt == 1 else 0.5)  # the second: for several looks at what runs
+        (folder / "attempt").write_text(str(attempt))
+
+    tasks = [*tasks_in(tmp_path, 4), Task(tmp_path / "slow", slow_at_first)]
+    try:
+        # Threads of this process: the engine sets how many torch has.
+        RayEngine(None, torch.get_num_threads(), said.append).run("write", tasks, lambda: seen.append(1))
+        assert said == ["write: task slow is slow and is started a second time"]
+        assert ray.names.count("write slow") == len(calls) == 2 and len(seen) == 5
+    finally:
+        end.set()
+        ray.workers.shutdown()
+    assert (tmp_path / "slow" / "attempt").read_text() == "2" and all(is_whole(task.folder) for task in tasks)
+    assert not [*tmp_path.glob(".*.partial")], "the slower one leaves nothing"
 
 
 @pytest.fixture(scope="module")
