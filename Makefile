@@ -4,7 +4,7 @@ CASE ?= bench
 INSTALLED := .venv/installed
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test test-clang test-arm64 test-minimum test-newest docs lint format torture bench wheel wheel-cuda smoke sanitize sanitize-cuda cuda triton
+.PHONY: demo test test-clang test-arm64 test-minimum test-newest docs lint format torture bench wheel smoke sanitize triton
 
 demo: $(INSTALLED)  ## real retail purchases -> profiles, scores, report
 	$(BIN)/python -m ubp_fast.run
@@ -22,12 +22,12 @@ lint: $(INSTALLED)  ## reports, never edits
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu')
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h')
 
 bench: $(INSTALLED)  ## make bench CASE=flash_attention
 	$(BIN)/python -m pytest benchmarks -k "$(CASE)"
@@ -35,19 +35,14 @@ bench: $(INSTALLED)  ## make bench CASE=flash_attention
 # Twice, in the checkout and from the sdist elsewhere, to the same bytes. What is built here asks for this machine's glibc;
 # cibuildwheel (pyproject.toml) builds for older ones and for aarch64.
 RELEASE = SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) PIP_CONSTRAINT=$(CURDIR)/constraints.txt
-wheel: $(INSTALLED)  ## sdist and wheel without CUDA code in dist/, reproducible and fit for an index
+wheel: $(INSTALLED)  ## sdist and wheel in dist/, reproducible and fit for an index
 	rm -rf dist build/wheel
 	$(RELEASE) $(BIN)/python -m build --sdist --outdir dist .
-	UBP_CUDA=OFF $(RELEASE) $(BIN)/pip wheel --quiet --no-deps -w build/wheel/checkout .
-	UBP_CUDA=OFF $(RELEASE) $(BIN)/pip wheel --quiet --no-deps -w build/wheel/sdist dist/*.tar.gz
+	$(RELEASE) $(BIN)/pip wheel --quiet --no-deps -w build/wheel/checkout .
+	$(RELEASE) $(BIN)/pip wheel --quiet --no-deps -w build/wheel/sdist dist/*.tar.gz
 	cmp build/wheel/checkout/*.whl build/wheel/sdist/*.whl
 	$(RELEASE) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair -w dist build/wheel/sdist/*.whl
 	$(BIN)/twine check --strict dist/*
-
-wheel-cuda: $(INSTALLED)  ## the wheel with CUDA code, version +cu13, in dist/cuda: for an index of one's own
-	UBP_CUDA=ON $(RELEASE) $(BIN)/pip wheel --quiet --no-deps -C build-dir=build/wheel-cuda -w build/wheel/cuda .
-	$(RELEASE) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair -w dist/cuda build/wheel/cuda/*+cu13*.whl
-	$(BIN)/twine check --strict dist/cuda/*
 
 # A line for a new environment: it finds what .venv has, but not this package.
 BORROWED = $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
@@ -57,7 +52,7 @@ BORROWED = $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib
 SMOKE := build/smoke/environment
 smoke: $(INSTALLED)  ## the wheel in a new environment without compilers: doctor, the README's Python, a run
 	rm -rf build/smoke
-	UBP_CUDA=OFF $(RELEASE) $(BIN)/pip wheel --quiet --no-deps -w build/smoke .
+	$(RELEASE) $(BIN)/pip wheel --quiet --no-deps -w build/smoke .
 	$(PYTHON) -m venv $(SMOKE)
 ifdef WITH
 	$(SMOKE)/bin/pip install --quiet -c $(WITH) "$$(ls build/smoke/*.whl)[evaluate]"
@@ -78,7 +73,7 @@ build/clang/installed: $(SOURCES) $(INSTALLED)
 	@command -v $(CLANG) > /dev/null || { echo "no $(CLANG) here: install Clang, or name one with CLANG=" >&2; exit 1; }
 	$(PYTHON) -m venv --clear build/clang
 	$(call BORROWED,build/clang)
-	UBP_CUDA=OFF CXX=$(CLANG) CXXFLAGS=-Werror build/clang/bin/pip install --quiet --no-deps \
+	CXX=$(CLANG) CXXFLAGS=-Werror build/clang/bin/pip install --quiet --no-deps \
 	  -C build-dir=build/clang/core -e .
 	touch $@
 
@@ -102,24 +97,14 @@ test-newest: build/newest/installed  ## all tests with the newest release of eve
 
 build/minimum/installed: constraints-minimum.txt $(SOURCES)
 	$(PYTHON) -m venv build/minimum
-	UBP_CUDA=OFF build/minimum/bin/pip install --quiet -C build-dir=build/minimum/core -c $< -e ".[test]"
+	build/minimum/bin/pip install --quiet -C build-dir=build/minimum/core -c $< -e ".[test]"
 	touch $@
 
 build/newest/installed: $(SOURCES)
 	$(PYTHON) -m venv build/newest
-	UBP_CUDA=OFF build/newest/bin/pip install --quiet --upgrade --upgrade-strategy eager \
+	build/newest/bin/pip install --quiet --upgrade --upgrade-strategy eager \
 	  -C build-dir=build/newest/core -e ".[test]"
 	touch $@
-
-# A plain `pip install .` builds the CUDA kernels where nvcc is found. The environment of this Makefile leaves them to
-# this target, so that a change of C++ code costs seconds. It puts them beside the CPU module.
-cuda: $(INSTALLED)  ## compiles the CUDA kernels; registers and spills of each, no spill allowed
-	cmake -S . -B build/cuda -DCMAKE_BUILD_TYPE=Release -DUBP_CUDA=ON \
-	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
-	cmake --build build/cuda --target _cuda --clean-first > build/cuda/build.log 2>&1 || { cat build/cuda/build.log; exit 1; }
-	$(BIN)/python cmake/kernel_registers.py build/cuda/build.log
-	cp build/cuda/_cuda*.so $$($(BIN)/python -c "import os, ubp_fast._core as core; print(os.path.dirname(core.__file__))")
-	$(BIN)/python -c "import ubp_fast._cuda"
 
 # GPU machines lag behind: the tiles must compile with the oldest Triton that is supported, too. `make test` compiles them
 # with the installed one.
@@ -130,20 +115,14 @@ triton: $(INSTALLED)  ## all tiles of the Triton kernels compiled by the oldest 
 	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python tests/kernels/compile_triton.py
 
 sanitize: $(INSTALLED)  ## fuzz of the compiled module under the address and undefined-behaviour sanitizers
-	cmake -S . -B build/sanitize -DCMAKE_BUILD_TYPE=Release -DUBP_CUDA=OFF -DUBP_SANITIZE=address,undefined \
+	cmake -S . -B build/sanitize -DCMAKE_BUILD_TYPE=Release -DUBP_SANITIZE=address,undefined \
 	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
 	cmake --build build/sanitize
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 PYTHONMALLOC=malloc \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 	  $(BIN)/python tests/kernels/fuzz_core.py build/sanitize 300
 
-sanitize-cuda: $(INSTALLED)  ## the emulated CUDA kernels under the same sanitizers: minutes
-	UBP_EMULATION_SANITIZE=address,undefined ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 \
-	  UBSAN_OPTIONS=halt_on_error=1 \
-	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
-	  $(BIN)/python -m pytest tests/kernels/test_cuda.py -m "not gpu" -k "everything or order or 131 or 520 or mistakes"
-
 $(INSTALLED): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	UBP_CUDA=OFF $(BIN)/pip install --quiet -c constraints.txt -e ".[demo,test,bench,docs,lint,release]"
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[demo,test,bench,docs,lint,release]"
 	touch $@

@@ -13,12 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from ubp_fast.kernels import flash_attention
-from ubp_fast.kernels.flash_attention.api import IMPLEMENTATIONS
 
 DTYPE, DEVICE = torch.bfloat16, "cuda"
 # What PyTorch itself says about nested tensors and about compiling is no error of ours.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
-BACKENDS = [name for name in ("triton", "cuda") if name in IMPLEMENTATIONS]
 DENSE_TOKENS, DENSE_HEADS = 16384, 16
 PACKED_HEADS = 4
 Call = Callable[[], tuple[Tensor, ...]]
@@ -52,17 +50,16 @@ def needed_flop(lengths: tuple[int, ...], heads: int, width: int, is_causal: boo
     return 7 * 2 * sum(length**2 for length in lengths) * heads * width / (2 if is_causal else 1)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("length", [128, 512, 1024, 2048, 4096, 8192, 16384])
-def bench_dense_gpu(gpu_contest: Contest, length: int, width: int, is_causal: bool, backend: str) -> None:
+def bench_dense_gpu(gpu_contest: Contest, length: int, width: int, is_causal: bool) -> None:
     batch = DENSE_TOKENS // length
     lengths, tensors = (length,) * batch, packed(DENSE_TOKENS, DENSE_HEADS, width)
     offsets = cumulative(lengths).to(DEVICE)
 
     def ours(*sides: Tensor) -> Tensor:
-        return flash_attention(*sides, offsets, causal=is_causal, backend=backend)
+        return flash_attention(*sides, offsets, causal=is_causal, backend="triton")
 
     def sdpa(kind: SDPBackend) -> Callable[..., Tensor]:
         def attention(*sides: Tensor) -> Tensor:
@@ -73,7 +70,7 @@ def bench_dense_gpu(gpu_contest: Contest, length: int, width: int, is_causal: bo
 
         return attention
 
-    name = f"flash_attention {backend} dense bfloat16 L={length} D={width} {'causal' if is_causal else 'full'} f+b"
+    name = f"flash_attention triton dense bfloat16 L={length} D={width} {'causal' if is_causal else 'full'} f+b"
     gpu_contest.run(
         name,
         trained(ours, tensors),
@@ -124,17 +121,16 @@ def history_lengths(users: int, longest: int) -> tuple[int, ...]:
     return tuple(int(length) for length in (median * torch.exp(0.95 * normal)).round().clamp(1, longest))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("width", [32, 64])
 @pytest.mark.parametrize(("users", "longest"), [(256, 256), (4096, 256), (512, 2048)])
-def bench_packed_gpu(gpu_contest: Contest, users: int, longest: int, width: int, backend: str) -> None:
+def bench_packed_gpu(gpu_contest: Contest, users: int, longest: int, width: int) -> None:
     varlen = pytest.importorskip("torch.nn.attention.varlen", reason="varlen_attn came with torch 2.10")
     lengths = history_lengths(users, longest)
     tensors, offsets = packed(sum(lengths), PACKED_HEADS, width), cumulative(lengths).to(DEVICE)
     padded, is_real = padded_sdpa(tensors, lengths)
 
     def ours(*sides: Tensor) -> Tensor:
-        return flash_attention(*sides, offsets, backend=backend)
+        return flash_attention(*sides, offsets, backend="triton")
 
     def flash_varlen(*sides: Tensor) -> Tensor:
         return varlen.varlen_attn(*sides, offsets, offsets, max(lengths), max(lengths))
@@ -145,7 +141,7 @@ def bench_packed_gpu(gpu_contest: Contest, users: int, longest: int, width: int,
         assert_alike(mine, theirs)
 
     gpu_contest.run(
-        f"flash_attention {backend} packed bfloat16 {users} users, at most {longest}, D={width} f+b",
+        f"flash_attention triton packed bfloat16 {users} users, at most {longest}, D={width} f+b",
         trained(ours, tensors),
         {
             "varlen_attn": (trained(flash_varlen, tensors), 1.3 if longest == 256 else None),

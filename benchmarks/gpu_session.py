@@ -26,13 +26,12 @@ COMPILE_S = 1.43  # one Triton kernel, one core
 START_S = 8.0  # a process that imports PyTorch and opens the device
 RATE = 150e12  # FLOP/s of bfloat16 that forward + backward should reach at least, ours and rivals', on an H100
 # Kernels that Triton compiles for a case at most: forward, dq, dkv; prepare, statistics, three gradients, finish; one.
-KERNELS_OF_A_CASE = {"attention": 3, "nt_xent": 6, "row_sparse": 1, "waits": 3, "cuda": 0}
+KERNELS_OF_A_CASE = {"attention": 3, "nt_xent": 6, "row_sparse": 1, "waits": 3}
 FILES = {
     "attention": "tests/kernels/test_triton_flash_attention.py",
     "nt_xent": "tests/kernels/test_triton_nt_xent.py",
     "row_sparse": "tests/kernels/test_triton_row_sparse.py",
     "waits": "tests/kernels/test_triton_waits.py",
-    "cuda": "tests/kernels/test_cuda.py",
 }
 # The chosen cases of the first command: every kernel, every flag, edges of tiles, the numbers that fail first.
 CHOSEN = {
@@ -41,8 +40,6 @@ CHOSEN = {
     "nt_xent": "(matches_reference and not float32 and (65-64 or 20-300)) or small_prob or near_zero",
     "row_sparse": "same or refuse or matches",
     "waits": "everything or contrastive or later or captured",
-    "cuda": "(attention_matches and bfloat16 and (tile-edges or everything or peaked)) or (nt_xent_matches and bfloat16"
-    " and (131 or 520)) or small_prob",
 }
 
 
@@ -102,8 +99,8 @@ class Session:
         return [self.python, "-m", "pytest", "-q", "--tb=short", *plugins, *record, *parallel, *arguments]
 
     def tests(self, chosen: dict[str, str], *arguments: str, workers: int = CORES) -> list[str]:
-        """Cases of one or several files. Where there is a device the emulation has nothing to say."""
-        selected = ["-k", selection(chosen, self.has_device)]
+        """Cases of one or several files."""
+        selected = ["-k", selection(chosen)]
         marks = [] if "-m" in arguments else ["-m", "not slow" if self.has_device else "not gpu and not slow"]
         return self.pytest(*(FILES[name] for name in chosen), *marks, *selected, *arguments, workers=workers)
 
@@ -114,7 +111,7 @@ class Session:
         """Ends with the step's own lines on the screen and its results on disk, whatever happens in it."""
         self.logs.mkdir(parents=True, exist_ok=True)
         log, start = self.logs / f"{step.name}.log", time.monotonic()
-        limit_s = step.limit_s * (1 if self.has_device else 8)  # emulation is slow
+        limit_s = step.limit_s * (1 if self.has_device else 8)  # the interpreter is slow
         print(f"\n== {step.name} (at most {limit_s} s)", flush=True)
         with log.open("w", encoding="utf-8") as file:
             process = subprocess.Popen(
@@ -195,10 +192,10 @@ class Session:
         return [*head, *shown, *(cut if left else [])]
 
 
-def selection(chosen: dict[str, str], has_device: bool) -> str:
+def selection(chosen: dict[str, str]) -> str:
     """An expression of pytest for some cases of some files, each with its own."""
     parts = [f"({Path(FILES[name]).stem} and ({text or 'test'}))" for name, text in chosen.items()]
-    return f"({' or '.join(parts)}){' and not emulated' if has_device else ''}"
+    return " or ".join(parts)
 
 
 def _write(path: Path, text: str) -> None:
@@ -212,19 +209,14 @@ def build_command(session: Session) -> list[str]:
 
 
 def build() -> int:
-    """The compiled modules into src/ubp_fast, by CMake alone: no pip, no virtual environment, no index."""
+    """The compiled module into src/ubp_fast, by CMake alone: no pip, no virtual environment, no index."""
     pybind = subprocess.run([sys.executable, "-m", "pybind11", "--cmakedir"], capture_output=True, text=True)
     if pybind.returncode:
         print(f"pybind11 is missing: {pybind.stderr}")
         return 1
     cmake = shutil.which("cmake") or str(Path(sysconfig.get_path("scripts")) / "cmake")
-    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     options = [f"-Dpybind11_DIR={pybind.stdout.strip()}", f"-DPython_EXECUTABLE={sys.executable}"]
     options += ["-DCMAKE_BUILD_TYPE=Release", "-GNinja"] if shutil.which("ninja") else ["-DCMAKE_BUILD_TYPE=Release"]
-    has_cuda = Path(nvcc).exists()
-    options += ["-DUBP_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"] if has_cuda else ["-DUBP_CUDA=OFF"]
-    if has_cuda and (capability := _capability()):
-        options.append(f"-DCMAKE_CUDA_ARCHITECTURES={capability}")
     folder = BUILD / "cmake"
     for command in (
         [cmake, "-S", str(ROOT), "-B", str(folder), *options],
@@ -234,35 +226,24 @@ def build() -> int:
         if code := subprocess.run(command).returncode:
             return code
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    for name in ("_core", "_cuda"):
-        for made in folder.glob(f"{name}*{suffix}"):
-            shutil.copy2(made, ROOT / "src" / "ubp_fast" / made.name)
-            print(f"built {made.name}", flush=True)
-    if not has_cuda:
-        print("no nvcc: the CUDA kernels are not built, and what needs them fails by name")
+    for made in folder.glob(f"_core*{suffix}"):
+        shutil.copy2(made, ROOT / "src" / "ubp_fast" / made.name)
+        print(f"built {made.name}", flush=True)
     return 0
 
 
-def _capability() -> str:
-    import torch
-
-    return "{}{}-real".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else ""
-
-
 def smoke() -> int:
-    """Every kernel of every backend forward and backward against its reference; one that fails is named."""
+    """Every kernel forward and backward against its reference; one that fails is named."""
     import torch
     from support.closeness import assert_matches_reference
 
-    from ubp_fast.kernels import check_deferred, cuda, flash_attention, nt_xent, row_sparse
+    from ubp_fast.kernels import check_deferred, flash_attention, nt_xent, row_sparse
 
     is_device = torch.cuda.is_available()
     device = torch.device("cuda" if is_device else "cpu")
     dtype = torch.bfloat16 if is_device else torch.float16  # the interpreter is wrong about bfloat16
     if is_device:
         print(torch.__version__, torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory)
-    else:
-        _emulate(cuda)
     torch.manual_seed(0)
     offsets = torch.tensor([0, 4, 4, 37, 60], device=device, dtype=torch.int32)
     stamps = torch.randint(0, 10**6, (60,), device=device)
@@ -303,40 +284,30 @@ def smoke() -> int:
         facts = facts._replace(history=0.9 * history)
         return [sums, facts.weight, row_sparse.gather(facts, rule, ids, backend=backend)]
 
-    both, timed = ("triton", "cuda"), {"time_bias": bias, "timestamp_s": stamps}
-    calls: dict[str, tuple[Callable[..., list[torch.Tensor]], tuple[str, ...], dict[str, Any]]] = {
-        "flash_attention": (attention, both, {}),
-        "flash_attention causal": (attention, both, {"causal": True}),
-        "flash_attention window, time_bias": (attention, both, {"window": 9, **timed}),
-        "flash_attention dropout": (attention, both, {"dropout_p": 0.2, "seed": 5}),
-        "nt_xent cross": (contrastive, both, {"negatives": "cross"}),
-        "nt_xent simclr": (contrastive, both, {"negatives": "simclr"}),
-        "row_sparse schedule-free": (table, ("triton",), {"rule": row_sparse.ScheduleFree(0.999, 1e-8)}),
-        "row_sparse adam": (table, ("triton",), {"rule": row_sparse.Adam(0.9, 0.999, 1e-8)}),
+    timed = {"time_bias": bias, "timestamp_s": stamps}
+    calls: dict[str, tuple[Callable[..., list[torch.Tensor]], dict[str, Any]]] = {
+        "flash_attention": (attention, {}),
+        "flash_attention causal": (attention, {"causal": True}),
+        "flash_attention window, time_bias": (attention, {"window": 9, **timed}),
+        "flash_attention dropout": (attention, {"dropout_p": 0.2, "seed": 5}),
+        "nt_xent cross": (contrastive, {"negatives": "cross"}),
+        "nt_xent simclr": (contrastive, {"negatives": "simclr"}),
+        "row_sparse schedule-free": (table, {"rule": row_sparse.ScheduleFree(0.999, 1e-8)}),
+        "row_sparse adam": (table, {"rule": row_sparse.Adam(0.9, 0.999, 1e-8)}),
     }
     failures = 0
-    for name, (call, backends, options) in calls.items():
+    for name, (call, options) in calls.items():
         plain, truth = (call("reference", kind, **options) for kind in (dtype, torch.float64))
-        for backend in backends:
-            try:
-                found = call(backend, dtype, **options)
-                check_deferred()
-                for place, parts in enumerate(zip(found, plain, truth, strict=True)):
-                    assert_matches_reference(*parts, name, f"{backend}, result {place}")
-                print(f"ok     {name} {backend}", flush=True)
-            except Exception as error:  # every other kernel is still to be tried, whatever this one raised
-                failures += 1
-                print(f"FAILED {name} {backend}: {type(error).__name__}: {error}", flush=True)
+        try:
+            found = call("triton", dtype, **options)
+            check_deferred()
+            for place, parts in enumerate(zip(found, plain, truth, strict=True)):
+                assert_matches_reference(*parts, name, f"result {place}")
+            print(f"ok     {name}", flush=True)
+        except Exception as error:  # every other kernel is still to be tried, whatever this one raised
+            failures += 1
+            print(f"FAILED {name}: {type(error).__name__}: {error}", flush=True)
     return int(failures > 0)
-
-
-def _emulate(cuda: Any) -> None:
-    from support import cuda_emulation
-
-    folder = BUILD / "emulation"
-    folder.mkdir(parents=True, exist_ok=True)
-    cuda.module = cuda_emulation.load(cuda_emulation.build(folder))
-    cuda.unsupported = lambda tensor, dtypes=None: None
 
 
 def _own(flag: str) -> Callable[[Session], list[str]]:
@@ -345,7 +316,7 @@ def _own(flag: str) -> Callable[[Session], list[str]]:
 
 def _profile(session: Session) -> list[str]:
     ncu = shutil.which("ncu") or next(map(str, Path("/opt/nvidia").glob("nsight-compute/*/ncu")), "ncu")
-    kernels = "regex:forward_kernel|dq_kernel|dkv_kernel|statistics_kernel|gradient_kernel|queries_kernel|keys_kernel"
+    kernels = "regex:forward_kernel|dq_kernel|dkv_kernel|statistics_kernel|gradient_kernel"
     kernels += "|backward_kernel|update_kernel|gather_kernel|reduce_kernel"
     options = ["--clock-control", "none", "--set", "basic", "--kernel-name", kernels, "--launch-count", "24"]
     if not session.has_device or not (shutil.which(ncu) or Path(ncu).exists()):
@@ -368,13 +339,13 @@ def _bench(*arguments: str) -> Callable[[Session], list[str]]:
 ATTENTION, CONTRASTIVE = "benchmarks/bench_flash_attention_gpu.py", "benchmarks/bench_nt_xent_gpu.py"
 TRAINING = "benchmarks/bench_training_gpu.py"
 MOST_DENSE = "dense and causal and (512 or 2048 or 8192)"
-REST = {"row_sparse": "", "waits": "", "cuda": ""}
+REST = {"row_sparse": "", "waits": ""}
 REST_DENSE = "dense and not (causal and (512 or 2048 or 8192))"
 
 
 def _dense_flop(lengths: tuple[int, ...], forms: int) -> float:
-    """Of one call of each, ours on two backends and two rivals twice, widths 64 and 128; see `bench_dense_gpu`."""
-    return sum(14 * 16384 * length * 16 * (64 + 128) * 6 * forms for length in lengths)
+    """Of one call of each, ours once and two rivals once, widths 64 and 128; see `bench_dense_gpu`."""
+    return sum(14 * 16384 * length * 16 * (64 + 128) * 3 * forms for length in lengths)
 
 
 def _serial(count: int) -> float:
@@ -453,7 +424,7 @@ def counted_compilations(session: Session) -> dict[str, int]:
         for name, text in step.cases.items():
             command = _tune(session)
             if name in FILES:
-                chosen = ["-m", "not slow", "-k", selection({name: text}, True)]
+                chosen = ["-m", "not slow", "-k", selection({name: text})]
                 command = session.pytest("--collect-only", FILES[name], *chosen)
             environment = {**session.environment(), "UBP_PLAN": "1", "CUDA_VISIBLE_DEVICES": ""}
             jobs[step.name, name] = subprocess.Popen(

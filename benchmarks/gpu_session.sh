@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that waits for a GPU, on a machine that has PyTorch, Triton and nvcc but no network: build, smoke,
+# Everything that waits for a GPU, on a machine that has PyTorch and Triton but no network: build, smoke,
 # benchmarks, tests, tuning. Two commands of less than ten minutes each:
 #
 #   benchmarks/gpu_session.sh OUTPUT_FOLDER first     # build, smoke, the benchmarks that matter most, chosen tests
@@ -7,9 +7,9 @@
 #   benchmarks/gpu_session.sh OUTPUT_FOLDER plan      # what is expected to take how long; runs nothing
 #
 # or the names of steps instead of `first`. PYTHON is the interpreter that has PyTorch (python3). Nothing is installed:
-# the compiled modules go into src/. Steps are bounded in time and independent, and what is known is on disk at once:
+# the compiled module goes into src/. Steps are bounded in time and independent, and what is known is on disk at once:
 # summary.txt, results.json, logs.tar.gz and the tuned tiles in OUTPUT_FOLDER. Without a CUDA device it is a rehearsal:
-# Triton's interpreter and the emulation of the CUDA kernels stand in for it, and benchmarks say that they are skipped.
+# Triton's interpreter stands in for it, and benchmarks say that they are skipped.
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 exec env PYTHONUNBUFFERED=1 "${PYTHON:-python3}" "$here/gpu_session.py" "$@"

@@ -25,7 +25,7 @@ QUICK = ("evaluation.readers=[linear]", "report.diagnosis=false")
 
 
 def main() -> None:
-    found = [tool for tool in ("c++", "g++", "gcc", "cc", "clang", "cmake", "nvcc") if shutil.which(tool)]
+    found = [tool for tool in ("c++", "g++", "gcc", "cc", "clang", "cmake") if shutil.which(tool)]
     assert not found, f"compilers in PATH: {found}"
     assert not Path(ubp_fast.__file__).is_relative_to(ROOT / "src"), "not the installed package"
     print("ubp_fast", metadata.version("ubp_fast"), "torch", metadata.version("torch"), flush=True)

@@ -30,7 +30,7 @@ from ubp_fast.profiles import Profiles
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CITING = ("src", "csrc", "tests", "benchmarks", "cmake")
-SUFFIXES = {".py", ".pyi", ".yaml", ".cpp", ".h", ".cu", ".cmake", ".sh", ".md"}
+SUFFIXES = {".py", ".pyi", ".yaml", ".cpp", ".h", ".cmake", ".sh", ".md"}
 # A document in docs/, and the sections that follow: "4.1", "3.3/3.4", "3, 4 and 6".
 CITATION = re.compile(r"\bdocs/([\w-]+\.md)((?:(?: |, | and |/)\d+(?:\.\d+)*\b)*)")
 

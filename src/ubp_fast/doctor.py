@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import re
@@ -64,8 +63,6 @@ def facts() -> Iterator[tuple[str, str]]:
     for number in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(number)
         yield "GPU", f"{card.name}, {card.total_memory / 2**30:.0f} GiB, compute capability {card.major}.{card.minor}"
-    is_built = importlib.util.find_spec("ubp_fast._cuda") is not None
-    yield "CUDA kernels", "built" if is_built else "not built; Triton and the CPU need none"
 
 
 def checks() -> Iterator[Check]:
@@ -81,11 +78,8 @@ def checks() -> Iterator[Check]:
         _core.set_isa(first)
     yield _check("windowed_aggregate", "numba", torch.device("cpu"))
     if torch.cuda.is_available():
-        for operator, backend in (
-            *((operator, "triton") for operator in ("flash_attention", "nt_xent", "row_sparse")),
-            *((operator, "cuda") for operator in ("flash_attention", "nt_xent")),
-        ):
-            yield _check(operator, backend, torch.device("cuda"))
+        for operator in ("flash_attention", "nt_xent", "row_sparse"):
+            yield _check(operator, "triton", torch.device("cuda"))
 
 
 def _check(operator: str, backend: str, device: torch.device, isa: str = "") -> Check:

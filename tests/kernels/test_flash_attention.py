@@ -479,7 +479,6 @@ BAD_INPUT = {
         BackendUnavailable,
         r"backend 'triton' is unavailable: it computes on a CUDA device, the tensors are on cpu; use backend='auto'",
     ),
-    "cuda": ({"backend": "cuda"}, BackendUnavailable, r"backend 'cuda' is unavailable: it computes on CUDA devices"),
     "native-float64": (
         {"backend": "native", **{name: torch.randn(6, 2, 4).double() for name in ("query", "key", "value")}},
         BackendUnavailable,

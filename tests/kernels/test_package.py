@@ -59,7 +59,7 @@ def test_backend_whose_library_is_missing_says_so() -> None:
 def test_function_and_package_of_one_name(operator: str) -> None:
     function = getattr(kernels, operator)
     assert callable(function)
-    for name in {"flash_attention": ("_triton", "api"), "nt_xent": ("_cuda", "reference")}.get(operator, ("_numba",)):
+    for name in {"flash_attention": ("_triton", "api"), "nt_xent": ("_triton", "reference")}.get(operator, ("_numba",)):
         scope: dict[str, object] = {}
         exec(f"import ubp_fast.kernels.{operator}.{name} as module", scope)
         wanted = importlib.import_module(f"ubp_fast.kernels.{operator}.{name}")

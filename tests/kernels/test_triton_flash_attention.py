@@ -337,8 +337,7 @@ def _tile_of_slot(slots_ptr, cu_ptr, found_ptr, sequences, BLOCK: tl.constexpr, 
 
 @pytest.mark.gpu
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_elements_beyond_int32(backend: str) -> None:
+def test_elements_beyond_int32() -> None:
     """2^24 + 2^13 rows of 2 x 64: 2^31 elements and more. The last sequence alone gives the same rows and gradients."""
     rows, length = 2**24 + 2**13, 2**13
     query = torch.randn(rows, 2, 64, dtype=torch.bfloat16, device=DEVICE)
@@ -348,7 +347,7 @@ def test_elements_beyond_int32(backend: str) -> None:
 
     def last_rows(part: Tensor, offsets: Tensor) -> list[Tensor]:
         leaf = part.detach().requires_grad_()
-        output = flash_attention(leaf, leaf, leaf, offsets, causal=True, backend=backend)
+        output = flash_attention(leaf, leaf, leaf, offsets, causal=True, backend="triton")
         whole = torch.zeros_like(output)
         whole[-length:] = grad
         (found,) = torch.autograd.grad(output, leaf, whole)

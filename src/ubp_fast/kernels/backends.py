@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "native", "numba", "triton", "cuda", "reference")
+BACKENDS = ("auto", "native", "numba", "triton", "reference")
 MIN_CAPABILITY = (8, 0)  # tensor cores for bfloat16, asynchronous copies
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # numbered as in csrc/common/dtype.h
 

@@ -134,10 +134,6 @@ def _imports(tree: ast.Module) -> Iterator[tuple[str, Place]]:
         elif isinstance(node, ast.ImportFrom):
             for alias in node.names:
                 yield alias.asname or alias.name, _from(str(node.module), alias.name)
-        elif isinstance(node, ast.Call) and "import_module" in ast.dump(node.func):
-            named = node.args[0]
-            if isinstance(named, ast.Constant):
-                yield str(named.value), (str(named.value), None)
         waiting += ast.iter_child_nodes(node)
 
 

@@ -33,7 +33,7 @@ from torch._C._functorch import is_batchedtensor
 from ubp_fast import _core
 from ubp_fast.kernels import backends, deferred, transforms
 from ubp_fast.kernels.checks import integer, number, require, require_dtype, require_same, require_tensors, to_autocast
-from ubp_fast.kernels.flash_attention import _cuda, _native, _triton, reference
+from ubp_fast.kernels.flash_attention import _native, _triton, reference
 from ubp_fast.kernels.flash_attention.reference import UNBOUNDED, Problem, lse_dtype
 
 OP = "flash_attention"
@@ -41,9 +41,8 @@ MAX_WIDTH = 256
 # x < 2^53 fills 106 buckets; beyond, the bucket would depend on the rounding to float64.
 MAX_BUCKETS = 106
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-IMPLEMENTATIONS: dict[str, ModuleType] = {"native": _native, "triton": _triton, "cuda": _cuda, "reference": reference}
+IMPLEMENTATIONS: dict[str, ModuleType] = {"native": _native, "triton": _triton, "reference": reference}
 # float32, bfloat16 and float16 run natively on the CPU and with Triton on NVIDIA GPUs; the rest takes the reference.
-# "cuda" must be named: its kernels are compiled and emulated, but no device has run them yet.
 ORDER = ("native", "triton", "reference")
 Offsets: TypeAlias = Tensor | Sequence[int] | np.ndarray
 
@@ -124,8 +123,8 @@ def flash_attention(
         return_lse: also give the log-sum-exp of the scores of every query, natural logarithm, with which results over
             parts of the keys can be put together. It has a gradient, which costs a second backward pass where it is
             used; dropout does not enter it.
-        backend: "auto", "native" (compiled, CPU), "triton" (NVIDIA GPU), "cuda" (compiled, capability 8.0 and newer) or
-            "reference". "auto" takes the first of native, triton and reference that computes these tensors.
+        backend: "auto", "native" (compiled, CPU), "triton" (NVIDIA GPU) or "reference". "auto" takes the first of
+            native, triton and reference that computes these tensors.
 
     Returns:
         [T, H, D] in the dtype of query. The same in every run and for any number of threads, bit by bit. With

@@ -36,7 +36,7 @@ from torch.nn import functional
 
 from ubp_fast.kernels import backends, deferred, transforms
 from ubp_fast.kernels.checks import number, require_same, require_tensors, to_autocast
-from ubp_fast.kernels.nt_xent import _cuda, _native, _triton, reference
+from ubp_fast.kernels.nt_xent import _native, _triton, reference
 from ubp_fast.kernels.nt_xent.reference import Problem
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ NEGATIVES = ("cross", "symmetric", "simclr")
 REDUCTIONS = ("mean", "sum", "none")
 MAX_WIDTH = 2048
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-IMPLEMENTATIONS: dict[str, ModuleType] = {"native": _native, "triton": _triton, "cuda": _cuda, "reference": reference}
+IMPLEMENTATIONS: dict[str, ModuleType] = {"native": _native, "triton": _triton, "reference": reference}
 ORDER = ("native", "triton", "reference")
 SCHEMA = (
     "Tensor left, Tensor right, Tensor? positive, Tensor temperature, str negatives, Tensor? valid,"
@@ -117,7 +117,7 @@ def nt_xent(
         backend: "auto" or a name. "auto" is, for float32, bfloat16 and float16, "native" on the CPU and "triton" on
             NVIDIA GPUs, else "reference" (float64). Native computes small problems in float64, and so all others whose
             similarities divided by the temperature may exceed 60 (for bfloat16 it stays with its own products): about
-            half the speed. Triton multiplies float32 rows in float64. "cuda" must be named: no device has run it yet.
+            half the speed. Triton multiplies float32 rows in float64.
 
     Returns:
         0-d loss, or [N] for reduction "none": float32, float64 for float64 inputs. 0 (gradients 0) if no row is valid
