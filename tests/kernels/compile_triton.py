@@ -219,7 +219,7 @@ def pair_builds() -> Iterator[Build]:
 
 
 def row_sparse_builds() -> Iterator[Build]:
-    tensors = dict.fromkeys(("weight_ptr", "state_ptr", "gradient_ptr", "out_ptr", "sum_ptr"), "*fp32")
+    tensors = dict.fromkeys(("weight_ptr", "state_ptr", "gradient_ptr", "out_ptr", "part_ptr", "sum_ptr"), "*fp32")
     tensors |= dict.fromkeys(("slot_ptr", "last_ptr", "fault_ptr", "fresh_ptr"), "*i32")
     tensors |= dict.fromkeys(("kept_ptr", "history_ptr"), "*fp64")
     tensors |= dict.fromkeys(("ids_ptr", "order_ptr", "used_ptr", "start_ptr", "count_ptr"), "*i64")
@@ -238,9 +238,11 @@ def row_sparse_builds() -> Iterator[Build]:
     table = torch.empty(9, 384, device="meta")
     rows = row_sparse._blocks(table)
     options = {"num_warps": rows["num_warps"]}
+    sums = rows | {"ROWS": row_sparse.GROUP_ROWS, "BLOCK": row_sparse.BLOCK_SIZE // row_sparse.GROUP_ROWS, "PART": 128}
     entries = {"HAS_IDS": True, "HAS_COUNT": True, "BLOCK": row_sparse.MARK_BLOCK}
     kernels: list[tuple[str, str, dict[str, Any]]] = [
-        ("reduce", "", rows),
+        ("part", "", sums),
+        ("reduce", "", sums),
         ("mark", "", entries),
         ("commit", "", entries),
     ]

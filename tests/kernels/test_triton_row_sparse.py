@@ -32,6 +32,7 @@ from ubp_fast import optim
 from ubp_fast.kernels import BackendUnavailable, deferred, row_sparse
 from ubp_fast.kernels.row_sparse import RowTable
 from ubp_fast.kernels.row_sparse import api as row_sparse_api
+from ubp_fast.kernels.row_sparse._triton import part_of
 from ubp_fast.kernels.row_sparse.api import _catch_up_op, _gather_op, _reduce_op, _reduce_padded_op, _update_op
 from ubp_fast.optim import RowSparseAdamW, RowSparseEmbedding, clip_gradient_norm
 
@@ -82,6 +83,26 @@ def test_reduce(case: Case) -> None:
         assert (padded_ids.shape, padded.shape, distinct.tolist()) == (ids.shape, gradient.shape, [len(found_ids)])
         assert torch.equal(padded_ids[: len(found_ids)], found_ids) and (padded_ids[len(found_ids) :] == -1).all()
         assert torch.equal(padded[: len(found_ids)], found) and not padded[len(found_ids) :].any()
+
+
+@pytest.mark.parametrize("shares", [(150, 1, 1), (1, 200, 9), (32, 32, 64, 1), (5, 27, 224), (16, 16)], ids=str)
+def test_reduce_of_popular_ids(shares: tuple[int, ...]) -> None:
+    """Groups that end with a part of the entries, begin with one, and go over many."""
+    ids = torch.repeat_interleave(torch.arange(len(shares)) * 7, torch.tensor(shares))
+    generator = torch.Generator().manual_seed(3)
+    ids = ids[torch.randperm(len(ids), generator=generator)]
+    gradient = torch.randn(len(ids), 3, generator=generator)
+    truth_ids, truth = row_sparse.reduce(ids, gradient.double())
+    plain = row_sparse.reduce(ids, gradient, backend="reference")[1]
+    runs = [row_sparse.reduce(ids.to(DEVICE), gradient.to(DEVICE), backend="triton") for _ in range(2)]
+    assert torch.equal(runs[0][0].cpu(), truth_ids) and torch.equal(runs[0][1], runs[1][1])
+    assert_matches_reference(runs[0][1].cpu(), plain, truth, OP, shares)
+
+
+@pytest.mark.parametrize("entries", [1, 16, 257, 8192, 10**6])
+def test_a_popular_id_keeps_no_program_busy(entries: int) -> None:
+    part = part_of(entries)
+    assert part & (part - 1) == 0 and part + entries / part <= 16 + 4 * entries**0.5
 
 
 def test_reduce_sorts_large_ids() -> None:

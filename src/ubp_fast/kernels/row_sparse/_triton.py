@@ -2,8 +2,9 @@
 
 Numbers that become addresses (ids, slots, steps) are checked on the device. On a GPU no call but `reduce`, whose result
 has the shape that the data say, waits for the answer: a fault is raised by a later call or by `check_deferred`, and
-nothing is written from it on. Sums of equal ids are added in the order of the batch in blocks of 16: the same in every
-run.
+nothing is written from it on. Equal ids are added in the order of the batch, in parts of about the square root of its
+entries that programs of their own add first: a popular id keeps no program busy for long, and sums are the same in
+every run.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def reduce(ids: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         raise IndexError(f"row_sparse: ids must not be negative, got {int(distinct[0])}")
     start = torch.zeros(len(distinct) + 1, dtype=torch.int64, device=ids.device)
     torch.cumsum(counts, 0, out=start[1:])
-    return distinct, _sums(start, order, gradient)
+    return distinct, _sums(ordered, start, order, gradient)
 
 
 def reduce_padded(ids: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,16 +74,27 @@ def reduce_padded(ids: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor
     end, place = len(ids), torch.arange(len(ids), device=ids.device)
     start = torch.full((end + 1,), end, dtype=torch.int64, device=ids.device)
     start.scatter_(0, group.masked_fill(~is_first, end), place.masked_fill(~is_first, end))
-    return distinct, _sums(start, order, gradient), is_first.sum(0, keepdim=True)
+    return distinct, _sums(ordered, start, order, gradient), is_first.sum(0, keepdim=True)
 
 
-def _sums(start: Tensor, order: Tensor, gradient: Tensor) -> Tensor:
+def part_of(entries: int) -> int:
+    """Sorted entries that one program adds at most: as many as there are parts, about."""
+    return max(GROUP_ROWS, 1 << math.ceil(math.log2(max(1, entries)) / 2))
+
+
+def _sums(ordered: Tensor, start: Tensor, order: Tensor, gradient: Tensor) -> Tensor:
     width, blocks = gradient.shape[1], _blocks(gradient)
     sums = torch.empty((len(start) - 1, width), dtype=torch.float32, device=gradient.device)
     if sums.numel():
         blocks["ROWS"], blocks["BLOCK"] = GROUP_ROWS, min(blocks["BLOCK"], BLOCK_SIZE // GROUP_ROWS)
-        grid = (len(sums), math.ceil(width / blocks["BLOCK"]))
-        _launch("reduce_kernel", grid, start, order, gradient, sums, *gradient.stride(), **blocks)
+        columns, part = math.ceil(width / blocks["BLOCK"]), part_of(len(ordered))
+        later = math.ceil(len(ordered) / part) - 1
+        parts = torch.empty((later, width), dtype=torch.float32, device=gradient.device)
+        if later:
+            rest = (parts, *gradient.stride(), len(ordered))
+            _launch("part_kernel", (later, columns), ordered, order, gradient, *rest, PART=part, **blocks)
+        rest = (parts, sums, *gradient.stride())
+        _launch("reduce_kernel", (len(sums), columns), start, order, gradient, *rest, PART=part, **blocks)
     return sums
 
 

@@ -157,21 +157,58 @@ def gather_kernel(
 
 
 @triton.jit
-def reduce_kernel(
-    start_ptr, order_ptr, gradient_ptr, sum_ptr, row_stride, column_stride, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+def _gradients(
+    order_ptr, gradient_ptr, row_stride, column_stride, begin, end, column, inside, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One group of equal ids: its gradients, ROWS at a time in the order of the batch; an empty one gives 0."""
-    group = tl.program_id(0)
-    first, end = tl.load(start_ptr + group), tl.load(start_ptr + group + 1)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < WIDTH
+    """The sum of sorted entries begin .. end - 1, ROWS at a time."""
     total = tl.zeros([BLOCK], tl.float32)
-    for at in range(first, end, ROWS):
+    for at in range(begin, end, ROWS):
         entry = at + tl.arange(0, ROWS)
         row = tl.load(order_ptr + entry, mask=entry < end, other=0)
         place = row[:, None] * row_stride + tl.cast(column, tl.int64)[None, :] * column_stride
         total += tl.sum(tl.load(gradient_ptr + place, mask=(entry < end)[:, None] & inside[None, :], other=0.0), 0)
+    return total
+
+
+@triton.jit(do_not_specialize=VARYING)
+def part_kernel(
+    ids_ptr, order_ptr, gradient_ptr, part_ptr, row_stride, column_stride, count, WIDTH: tl.constexpr,
+    PART: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of a part of the sorted entries but the first one: the sum of those that belong to the last id before it."""
+    begin = (tl.program_id(0) + 1) * PART
+    lane = begin + tl.arange(0, PART)
+    is_same = tl.load(ids_ptr + lane, mask=lane < count, other=-1) == tl.load(ids_ptr + begin - 1)
+    end = begin + tl.sum((is_same & (lane < count)).to(tl.int32), 0)
+    if end == begin:
+        return
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    total = _gradients(order_ptr, gradient_ptr, row_stride, column_stride, begin, end, column, inside, ROWS, BLOCK)
+    tl.store(part_ptr + tl.cast(tl.program_id(0), tl.int64) * WIDTH + column, total, mask=inside)
+
+
+@triton.jit
+def reduce_kernel(
+    start_ptr, order_ptr, gradient_ptr, part_ptr, sum_ptr, row_stride, column_stride, WIDTH: tl.constexpr,
+    PART: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One group of equal ids: its gradients in the part where it begins, and the sums of the parts it goes on in.
+
+    In the order of the batch, ROWS at a time; an empty group gives 0.
+    """
+    group = tl.program_id(0)
+    first, end = tl.load(start_ptr + group), tl.load(start_ptr + group + 1)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    near = tl.minimum(end, (first // PART + 1) * PART)
+    total = _gradients(order_ptr, gradient_ptr, row_stride, column_stride, first, near, column, inside, ROWS, BLOCK)
+    last_part = (end - 1) // PART
+    for at in range(first // PART, last_part, ROWS):
+        part = at + tl.arange(0, ROWS)
+        place = part[:, None] * WIDTH + column[None, :]
+        total += tl.sum(tl.load(part_ptr + place, mask=(part < last_part)[:, None] & inside[None, :], other=0.0), 0)
     tl.store(sum_ptr + tl.cast(group, tl.int64) * WIDTH + column, total, mask=inside)
 
 
