@@ -106,7 +106,7 @@ def bench_multitask_step_gpu(gpu_contest: Contest, batch: int) -> None:
     rival = without_initialisation(lambda: PaddedMultitask(config, sizes, FEATURES, OUTPUTS)).load_from(model)
     batches = [random_batch(random_lengths(batch, seed), sizes, FEATURES, OUTPUTS) for seed in range(4)]
     padded = [moved(pad_views(part, config.history_length)) for part in batches]
-    packed = [moved(part) for part in batches]
+    packed = [part.to(DEVICE) for part in batches]
     model, rival = model.to(DEVICE), rival.to(DEVICE)
     steps = []
     for module, loss, parts in (

@@ -15,6 +15,7 @@ from support.small_models import (
     NUM_FEATURES,
     pick_views,
     small_contrastive,
+    step_without_values,
     untouched_parameters,
     whole_batch,
 )
@@ -179,3 +180,10 @@ def test_missing_parts_of_a_batch_are_named(store: EventStore) -> None:
         model(ViewBatch(features=batch.features))
     with pytest.raises(ValueError, match="give the loader a future_length"):
         model.loss(replace(batch, future=None))
+
+
+@pytest.mark.parametrize("next_event_weight", [0.0, 0.5])
+def test_no_step_waits_for_a_gpu(next_event_weight: float, store: EventStore) -> None:
+    probes = {"churn": 1}
+    model = small_contrastive(store, next_event_weight=next_event_weight, num_wide=NUM_FEATURES, probes=probes)
+    step_without_values(model, whole_batch(store))

@@ -7,9 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 from support.shops import EMPTY_CLIENT
-from support.small_models import outputs_of, pick_views, small_multitask, untouched_parameters, whole_batch
+from support.small_models import (
+    outputs_of,
+    pick_views,
+    small_multitask,
+    step_without_values,
+    untouched_parameters,
+    whole_batch,
+)
 from torch.nn import functional
 
+from ubp_fast.models.layers.encoder import SequenceEncoder
 from ubp_fast.models.multitask import MULTITASK_LABELS, masked_bce
 from ubp_fast.store.event_store import EventStore
 
@@ -97,3 +105,16 @@ def test_gradients_reach_all_parameters(shop: str, num_wide: int, request: pytes
     assert ("add" in batch.labels) == (shop == "store")
     sum(model.loss(batch).values()).backward()
     assert not untouched_parameters(model)
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean", "lstm"])
+def test_no_step_waits_for_a_gpu(pooling: str, store: EventStore) -> None:
+    batch = whole_batch(store)
+    model = small_multitask(store, outputs_of(batch.labels))
+    config = replace(model.config.encoder, pooling=pooling)
+    model.encoder = SequenceEncoder(model.config.events.width, config)
+    step_without_values(model, batch)
+    bare = batch.to("meta")
+    bare = replace(bare, history=replace(bare.history, counted=None))
+    with pytest.raises((NotImplementedError, RuntimeError), match=r"meta|Meta"):
+        model.loss(bare)

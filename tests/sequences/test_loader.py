@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ubp_fast.store.build import build_store
 from ubp_fast.store.event_store import EventStore
 
 CUTOFF_S = END_S - 28 * DAY_S
-TENSORS = [item.name for item in fields(SequenceBatch) if item.name != "shared"]
+TENSORS = [item.name for item in fields(SequenceBatch) if item.name not in ("shared", "counted")]
 LISTS = {
     "propensity_sku": (np.array([33, 4, 999, 0]), np.ones(4)),
     "propensity_category": (np.array([9, 7]), np.ones(2)),
@@ -317,3 +317,19 @@ def test_unknown_ids_have_no_label(store: EventStore) -> None:
 def test_windows_beyond_the_store_are_refused(store: EventStore) -> None:
     with pytest.raises(ValueError, match="use an earlier cutoff"):
         window_labels(store, views_at(store, [END_S - 1]), LISTS)
+
+
+def test_counts_come_along_to_a_device(store: EventStore) -> None:
+    views = views_at(store, [CUTOFF_S])
+    (batch,) = ViewLoader(store, views, batch_size=1000, history_length=64, future_length=9)
+    for part in (batch.history, batch.future):
+        lengths, kinds = part.lengths().tolist(), part.kind.tolist()
+        wanted = [kinds.count(1 + EVENT_KINDS.index(name)) for name in ("page_visit", "search_query")]
+        active = tuple(sum(length > at for length in lengths) for at in range(max(lengths)))
+        assert part.counts == (*wanted, active) and part.counts.with_events == sum(length > 0 for length in lengths)
+        assert part.counted is None
+    moved = batch.to("meta")
+    assert (moved.history.counts, moved.future.counts) == (batch.history.counts, batch.future.counts)
+    assert batch.to("cpu").history.counted is None
+    nothing = replace(batch.history, kind=batch.history.kind[:0], cu_seqlens=torch.zeros(3, dtype=torch.int32))
+    assert nothing.counts == (0, 0, ()) and nothing.counts.with_events == 0

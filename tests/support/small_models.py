@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from ubp_fast.models.layers.event_embedding import ConcatenatedEventConfig, Even
 from ubp_fast.models.layers.ple import PLEConfig
 from ubp_fast.models.multitask import MultitaskConfig, MultitaskModel
 from ubp_fast.models.training import initialise
+from ubp_fast.optim import clip_gradient_norm
 from ubp_fast.sequences import SequenceBatch, ViewBatch, ViewLoader, views_at, window_labels
 from ubp_fast.store.event_store import EventStore
 
@@ -109,6 +112,15 @@ def pick_views(batch: ViewBatch, order: list[int]) -> ViewBatch:
         features=batch.features[order],
         labels={name: label[order] for name, label in batch.labels.items()},
     )
+
+
+def step_without_values(model: ContrastiveModel | MultitaskModel, batch: ViewBatch) -> None:
+    """A training step on the meta device, which has shapes and no values: what would wait for a GPU raises."""
+    model, parts = model.to("meta").train(), batch.to("meta")
+    with mock.patch("torch.autocast", return_value=nullcontext()):  # which knows no such device
+        sum(model.loss(parts).values()).backward()
+        clip_gradient_norm(model.parameters(), 1.0)
+    assert all(part.grad is not None for part in model.parameters())
 
 
 def untouched_parameters(model: nn.Module) -> list[str]:

@@ -70,7 +70,7 @@ def number(op: str, argument: str, value: Any) -> float:
 def to_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the dtype that autocast asks for; by its rule float64 and what is not floating stay."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):  # which knows no such device
         return tensors
     wanted = torch.get_autocast_dtype(device)
     kept = (wanted, torch.float64)

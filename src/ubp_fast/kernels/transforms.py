@@ -89,7 +89,7 @@ def _is_unwatched(arguments: Sequence[Any]) -> bool:
     is_differentiating = torch.is_grad_enabled()
     for part in arguments:
         if isinstance(part, Tensor) and (
-            type(part) is not Tensor or part.is_neg() or (is_differentiating and part.requires_grad)
+            type(part) is not Tensor or part.is_neg() or part.is_meta or (is_differentiating and part.requires_grad)
         ):
             return False
     return True

@@ -30,7 +30,7 @@ from ubp_fast.models.layers.encoder import EncoderConfig, SequenceEncoder
 from ubp_fast.models.layers.event_embedding import EventSizes, ProjectedEventConfig, ProjectedEventEmbedding
 from ubp_fast.models.layers.linear import Linear
 from ubp_fast.models.layers.shared_mean import mean_of_views
-from ubp_fast.sequences.batch import SequenceBatch, ViewBatch
+from ubp_fast.sequences.batch import SequenceBatch, ViewBatch, places
 
 # What the winner's probes tell, see `window_labels`.
 PROBE_LABELS = ("churn", "buy_category", "buy_sku")
@@ -223,15 +223,16 @@ def rows_with_successor(batch: SequenceBatch, limit: int) -> Tensor:
     """
     is_last = torch.zeros(batch.num_tokens + 1, dtype=torch.bool, device=batch.kind.device)
     is_last[batch.cu_seqlens.long()] = True
-    rows = (~is_last[1:]).nonzero()[:, 0]
+    rows = places(~is_last[1:], batch.num_tokens - batch.counts.with_events)
     first, total = 0, len(rows)
     if batch.shared is not None:
         first = batch.shared.first_event - batch.shared.first_sequence
         total = batch.shared.events - batch.shared.sequences
     if total <= limit:
         return rows
-    chosen = torch.arange(limit, device=rows.device) * total // limit - first
-    return rows[chosen[(chosen >= 0) & (chosen < len(rows))]]
+    # Numbers i * total // limit of those that lie here.
+    begin, end = (-(-at * limit // total) for at in (first, first + len(rows)))
+    return rows[torch.arange(begin, end, device=rows.device) * total // limit - first]
 
 
 def content_ids(batch: SequenceBatch) -> Tensor:

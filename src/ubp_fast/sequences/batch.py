@@ -8,13 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ubp_fast.events.schema import EVENT_KINDS
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+VISIT, SEARCH = (1 + EVENT_KINDS.index(kind) for kind in ("page_visit", "search_query"))
 
 
 class Place(NamedTuple):
@@ -33,6 +38,31 @@ class Place(NamedTuple):
     sequences: int
 
 
+def places(is_chosen: Tensor, count: int) -> Tensor:
+    """Where a bool tensor [n] is True, `count` times: int64 ascending. Nothing waits for a GPU."""
+    found = is_chosen.nonzero() if is_chosen.device.type == "cpu" else torch.nonzero_static(is_chosen, size=count)
+    return found[:, 0]
+
+
+class Counts(NamedTuple):
+    """What shapes of a step follow from.
+
+    Attributes:
+        visits: events that are visits.
+        searches: events that are searches.
+        active: for each t how many sequences have more than t events; as many numbers as the longest has events.
+    """
+
+    visits: int
+    searches: int
+    active: tuple[int, ...]
+
+    @property
+    def with_events(self) -> int:
+        """Sequences that have events."""
+        return self.active[0] if self.active else 0
+
+
 @dataclass(frozen=True)
 class SequenceBatch:
     """Packed events of B views. All tensors int64 but `cu_seqlens` (int32).
@@ -49,6 +79,7 @@ class SequenceBatch:
         cutoff_s: [B] the moment from which the view looks back (history) or ahead (future).
         client: [B] the client's row in the store.
         shared: where the events lie in a step that several processes share; None: all of it is here.
+        counted: its `counts`, where a batch on a GPU has brought them along.
     """
 
     kind: Tensor
@@ -62,6 +93,7 @@ class SequenceBatch:
     cutoff_s: Tensor
     client: Tensor
     shared: Place | None = None
+    counted: Counts | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -77,6 +109,16 @@ class SequenceBatch:
     def first_rows(self) -> tuple[int, int]:
         """Numbers of the first event and of the first sequence that has events, in the step."""
         return (0, 0) if self.shared is None else self.shared[:2]
+
+    @cached_property
+    def counts(self) -> Counts:
+        """Those that came along, or counted: on a GPU that waits for everything launched before."""
+        if self.counted is not None:
+            return self.counted
+        lengths = self.lengths()
+        ended = torch.bincount(lengths).cumsum(0)[:-1]  # after t events
+        visits, searches = (int((self.kind == kind).sum()) for kind in (VISIT, SEARCH))
+        return Counts(visits, searches, tuple((len(lengths) - ended).tolist()))
 
     def lengths(self) -> Tensor:
         """Events per view, int64 [B]."""
@@ -97,7 +139,7 @@ class SequenceBatch:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> SequenceBatch:
         """The batch with what `function` makes of every tensor."""
-        names = (item.name for item in fields(self) if item.name != "shared")
+        names = (item.name for item in fields(self) if item.name not in ("shared", "counted"))
         changed: dict[str, Any] = {name: function(getattr(self, name)) for name in names}
         return replace(self, **changed)
 
@@ -148,6 +190,16 @@ class ViewBatch:
         )
 
     def to(self, device: torch.device | str) -> ViewBatch:
-        """The same batch with every tensor on `device`; a GPU takes pinned tensors while the caller goes on."""
-        is_cuda = torch.device(device).type == "cuda"
-        return self.map(lambda tensor: tensor.to(device, non_blocking=is_cuda))
+        """The same batch with every tensor on `device`; a GPU takes pinned tensors while the caller goes on.
+
+        What shapes follow from is counted before: no model then waits for the device.
+        """
+        target = torch.device(device)
+        batch = self
+        if target.type != "cpu":
+            batch = replace(self, history=_counted(self.history), future=_counted(self.future))
+        return batch.map(lambda tensor: tensor.to(target, non_blocking=target.type == "cuda"))
+
+
+def _counted(part: SequenceBatch | None) -> SequenceBatch | None:
+    return None if part is None else replace(part, counted=part.counts)

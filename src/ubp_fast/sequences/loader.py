@@ -17,7 +17,7 @@ from ubp_fast.events.labels import LabelMatrix
 from ubp_fast.events.schema import EVENT_KINDS, NUM_CODES, LabelLists
 from ubp_fast.events.split import DAY_S
 from ubp_fast.features.scaling import Rows
-from ubp_fast.sequences.batch import Place, SequenceBatch, ViewBatch
+from ubp_fast.sequences.batch import SEARCH, VISIT, Place, SequenceBatch, ViewBatch
 from ubp_fast.sequences.sampling import Views, epoch_order, rows_at, token_rows
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 # Views whose events and features a digest looks at.
 LOOKED_AT = 1024
-VISIT, SEARCH = (1 + EVENT_KINDS.index(kind) for kind in ("page_visit", "search_query"))
 
 
 class DenseRows(Protocol):

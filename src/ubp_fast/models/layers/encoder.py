@@ -29,7 +29,7 @@ from ubp_fast.kernels.flash_attention.api import MAX_WIDTH
 from ubp_fast.models.layers.dropout import dropout
 from ubp_fast.models.layers.last_state import LastStatePooling
 from ubp_fast.models.layers.linear import Linear, linear
-from ubp_fast.sequences.batch import SequenceBatch
+from ubp_fast.sequences.batch import SequenceBatch, places
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": functional.gelu, "relu": functional.relu}
 
@@ -150,7 +150,7 @@ def _padded_attention(query: Tensor, key: Tensor, value: Tensor, cu_query: Tenso
     """Attention of packed rows [T, H, D] inside each sequence, by PyTorch on padded ones: [T, H, D]."""
     if not len(key):
         return query
-    query_place, keys = _places(cu_query), _places(cu_key)
+    query_place, keys = _places(cu_query, len(query)), _places(cu_key, len(key))
     query = _padded(query, query_place, len(cu_query) - 1)
     key, value = (_padded(rows, keys, len(cu_key) - 1) for rows in (key, value))
     position = torch.arange(key.shape[2], device=key.device)
@@ -160,10 +160,10 @@ def _padded_attention(query: Tensor, key: Tensor, value: Tensor, cu_query: Tenso
     return mixed.transpose(1, 2)[query_place]
 
 
-def _places(cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+def _places(cu_seqlens: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """Sequence and position of every packed row, two int64 [T]."""
-    sequence = torch.repeat_interleave(cu_seqlens.diff().long())
-    return sequence, torch.arange(len(sequence), device=cu_seqlens.device) - cu_seqlens.long()[sequence]
+    sequence = torch.repeat_interleave(cu_seqlens.diff().long(), output_size=rows)
+    return sequence, torch.arange(rows, device=cu_seqlens.device) - cu_seqlens.long()[sequence]
 
 
 def _padded(rows: Tensor, places: tuple[Tensor, Tensor], num_sequences: int) -> Tensor:
@@ -176,7 +176,8 @@ def _padded(rows: Tensor, places: tuple[Tensor, Tensor], num_sequences: int) -> 
 def pool_mean(rows: Tensor, batch: SequenceBatch) -> Tensor:
     """Mean of each sequence's rows, float32 [B, d]; zeros for empty sequences."""
     lengths = batch.lengths()
-    sums = torch.segment_reduce(rows.float(), "sum", lengths=lengths, axis=0, initial=0.0)
+    # Unless it is "unsafe", it looks at the lengths.
+    sums = torch.segment_reduce(rows.float(), "sum", lengths=lengths, axis=0, initial=0.0, unsafe=True)
     return sums / lengths.clamp(min=1)[:, None]
 
 
@@ -240,13 +241,16 @@ class SequenceEncoder(nn.Module):
 
     def _with_empty(self, pooled: Tensor, has_events: Tensor) -> Tensor:
         """Rows of `pooled` for the sequences that have events, the empty vector for the others."""
-        return self.empty.expand(len(has_events), -1).masked_scatter(has_events[:, None], pooled)
+        place = (has_events.cumsum(0) - 1).clamp(min=0)
+        pooled = functional.pad(pooled, (0, 0, 0, 1)).index_select(0, place)  # one row at least
+        return torch.where(has_events[:, None], pooled, self.empty)
 
 
 def _last_rows(batch: SequenceBatch) -> tuple[Tensor, Tensor]:
     """Which sequences have events, bool [B], and the last row of each of these, int64 [n]."""
     has_events = batch.lengths() > 0
-    return has_events, batch.cu_seqlens[1:].long()[has_events] - 1
+    with_events = places(has_events, batch.counts.with_events)
+    return has_events, batch.cu_seqlens[1:].long()[with_events] - 1
 
 
 def sinusoidal_positions(steps_to_end: Tensor, width: int, max_length: int) -> Tensor:

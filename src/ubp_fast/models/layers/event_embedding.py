@@ -20,7 +20,7 @@ from ubp_fast.events.schema import EVENT_KINDS
 from ubp_fast.events.split import DAY_S
 from ubp_fast.models.layers.linear import Linear
 from ubp_fast.optim import RowSparseEmbedding
-from ubp_fast.sequences.batch import SequenceBatch
+from ubp_fast.sequences.batch import SEARCH, VISIT, SequenceBatch, places
 
 if TYPE_CHECKING:
     from ubp_fast.store.event_store import EventStore
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 TableDtype = Literal["float32", "bfloat16"]
 
 _NUM_CODE_VALUES = 256
-_VISIT = 1 + EVENT_KINDS.index("page_visit")
-_SEARCH = 1 + EVENT_KINDS.index("search_query")
 
 
 class EventSizes(NamedTuple):
@@ -98,9 +96,10 @@ def _large_table(rows: int, width: int, dtype: TableDtype) -> RowSparseEmbedding
 
 def _by_content(batch: SequenceBatch) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of product events, of visits and of searches, three int64."""
-    is_visit, is_search = batch.kind == _VISIT, batch.kind == _SEARCH
-    rows = (~(is_visit | is_search), is_visit, is_search)
-    return rows[0].nonzero()[:, 0], rows[1].nonzero()[:, 0], rows[2].nonzero()[:, 0]
+    is_visit, is_search = batch.kind == VISIT, batch.kind == SEARCH
+    visits, searches, _ = batch.counts
+    items = places(~(is_visit | is_search), batch.num_tokens - visits - searches)
+    return items, places(is_visit, visits), places(is_search, searches)
 
 
 def _interleave(parts: list[Tensor], rows: list[Tensor]) -> Tensor:

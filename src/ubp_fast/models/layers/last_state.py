@@ -44,24 +44,26 @@ class LastStatePooling(nn.Module):
         position = lengths[segments] - 1 - batch.steps_to_end()
         # Time-major order: all first events, longest sequence first, then all second events, ...
         order = (position * len(lengths) + rank[segments]).argsort()
-        active = torch.bincount(position).cpu()
+        active = batch.counts.active
         # An LSTM sums over hundreds of steps, which bfloat16 does not survive; what enters each step does.
         if rows.device.type in self.own_on:
             inputs = linear(rows[order], self.cell.weight_ih, self.cell.bias_ih + self.cell.bias_hh).float()
             with torch.autocast(rows.device.type, enabled=False):
-                states = _LastStates.apply(inputs, self.cell.weight_hh, active.tolist())
+                states = _LastStates.apply(inputs, self.cell.weight_hh, active)
         else:
             with torch.autocast(rows.device.type, enabled=False):
                 states = self._of_library(rows[order].float(), active)
         return functional.pad(states, (0, 0, 0, len(lengths) - len(states)))[rank]
 
-    def _of_library(self, rows: Tensor, active: Tensor) -> Tensor:
-        """Rows float32 [T, width] time-major and how many each step has, int64 on the CPU, -> [n_0, width]."""
-        start = rows.new_zeros(1, int(active[0]), rows.shape[1])
+    def _of_library(self, rows: Tensor, active: tuple[int, ...]) -> Tensor:
+        """Rows float32 [T, width] time-major and how many each step has -> [n_0, width]."""
+        start = rows.new_zeros(1, active[0], rows.shape[1])
         weights = [self.cell.weight_ih, self.cell.weight_hh, self.cell.bias_ih, self.cell.bias_hh]
         with warnings.catch_warnings():  # the weights lie apart: cuDNN copies them, two matrices of the width
             warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
-            _, states, _ = torch._VF.lstm(rows, active, (start, start), weights, True, 1, 0.0, self.training, False)
+            _, states, _ = torch._VF.lstm(
+                rows, torch.tensor(active), (start, start), weights, True, 1, 0.0, self.training, False
+            )
         return states[0]
 
 
@@ -69,7 +71,7 @@ class _LastStates(torch.autograd.Function):
     """inputs [T, 4 * width] time-major, V [4 * width, width], n_t that never grow -> [n_0, width], longest first."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: Tensor, active: list[int]) -> Tensor:
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, active: tuple[int, ...]) -> Tensor:
         gates = inputs.clone()
         states, memories, squashed = (inputs.new_empty(len(inputs), weight.shape[1]) for _ in range(3))
         last = inputs.new_zeros(active[0], weight.shape[1])
