@@ -106,6 +106,20 @@ def attention_work(lengths: Sequence[int], heads: int, width: int, kind: str = "
     return found
 
 
+def five_products(lengths: Sequence[int], heads: int, width: int) -> Work:
+    """What "dq" and "dkv" do, by one kernel in the tiles of "dkv": it computes scores once and passes dq on.
+
+    Each tile of keys reads and writes the float32 dq of all queries that see it, one after the other: so sums keep
+    their order, and the same bits come out of every run.
+    """
+    mean, rows = sum(lengths) / len(lengths), sum(lengths)
+    m, n, *_ = tile_table.choose(attention.TABLE, SM_90, "dkv", "plain", width, mean)
+    places = sum(math.ceil(length / m) * m * math.ceil(length / n) * n for length in lengths)
+    moved = heads * rows * (8 * width * ITEM + 4 * width + 4 * 2)
+    passing = heads * places / n * (2 * width * ITEM + 2 * 4 * width)
+    return Work(heads * 5 * 2 * places * width, moved, moved + passing)
+
+
 def attention_least(lengths: Sequence[int], heads: int, width: int) -> Work:
     """Seven products of real pairs; every tensor read or written once by forward and once by backward."""
     pairs, rows = sum(length**2 for length in lengths), sum(lengths)
@@ -196,6 +210,8 @@ def main() -> int:
         found = attention_work(case, 4, width)
         _print_work(f"{name}, H=4, D={width}", found, device)
         moved, least = total(found.values()).bytes, attention_least(case, 4, width)
+        if min(case) > 512:
+            _print_work(f"{name}, H=4, D={width}, five products", {"dq and dkv": five_products(case, 4, width)}, device)
         print(f"bytes: {moved / least.bytes:.2f} of the least; products of real pairs: {least.flop / 1e9:,.1f} GFLOP")
     for rows, width in ((65_536, 256), (65_536, 512), (1_048_576, 512)):
         _print_work(f"nt_xent {rows:,} x {width}", nt_xent_work(rows, width), device)

@@ -68,6 +68,17 @@ def test_wide_rows_of_nt_xent_take_four_products(rows: int, width: int, products
     assert count_gpu.total(count_gpu.nt_xent_work(rows, width).values()).flop == products * 2 * rows**2 * width
 
 
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("length", [512, 2048, 16_384])
+def test_five_products_of_long_sequences_are_no_faster(length: int, width: int) -> None:
+    """At best: what they spare the tensor cores, sums that pass through the L2 cache cost."""
+    found, device = count_gpu.attention_work([length] * 16, 4, width), count_gpu.Device()
+    seven = sum(found[name].seconds(device)[0] for name in ("dq", "dkv"))
+    five = count_gpu.five_products([length] * 16, 4, width)
+    assert five.flop * 7 == sum(found[name].flop for name in ("dq", "dkv")) * 5
+    assert five.seconds(device)[0] > 1.1 * seven
+
+
 def test_programs_of_a_multiprocessor() -> None:
     device = count_gpu.Device()
     for registers, shared, warps, held in (
