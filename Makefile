@@ -106,13 +106,13 @@ build/newest/installed: $(SOURCES)
 	  -C build-dir=build/newest/core -e ".[test]"
 	touch $@
 
-# GPU machines lag behind: the tiles must compile with the oldest Triton that is supported, too. `make test` compiles them
-# with the installed one.
+# GPU machines lag behind: the tiles must compile with the oldest Triton that is supported, too, and for sm_100. `make test`
+# compiles them with the installed one.
 OLDEST_TRITON := 3.6.0
 triton: $(INSTALLED)  ## all tiles of the Triton kernels compiled by the oldest Triton: no spill allowed
 	test -d build/triton-$(OLDEST_TRITON) || \
 	  $(BIN)/pip install --quiet --no-deps --target build/triton-$(OLDEST_TRITON) triton==$(OLDEST_TRITON)
-	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python tests/kernels/compile_triton.py
+	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python tests/kernels/compile_triton.py sm_100
 
 sanitize: $(INSTALLED)  ## fuzz of the compiled module under the address and undefined-behaviour sanitizers
 	cmake -S . -B build/sanitize -DCMAKE_BUILD_TYPE=Release -DUBP_SANITIZE=address,undefined \

@@ -160,3 +160,49 @@ def bench_packed_gpu(gpu_contest: Contest, users: int, longest: int, width: int)
             "flop": needed_flop(lengths, PACKED_HEADS, width, False),
         },
     )
+
+
+EXTRAS = {
+    "time_bias": {"buckets": 64},
+    "causal": {"causal": True},
+    "one head of keys": {"key_heads": 1},
+}
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def bench_packed_extras_gpu(gpu_contest: Contest, extra: str) -> None:
+    """What an option costs or spares: the rival is the same call without it, by the same kernels."""
+    width, chosen = 64, dict(EXTRAS[extra])
+    lengths = history_lengths(4096, 256)
+    tensors, offsets = packed(sum(lengths), PACKED_HEADS, width), cumulative(lengths).to(DEVICE)
+    key_heads, buckets = chosen.pop("key_heads", PACKED_HEADS), chosen.pop("buckets", 0)
+    if buckets:
+        chosen["time_bias"] = torch.randn(PACKED_HEADS, buckets, device=DEVICE, requires_grad=True)
+        # A year's events, those of each client in their order.
+        client = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+        ordered = (client * 2**25 + torch.randint(0, 365 * 86_400, (sum(lengths),))).sort().values
+        chosen["timestamp_s"] = (ordered % 2**25).to(DEVICE)
+    query, key, value = (part.detach().clone().requires_grad_() for part in tensors[:3])
+    leaves = [query, *(part[:, :key_heads].detach().clone().requires_grad_() for part in (key, value))]
+
+    def with_option() -> tuple[Tensor, ...]:
+        output = flash_attention(*leaves, offsets, backend="triton", **chosen)
+        wanted = [*leaves, chosen["time_bias"]] if buckets else leaves
+        return output.detach(), *torch.autograd.grad(output, wanted, tensors[3])
+
+    without = trained(lambda *sides: flash_attention(*sides, offsets, backend="triton"), tensors)
+    gpu_contest.run(
+        f"flash_attention triton packed bfloat16 4096 users, at most 256, D={width} f+b, {extra}",
+        with_option,
+        {"without": (without, None)},
+        lambda *_: None,  # another result; the tests compare it with the reference
+        seconds=1,
+        facts={
+            "dtype": "bfloat16",
+            "users": len(lengths),
+            "tokens": sum(lengths),
+            "heads": PACKED_HEADS,
+            "width": width,
+            "flop": needed_flop(lengths, PACKED_HEADS, width, False),
+        },
+    )

@@ -36,9 +36,10 @@ FILES = {
 # The chosen cases of the first command: every kernel, every flag, edges of tiles, the numbers that fail first.
 CHOSEN = {
     "attention": "(matches_reference and not float32 and (tile-edges-causal or heads3 or long-causal or wide-long"
-    " or cross-causal or peaked or everything or time-cross)) or every_level or changed or that_change",
-    "nt_xent": "(matches_reference and not float32 and (65-64 or 20-300)) or small_prob or near_zero",
-    "row_sparse": "same or refuse or matches",
+    " or cross-causal or peaked or everything or time-cross or packs-and-long or packs-options or shared-heads))"
+    " or every_level or changed or that_change or log_sum_exp",
+    "nt_xent": "(matches_reference and not float32 and (65-64 or 20-300)) or small_prob or near_zero or chunks_match",
+    "row_sparse": "same or refuse or matches or popular",
     "waits": "everything or contrastive or later or captured",
 }
 
@@ -359,7 +360,11 @@ STEPS = (
     Step("build", "first", 150, build_command, fixed_s=60),
     Step("smoke", "first", 90, _own("--smoke"), fixed_s=START_S + _serial(20)),
     Step(
-        "bench-packed", "first", 100, _bench(ATTENTION, "-k", "packed and 256"), fixed_s=START_S + _serial(12) + 8 * 2
+        "bench-packed",
+        "first",
+        100,
+        _bench(ATTENTION, "-k", "packed and (256 or extras)"),
+        fixed_s=START_S + _serial(20) + 7 * 2,
     ),
     Step(
         "bench-contrastive",
@@ -403,7 +408,7 @@ STEPS = (
         "bench-rest",
         "second",
         150,
-        _bench(ATTENTION, "-k", f"({REST_DENSE}) or (packed and not 256)"),
+        _bench(ATTENTION, "-k", f"({REST_DENSE}) or (packed and not 256 and not extras)"),
         flop=20 * _dense_flop((128, 1024, 4096, 16384), 2),
         fixed_s=START_S + _serial(60) + 48,
     ),

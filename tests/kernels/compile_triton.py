@@ -1,18 +1,20 @@
 """Compiles the Triton kernels with all tiles of the tables, for GPUs that need not be there.
 
 Run as a script, in a process of its own without TRITON_INTERPRET: prints a table of registers, spills, shared memory
-and instructions of the tensor cores; exits 1 where a kernel spills or misses them. `test_triton.py` runs it.
+and instructions of the tensor cores; exits 1 where a kernel spills or misses them. `test_triton.py` runs it for sm_80,
+sm_86 and sm_90; "sm_100" as an argument adds what these GPUs take.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ubp_fast.kernels import tiles as tile_table
 from ubp_fast.kernels.flash_attention import _triton as attention
 from ubp_fast.kernels.flash_attention import _triton_kernels as attention_kernels
 from ubp_fast.kernels.flash_attention import _triton_short_kernels as short_kernels
@@ -33,11 +36,14 @@ from ubp_fast.kernels.row_sparse import Adam, ScheduleFree
 from ubp_fast.kernels.row_sparse import _triton as row_sparse
 from ubp_fast.kernels.row_sparse import _triton_kernels as row_sparse_kernels
 
-CAPABILITIES = (80, 90)
-CAPABILITY = {"sm_80": 80, "sm_86": 86, "sm_90": 90}
+CAPABILITY = {"sm_80": 80, "sm_86": 86, "sm_90": 90, "sm_100": 100}
+# Names of the tables of tiles, those of older GPUs without their rows for what is in nobody's table.
+NAMES = {"sm_80": ("sm_80",), "sm_86": ("sm_86",), "sm_90": ("sm_90",), "sm_100": tile_table.SM_100}
+DEVICES = ("sm_80", "sm_86", "sm_90")
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-MOST_SHARED = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}  # that a block may have
+PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+MOST_SHARED = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # that a block may have
+UNITS = {"tcgen05.mma": "tcgen05", "wgmma.mma_async": "wgmma", "mma.sync": "mma"}
 
 
 class Build(NamedTuple):
@@ -79,26 +85,34 @@ def compiled(build: Build) -> Result:
         file.write(ptx)
         file.flush()
         arch = f"sm_{capability}{'a' * (capability >= 90)}"
-        call = [str(PTXAS), "-v", f"-arch={arch}", file.name, "-o", "/dev/null"]
+        call = [
+            str(PTXAS / ("ptxas-blackwell" if capability >= 100 else "ptxas")),
+            "-v",
+            f"-arch={arch}",
+            file.name,
+            "-o",
+            "/dev/null",
+        ]
         said = subprocess.run(call, capture_output=True, text=True, check=True).stderr
     registers, *_ = re.findall(r"Used (\d+) registers", said)
     spilled = sum(int(number) for number in re.findall(r"(\d+) bytes spill", said))
-    unit = "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else "-"
+    unit = next((name for instruction, name in UNITS.items() if instruction in ptx), "-")
     return Result(int(registers), spilled, kernel.metadata.shared, unit)
 
 
-def all_rows(table: Path) -> Iterator[tuple[str, str, str, int, int | None]]:
+def all_rows(table: Path, devices: Sequence[str]) -> Iterator[tuple[str, str, str, int, int | None]]:
     """(device, kernel, kind, width, length) of a table; cards that were tuned have run theirs."""
-    for device, names in json.loads(table.read_text(encoding="utf-8")).items():
-        for name, rows in names.items() if device in CAPABILITY else ():
-            for width, length, _ in rows:
-                yield (device, *name.split(), width, length)
+    known = json.loads(table.read_text(encoding="utf-8"))
+    for device in devices:
+        for kernel, kind in sorted({tuple(name.split()) for part in NAMES[device] for name in known.get(part, ())}):
+            for width, length, _ in tile_table.rows(table, NAMES[device], kernel, kind):
+                yield device, kernel, kind, int(width), None if math.isinf(length) else int(length)
 
 
-def attention_builds() -> Iterator[Build]:
+def attention_builds(devices: Sequence[str] = DEVICES) -> Iterator[Build]:
     """Every row of the table, with the options that take the most registers."""
     everything = {"left": 70, "right": 0, "buckets": 64, "dropout_p": 0.1}
-    for device, kernel, kind, width, length in all_rows(attention.TABLE):
+    for device, kernel, kind, width, length in all_rows(attention.TABLE, devices):
         dtype = torch.float32 if kind == "float32" else torch.bfloat16
         extras = {"right": 0} if kind == "plain" else everything
         if kind == "dropout":
@@ -106,7 +120,7 @@ def attention_builds() -> Iterator[Build]:
         width = 64 if dtype == torch.float32 else width  # wider float32 spills in dq
         yield attention_build(device, kernel, dtype, width, length or 1000, extras)
     offsets = {"cu_ptr": "*i32", "cu_key_ptr": "*i32", "pack_ptr": "*i32"}
-    for capability in CAPABILITIES:
+    for capability in _capabilities(devices):
         constants, options = {"IS_SELF": False, "BLOCK": 128}, {"num_warps": 1}
         yield Build("attention packs", capability, short_kernels.pack_kernel, offsets, constants, options, False)
 
@@ -130,11 +144,11 @@ def attention_build(
     tensors |= {"scale": "fp32", "keep_scale": "fp32", "threshold": "i64"}
     if kernel.startswith("short"):
         function = getattr(short_kernels, f"{kernel}_kernel")
-        chosen = attention.short_tiles(kernel, problem, length, (device,))
+        chosen = attention.short_tiles(kernel, problem, length, NAMES[device])
         assert chosen is not None
     else:
         function = getattr(attention_kernels, f"{'backward_' * (kernel != 'forward')}{kernel}_kernel")
-        chosen = attention.tiles(kernel, problem, length, (device,))
+        chosen = attention.tiles(kernel, problem, length, NAMES[device])
     constants = attention.constants(kernel, problem, chosen)
     options = {name: constants[name] for name in ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")}
     constants = {name: value for name, value in constants.items() if name.isupper()}
@@ -145,9 +159,9 @@ def attention_build(
     return Build(name, CAPABILITY[device], function, tensors, constants, options, dtype != torch.float32)
 
 
-def contrastive_builds() -> Iterator[Build]:
+def contrastive_builds(devices: Sequence[str] = DEVICES) -> Iterator[Build]:
     """Every row of the table."""
-    for device, kernel, kind, width, _ in all_rows(contrastive.TABLE):
+    for device, kernel, kind, width, _ in all_rows(contrastive.TABLE, devices):
         dtype = torch.float32 if kind == "float32" else torch.bfloat16
         yield contrastive_build(device, kernel, dtype, min(width, 512))
 
@@ -167,7 +181,7 @@ def contrastive_build(device: str, kernel: str, dtype: torch.dtype, width: int) 
         "weight_ptr": "*fp32",
         "slope_ptr": "*fp32",
     }
-    chosen = contrastive.tiles(kernel, dtype, width, (device,))
+    chosen = contrastive.tiles(kernel, dtype, width, NAMES[device])
     constants = contrastive.constants(f"{kernel}_kernel", problem, chosen)
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "maxnreg")}
     if kernel == "gradient":
@@ -179,7 +193,7 @@ def contrastive_build(device: str, kernel: str, dtype: torch.dtype, width: int) 
     return Build(name, CAPABILITY[device], function, tensors, constants, options, dtype != torch.float32)
 
 
-def chunk_builds() -> Iterator[Build]:
+def chunk_builds(devices: Sequence[str]) -> Iterator[Build]:
     """The kernels of nt_xent between the products of a BLAS."""
     rows, row = torch.empty(64, 512, dtype=torch.bfloat16, device="meta"), torch.empty(64, device="meta")
     facts = (row.bool(), row.bool(), row.long(), row.long(), row.long(), row.double(), row.double())
@@ -189,8 +203,9 @@ def chunk_builds() -> Iterator[Build]:
     tensors |= dict.fromkeys(("product_ptr", "weight_ptr"), "*fp32")
     tensors |= dict.fromkeys(("rows_ptr", "to_row_ptr", "to_column_ptr"), "*bf16")
     tensors |= {"group_ptr": "*i32", "ids_ptr": "*i64", "valid_ptr": "*i1"}
-    for capability in CAPABILITIES:
-        chosen = contrastive.of_chunks(contrastive.tiles("statistics", torch.bfloat16, 512, (f"sm_{capability}",)))
+    for capability in _capabilities(devices):
+        names = NAMES[f"sm_{capability}"]
+        chosen = contrastive.of_chunks(contrastive.tiles("statistics", torch.bfloat16, 512, names))
         statistics = contrastive.constants("statistics_kernel", problem, chosen) | {"HAS_PRODUCTS": True}
         for name, constants in (("statistics", statistics), ("pull", contrastive.pull_options(problem))):
             options = {
@@ -200,7 +215,7 @@ def chunk_builds() -> Iterator[Build]:
             yield Build(f"nt_xent {name} of a chunk bf16", capability, function, tensors, constants, options, False)
 
 
-def pair_builds() -> Iterator[Build]:
+def pair_builds(devices: Sequence[str]) -> Iterator[Build]:
     """The kernels of nt_xent that own a pair each; half of them of normalised rows."""
     item, row = torch.bfloat16, torch.empty(64, device="meta")
     rows = torch.empty(64, 512, dtype=item, device="meta")
@@ -209,7 +224,7 @@ def pair_builds() -> Iterator[Build]:
         ("left_ptr", "right_ptr", "rows_ptr", "grad_left_ptr", "grad_right_ptr"), f"*{TYPES[item]}"
     )
     tensors |= {"slope_ptr": "*fp32", "valid_ptr": "*i1"}
-    for is_normalized, capability in zip((True, False), CAPABILITIES, strict=True):
+    for is_normalized, capability in zip(itertools.cycle((True, False)), _capabilities(devices), strict=False):
         problem = ContrastiveProblem(rows, rows, None, row, "simclr", *[None] * 7, is_normalized)
         for kernel in ("prepare", "finish"):
             constants = contrastive.row_options(problem, is_pair=True, has_valid=True)
@@ -218,7 +233,7 @@ def pair_builds() -> Iterator[Build]:
             yield Build(f"nt_xent {kernel} bf16 E=512", capability, function, tensors, constants, options, False)
 
 
-def row_sparse_builds() -> Iterator[Build]:
+def row_sparse_builds(devices: Sequence[str]) -> Iterator[Build]:
     tensors = dict.fromkeys(("weight_ptr", "state_ptr", "gradient_ptr", "out_ptr", "part_ptr", "sum_ptr"), "*fp32")
     tensors |= dict.fromkeys(("slot_ptr", "last_ptr", "fault_ptr", "fresh_ptr"), "*i32")
     tensors |= dict.fromkeys(("kept_ptr", "history_ptr"), "*fp64")
@@ -250,10 +265,15 @@ def row_sparse_builds() -> Iterator[Build]:
         steps = row_sparse._blocks(table, rule)
         kernels += [("gather", name, steps), ("catch_up", name, steps)]
         kernels += [("update", name, steps | {"IS_ADAPTIVE": True, "HAS_COUNT": True})]
-    for (kernel, rule_name, constants), capability in itertools.product(kernels, CAPABILITIES):
+    for (kernel, rule_name, constants), capability in itertools.product(kernels, _capabilities(devices)):
         function = getattr(row_sparse_kernels, f"{kernel}_kernel")
         constants = {name: value for name, value in constants.items() if name in function.arg_names}
         yield Build(f"row_sparse {kernel} {rule_name} D=384", capability, function, tensors, constants, options, False)
+
+
+def _capabilities(devices: Sequence[str]) -> list[int]:
+    """For kernels without a table, which sm_86 takes as sm_80 has them."""
+    return [CAPABILITY[device] for device in devices if device != "sm_86"]
 
 
 COLUMNS = ("arch", "warps", "regs", "spill", "shared", "dot")
@@ -262,19 +282,21 @@ COLUMNS = ("arch", "warps", "regs", "spill", "shared", "dot")
 BUILDS = (attention_builds, contrastive_builds, chunk_builds, pair_builds, row_sparse_builds)
 
 
-def check(place: tuple[int, int]) -> tuple[str, bool]:
-    """The table's line of a build, by its maker and number in BUILDS, and whether it is as it should be."""
-    build = list(BUILDS[place[0]]())[place[1]]
+def check(place: tuple[tuple[str, ...], int, int]) -> tuple[str, bool]:
+    """The table's line of a build, by devices, its maker and its number, and whether it is as it should be."""
+    devices, maker, number = place
+    build = list(BUILDS[maker](devices))[number]
     found = compiled(build)
     is_wrong = found.spilled_bytes > 0 or found.shared_bytes > MOST_SHARED[build.capability]
     is_wrong |= build.uses_tensor_cores and found.tensor_core == "-"
     cells = (f"sm_{build.capability}", build.options["num_warps"], *found, "WRONG" if is_wrong else "")
-    return " ".join([f"{build.name:75}", *(f"{cell!s:>6}" for cell in cells)]), not is_wrong
+    return " ".join([f"{build.name:75}", *(f"{cell!s:>7}" for cell in cells)]), not is_wrong
 
 
-def main() -> int:
-    print(f"triton {triton.__version__}\n{'kernel':75}", *(f"{name:>6}" for name in COLUMNS))
-    places = [(maker, at) for maker, builds in enumerate(BUILDS) for at in range(len(list(builds())))]
+def main(more: Sequence[str]) -> int:
+    devices = (*DEVICES, *more)
+    print(f"triton {triton.__version__}\n{'kernel':75}", *(f"{name:>7}" for name in COLUMNS))
+    places = [(devices, maker, at) for maker, made in enumerate(BUILDS) for at in range(len(list(made(devices))))]
     with ProcessPoolExecutor() as pool:
         is_right = []
         for line, is_ok in pool.map(check, places):
@@ -284,4 +306,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -20,7 +20,8 @@ import torch
 
 # Architectures whose blocks have 163 KB of shared memory, or products of warp groups; all others have 100 KB and take
 # what they cannot run otherwise from "sm_86".
-LARGE = {(8, 0): "sm_80", (8, 7): "sm_80", (9, 0): "sm_90", (10, 0): "sm_90", (10, 3): "sm_90"}
+SM_100 = ("sm_100", "sm_90")
+LARGE = {(8, 0): ("sm_80",), (8, 7): ("sm_80",), (9, 0): ("sm_90",), (10, 0): SM_100, (10, 3): SM_100}
 
 
 @functools.cache
@@ -33,7 +34,7 @@ def device_names(device: torch.device) -> tuple[str, ...]:
 
 def architecture(capability: tuple[int, int]) -> tuple[str, ...]:
     """The tables' names for a compute capability, the closest first."""
-    return (LARGE[capability],) if capability in LARGE else ("sm_86", "sm_80")
+    return LARGE.get(capability, ("sm_86", "sm_80"))
 
 
 @functools.cache
