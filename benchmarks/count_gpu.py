@@ -24,6 +24,9 @@ from ubp_fast.kernels.nt_xent import _triton as contrastive
 
 ITEM = 2  # bytes of a 16-bit number
 SM_90 = ("sm_90",)
+# Bytes and instructions for each pair of a pack with a time_bias: its bucket, the number that belongs to it; in
+# backward also its place in the order of the buckets, to change places and to add up (ptxas, sm_90).
+PAIRS = {"short_forward": (1, 4), "short_backward": (3, 13)}
 
 
 class Device(NamedTuple):
@@ -32,6 +35,7 @@ class Device(NamedTuple):
     flop_per_s: float = 989e12  # bfloat16, dense
     bytes_per_s: float = 3.35e12
     l2_bytes_per_s: float = 5.5e12
+    instructions_per_s: float = 132 * 128 * 1.755e9  # of single lanes
     registers: int = 65_536
     shared_bytes: int = 233_472
     warps: int = 64
@@ -45,24 +49,27 @@ class Work(NamedTuple):
         bytes: from and to memory, each tensor once per launch.
         tile_bytes: what tiles load and store, most of it again and again, from the L2 cache.
         launches: kernels launched.
+        instructions: of single lanes for the buckets of a time_bias; others are not counted.
     """
 
     flop: float
     bytes: float
     tile_bytes: float
     launches: int = 1
+    instructions: float = 0.0
 
     def seconds(self, device: Device) -> tuple[float, float]:
         """At best, and apart."""
         products, copies = self.flop / device.flop_per_s, self.bytes / device.bytes_per_s
         copies = max(copies, self.tile_bytes / device.l2_bytes_per_s)
-        return max(products, copies), 2 * products + copies
+        sums = self.instructions / device.instructions_per_s
+        return max(products, copies, sums), 2 * products + copies + sums
 
 
 def total(parts: Iterable[Work]) -> Work:
     """Of several kernels, one after the other."""
-    flop, moved, loaded, launches = (sum(numbers) for numbers in zip(*parts, strict=True))
-    return Work(flop, moved, loaded, int(launches))
+    flop, moved, loaded, launches, instructions = (sum(numbers) for numbers in zip(*parts, strict=True))
+    return Work(flop, moved, loaded, int(launches), instructions)
 
 
 def packs_of(lengths: Sequence[int], block: int) -> list[list[int]]:
@@ -80,7 +87,10 @@ def packs_of(lengths: Sequence[int], block: int) -> list[list[int]]:
 
 
 def attention_work(lengths: Sequence[int], heads: int, width: int, kind: str = "plain") -> dict[str, Work]:
-    """Each kernel of forward and backward, self attention without a mask, 16 bits, on a device like sm_90."""
+    """Each kernel of forward and backward, self attention without a mask, 16 bits, on a device like sm_90.
+
+    "options": with a time_bias, whose sums are counted in packs alone; long sequences take a round for each bucket.
+    """
     mean, rows = sum(lengths) / len(lengths), sum(lengths)
     found: dict[str, Work] = {}
     tensors = {"short_forward": 4, "short_backward": 8, "forward": 4, "dq": 6, "dkv": 6}
@@ -94,7 +104,11 @@ def attention_work(lengths: Sequence[int], heads: int, width: int, kind: str = "
         if block:
             packed = sum(map(sum, packs))
             moved = heads * packed * (tensors[short] * width * ITEM + 4 * numbers[short]) + 4 * packed
-            found[short] = Work(heads * len(packs) * products[short] * 2 * block**2 * width, moved, moved)
+            places = heads * len(packs) * block**2
+            of_pairs, instructions = PAIRS[short] if kind == "options" else (0, 0)
+            loaded = moved + places * of_pairs
+            moved += places / heads * of_pairs
+            found[short] = Work(places * products[short] * 2 * width, moved, loaded, 1, places * instructions)
         if rows > block:  # launched wherever shapes do not rule long ones out
             for name in longs:
                 m, n, *_ = tile_table.choose(attention.TABLE, SM_90, name, kind, width, max(mean, block + 1))

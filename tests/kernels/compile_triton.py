@@ -123,6 +123,10 @@ def attention_builds(devices: Sequence[str] = DEVICES) -> Iterator[Build]:
     for capability in _capabilities(devices):
         constants, options = {"IS_SELF": False, "BLOCK": 128}, {"num_warps": 1}
         yield Build("attention packs", capability, short_kernels.pack_kernel, offsets, constants, options, False)
+        tensors = offsets | dict.fromkeys(("sequence_ptr", "key_sequence_ptr"), "*i32") | {"bucket_ptr": "*u8"}
+        tensors |= dict.fromkeys(("time_ptr", "key_time_ptr"), "*i64")
+        constants, options = {"HAS_LEFT": True, "HAS_RIGHT": True, "BUCKETS": 64, "BLOCK": 64}, {"num_warps": 4}
+        yield Build("attention pairs", capability, short_kernels.pair_kernel, tensors, constants, options, False)
 
 
 def attention_build(
@@ -141,6 +145,7 @@ def attention_build(
     tensors |= dict.fromkeys(("lse_ptr", "delta_ptr", "bias_ptr", "dbias_ptr"), "*fp32")
     tensors |= dict.fromkeys(("time_ptr", "key_time_ptr", "seed_ptr"), "*i64")
     tensors |= dict.fromkeys(("cu_ptr", "cu_key_ptr", "pack_ptr", "sequence_ptr", "key_sequence_ptr"), "*i32")
+    tensors |= {"bucket_ptr": "*u8", "order_ptr": "*i16", "end_ptr": "*i16"}
     tensors |= {"scale": "fp32", "keep_scale": "fp32", "threshold": "i64"}
     if kernel.startswith("short"):
         function = getattr(short_kernels, f"{kernel}_kernel")
@@ -152,7 +157,11 @@ def attention_build(
     constants = attention.constants(kernel, problem, chosen)
     options = {name: constants[name] for name in ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")}
     constants = {name: value for name, value in constants.items() if name.isupper()}
-    absent = [] if bias is not None else ["bias_ptr", "time_ptr", "key_time_ptr", "dbias_ptr"]
+    absent = (
+        []
+        if bias is not None
+        else ["bias_ptr", "time_ptr", "key_time_ptr", "dbias_ptr", "bucket_ptr", "order_ptr", "end_ptr"]
+    )
     absent += [] if seed is not None else ["seed_ptr"]
     constants |= {name: None for name in absent if name in function.arg_names}
     name = f"attention {kernel} {item} D={width} {chosen.block_m}x{chosen.block_n} {'+'.join(extras)}"

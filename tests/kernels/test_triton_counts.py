@@ -69,6 +69,16 @@ def test_wide_rows_of_nt_xent_take_four_products(rows: int, width: int, products
 
 
 @pytest.mark.parametrize("width", [64, 128])
+def test_a_time_bias_costs_short_histories_little(width: int) -> None:
+    lengths, device = [length for length in count_gpu.mix(4096) if length <= 64], count_gpu.Device()
+    without, with_bias = (count_gpu.attention_work(lengths, 4, width, kind) for kind in ("plain", "options"))
+    for at in (0, 1):
+        times = [sum(work.seconds(device)[at] for work in found.values()) for found in (without, with_bias)]
+        assert times[1] < 1.3 * times[0]
+    assert all(with_bias[name].flop == 0 for name in ("forward", "dq", "dkv"))
+
+
+@pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("length", [512, 2048, 16_384])
 def test_five_products_of_long_sequences_are_no_faster(length: int, width: int) -> None:
     """At best: what they spare the tensor cores, sums that pass through the L2 cache cost."""

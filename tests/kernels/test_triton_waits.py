@@ -155,6 +155,30 @@ def test_packs_are_made_once_for_all_layers(deferring: None, monkeypatch: pytest
     assert len(made) > len(set(made))
 
 
+def test_pairs_are_found_once_until_times_change(deferring: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    make = _triton._pairs
+    monkeypatch.setattr(_triton, "_pairs", lambda *facts: (made.append(facts[2]), make(*facts))[1])
+    query, offsets = torch.randn(8, 1, 8, device=DEVICE, dtype=torch.float16), torch.tensor([0, 3, 8], device=DEVICE)
+    leaf, bias = query.clone().requires_grad_(), torch.randn(1, 20, device=DEVICE)
+    stamps = torch.arange(8, device=DEVICE) * 1000
+
+    def attention(backend: str, **options: Any) -> Tensor:
+        return flash_attention(
+            leaf, query, query, offsets, time_bias=bias, timestamp_s=stamps, backend=backend, **options
+        )
+
+    for _ in range(3):
+        attention("triton").sum().backward()
+    assert made == sorted(set(made)) and made
+    before = len(made)
+    attention("triton", causal=True)
+    assert len(made) == before + 1  # of another window
+    stamps[2:] += 10**6
+    torch.testing.assert_close(attention("triton"), attention("reference"), rtol=0, atol=0.02)
+    assert len(made) == before + 2
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [

@@ -5,15 +5,18 @@ launch forward, one backward (dq, dk and dv), over packs that are made once per 
 Sequences that no pack can hold, and batches of long ones, take the other kernels: one launch forward, two backward (dq,
 which also leaves delta, then dk and dv). Grids follow from shapes alone, so no launch waits for the device; tiles
 without rows end at once. Deterministic, no atomic additions. Memory beyond inputs and outputs: lse and delta, a float
-per query and head; packs, two numbers per half tile and one per row; with a time_bias also sums [tiles, H, buckets].
+per query and head; packs, two numbers per half tile and one per row; with a time_bias also sums [tiles, H, buckets],
+and three bytes for each pair of places of a pack (eight more while they are sorted), once per batch.
 """
 
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +29,7 @@ from ubp_fast.kernels.flash_attention.reference import UNBOUNDED, Gradients, Pro
 MAX_ROWS, MAX_SEQUENCES, MAX_HEADS = 2**29, 2**28, 2**16 - 1  # int32 places, rounds of the search, the grid's limit
 SEARCH_FAN = 128
 LSE_UNIT = math.log(2.0)  # of the log-sum-exp that forward gives and backward takes
+Made = TypeVar("Made")
 GROUP = 128  # sequences of which one program makes packs
 
 
@@ -95,18 +99,69 @@ class Packs(NamedTuple):
     key_sequence: Tensor
 
 
+class Pairs(NamedTuple):
+    """What times say about the pairs of packs of b rows.
+
+    Attributes:
+        bucket: uint8 [slots, b * b], keys x queries; 255 where the query does not see the key.
+        order: int16 [slots, b * b], the pairs of each pack by bucket.
+        end: int16 [slots, buckets], how many of them are in a bucket or one before it.
+    """
+
+    bucket: Tensor
+    order: Tensor
+    end: Tensor
+
+
 def packs(problem: Problem, block: int) -> Packs:
     """Packs of at most `block` queries and keys: made for the first layer, forward, and found by all others."""
-    offsets, offsets_key = problem.cu_seqlens, problem.cu_seqlens_key
-    # Where checks are immediate offsets may share memory with what somebody writes to later.
-    if not deferred.is_deferred(offsets.device) or offsets.is_inference():
-        return _packs(problem, block)
-    known: dict[int, tuple[Tensor | None, Packs]] = offsets.__dict__.setdefault("_ubp_fast_packs", {})
+    return _once("_ubp_fast_packs", problem, (block,), (), lambda: _packs(problem, block))
+
+
+def pairs(problem: Problem, block: int) -> Pairs:
+    """The pairs of these packs under the problem's window: made and found like them, for times that did not change."""
+    assert problem.time_bias is not None
+    key = (block, problem.left, problem.right, problem.time_bias.shape[1])
+    times = (problem.timestamp_s, problem.timestamp_key_s)
+    return _once("_ubp_fast_pairs", problem, key, times, lambda: _pairs(problem, packs(problem, block), block))
+
+
+def _once(
+    name: str, problem: Problem, key: tuple[int, ...], times: tuple[Tensor | None, ...], make: Callable[[], Made]
+) -> Made:
+    """What is kept beside the offsets; of other keys and times the last ones alone."""
+    offsets, others = problem.cu_seqlens, problem.cu_seqlens_key
     # A reference to itself would keep the memory until Python looks for such rings.
-    beside = None if offsets_key is offsets else offsets_key
-    if block not in known or known[block][0] is not beside:  # of other keys: the last ones alone are kept
-        known[block] = (beside, _packs(problem, block))
-    return known[block][1]
+    beside = (None if others is offsets else others, *times)
+    # Where checks are immediate offsets may share memory with what somebody writes to later.
+    is_kept = deferred.is_deferred(offsets.device)
+    if not is_kept or any(part is not None and part.is_inference() for part in (offsets, *times)):
+        return make()
+    state = [0 if part is None else part._version for part in times]
+    known: dict[tuple[int, ...], tuple[tuple[Tensor | None, ...], list[int], Made]] = offsets.__dict__.setdefault(
+        name, {}
+    )
+    found = known.get(key)
+    if found is None or not all(map(operator.is_, found[0], beside)) or found[1] != state:
+        found = known[key] = (beside, state, make())
+    return found[2]
+
+
+def _pairs(problem: Problem, made: Packs, block: int) -> Pairs:
+    assert problem.time_bias is not None
+    slots, buckets, device = len(made.table), problem.time_bias.shape[1], problem.query.device
+    bucket = torch.empty((slots, block * block), dtype=torch.uint8, device=device)
+    options = constants("pair", problem, Tiles(block, block, 4, 1))
+    chosen = {name: options[name] for name in ("left", "right", "HAS_LEFT", "HAS_RIGHT", "BUCKETS")}
+    times = _times(problem)[1:]
+    with on_device(device):
+        _short_kernels().pair_kernel[(slots,)](
+            problem.cu_seqlens, problem.cu_seqlens_key, *times, *made, bucket, **chosen, BLOCK=block
+        )
+    ordered, order = bucket.sort(dim=1, stable=True)
+    every = torch.arange(buckets, dtype=torch.uint8, device=device).expand(slots, buckets).contiguous()
+    end = torch.searchsorted(ordered, every, right=True)
+    return Pairs(bucket, order.to(torch.int16), end.to(torch.int16))
 
 
 def _packs(problem: Problem, block: int) -> Packs:
@@ -184,15 +239,27 @@ def _launch_short(name: str, problem: Problem, chosen: Tiles | None, *tensors: T
         return None
     made, heads = packs(problem, chosen.block_m), problem.query.shape[1]
     outputs, sums = list(tensors), None
+    found: Sequence[Tensor | None] = (None, None, None)
+    if problem.time_bias is not None and len(made.table):
+        found = pairs(problem, chosen.block_m)
     if name == "short_backward":
         sums = _bucket_sums(problem, len(made.table))
         outputs.append(sums)  # type: ignore[arg-type]
     if len(made.table):
         sides, strides = _sides(problem)
+        offsets = (problem.cu_seqlens, problem.cu_seqlens_key)
+        given = (
+            *sides,
+            *offsets,
+            _times(problem)[0],
+            problem.seed,
+            *made,
+            *found[: 3 if name == "short_backward" else 1],
+        )
         options = constants(name, problem, chosen)
         with on_device(problem.query.device):
             function = getattr(_short_kernels(), f"{name}_kernel")
-            function[(len(made.table), heads)](*sides, *made, *outputs, *strides, **options)
+            function[(len(made.table), heads)](*given, *outputs, *strides, **options)
     return sums
 
 
@@ -215,9 +282,10 @@ def _launch(name: str, problem: Problem, short: Tiles | None, *tensors: Tensor) 
         outputs.append(sums)  # type: ignore[arg-type]
     function = getattr(_kernels(), f"{'backward_' * (name != 'forward')}{name}_kernel")
     sides, strides = _sides(problem)
+    given = (*sides, problem.cu_seqlens, problem.cu_seqlens_key, *_times(problem), problem.seed)
     options = constants(name, problem, chosen, longest)
     with on_device(problem.query.device):
-        function[(slots, heads)](*sides, *outputs, *strides, len(owner) - 1, slots, **options)
+        function[(slots, heads)](*given, *outputs, *strides, len(owner) - 1, slots, **options)
     return sums
 
 
@@ -228,13 +296,16 @@ def _bucket_sums(problem: Problem, slots: int) -> Tensor | None:
     return torch.zeros(shape, dtype=torch.float32, device=problem.query.device)
 
 
-def _sides(problem: Problem) -> tuple[tuple[Tensor | None, ...], list[int]]:
-    """What all kernels take first, and the strides of query, key and value."""
+def _sides(problem: Problem) -> tuple[list[Tensor], list[int]]:
+    """Query, key and value as all kernels take them first, and their strides."""
     sides = [_unit_rows(part) for part in problem[:3]]
+    return sides, [stride for part in sides for stride in part.stride()[:2]]
+
+
+def _times(problem: Problem) -> list[Tensor | None]:
+    """The time_bias and the times of queries and keys."""
     optional = (problem.time_bias, problem.timestamp_s, problem.timestamp_key_s)
-    times = [None if part is None else part.contiguous() for part in optional]
-    strides = [stride for part in sides for stride in part.stride()[:2]]
-    return (*sides, problem.cu_seqlens, problem.cu_seqlens_key, *times, problem.seed), strides
+    return [None if part is None else part.contiguous() for part in optional]
 
 
 def constants(name: str, problem: Problem, chosen: Tiles, longest_packed: int = 0) -> dict[str, Any]:

@@ -4,8 +4,12 @@ A program owns a pack: as many neighbouring sequences as have together at most B
 and values are in one block each and are read once; the mask is block-diagonal, so that sequences do not see each other.
 
     pack      one program per 128 sequences: where packs begin and end, once per batch, for all layers
+    pair      with a time_bias: the bucket of each pair of a pack, once per batch, for all layers and heads
     forward   all scores of a pack at once: no running maximum
     backward  one program, five products, dq, dk and dv; scores transposed, for p and dS are then operands as they are
+
+Sums per bucket of the time_bias: dS of a pack in the order of the buckets, which is the same in all layers and heads,
+and of its running sum the differences from the end of one bucket to the next.
 
 Sequences longer than BLOCK are in no pack: the kernels of `_triton_kernels.py` have them. Nobody writes what another
 program writes, so results are the same in every run.
@@ -16,9 +20,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ubp_fast.kernels.flash_attention._triton_kernels import LOG2E, _bucket_sums, _buckets, _kept, _load, _store
+from ubp_fast.kernels.flash_attention._triton_kernels import LOG2E, _buckets, _kept, _load, _store
 
 GROUP = tl.constexpr(128)
+UNSEEN = tl.constexpr(255)  # in place of the bucket of a pair that does not see each other
 VARYING = ("sequences", "left", "right", "threshold")
 
 
@@ -98,9 +103,38 @@ def _pack(pack_ptr, cu_ptr, cu_key_ptr, sequence_ptr, key_sequence_ptr, BLOCK: t
 
 
 @triton.jit(do_not_specialize=VARYING)
+def pair_kernel(
+    cu_ptr, cu_key_ptr, time_ptr, key_time_ptr, pack_ptr, sequence_ptr, key_sequence_ptr, bucket_ptr, left, right,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BUCKETS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The bucket of each pair of a pack, keys x queries; UNSEEN where the query does not see the key."""
+    lane = tl.arange(0, BLOCK)
+    place = tl.cast(tl.program_id(0), tl.int64) * (BLOCK * BLOCK) + lane[:, None] * BLOCK + lane[None, :]
+    bucket = tl.full([BLOCK, BLOCK], UNSEEN, tl.int32)
+    if tl.load(pack_ptr + 2 * tl.program_id(0)) >= 0:
+        start, _, key_start, _, sequence, key_sequence = _pack(
+            pack_ptr, cu_ptr, cu_key_ptr, sequence_ptr, key_sequence_ptr, BLOCK
+        )
+        time = tl.load(time_ptr + start + lane, mask=sequence >= 0, other=0)[None, :]
+        key_time = tl.load(key_time_ptr + key_start + lane, mask=key_sequence >= 0, other=0)[:, None]
+        seen = _seen(
+            start + lane, key_start + lane, sequence, key_sequence, cu_ptr, cu_key_ptr, left, right, HAS_LEFT,
+            HAS_RIGHT, True,
+        )  # fmt: skip
+        bucket = tl.where(seen, _buckets(time, key_time, BUCKETS), bucket)
+    tl.store(bucket_ptr + place, bucket.to(tl.uint8))
+
+
+@triton.jit
+def _up_to(running, number):
+    """The sum of the first `number` elements, by the running sum of all."""
+    return tl.where(number > 0, tl.gather(running, tl.maximum(number - 1, 0), 0), 0.0)
+
+
+@triton.jit(do_not_specialize=VARYING)
 def short_forward_kernel(
-    q_ptr, k_ptr, v_ptr, cu_ptr, cu_key_ptr, bias_ptr, time_ptr, key_time_ptr, seed_ptr, pack_ptr, sequence_ptr,
-    key_sequence_ptr, out_ptr, lse_ptr, q_stride, q_stride_h, k_stride, k_stride_h, v_stride, v_stride_h, left, right,
+    q_ptr, k_ptr, v_ptr, cu_ptr, cu_key_ptr, bias_ptr, seed_ptr, pack_ptr, sequence_ptr, key_sequence_ptr, bucket_ptr,
+    out_ptr, lse_ptr, q_stride, q_stride_h, k_stride, k_stride_h, v_stride, v_stride_h, left, right,
     scale, threshold, keep_scale, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     BUCKETS: tl.constexpr, SHARED_BY: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -119,10 +153,14 @@ def short_forward_kernel(
     k = _load(k_ptr + key_row * k_stride + head // SHARED_BY * k_stride_h, k_stride, keys, WIDTH, BLOCK_M, BLOCK_D)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
     if BUCKETS > 0:
-        time = tl.load(time_ptr + query_at, mask=sequence >= 0, other=0)[:, None]
-        key_time = tl.load(key_time_ptr + key_at, mask=key_sequence >= 0, other=0)[None, :]
-        s += tl.load(bias_ptr + head * BUCKETS + _buckets(time, key_time, BUCKETS)) * LOG2E
-    seen = _seen(query_at, key_at, sequence, key_sequence, cu_ptr, cu_key_ptr, left, right, HAS_LEFT, HAS_RIGHT, False)
+        lane, pack = tl.arange(0, BLOCK_M), tl.cast(tl.program_id(0), tl.int64)
+        bucket = tl.load(bucket_ptr + pack * (BLOCK_M * BLOCK_M) + lane[None, :] * BLOCK_M + lane[:, None]).to(tl.int32)
+        seen = bucket != UNSEEN
+        s += tl.load(bias_ptr + head * BUCKETS + bucket, mask=seen, other=0.0) * LOG2E
+    else:
+        seen = _seen(
+            query_at, key_at, sequence, key_sequence, cu_ptr, cu_key_ptr, left, right, HAS_LEFT, HAS_RIGHT, False
+        )
     s = tl.where(seen, s, float("-inf"))
     peak = tl.max(s, 1)
     p = tl.exp2(s - tl.where(peak == float("-inf"), 0.0, peak)[:, None])  # a row that sees nothing: 0, not NaN
@@ -139,8 +177,8 @@ def short_forward_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def short_backward_kernel(
-    q_ptr, k_ptr, v_ptr, cu_ptr, cu_key_ptr, bias_ptr, time_ptr, key_time_ptr, seed_ptr, pack_ptr, sequence_ptr,
-    key_sequence_ptr, out_ptr, lse_ptr, grad_ptr, dq_ptr, dk_ptr, dv_ptr, dbias_ptr, q_stride, q_stride_h, k_stride,
+    q_ptr, k_ptr, v_ptr, cu_ptr, cu_key_ptr, bias_ptr, seed_ptr, pack_ptr, sequence_ptr, key_sequence_ptr, bucket_ptr,
+    order_ptr, end_ptr, out_ptr, lse_ptr, grad_ptr, dq_ptr, dk_ptr, dv_ptr, dbias_ptr, q_stride, q_stride_h, k_stride,
     k_stride_h, v_stride, v_stride_h, left, right, scale, threshold, keep_scale, HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr, HAS_DROPOUT: tl.constexpr, BUCKETS: tl.constexpr, SHARED_BY: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
@@ -164,14 +202,15 @@ def short_backward_kernel(
     k = _load(k_ptr + key_row * k_stride + head // SHARED_BY * k_stride_h, k_stride, keys, WIDTH, BLOCK_M, BLOCK_D)
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
     if BUCKETS > 0:
-        time = tl.load(time_ptr + query_at, mask=sequence >= 0, other=0)[None, :]
-        key_time = tl.load(key_time_ptr + key_at, mask=key_sequence >= 0, other=0)[:, None]
-        bucket = _buckets(time, key_time, BUCKETS)
-        s += tl.load(bias_ptr + head * BUCKETS + bucket) * LOG2E
-    seen = _seen(query_at, key_at, sequence, key_sequence, cu_ptr, cu_key_ptr, left, right, HAS_LEFT, HAS_RIGHT, True)
+        lane, pack = tl.arange(0, BLOCK_M), tl.cast(tl.program_id(0), tl.int64)
+        bucket = tl.load(bucket_ptr + pack * (BLOCK_M * BLOCK_M) + lane[:, None] * BLOCK_M + lane[None, :]).to(tl.int32)
+        seen = bucket != UNSEEN
+        s += tl.load(bias_ptr + head * BUCKETS + bucket, mask=seen, other=0.0) * LOG2E
+    else:
+        seen = _seen(
+            query_at, key_at, sequence, key_sequence, cu_ptr, cu_key_ptr, left, right, HAS_LEFT, HAS_RIGHT, True
+        )
     p = tl.where(seen, tl.exp2(s - lse[None, :]), 0.0)
-    if BUCKETS > 0:
-        bucket = tl.where(seen, bucket, -1)
     if HAS_DROPOUT:
         kept = _kept(seed_ptr, key_at[:, None], query_at[None, :], head, threshold)
         dropped = tl.where(kept, p, 0.0).to(grad.dtype)
@@ -186,9 +225,13 @@ def short_backward_kernel(
     ds = p * (dp - delta[None, :])
     if BUCKETS > 0:
         lanes = tl.arange(0, BLOCK_BUCKETS)
-        sums = _bucket_sums(tl.zeros([BLOCK_BUCKETS], tl.float32), ds, bucket, lanes, BUCKETS)
-        place = (tl.cast(tl.program_id(0), tl.int64) * heads + head) * BUCKETS
-        tl.store(dbias_ptr + place + lanes, sums, mask=lanes < BUCKETS)
+        order = tl.load(order_ptr + pack * (BLOCK_M * BLOCK_M) + tl.arange(0, BLOCK_M * BLOCK_M)).to(tl.int32)
+        running = tl.cumsum(tl.gather(tl.reshape(ds, [BLOCK_M * BLOCK_M]), order, 0), 0)
+        ends_ptr = end_ptr + pack * BUCKETS + lanes
+        end = tl.load(ends_ptr, mask=lanes < BUCKETS, other=0).to(tl.int32)
+        begin = tl.load(ends_ptr - 1, mask=(lanes > 0) & (lanes < BUCKETS), other=0).to(tl.int32)
+        sums = _up_to(running, end) - _up_to(running, begin)
+        tl.store(dbias_ptr + (pack * heads + head) * BUCKETS + lanes, sums, mask=lanes < BUCKETS)
     small = ds.to(q.dtype)
     dk = tl.dot(small, q, input_precision=PRECISION) * scale
     _store(dk_ptr + key_packed, packed_stride, dk, keys, WIDTH, BLOCK_M, BLOCK_D)
