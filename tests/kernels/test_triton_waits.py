@@ -156,9 +156,10 @@ def test_packs_are_made_once_for_all_layers(deferring: None, monkeypatch: pytest
 
 
 def test_pairs_are_found_once_until_times_change(deferring: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
-    make = _triton._pairs
+    made, sorted_pairs = [], []
+    make, sort = _triton._pairs, _triton._order_of_pairs
     monkeypatch.setattr(_triton, "_pairs", lambda *facts: (made.append(facts[2]), make(*facts))[1])
+    monkeypatch.setattr(_triton, "_order_of_pairs", lambda *facts: (sorted_pairs.append(1), sort(*facts))[1])
     query, offsets = torch.randn(8, 1, 8, device=DEVICE, dtype=torch.float16), torch.tensor([0, 3, 8], device=DEVICE)
     leaf, bias = query.clone().requires_grad_(), torch.randn(1, 20, device=DEVICE)
     stamps = torch.arange(8, device=DEVICE) * 1000
@@ -168,9 +169,11 @@ def test_pairs_are_found_once_until_times_change(deferring: None, monkeypatch: p
             leaf, query, query, offsets, time_bias=bias, timestamp_s=stamps, backend=backend, **options
         )
 
+    attention("triton")
+    assert made and not sorted_pairs  # for backward alone
     for _ in range(3):
         attention("triton").sum().backward()
-    assert made == sorted(set(made)) and made
+    assert made == sorted(set(made)) and len(sorted_pairs) == 1
     before = len(made)
     attention("triton", causal=True)
     assert len(made) == before + 1  # of another window

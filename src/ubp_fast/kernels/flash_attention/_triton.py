@@ -6,14 +6,14 @@ Sequences that no pack can hold, and batches of long ones, take the other kernel
 which also leaves delta, then dk and dv). Grids follow from shapes alone, so no launch waits for the device; tiles
 without rows end at once. Deterministic, no atomic additions. Memory beyond inputs and outputs: lse and delta, a float
 per query and head; packs, two numbers per half tile and one per row; with a time_bias also sums [tiles, H, buckets],
-and three bytes for each pair of places of a pack (eight more while they are sorted), once per batch.
+and once per batch a byte for each pair of places of a pack, two more for backward (and eight while they are sorted).
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
@@ -99,31 +99,28 @@ class Packs(NamedTuple):
     key_sequence: Tensor
 
 
-class Pairs(NamedTuple):
-    """What times say about the pairs of packs of b rows.
-
-    Attributes:
-        bucket: uint8 [slots, b * b], keys x queries; 255 where the query does not see the key.
-        order: int16 [slots, b * b], the pairs of each pack by bucket.
-        end: int16 [slots, buckets], how many of them are in a bucket or one before it.
-    """
-
-    bucket: Tensor
-    order: Tensor
-    end: Tensor
-
-
 def packs(problem: Problem, block: int) -> Packs:
     """Packs of at most `block` queries and keys: made for the first layer, forward, and found by all others."""
     return _once("_ubp_fast_packs", problem, (block,), (), lambda: _packs(problem, block))
 
 
-def pairs(problem: Problem, block: int) -> Pairs:
-    """The pairs of these packs under the problem's window: made and found like them, for times that did not change."""
+def pairs(problem: Problem, block: int) -> Tensor:
+    """The bucket of each pair of these packs, uint8 [slots, block * block], keys x queries; 255 where none is seen.
+
+    Made and found like packs, for a window and for times that did not change.
+    """
+    return _of_times("_ubp_fast_pairs", problem, block, lambda: _pairs(problem, packs(problem, block), block))
+
+
+def order_of_pairs(problem: Problem, block: int) -> tuple[Tensor, Tensor]:
+    """The pairs of each pack by bucket, int16 [slots, block * block], and where buckets end, int16 [slots, buckets]."""
+    return _of_times("_ubp_fast_order", problem, block, lambda: _order_of_pairs(problem, pairs(problem, block)))
+
+
+def _of_times(name: str, problem: Problem, block: int, make: Callable[[], Made]) -> Made:
     assert problem.time_bias is not None
     key = (block, problem.left, problem.right, problem.time_bias.shape[1])
-    times = (problem.timestamp_s, problem.timestamp_key_s)
-    return _once("_ubp_fast_pairs", problem, key, times, lambda: _pairs(problem, packs(problem, block), block))
+    return _once(name, problem, key, (problem.timestamp_s, problem.timestamp_key_s), make)
 
 
 def _once(
@@ -147,9 +144,8 @@ def _once(
     return found[2]
 
 
-def _pairs(problem: Problem, made: Packs, block: int) -> Pairs:
-    assert problem.time_bias is not None
-    slots, buckets, device = len(made.table), problem.time_bias.shape[1], problem.query.device
+def _pairs(problem: Problem, made: Packs, block: int) -> Tensor:
+    slots, device = len(made.table), problem.query.device
     bucket = torch.empty((slots, block * block), dtype=torch.uint8, device=device)
     options = constants("pair", problem, Tiles(block, block, 4, 1))
     chosen = {name: options[name] for name in ("left", "right", "HAS_LEFT", "HAS_RIGHT", "BUCKETS")}
@@ -158,10 +154,15 @@ def _pairs(problem: Problem, made: Packs, block: int) -> Pairs:
         _short_kernels().pair_kernel[(slots,)](
             problem.cu_seqlens, problem.cu_seqlens_key, *times, *made, bucket, **chosen, BLOCK=block
         )
+    return bucket
+
+
+def _order_of_pairs(problem: Problem, bucket: Tensor) -> tuple[Tensor, Tensor]:
+    assert problem.time_bias is not None
+    shape = (len(bucket), problem.time_bias.shape[1])
     ordered, order = bucket.sort(dim=1, stable=True)
-    every = torch.arange(buckets, dtype=torch.uint8, device=device).expand(slots, buckets).contiguous()
-    end = torch.searchsorted(ordered, every, right=True)
-    return Pairs(bucket, order.to(torch.int16), end.to(torch.int16))
+    every = torch.arange(shape[1], dtype=torch.uint8, device=bucket.device).expand(shape).contiguous()
+    return order.to(torch.int16), torch.searchsorted(ordered, every, right=True).to(torch.int16)
 
 
 def _packs(problem: Problem, block: int) -> Packs:
@@ -239,23 +240,18 @@ def _launch_short(name: str, problem: Problem, chosen: Tiles | None, *tensors: T
         return None
     made, heads = packs(problem, chosen.block_m), problem.query.shape[1]
     outputs, sums = list(tensors), None
-    found: Sequence[Tensor | None] = (None, None, None)
-    if problem.time_bias is not None and len(made.table):
-        found = pairs(problem, chosen.block_m)
     if name == "short_backward":
         sums = _bucket_sums(problem, len(made.table))
         outputs.append(sums)  # type: ignore[arg-type]
     if len(made.table):
         sides, strides = _sides(problem)
         offsets = (problem.cu_seqlens, problem.cu_seqlens_key)
-        given = (
-            *sides,
-            *offsets,
-            _times(problem)[0],
-            problem.seed,
-            *made,
-            *found[: 3 if name == "short_backward" else 1],
-        )
+        of_pairs: list[Tensor | None] = [None] * (3 if name == "short_backward" else 1)
+        if problem.time_bias is not None:
+            of_pairs[0] = pairs(problem, chosen.block_m)
+            if name == "short_backward":
+                of_pairs[1:] = order_of_pairs(problem, chosen.block_m)
+        given = (*sides, *offsets, _times(problem)[0], problem.seed, *made, *of_pairs)
         options = constants(name, problem, chosen)
         with on_device(problem.query.device):
             function = getattr(_short_kernels(), f"{name}_kernel")
