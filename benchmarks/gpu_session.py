@@ -252,10 +252,11 @@ def smoke() -> int:
     bias = torch.randn(2, 20, device=device)
     sides = [torch.randn(70, 48, device=device, dtype=dtype) for _ in range(2)]
 
-    def attention(backend: str, kind: torch.dtype, **options: Any) -> list[torch.Tensor]:
-        leaves = [rows.to(kind, copy=True).requires_grad_() for _ in range(3)]
-        output = flash_attention(*leaves, offsets, backend=backend, **options)
-        return [output.detach(), *torch.autograd.grad(output, leaves, rows.flip(0).to(kind))]
+    def attention(backend: str, kind: torch.dtype, key_heads: int = 2, **options: Any) -> list[torch.Tensor]:
+        leaves = [rows[:, :heads].to(kind, copy=True).requires_grad_() for heads in (2, key_heads, key_heads)]
+        output, lse = flash_attention(*leaves, offsets, backend=backend, return_lse=True, **options)
+        upstream = (rows.flip(0).to(kind), torch.ones_like(lse))
+        return [output.detach(), lse.detach(), *torch.autograd.grad((output, lse), leaves, upstream)]
 
     def contrastive(backend: str, kind: torch.dtype, negatives: str) -> list[torch.Tensor]:
         leaves = [side.to(kind, copy=True).requires_grad_() for side in sides]
@@ -290,6 +291,7 @@ def smoke() -> int:
         "flash_attention": (attention, {}),
         "flash_attention causal": (attention, {"causal": True}),
         "flash_attention window, time_bias": (attention, {"window": 9, **timed}),
+        "flash_attention, one head of keys": (attention, {"key_heads": 1}),
         "flash_attention dropout": (attention, {"dropout_p": 0.2, "seed": 5}),
         "nt_xent cross": (contrastive, {"negatives": "cross"}),
         "nt_xent simclr": (contrastive, {"negatives": "simclr"}),
