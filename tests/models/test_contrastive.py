@@ -13,6 +13,7 @@ from support.shops import EMPTY_CLIENT, make_store
 from support.small_models import (
     CUTOFF_S,
     NUM_FEATURES,
+    assert_compiles_whole,
     pick_views,
     small_contrastive,
     untouched_parameters,
@@ -179,3 +180,9 @@ def test_missing_parts_of_a_batch_are_named(store: EventStore) -> None:
         model(ViewBatch(features=batch.features))
     with pytest.raises(ValueError, match="give the loader a future_length"):
         model.loss(replace(batch, future=None))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # PyTorch's compiler looks at it
+def test_compiles_whole_in_training(store: EventStore) -> None:
+    batch = whole_batch(store)
+    assert_compiles_whole(small_contrastive(store, num_wide=NUM_FEATURES, probes={"churn": 1}), batch)

@@ -7,7 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 from support.shops import EMPTY_CLIENT
-from support.small_models import outputs_of, pick_views, small_multitask, untouched_parameters, whole_batch
+from support.small_models import (
+    assert_compiles_whole,
+    outputs_of,
+    pick_views,
+    small_multitask,
+    untouched_parameters,
+    whole_batch,
+)
 from torch.nn import functional
 
 from ubp_fast.models.multitask import MULTITASK_LABELS, masked_bce
@@ -97,3 +104,10 @@ def test_gradients_reach_all_parameters(shop: str, num_wide: int, request: pytes
     assert ("add" in batch.labels) == (shop == "store")
     sum(model.loss(batch).values()).backward()
     assert not untouched_parameters(model)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # PyTorch's compiler looks at it
+def test_compiles_whole_in_training(store: EventStore) -> None:
+    batch = whole_batch(store)
+    some = {name: label for name, label in batch.labels.items() if name in ("churn", "buy_sku")}
+    assert_compiles_whole(small_multitask(store, outputs_of(some), num_wide=2), batch)
