@@ -22,6 +22,7 @@ from training_steps import (
     OUTPUTS,
     FirstStep,
     Step,
+    by_onednn,
     contrastive_batch,
     in_precision,
     multitask_batches,
@@ -36,9 +37,12 @@ from ubp_fast.models.multitask import MultitaskConfig, MultitaskModel
 from ubp_fast.sequences.batch import ViewBatch
 
 
-@pytest.mark.parametrize(("share", "precision", "bar"), [(0.1, "fp32", None), (1.0, "fp32", 3.0), (1.0, "bf16", 5.0)])
+@pytest.mark.filterwarnings("ignore")  # of what PyTorch's compiler imports and decides
+@pytest.mark.parametrize(
+    ("share", "precision", "bar"), [(0.1, "fp32", None), (0.1, "bf16", None), (1.0, "fp32", 3.0), (1.0, "bf16", 5.0)]
+)
 def bench_multitask_step(contest: Contest, share: float, precision: str, bar: float | None) -> None:
-    """Full vocabularies take 14 GB of memory, 10 of them for the rival."""
+    """Full vocabularies take 14 GB of memory, 10 of them for the rival; its compilation takes one to two minutes."""
     sizes, config = sizes_of(share), MultitaskConfig()
     model = MultitaskModel(config, sizes, FEATURES, OUTPUTS)
     rival = without_initialisation(lambda: PaddedMultitask(config, sizes, FEATURES, OUTPUTS)).load_from(model)
@@ -54,7 +58,10 @@ def bench_multitask_step(contest: Contest, share: float, precision: str, bar: fl
     rivals: dict[str, tuple[Step, float | None]] = {"padded PyTorch fp32 + AdamW(fused)": (theirs, bar)}
     if precision == "bf16":
         in_bf16 = Step(rival.loss, padded, theirs.optimizer, "bf16")
-        rivals["padded PyTorch bf16 autocast + AdamW(fused)"] = (in_bf16, 4.0)
+        rivals["padded PyTorch bf16 autocast + AdamW(fused)"] = (in_bf16, None if bar is None else 4.0)
+    else:
+        for name, loss in (("by oneDNN", by_onednn(rival.loss)), ("torch.compile", torch.compile(rival.loss))):
+            rivals[f"padded PyTorch fp32, {name} + AdamW(fused)"] = (Step(loss, padded, theirs.optimizer, "fp32"), None)
     contest.run(
         f"multi-task training step {precision}, {sizes.num_skus + sizes.num_urls:,} rows, batch 128",
         ours,

@@ -14,9 +14,11 @@ from reference_pytorch.multitask_step import random_batch
 from reference_pytorch.padded import random_events, random_lengths
 from schedulefree import RAdamScheduleFree
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ubp_fast.models.contrastive import ContrastiveConfig, ContrastiveModel
 from ubp_fast.models.layers.event_embedding import EventSizes
+from ubp_fast.models.layers.linear import linear
 from ubp_fast.models.multitask import MULTITASK_LABELS, MultitaskConfig, MultitaskModel
 from ubp_fast.optim import adopt_tables
 from ubp_fast.sequences.batch import ViewBatch
@@ -89,6 +91,25 @@ def our_step(model: nn.Module, batches: list[ViewBatch], precision: str) -> Step
 def padded_step(model: nn.Module, batches: list[Any]) -> Step:
     """The rival with AdamW(fused=True)."""
     return Step(model.loss, batches, torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True), "fp32")
+
+
+def by_onednn(loss: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+    """A rival's loss with its linear layers by oneDNN, as ours are: torch takes another BLAS for float32."""
+    plain = functional.linear
+
+    def linear_of_rows(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if not rows.numel():
+            return plain(rows, weight, bias)
+        return linear(rows.flatten(0, -2), weight, bias).unflatten(0, rows.shape[:-1])
+
+    def computed(batch: Any) -> Tensor:
+        functional.linear = linear_of_rows
+        try:
+            return loss(batch)
+        finally:
+            functional.linear = plain
+
+    return computed
 
 
 def multitask_batches(sizes: EventSizes) -> list[ViewBatch]:

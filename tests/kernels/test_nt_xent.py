@@ -346,3 +346,13 @@ def test_bad_arguments(change: dict, error: type[Exception], message: str) -> No
 def test_module_rejects_a_temperature_that_is_not_positive() -> None:
     with pytest.raises(ValueError, match="temperature must be finite and > 0, got 0"):
         NTXentLoss(0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what torch.compile itself imports
+def test_the_temperature_may_be_an_input_of_a_graph() -> None:
+    left, right = pair(7, 4)
+    compiled = torch.compile(nt_xent, fullgraph=True, dynamic=True, backend="eager")
+    for temperature in (0.3, 0.7):
+        torch.testing.assert_close(
+            compiled(left, right, temperature=temperature), nt_xent(left, right, temperature=temperature)
+        )

@@ -13,6 +13,7 @@ from support.shops import EMPTY_CLIENT, make_store
 from support.small_models import (
     CUTOFF_S,
     NUM_FEATURES,
+    assert_compiles_whole,
     pick_views,
     small_contrastive,
     step_without_values,
@@ -187,3 +188,9 @@ def test_no_step_waits_for_a_gpu(next_event_weight: float, store: EventStore) ->
     probes = {"churn": 1}
     model = small_contrastive(store, next_event_weight=next_event_weight, num_wide=NUM_FEATURES, probes=probes)
     step_without_values(model, whole_batch(store))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # PyTorch's compiler looks at it
+def test_compiles_whole_in_training(store: EventStore) -> None:
+    batch = whole_batch(store)
+    assert_compiles_whole(small_contrastive(store, num_wide=NUM_FEATURES, probes={"churn": 1}), batch)

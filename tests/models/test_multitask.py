@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.shops import EMPTY_CLIENT
 from support.small_models import (
+    assert_compiles_whole,
     outputs_of,
     pick_views,
     small_multitask,
@@ -118,3 +119,10 @@ def test_no_step_waits_for_a_gpu(pooling: str, store: EventStore) -> None:
     bare = replace(bare, history=replace(bare.history, counted=None))
     with pytest.raises((NotImplementedError, RuntimeError), match=r"meta|Meta"):
         model.loss(bare)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # PyTorch's compiler looks at it
+def test_compiles_whole_in_training(store: EventStore) -> None:
+    batch = whole_batch(store)
+    some = {name: label for name, label in batch.labels.items() if name in ("churn", "buy_sku")}
+    assert_compiles_whole(small_multitask(store, outputs_of(some), num_wide=2), batch)

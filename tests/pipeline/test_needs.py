@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.runs import composed, run_tiny
 
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.pipeline import needs
+from ubp_fast.pipeline.execute import _peak_bytes
 from ubp_fast.pipeline.needs import Need, needs_of_models, needs_of_store, told
 from ubp_fast.pipeline.settings import read_settings
 from ubp_fast.store.event_store import EventStore
@@ -114,6 +116,14 @@ def test_fits_of_many_items_take_no_more_memory_than_was_said(what: str, tmp_pat
     said, taken = map(int, done.stdout.split())
     libraries = 80e6  # theirs, which a run counts apart
     assert said / 3 < taken < said + libraries, f"{taken / 1e6:.0f} MB of {said / 1e6:.0f} MB"
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="elsewhere a process inherits its parent's figure")
+def test_the_peak_of_a_run_is_not_that_of_who_started_it() -> None:
+    large = np.ones(1_500_000_000, np.uint8)
+    command = [sys.executable, "-c", "from ubp_fast.pipeline.execute import _peak_bytes; print(_peak_bytes())"]
+    peak_bytes = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert 50_000_000 < peak_bytes < large.nbytes < _peak_bytes()
 
 
 def test_features_of_networks_are_kept_at_their_cutoffs(run: Path) -> None:

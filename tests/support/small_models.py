@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -121,6 +121,27 @@ def step_without_values(model: ContrastiveModel | MultitaskModel, batch: ViewBat
         sum(model.loss(parts).values()).backward()
         clip_gradient_norm(model.parameters(), 1.0)
     assert all(part.grad is not None for part in model.parameters())
+
+
+def assert_compiles_whole(model: ContrastiveModel | MultitaskModel, batch: ViewBatch) -> None:
+    """Losses and gradients of 50 batches of 2 and more views are those of the model as it is, by few, whole graphs."""
+    from torch._dynamo.utils import counters
+
+    def step(loss: Callable[[ViewBatch], dict[str, torch.Tensor]], some: ViewBatch, seed: int) -> list[torch.Tensor]:
+        torch.manual_seed(seed)
+        terms = list(loss(some).values())
+        return [*terms, *torch.autograd.grad(sum(terms), list(model.parameters()), materialize_grads=True)]
+
+    torch.compiler.reset()
+    counters.clear()
+    random = np.random.default_rng(0)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(model.loss, backend="eager", fullgraph=True)
+        for seed in range(50):
+            order = random.permutation(batch.num_views)[: random.integers(2, batch.num_views)]
+            some = pick_views(batch, order.tolist())
+            assert all(map(torch.equal, step(compiled, some, seed), step(model.loss, some, seed)))
+    assert 1 <= counters["stats"]["unique_graphs"] <= 3, "one for the first shapes, one for any"
 
 
 def untouched_parameters(model: nn.Module) -> list[str]:

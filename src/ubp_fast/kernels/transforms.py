@@ -88,9 +88,10 @@ def _is_unwatched(arguments: Sequence[Any]) -> bool:
         return False
     is_differentiating = torch.is_grad_enabled()
     for part in arguments:
-        if isinstance(part, Tensor) and (
-            type(part) is not Tensor or part.is_neg() or part.is_meta or (is_differentiating and part.requires_grad)
-        ):
+        if type(part) is Tensor:
+            if part.is_neg() or part.is_meta or (is_differentiating and part.requires_grad):
+                return False
+        elif isinstance(part, Tensor):
             return False
     return True
 

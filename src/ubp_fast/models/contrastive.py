@@ -223,7 +223,7 @@ def rows_with_successor(batch: SequenceBatch, limit: int) -> Tensor:
     """
     is_last = torch.zeros(batch.num_tokens + 1, dtype=torch.bool, device=batch.kind.device)
     is_last[batch.cu_seqlens.long()] = True
-    rows = places(~is_last[1:], batch.num_tokens - batch.counts.with_events)
+    rows = places(~is_last[1:], lambda: batch.num_tokens - batch.counts.with_events)
     first, total = 0, len(rows)
     if batch.shared is not None:
         first = batch.shared.first_event - batch.shared.first_sequence

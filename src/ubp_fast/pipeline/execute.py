@@ -384,7 +384,12 @@ def _facts(run: RunDirectory, names: set[str], stage: str) -> dict[str, Any]:
 
 
 def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
+    """The largest resident set since the process began its program."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    except (OSError, IndexError):  # another system; its figure may be that of the process that started this one
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _losses(run: RunDirectory, names: set[str]) -> dict[str, list[dict[str, float]]]:

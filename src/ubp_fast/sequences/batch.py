@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -38,10 +37,14 @@ class Place(NamedTuple):
     sequences: int
 
 
-def places(is_chosen: Tensor, count: int) -> Tensor:
-    """Where a bool tensor [n] is True, `count` times: int64 ascending. Nothing waits for a GPU."""
-    found = is_chosen.nonzero() if is_chosen.device.type == "cpu" else torch.nonzero_static(is_chosen, size=count)
-    return found[:, 0]
+def places(is_chosen: Tensor, count: Callable[[], int]) -> Tensor:
+    """Where a bool tensor [n] is True, `count()` times: int64 ascending. Nothing waits for a GPU.
+
+    A CPU does not ask for the count: a number in place of a shape is one more graph for every compiler.
+    """
+    if is_chosen.device.type == "cpu":
+        return is_chosen.nonzero()[:, 0]
+    return torch.nonzero_static(is_chosen, size=count())[:, 0]
 
 
 class Counts(NamedTuple):
@@ -110,7 +113,7 @@ class SequenceBatch:
         """Numbers of the first event and of the first sequence that has events, in the step."""
         return (0, 0) if self.shared is None else self.shared[:2]
 
-    @cached_property
+    @property
     def counts(self) -> Counts:
         """Those that came along, or counted: on a GPU that waits for everything launched before."""
         if self.counted is not None:

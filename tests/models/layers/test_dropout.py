@@ -45,9 +45,9 @@ def test_rows_draw_the_same_wherever_they_are() -> None:
         torch.manual_seed(5)
         assert torch.equal(dropout(values[begin:end], 0.4, True, begin), whole[begin:end])
         assert torch.randint(2**62, ()) == following
-    for seed in (0, 2**63 - 2):
-        drawn, hashed = _draws(50, seed, 7, torch.device("cpu")), _hashed(seed, 1, 14).view(torch.int16)[3:53]
-        assert torch.equal(drawn, hashed)
+    for seed, count in ((0, 50), (2**63 - 2, 2), (3, 5000)):
+        kept = torch.ops.ubp_fast.dropout(torch.ones(count), torch.tensor(seed), 7, 2**14) != 0
+        assert torch.equal(kept, _draws(count, seed, 7) >= 2**14 - 2**15)
 
 
 def test_numbers_are_those_of_splitmix64() -> None:
@@ -70,16 +70,23 @@ def test_wrong_share(share: float) -> None:
         dropout(torch.ones(2), share, True)
 
 
+def test_operator_is_sound() -> None:
+    """Schema, what is known of results before they are computed, autograd, and PyTorch's compiler with any shape."""
+    values = torch.randn(40, 8, requires_grad=True)
+    torch.library.opcheck(torch.ops.ubp_fast.dropout.default, (values, torch.tensor(5), 3, 2**14))
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # PyTorch's compiler looks at it
-def test_compiled_callers_leave_it_as_it_is() -> None:
+def test_compiled_callers_draw_the_same() -> None:
     values = torch.randn(40, 8, requires_grad=True)
 
     def call(rows: torch.Tensor) -> torch.Tensor:
-        return dropout(rows * 2, 0.5, True) + 1
+        return dropout(rows * 2, 0.5, True) + dropout(rows * 2, 0.5, True)
 
     results = []
-    for function in (call, torch.compile(call, backend="eager")):
+    for function in (call, torch.compile(call, backend="aot_eager", fullgraph=True)):
         torch.manual_seed(3)
         found = function(values)
         results.append((found.detach(), *torch.autograd.grad(found.sum(), values)))
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    assert set((results[0][1]).unique().tolist()) == {0, 4, 8}, "two calls draw for themselves"

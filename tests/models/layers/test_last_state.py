@@ -64,3 +64,14 @@ def test_autocast_rounds_only_what_enters() -> None:
         found = pooling(rows, batch_of(lengths))
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, alone(pooling, rows, lengths), rtol=0.02, atol=0.02)
+
+
+def test_operators_are_sound() -> None:
+    """Schema, what is known of results before they are computed, autograd, and PyTorch's compiler with any shape."""
+    inputs, weight = torch.randn(6, 4 * WIDTH, requires_grad=True), torch.randn(4 * WIDTH, WIDTH, requires_grad=True)
+    position = torch.tensor([0, 1, 0, 2, 1, 0])
+    torch.library.opcheck(torch.ops.ubp_fast.last_states.default, (inputs, weight, position, 4))
+    with torch.no_grad():
+        _, *saved = torch.ops.ubp_fast.last_states(inputs, weight, position, 4)
+    given = (torch.randn(4, WIDTH), weight.detach(), position, *saved)
+    torch.library.opcheck(torch.ops.ubp_fast.last_states_backward.default, given)

@@ -107,3 +107,26 @@ def test_each_weight_is_its_own_when_rows_are_alone() -> None:
     weight.zero_()
     with torch.inference_mode(), rows_alone():
         assert not linear(rows, weight).any() and before.any(), "what another context has kept is gone"
+
+
+def test_operators_are_sound() -> None:
+    """Schema, what is known of results before they are computed, autograd, and PyTorch's compiler with any shape."""
+    rows, weight, bias = (torch.randn(*size, requires_grad=True) for size in ((6, 4), (3, 4), (3,)))
+    for given in (None, bias):
+        torch.library.opcheck(torch.ops.ubp_fast.linear.default, (rows, weight, given))
+    torch.library.opcheck(torch.ops.ubp_fast.product_over_rows.default, (rows, torch.randn(6, 5, requires_grad=True)))
+
+
+def test_further_derivatives_are_those_of_torch() -> None:
+    given = [torch.randn(*size, requires_grad=True) for size in ((6, 4), (3, 4), (3,))]
+
+    def gradients_of_a_penalty(compute) -> tuple[Tensor, ...]:
+        gradients = torch.autograd.grad(compute(*given).square().sum(), given, create_graph=True)
+        return torch.autograd.grad(sum(part.square().sum() for part in gradients), given)
+
+    torch.testing.assert_close(gradients_of_a_penalty(linear), gradients_of_a_penalty(functional.linear))
+    each_row, plain = (
+        torch.func.vmap(torch.func.grad(lambda row, compute=compute: compute(row[None], *given[1:]).square().sum()))
+        for compute in (linear, functional.linear)
+    )
+    torch.testing.assert_close(each_row(given[0].detach()), plain(given[0].detach()))

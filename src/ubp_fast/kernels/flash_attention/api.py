@@ -44,6 +44,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IMPLEMENTATIONS: dict[str, ModuleType] = {"native": _native, "triton": _triton, "reference": reference}
 # float32, bfloat16 and float16 run natively on the CPU and with Triton on NVIDIA GPUs; the rest takes the reference.
 ORDER = ("native", "triton", "reference")
+_LARGEST = torch.finfo(torch.float32).max
 Offsets: TypeAlias = Tensor | Sequence[int] | np.ndarray
 
 
@@ -154,7 +155,7 @@ def flash_attention(
         require(scale.numel() == 1 and scale.is_floating_point(), OP, "scale", "be one floating number", scale)
         query, scale = query * scale.reshape(()), 1.0
     scale = 1.0 / math.sqrt(query.shape[2]) if scale is None else number(OP, "scale", scale)
-    require(abs(scale) <= torch.finfo(torch.float32).max, OP, "scale", "be finite in float32", scale)
+    require(abs(scale) <= _LARGEST, OP, "scale", "be finite in float32", scale)
     timestamp_key_s = timestamp_s if timestamp_key_s is None else timestamp_key_s
     _check_times(query, key, time_bias, timestamp_s, timestamp_key_s)
     tensors = (query, key, value, cu_seqlens, cu_seqlens_key, time_bias, timestamp_s, timestamp_key_s)
@@ -240,6 +241,8 @@ def _seed(
     is_drawn: bool = True,
 ) -> Tensor | None:
     """Seed and first rows, int64 [3], where something is dropped, else None; on the device, which nothing waits for."""
+    if dropout_p == 0.0 and seed is None and first_rows == (0, 0):
+        return None  # nothing else to check
     require(0.0 <= dropout_p < 1.0, OP, "dropout_p", "be in [0, 1)", dropout_p)
     if isinstance(seed, Tensor):
         require_dtype(OP, "seed", seed, (torch.int64,))
@@ -262,10 +265,13 @@ def _seed(
 
 def _check(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, cu_seqlens_key: Tensor) -> None:
     """Messages are formatted only when they are raised: formatting a size makes torch.compile specialise on it."""
-    require(query.ndim == 3, OP, "query", "have shape [T, H, D]", list(query.shape))
-    heads, width = query.shape[1:]
-    require(1 <= width <= MAX_WIDTH, OP, "query", f"have a width D in 1..{MAX_WIDTH}", width)
-    require_dtype(OP, "query", query, FLOATS)
+    if query.ndim != 3:
+        require(False, OP, "query", "have shape [T, H, D]", list(query.shape))
+    _, heads, width = query.shape
+    if not 1 <= width <= MAX_WIDTH:
+        require(False, OP, "query", f"have a width D in 1..{MAX_WIDTH}", width)
+    if query.dtype not in FLOATS:
+        require_dtype(OP, "query", query, FLOATS)
     if key.ndim != 3 or key.shape[2] != width:
         require(False, OP, "key", f"have shape [S, K, D] = [S, 1..{heads}, {width}] like query", list(key.shape))
     key_heads = key.shape[1]
@@ -273,10 +279,13 @@ def _check(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, cu_seq
         require(False, OP, "key", f"have a number of heads that divides those of query, {heads}", key_heads)
     if value.shape != key.shape:
         require(False, OP, "value", f"have shape {list(key.shape)} like key", list(value.shape))
-    require_same(OP, "query", query, key=key, value=value)
-    for name, offsets in (("cu_seqlens", cu_seqlens), ("cu_seqlens_key", cu_seqlens_key)):
-        require(offsets.ndim == 1 and offsets.shape[0] >= 1, OP, name, "have shape [B + 1]", list(offsets.shape))
-    if cu_seqlens.shape != cu_seqlens_key.shape:
+    if not (key.dtype is value.dtype is query.dtype and key.device == value.device == query.device):
+        require_same(OP, "query", query, key=key, value=value)
+    is_self = cu_seqlens is cu_seqlens_key
+    for name, offsets in (("cu_seqlens", cu_seqlens), ("cu_seqlens_key", cu_seqlens_key))[: 1 if is_self else 2]:
+        if offsets.ndim != 1 or offsets.shape[0] < 1:
+            require(False, OP, name, "have shape [B + 1]", list(offsets.shape))
+    if not is_self and cu_seqlens.shape != cu_seqlens_key.shape:
         rule = f"have {len(cu_seqlens)} entries like cu_seqlens"
         require(False, OP, "cu_seqlens_key", rule, len(cu_seqlens_key))
 
@@ -300,7 +309,7 @@ def _checked_offsets(name: str, offsets: Tensor, tokens: int, is_backward: bool)
     if not deferred.is_deferred(offsets.device):
         if not is_backward:
             _check_offsets(name, offsets, tokens)
-        return offsets.int()
+        return offsets if offsets.dtype is torch.int32 else offsets.int()
     state = None if offsets.is_inference() else (offsets._version, tokens)
     known = getattr(offsets, "_ubp_fast_checked", None)
     if state is None or known is None or known[0] != state:
@@ -314,7 +323,8 @@ def _checked_offsets(name: str, offsets: Tensor, tokens: int, is_backward: bool)
 
 
 def _check_offsets(name: str, offsets: Tensor, tokens: int) -> None:
-    offsets = offsets.cpu().contiguous()
+    if not (offsets.is_cpu and offsets.is_contiguous()):
+        offsets = offsets.cpu().contiguous()
     if _core.are_offsets(offsets.data_ptr(), offsets.shape[0], offsets.element_size(), tokens):
         return
     values = offsets.numpy()

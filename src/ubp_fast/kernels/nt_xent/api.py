@@ -357,7 +357,7 @@ def _temperature_tensor(temperature: float | Tensor, device: torch.device) -> Te
 
 
 def _check_temperature(value: float) -> None:
-    if not (value > 0 and math.isfinite(value)):
+    if not 0 < value < math.inf:  # `isfinite` would end a graph of which the number is an input
         raise ValueError(f"nt_xent: temperature must be finite and > 0, got {value}")
 
 

@@ -1,23 +1,21 @@
 """Dropout whose draws belong to the rows of a step, wherever they are: sixteen bits per value, and no mask in memory.
 
 The bits of four values are a SplitMix64 hash of their number in the whole step, so a process that has some of the rows
-draws for them what one process draws for all. On a CPU that takes half of the time of a generator, and a third of
-`nn.functional.dropout`'s. Source: Steele et al. 2014 (SplitMix64).
+draws for them what one process draws for all, and backward draws once more what nobody kept. On a CPU that takes half
+of the time of a generator, and a third of `nn.functional.dropout`'s. Source: Steele et al. 2014 (SplitMix64).
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ubp_fast.compiled import njit
 
 _WORDS = 2**16
 _GAMMA, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_BLOCK = 512  # words whose draws stay in the first cache
 # Values are chosen as bit patterns, whatever their dtype means.
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -37,6 +35,19 @@ def _choose(values: np.ndarray, draws: np.ndarray, least: int, output: np.ndarra
         output[at] = values[at] if draws[at] >= least else 0
 
 
+@njit
+def _drop(values: np.ndarray, seed: np.uint64, first: int, least: int, output: np.ndarray) -> None:
+    """Draws for the values that number `first` in the step and those after it, block by block."""
+    words = np.empty(min(_BLOCK, values.size // 4 + 2), np.uint64)
+    draws = words.view(np.int16)
+    word, skipped, begin = first // 4, first % 4, 0
+    while begin < values.size:
+        _fill(words, seed, np.uint64(word))
+        end = min(begin + draws.size - skipped, values.size)
+        _choose(values[begin:end], draws[skipped:], least, output[begin:end])
+        word, skipped, begin = word + words.size, 0, end
+
+
 def _signed(number: int) -> int:
     return number - 2**64 if number >= 2**63 else number
 
@@ -53,38 +64,46 @@ def _hashed(seed: int, first: int, count: int, device: torch.device | None = Non
     return words ^ _shifted(words, 31)
 
 
-def _draws(count: int, seed: int, first: int, device: torch.device) -> Tensor:
+def _draws(count: int, seed: int, first: int, device: torch.device | None = None) -> Tensor:
     """Sixteen bits each for the values first .. first + count - 1 of a step, int16 [count]."""
     first_word, skipped = divmod(first, 4)
-    size = (skipped + count + 3) // 4
-    if device.type == "cpu":
-        words = torch.empty(size, dtype=torch.int64)
-        _fill(words.numpy().view(np.uint64), np.uint64(seed), np.uint64(first_word))
-    else:
-        words = _hashed(seed, first_word, size, device)
+    words = _hashed(seed, first_word, (skipped + count + 3) // 4, device)
     return words.view(torch.int16)[skipped : skipped + count]
 
 
-def _drop(values: Tensor, draws: Tensor, least: int, scale: float) -> Tensor:
+@torch.library.custom_op(
+    "ubp_fast::dropout",
+    mutates_args=(),
+    schema="(Tensor values, Tensor seed, SymInt first, int dropped) -> Tensor",
+)
+def _op(values, seed, first, dropped):
+    """Drops `dropped` of 2^16 values; the first one has the number `first` in its step."""
+    least, scale = dropped - _WORDS // 2, _WORDS / (_WORDS - dropped)
     if values.device.type != "cpu":
+        draws = _draws(values.numel(), int(seed), first, values.device)
         return torch.where((draws >= least).view(values.shape), values * scale, 0)
-    values = values.contiguous()
-    output = torch.empty_like(values)
+    output = torch.empty_like(values, memory_format=torch.contiguous_format)
     bits = _BITS[values.element_size()]
-    _choose(values.view(bits).view(-1).numpy(), draws.numpy(), least, output.view(bits).view(-1).numpy())
+    flat, flat_output = (part.view(bits).view(-1).numpy() for part in (values.contiguous(), output))
+    _drop(flat, np.uint64(int(seed)), first, least, flat_output)
     return output.mul_(scale)
 
 
-class _Drop(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, draws: Tensor, least: int, scale: float) -> Tensor:
-        ctx.drawn = (draws, least, scale)
-        return _drop(values.detach(), *ctx.drawn)
+@_op.register_fake
+def _fake(values, *_):
+    return torch.empty_like(values, memory_format=torch.contiguous_format)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
-        return _drop(grad_output, *ctx.drawn), None, None, None
+
+def _setup_context(ctx, inputs, output):
+    _, seed, *ctx.options = inputs
+    ctx.save_for_backward(seed)
+
+
+def _backward(ctx, grad_output):
+    return _op(grad_output, *ctx.saved_tensors, *ctx.options), None, None, None
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def dropout(values: Tensor, share: float, is_training: bool, first_row: int = 0) -> Tensor:
@@ -108,14 +127,10 @@ def dropout(values: Tensor, share: float, is_training: bool, first_row: int = 0)
     dropped = min(round(share * _WORDS), _WORDS - 1)
     if not is_training or dropped == 0:
         return values
-    return _dropout(values, dropped, first_row)
-
-
-@torch.compiler.disable  # it would look into compiled functions
-def _dropout(values: Tensor, dropped: int, first_row: int) -> Tensor:
-    seed, of_a_row = int(torch.randint(2**63 - 1, ())), values.shape[1:].numel()
-    draws = _draws(values.numel(), seed, first_row * of_a_row, values.device)
-    return _Drop.apply(values, draws, dropped - _WORDS // 2, _WORDS / (_WORDS - dropped))
+    # Drawn outside of the operator: a compiler may take two equal calls of it for one.
+    seed = torch.randint(2**63 - 1, (), device="cpu")
+    found: Tensor = _op(values, seed, first_row * values.shape[1:].numel(), dropped)
+    return found
 
 
 class RowSequential(nn.Sequential):

@@ -249,7 +249,7 @@ class SequenceEncoder(nn.Module):
 def _last_rows(batch: SequenceBatch) -> tuple[Tensor, Tensor]:
     """Which sequences have events, bool [B], and the last row of each of these, int64 [n]."""
     has_events = batch.lengths() > 0
-    with_events = places(has_events, batch.counts.with_events)
+    with_events = places(has_events, lambda: batch.counts.with_events)
     return has_events, batch.cu_seqlens[1:].long()[with_events] - 1
 
 

@@ -97,9 +97,11 @@ def _large_table(rows: int, width: int, dtype: TableDtype) -> RowSparseEmbedding
 def _by_content(batch: SequenceBatch) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of product events, of visits and of searches, three int64."""
     is_visit, is_search = batch.kind == VISIT, batch.kind == SEARCH
-    visits, searches, _ = batch.counts
-    items = places(~(is_visit | is_search), batch.num_tokens - visits - searches)
-    return items, places(is_visit, visits), places(is_search, searches)
+    return (
+        places(~(is_visit | is_search), lambda: batch.num_tokens - batch.counts.visits - batch.counts.searches),
+        places(is_visit, lambda: batch.counts.visits),
+        places(is_search, lambda: batch.counts.searches),
+    )
 
 
 def _interleave(parts: list[Tensor], rows: list[Tensor]) -> Tensor:

@@ -10,13 +10,13 @@ one product, and so is the gradient of V. Elsewhere than on a CPU PyTorch's own 
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from ubp_fast.kernels.transforms import direct
 from ubp_fast.models.layers.linear import linear, product, product_over_rows
 from ubp_fast.sequences.batch import SequenceBatch
 
@@ -44,16 +44,16 @@ class LastStatePooling(nn.Module):
         position = lengths[segments] - 1 - batch.steps_to_end()
         # Time-major order: all first events, longest sequence first, then all second events, ...
         order = (position * len(lengths) + rank[segments]).argsort()
-        active = batch.counts.active
         # An LSTM sums over hundreds of steps, which bfloat16 does not survive; what enters each step does.
         if rows.device.type in self.own_on:
             inputs = linear(rows[order], self.cell.weight_ih, self.cell.bias_ih + self.cell.bias_hh).float()
             with torch.autocast(rows.device.type, enabled=False):
-                states = _LastStates.apply(inputs, self.cell.weight_hh, active)
+                states = _direct(inputs, self.cell.weight_hh, position, len(lengths))[0]
         else:
             with torch.autocast(rows.device.type, enabled=False):
-                states = self._of_library(rows[order].float(), active)
-        return functional.pad(states, (0, 0, 0, len(lengths) - len(states)))[rank]
+                states = self._of_library(rows[order].float(), batch.counts.active)
+            states = functional.pad(states, (0, 0, 0, len(lengths) - len(states)))
+        return states[rank]
 
     def _of_library(self, rows: Tensor, active: tuple[int, ...]) -> Tensor:
         """Rows float32 [T, width] time-major and how many each step has -> [n_0, width]."""
@@ -67,53 +67,89 @@ class LastStatePooling(nn.Module):
         return states[0]
 
 
-class _LastStates(torch.autograd.Function):
-    """inputs [T, 4 * width] time-major, V [4 * width, width], n_t that never grow -> [n_0, width], longest first."""
+@torch.library.custom_op(
+    "ubp_fast::last_states",
+    mutates_args=(),
+    schema="(Tensor inputs, Tensor weight, Tensor position, SymInt sequences)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _op(inputs, weight, position, sequences):
+    """inputs [T, 4 * width] time-major, V [4 * width, width], the step of each event, in any order.
 
-    @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: Tensor, active: tuple[int, ...]) -> Tensor:
-        gates = inputs.clone()
-        states, memories, squashed = (inputs.new_empty(len(inputs), weight.shape[1]) for _ in range(3))
-        last = inputs.new_zeros(active[0], weight.shape[1])
-        begin = before = 0
-        for count in active:
-            now, then = slice(begin, begin + count), slice(before, before + count)
-            if begin:
-                gates[now] += product(states[then], weight)
-            enter, keep, update, leave = gates[now].chunk(4, dim=1)
-            for gate in (enter, keep, leave):
-                gate.sigmoid_()
-            torch.mul(enter, update.tanh_(), out=memories[now])
-            if begin:
-                memories[now].addcmul_(keep, memories[then])
-            torch.tanh(memories[now], out=squashed[now])
-            torch.mul(leave, squashed[now], out=states[now])
-            last[:count] = states[now]
-            begin, before = begin + count, begin
-        ctx.save_for_backward(weight, gates, states, memories, squashed)
-        ctx.active = active
-        return last
+    Gives the last states [B, width], longest sequence first, and what backward needs of every event.
+    """
+    gates = inputs.clone(memory_format=torch.contiguous_format)
+    states, memories, squashed = (inputs.new_empty(len(inputs), weight.shape[1]) for _ in range(3))
+    last = inputs.new_zeros(sequences, weight.shape[1])
+    begin = before = 0
+    for count in torch.bincount(position).tolist():
+        now, then = slice(begin, begin + count), slice(before, before + count)
+        if begin:
+            gates[now] += product(states[then], weight)
+        enter, keep, update, leave = gates[now].chunk(4, dim=1)
+        for gate in (enter, keep, leave):
+            gate.sigmoid_()
+        torch.mul(enter, update.tanh_(), out=memories[now])
+        if begin:
+            memories[now].addcmul_(keep, memories[then])
+        torch.tanh(memories[now], out=squashed[now])
+        torch.mul(leave, squashed[now], out=states[now])
+        last[:count] = states[now]
+        begin, before = begin + count, begin
+    return last, gates, states, memories, squashed
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
-        weight, gates, states, memories, squashed = ctx.saved_tensors
-        grad_gates = torch.empty_like(gates)
-        grad_state, grad_memory = grad_output.clone(), torch.zeros_like(grad_output)
-        end = len(gates)
-        for step in reversed(range(len(ctx.active))):
-            count = ctx.active[step]
-            begin = end - count
-            now = slice(begin, end)
-            old = memories[begin - ctx.active[step - 1] :][:count] if step else torch.zeros_like(memories[now])
-            _cell_backward(gates[now], squashed[now], old, grad_state[:count], grad_memory[:count], grad_gates[now])
-            if step:
-                # What goes on to the step before; sequences that end there start with the gradient of the result.
-                grad_state[:count] = product(grad_gates[now], weight.t())
-            end = begin
-        earlier = [part[:count] for part, count in zip(states.split(ctx.active), ctx.active[1:], strict=False)]
-        grad_weight = product_over_rows(grad_gates[ctx.active[0] :], torch.cat([states[:0], *earlier]))
-        return grad_gates, grad_weight, None
+
+@torch.library.custom_op(
+    "ubp_fast::last_states_backward",
+    mutates_args=(),
+    schema="(Tensor grad_output, Tensor weight, Tensor position, Tensor gates, Tensor states, Tensor memories,"
+    " Tensor squashed) -> (Tensor, Tensor)",
+)
+def _backward_op(grad_output, weight, position, gates, states, memories, squashed):
+    """Gradients of inputs and weight."""
+    active = torch.bincount(position).tolist()
+    grad_gates = torch.empty_like(gates)
+    grad_state, grad_memory = grad_output.clone(), torch.zeros_like(grad_output)
+    end = len(gates)
+    for step in reversed(range(len(active))):
+        count = active[step]
+        begin = end - count
+        now = slice(begin, end)
+        old = memories[begin - active[step - 1] :][:count] if step else torch.zeros_like(memories[now])
+        _cell_backward(gates[now], squashed[now], old, grad_state[:count], grad_memory[:count], grad_gates[now])
+        if step:
+            # What goes on to the step before; sequences that end there start with the gradient of the result.
+            grad_state[:count] = product(grad_gates[now], weight.t())
+        end = begin
+    earlier = [part[:count] for part, count in zip(states.split(active), active[1:], strict=False)]
+    return grad_gates, product_over_rows(grad_gates[active[0] :], torch.cat([states[:0], *earlier]))
+
+
+@_op.register_fake
+def _fake(inputs, weight, position, sequences):
+    last = inputs.new_empty(sequences, weight.shape[1])
+    of_events = [inputs.new_empty(inputs.shape[0], weight.shape[1]) for _ in range(3)]
+    return last, torch.empty_like(inputs, memory_format=torch.contiguous_format), *of_events
+
+
+@_backward_op.register_fake
+def _fake_backward(grad_output, weight, position, gates, *_):
+    return torch.empty_like(gates), torch.empty_like(weight, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx, inputs, output):
+    _, weight, position, _ = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(weight, position, *output[1:])
+
+
+@once_differentiable
+def _backward(ctx, grad_output, *_):
+    return *_backward_op(grad_output, *ctx.saved_tensors), None, None
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)
+_direct = direct(_op)
 
 
 def _cell_backward(

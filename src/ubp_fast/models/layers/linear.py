@@ -12,15 +12,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from ubp_fast.kernels.row_product import row_product
+from ubp_fast.kernels.transforms import direct, is_transforming
 
 # Rows whose part of a weight's gradient is one product: oneDNN is fastest where both factors stay in the cache.
 _ROWS_PER_PRODUCT = 1024
@@ -80,40 +79,82 @@ def is_accelerated(rows: Tensor) -> bool:
     )
 
 
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        rows = rows.contiguous()
-        ctx.save_for_backward(rows, weight)
-        return product(rows, weight, bias)
+@torch.library.custom_op(
+    "ubp_fast::linear", mutates_args=(), schema="(Tensor rows, Tensor weight, Tensor? bias) -> Tensor"
+)
+def _linear_op(rows, weight, bias):
+    return product(rows.contiguous(), weight, bias)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        rows, weight = ctx.saved_tensors
-        grad_output = grad_output.contiguous()
-        needs_rows, needs_weight, needs_bias = ctx.needs_input_grad
-        return (
-            product(grad_output, weight.t()) if needs_rows else None,
-            product_over_rows(grad_output, rows) if needs_weight else None,
-            grad_output.sum(dim=0) if needs_bias else None,
-        )
+
+@torch.library.custom_op("ubp_fast::product_over_rows", mutates_args=(), schema="(Tensor left, Tensor right) -> Tensor")
+def _over_rows_op(left, right):
+    return product_over_rows(left.contiguous(), right.contiguous())
+
+
+@_linear_op.register_fake
+def _fake_linear(rows, weight, bias):
+    return rows.new_empty(rows.shape[0], weight.shape[0])
+
+
+@_over_rows_op.register_fake
+def _fake_over_rows(left, right):
+    return left.new_empty(left.shape[1], right.shape[1])
+
+
+def _over_rows(left, right):
+    return left.t() @ right if is_transforming() else _direct_over_rows(left, right)
+
+
+def _keep_factors(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _linear_backward(ctx, grad_output):
+    rows, weight = ctx.saved_tensors
+    needs_rows, needs_weight, needs_bias = ctx.needs_input_grad
+    return (
+        linear(grad_output, weight.t()) if needs_rows else None,
+        _over_rows(grad_output, rows) if needs_weight else None,
+        grad_output.sum(dim=0) if needs_bias else None,
+    )
+
+
+def _over_rows_backward(ctx, grad_output):
+    left, right = ctx.saved_tensors
+    needs_left, needs_right = ctx.needs_input_grad
+    return (
+        linear(right, grad_output) if needs_left else None,
+        linear(left, grad_output.t()) if needs_right else None,
+    )
+
+
+_linear_op.register_autograd(_linear_backward, setup_context=_keep_factors)
+_over_rows_op.register_autograd(_over_rows_backward, setup_context=_keep_factors)
+_direct_linear, _direct_over_rows = direct(_linear_op), direct(_over_rows_op)
 
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`nn.functional.linear` for [T, K] rows, by oneDNN where it is the faster one.
 
     Args:
-        rows: any float tensor; float32 [T, K] on a CPU goes to oneDNN, except inside autocast.
+        rows: any float tensor; float32 [T, K] on a CPU goes to oneDNN, except inside autocast and transforms of
+            `torch.func`.
         weight: [N, K].
         bias: [N].
 
     Returns:
-        [T, N]. Differentiable once; the same for any number of threads.
+        [T, N]; the same for any number of threads.
     """
-    if rows.ndim != 2 or weight.dtype != torch.float32 or not is_accelerated(rows):
+    is_own = (
+        rows.ndim == 2
+        and rows.device.type == "cpu"
+        and rows.dtype == weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+    )
+    if not is_own or is_transforming():
         return functional.linear(rows, weight, bias)
-    return _Linear.apply(rows, weight, bias)
+    found: Tensor = _direct_linear(rows, weight, bias)
+    return found
 
 
 class Linear(nn.Linear):
