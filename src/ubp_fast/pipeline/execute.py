@@ -215,7 +215,8 @@ def _run_stages(settings: Settings, console: Console) -> Path:
                 timings.append(Timing(stage.name, time.monotonic() - started_s, _peak_bytes()))
             run.link_stage(stage.name, cache.path(stage.name, keys[stage.name]))
             if stage.name == "events" and (stores := STORES & {one.name for one in missing}):
-                need = needs_of_store(EventDirectory.open(run.path / "stages" / "events"), settings.plain["store"])
+                events = EventDirectory.open(run.path / "stages" / "events")
+                need = needs_of_store(events, settings.plain["store"], settings.shards)
                 _tell([need] * len(stores), settings, console)
             if stage.name in STORES and not has_told:
                 has_told = True
