@@ -19,7 +19,7 @@ from ubp_fast.events.sources.table_rows import RowChecks, check_outliers, duplic
 from ubp_fast.events.split import TARGET_DAYS, fitting_days, split_at, utc_text
 from ubp_fast.events.times import TimeForm, outside_years, read_times
 from ubp_fast.events.write import EventWriter, end_seconds, event_writer
-from ubp_fast.files import file_digest, find_objects
+from ubp_fast.files import file_digest, find_objects, is_url
 from ubp_fast.progress import Progress, Steps
 
 IGNORE = "ignore"
@@ -452,8 +452,10 @@ class Table(EventRows):
     def content(self) -> dict[str, str]:
         """Digest of every file that is read; of objects in a bucket their version."""
         found: dict[str, str] = {}
-        for file, _ in find_files(self.path):
-            found |= {str(file): file_digest(file)} if isinstance(file, Path) else find_objects(file)
+        for place in [self.path] if isinstance(self.path, str) else self.path:
+            versions = find_objects(place) if is_url(place) else {}
+            for file, _ in find_files(place):
+                found[str(file)] = file_digest(file) if isinstance(file, Path) else versions[file]
         return found
 
     def _file_form(self) -> FileForm:
