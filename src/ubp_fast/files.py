@@ -33,7 +33,7 @@ _HALF = ".*.tmp"
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 _IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR)
 # What tells versions of an object apart, by the names that stores give it.
-_VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "mtime", "created")
+_VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "mtime", "LastModified", "created")
 
 
 class OutputDirectoryError(RuntimeError):
@@ -461,16 +461,21 @@ def find_objects(url: str) -> dict[str, str]:
     """URL of every object -> what tells its version from others, by URL.
 
     Args:
-        url: of an object, of a folder, or a pattern with `*` and `**`.
+        url: of an object, of a folder, or a pattern, see `is_pattern`.
 
     Raises:
         ObjectError: the store says no.
     """
     with bucket_of(url) as (system, path):
         system.invalidate_cache()
-        found = (system.glob if "*" in path else system.find)(path, detail=True)
+        found = (system.glob if is_pattern(path) else system.find)(path, detail=True)
         facts = {system.unstrip_protocol(name): one for name, one in found.items() if one["type"] == "file"}
     return {name: _version(one) for name, one in sorted(facts.items())}
+
+
+def is_pattern(url: str) -> bool:
+    """Whether an address stands for several: `*`, `**`, `?` and `[ab]` as in a shell."""
+    return any(sign in url for sign in "*?[")
 
 
 def _in_bucket(url: str) -> str:

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import polars as pl
 
 from ubp_fast.events.schema import DataError, UserError
-from ubp_fast.files import copies_of, find_objects, is_url
+from ubp_fast.files import copies_of, find_objects, is_pattern, is_url
 
 FORMATS = ("parquet", "arrow", "csv", "json")
 SEPARATORS = {
@@ -178,7 +178,7 @@ def find_files(paths: str | Sequence[str]) -> list[tuple[Path | str, dict[str, s
         urls, start = list(find_objects(paths)), paths.rstrip("/") + "/"
         if urls == [paths]:
             return [(paths, {})]
-        if "*" in paths:
+        if is_pattern(paths):
             files = [(url, PurePosixPath(url)) for url in urls]
         else:
             files = _of_one_kind(paths, [(url, PurePosixPath(url.removeprefix(start))) for url in urls])
