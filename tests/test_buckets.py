@@ -139,14 +139,14 @@ def test_a_run_from_bucket_to_bucket(bucket: str, tmp_path: Path) -> None:
     assert [*found] == [part["name"] for part in manifest["parts"]]
     assert [*found.values()] == [(run / "profiles.parquet").read_bytes()]
     assert manifest["profile"] == json.loads((run / "profiles" / "profile.json").read_text())
-    assert f"{manifest['clients']:,} vectors are in {bucket}/out" in said
+    assert f"{manifest['clients']:,} vectors are in {bucket}/out" in said and "publish done in" in said
 
 
 def test_profiles_take_the_place_of_others_in_one_step(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Parts of the manifest before stay for its readers, older ones go; what is there is not sent again."""
-    url, touched = f"{bucket}/steps/", list[str]()
+    url, touched, seen = f"{bucket}/steps/", list[str](), list[tuple[int, int]]()
 
     def noted(place: str) -> Any:
         touched.append(place)
@@ -161,7 +161,7 @@ def test_profiles_take_the_place_of_others_in_one_step(
         for number, count in enumerate(rows):
             pl.DataFrame({"client_id": range(count)}).write_parquet(table / f"part-{number:05d}.parquet")
         touched.clear()
-        manifest = publish(table, layout, url)
+        manifest = publish(table, layout, url, lambda done, parts: seen.append((done, parts)))
         assert manifest["clients"] == sum(rows)
         assert [pl.read_parquet(objects_in(url)[part["name"]]).height for part in manifest["parts"]] == [*rows]
         return [part["name"] for part in manifest["parts"]]
@@ -179,6 +179,7 @@ def test_profiles_take_the_place_of_others_in_one_step(
     with bucket_of(f"{url}{third[0]}") as (system, path):  # half of one that was cut off
         system.pipe_file(path, b"half")
     assert put_table(6, 7) == third
+    assert seen == 4 * [(1, 2), (2, 2)]
 
 
 def test_folders_of_others_are_left_alone(bucket: str, tmp_path: Path) -> None:

@@ -227,7 +227,7 @@ def _run_stages(settings: Settings, console: Console) -> Path:
     with run.alone():
         scores = _publish(settings, run, wanted, timings, console)
         if settings.publish is not None:
-            _put(settings.publish, run, _published(wanted), console)
+            _put(settings.publish, run, _published(wanted), progress, console)
     if settings.progress == "json":
         print_json(lines, "run_finished", directory=str(run.path), auroc=scores)
     return run.path
@@ -286,10 +286,11 @@ def _published(stages: Sequence[Stage]) -> dict[str, str]:
     return {name: folder for name, folder in PROFILE_FOLDERS.items() if name in names}
 
 
-def _put(url: str, run: RunDirectory, published: Mapping[str, str], console: Console) -> None:
+def _put(url: str, run: RunDirectory, published: Mapping[str, str], progress: RunProgress, console: Console) -> None:
     """The newest vectors into a bucket."""
     folder = list(published.values())[-1]
-    put = publish(run.path / f"{folder}.parquet", run.path / folder / LAYOUT_FILE, url)
+    with progress.display(), progress.stage("publish") as update:
+        put = publish(run.path / f"{folder}.parquet", run.path / folder / LAYOUT_FILE, url, update)
     console.print(f"{put['clients']:,} vectors are in {url}", soft_wrap=True, highlight=False, markup=False)
 
 

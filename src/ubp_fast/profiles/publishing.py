@@ -26,7 +26,7 @@ MANIFEST_FILE, FORMAT = "manifest.json", 1
 _PART = re.compile(r"part-\d{5}-[0-9a-f]{16}\.parquet")
 
 
-def publish(table: Path, layout: Path, url: str, progress: Progress | None = None) -> dict[str, Any]:
+def publish(table: Path, layout: Path, url: str, progress: Progress) -> dict[str, Any]:
     """Puts profiles into a bucket; called again after an error it goes on.
 
     Args:
@@ -57,8 +57,7 @@ def publish(table: Path, layout: Path, url: str, progress: Progress | None = Non
         if there.get(name) != facts["bytes"]:
             with bucket_of(f"{url}/{name}") as (system, path):
                 system.put_file(str(file), path)
-        if progress is not None:
-            progress(done + 1, len(parts))
+        progress(done + 1, len(parts))
     with bucket_of(f"{url}/{MANIFEST_FILE}") as (system, path):
         system.pipe_file(path, json.dumps(manifest, indent=1, allow_nan=False).encode())
     for name in there.keys() - {MANIFEST_FILE, *parts, *before}:
