@@ -215,6 +215,21 @@ def variations_markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def shards_markdown(report: dict[str, Any]) -> str:
+    """What `shards.py` wrote as a table per part."""
+    heads = {"features": "store and decayed features", "run": "`stages=[profiles]`"}
+    tables = []
+    for part, head in heads.items():
+        lines = [f"| {head} | seconds | CPU | memory | with mapped files |", "|---|---|---|---|---|"]
+        for name, one in report.get(part, {}).items():
+            made = one.get("shards")
+            name = f"{name}, {made} made" if made and not name.startswith(f"{made} ") else name
+            cells = f"{one['cpu_seconds']:.1f} s | {one['peak_anonymous_mb']:,} MB | {one['peak_resident_mb']:,} MB"
+            lines.append(f"| {name} | {one['seconds']:.1f} s | {cells} |")
+        tables += ["\n".join(lines)] if part in report else []
+    return "\n\n".join(tables)
+
+
 def _is_level(row: dict[str, Any], best: dict[str, Any], task: str) -> bool:
     ours, theirs = (np.mean(one["auroc"][task], axis=0) for one in (row, best))
     shared = min(len(ours), len(theirs))
@@ -237,7 +252,13 @@ def rewrite(text: str, root: Path) -> str:
         else:
             stored = json.loads((root / named.strip()).read_text(encoding="utf-8"))
             make = {"benchmarks": markdown, "breakdown": breakdown}[kind]
-            named_by = {"readers": readers_markdown, "rows": components_markdown, "variations": variations_markdown}
+            named_by = {
+                "readers": readers_markdown,
+                "rows": components_markdown,
+                "variations": variations_markdown,
+                "run": shards_markdown,
+                "features": shards_markdown,
+            }
             kinds = [show for key, show in named_by.items() if key in stored]
             table = kinds[0](stored) if kinds else make(stored["cases"])
         return f"{opening[: opening.index('-->') + 3]}\n\n{table}\n\n<!-- end -->"

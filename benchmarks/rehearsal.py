@@ -59,6 +59,7 @@ CUT = (
 )
 STEPS = 100
 VECTORS = "vectors"
+CLIENTS_FILE = "input/relevant_clients.npy"
 CONF = Path(ubp_fast.__file__).resolve().parent / "conf"
 
 
@@ -82,12 +83,12 @@ def main() -> None:
     stages = STAGES[: STAGES.index(options.until) + 1]
     report: dict[str, Any] = {"share": options.share, "overrides": command[3:], "machine": _machine(), "stages": {}}
     for stage in stages:
-        report["stages"][stage] = _measured([*command, f"root={options.root}", f"stages=[{stage}]"], options.root)
+        report["stages"][stage] = measured([*command, f"root={options.root}", f"stages=[{stage}]"], options.root)
         print(stage, json.dumps(report["stages"][stage]), flush=True)
         options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if options.stacking_inputs:
         again = [sys.executable, *sys.argv, "--read-only"]
-        report["stages"]["stacking inputs"] = _measured(again, options.root)
+        report["stages"]["stacking inputs"] = measured(again, options.root)
         print("stacking inputs", json.dumps(report["stages"]["stacking inputs"]), flush=True)
     run = _run_in(options.root)
     report |= _facts(run)
@@ -107,13 +108,17 @@ def _sizes(share: float) -> dict[str, int]:
 def _as_files(options: argparse.Namespace) -> Path:
     """The synthetic events as the challenge's files; what is there already stays."""
     directory = options.root.with_name(options.root.name + "-files")
-    written_last = directory / "input" / "relevant_clients.npy"
-    if written_last.exists():
+    if (directory / CLIENTS_FILE).exists():
         return directory
     generated = options.root.with_name(options.root.name + "-generated")
     if not generated.exists():
         Synthetic(**_sizes(options.share), activity=ACTIVITY).prepare(generated)
-    events = EventDirectory.open(generated)
+    write_challenge_files(EventDirectory.open(generated), directory)
+    return directory
+
+
+def write_challenge_files(events: EventDirectory, directory: Path) -> None:
+    """The organisers' raw layout of some events; what is there already stays, the list of clients comes last."""
     (directory / "input").mkdir(parents=True, exist_ok=True)
     tables = {kind: events.scan(kind) for kind in events.kinds} | {PRODUCT_TABLE: events.products().lazy()}
     for name, rows in tables.items():
@@ -125,8 +130,7 @@ def _as_files(options: argparse.Namespace) -> Path:
             rows.rename({"timestamp_s": "timestamp"}, strict=False).sink_parquet(partial)
             partial.rename(directory / f"{name}.parquet")
     assert events.relevant_clients is not None
-    np.save(written_last, events.relevant_clients)
-    return directory
+    np.save(directory / CLIENTS_FILE, events.relevant_clients)
 
 
 def _code_text(column: str) -> pl.Expr:
@@ -154,7 +158,7 @@ def _command(options: argparse.Namespace) -> list[str]:
     ]
 
 
-def _measured(command: list[str], root: Path) -> dict[str, Any]:
+def measured(command: list[str], root: Path) -> dict[str, Any]:
     """Runs a command: seconds, peak of its own memory and of all pages, disk below `root` after it.
 
     Raises:

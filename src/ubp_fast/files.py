@@ -2,7 +2,7 @@
 
 Contents reach the disk before the name does, and the name changes in one step: a process that is killed, a full disk or
 a power cut leaves the old file or the new one, never a half. Every format here is data: npy without objects, JSON,
-safetensors.
+safetensors. Objects in buckets are read as copies and put whole.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
     from polars import DataFrame
     from torch import Tensor
 
@@ -30,10 +32,16 @@ NO_REASON = "a write that failed, of which is said no more than"
 _HALF = ".*.tmp"
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 _IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR)
+# What tells versions of an object apart, by the names that stores give it.
+_VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "mtime", "LastModified", "created")
 
 
 class OutputDirectoryError(RuntimeError):
     """A directory cannot be written, or belongs to something else."""
+
+
+class ObjectError(RuntimeError):
+    """Objects of a bucket cannot be listed, read or written."""
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -418,3 +426,85 @@ def _flush(path: Path) -> None:
         raise
     finally:
         os.close(descriptor)
+
+
+def is_url(place: object) -> bool:
+    """Whether a place is the address of objects, such as s3://bucket/folder, and no path."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(place)) is not None
+
+
+@contextmanager
+def bucket_of(url: str) -> Iterator[tuple[AbstractFileSystem, str]]:
+    """The file system of a URL and the path in it; what fails in the block names the URL.
+
+    Raises:
+        ObjectError: also where the library for such URLs is missing.
+    """
+    try:
+        from fsspec.core import url_to_fs
+
+        yield url_to_fs(url)
+    except ImportError as error:
+        raise ObjectError(
+            f"{url}: such addresses need a library, got '{error}'; pip install 'ubp_fast[s3]' for s3://, gcsfs for gs://,"
+            " adlfs for az://"
+        ) from error
+    except Exception as error:  # every store has errors of its own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ObjectError(
+            f"{url}: objects must be there and allowed, got '{reason}'; check the name, the credentials and, for"
+            " stores other than Amazon's, AWS_ENDPOINT_URL"
+        ) from error
+
+
+def find_objects(url: str) -> dict[str, str]:
+    """URL of every object -> what tells its version from others, by URL.
+
+    Args:
+        url: of an object, of a folder, or a pattern, see `is_pattern`.
+
+    Raises:
+        ObjectError: the store says no.
+    """
+    with bucket_of(url) as (system, path):
+        system.invalidate_cache()
+        found = (system.glob if is_pattern(path) else system.find)(path, detail=True)
+        facts = {system.unstrip_protocol(name): one for name, one in found.items() if one["type"] == "file"}
+    return {name: _version(one) for name, one in sorted(facts.items())}
+
+
+def is_pattern(url: str) -> bool:
+    """Whether an address stands for several: `*`, `**`, `?` and `[ab]` as in a shell."""
+    return any(sign in url for sign in "*?[")
+
+
+def _in_bucket(url: str) -> str:
+    from fsspec.core import strip_protocol
+
+    path: str = strip_protocol(url)
+    return path
+
+
+def _version(facts: Mapping[str, Any]) -> str:
+    version = next((facts[name] for name in _VERSIONS if facts.get(name)), "")
+    return f"{facts['size']} {version}".replace('"', "")
+
+
+@contextmanager
+def copies_of(objects: Mapping[str, str]) -> Iterator[Path]:
+    """A folder with copies of objects while the block runs, where temporary files lie (TMPDIR).
+
+    Args:
+        objects: relative name of the copy -> URL.
+
+    Raises:
+        ObjectError: an object cannot be read.
+    """
+    with TemporaryDirectory(prefix="ubp_fast-") as folder:
+        copies = [str(Path(folder) / name) for name in objects]
+        for copy in copies:
+            Path(copy).parent.mkdir(parents=True, exist_ok=True)
+        if objects:
+            with bucket_of(next(iter(objects.values()))) as (system, _):
+                system.get([_in_bucket(url) for url in objects.values()], copies)
+        yield Path(folder)

@@ -12,6 +12,7 @@ import pytest
 from support.runs import composed, run_tiny
 
 from ubp_fast.events.read import EventDirectory
+from ubp_fast.features import scaling
 from ubp_fast.pipeline import needs
 from ubp_fast.pipeline.execute import _peak_bytes
 from ubp_fast.pipeline.needs import Need, needs_of_models, needs_of_store, told
@@ -63,6 +64,30 @@ def test_memory_is_that_of_all_processes_of_the_host(run: Path, monkeypatch: pyt
     for name, value in {**launched, "MASTER_ADDR": "here"}.items():
         monkeypatch.setenv(name, str(value))
     assert memory("multitask.training.batch_size=8") == 2 * one
+
+
+def test_shards_need_what_the_largest_holds_and_those_that_fit_are_named(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = EventStore.open(run / "stages" / "store")
+    monkeypatch.setattr(needs, "BYTES_OF_SHARD_PER_CLIENT", 10**8)
+    monkeypatch.setattr(needs, "available_memory", lambda: 7 * 10**9)
+    monkeypatch.setattr(scaling, "ROWS_AT_ONCE", 16)  # 100 clients are 7 parts of sums
+
+    def stacking(*more: str) -> Need:
+        (need,) = needs_of_models(store, read_settings(composed(*SHOP, *more)), ["stacking"])
+        return need
+
+    with pytest.raises(needs.UserError, match=r"got 7\.0 GB for stage 'stacking'; compute\.shards=4 needs 4\.[4-9] GB"):
+        told([stacking()._replace(memory=10**12)], tmp_path, read_settings(composed(*SHOP)))
+    assert stacking(*WINNER).remedy == "take smaller tables or a larger machine"
+    found = []
+    for bounds in ([0, 48, 100], [0, 16, 100]):
+        monkeypatch.setattr(needs, "first_rows", lambda _, bounds=bounds: bounds)
+        found.append(stacking("compute.shards=2"))
+    assert found[1].memory - found[0].memory == (84 - 52) * 10**8
+    assert "compute.shards=4 needs" in found[0].remedy
+    assert "no number of shards fits" in stacking("compute.shards=8").remedy
 
 
 MEASURE = """

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -167,3 +169,75 @@ def test_shards_on_a_cluster_give_the_bytes_of_one_pass(
     assert code == 0, said
     for folder in ("profiles", "model"):
         assert contents(run / folder) == contents(one_pass / folder)
+
+
+# Of machines that start, die or get a task, on a machine that has other work.
+PATIENCE_S = 300
+
+
+def until(is_so: Callable[[], bool]) -> None:
+    end_s = time.monotonic() + PATIENCE_S
+    while not is_so():
+        assert time.monotonic() < end_s, f"nothing came of it in {PATIENCE_S} s"
+        time.sleep(0.1)
+
+
+def held(marks: Path, victims: list[str], work: Callable[[Path], None], folder: Path) -> None:
+    """On a machine that is to die a task says that it has begun and waits for that; elsewhere it waits for all such."""
+    import ray
+
+    node = ray.get_runtime_context().get_node_id()
+    if node in victims:
+        (marks / node).touch()
+        time.sleep(PATIENCE_S)
+        raise AssertionError("the machine has not died")
+    until(lambda: all((marks / victim).exists() for victim in victims))
+    work(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_ten_machines_die_and_every_stage_has_the_same_bytes(
+    cluster: Any, one_pass: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One of two machines beside the driver's dies in every stage while it has a task, in one stage both."""
+    import ray
+
+    draw, stages, alone = random.Random(27), list[str](), RayEngine._run
+    twice, killed = draw.randrange(9), list[str]()
+
+    def living() -> list[Any]:
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        return sorted((node for node in cluster.worker_nodes if node.node_id in alive), key=lambda node: node.node_id)
+
+    def run(engine: RayEngine, stage: str, tasks: Sequence[Task], done: Callable[[], None]) -> None:
+        number = 2 if len(stages) == twice else 1
+        stages.append(stage)
+        until(lambda: len(living()) == 2)
+        nodes = draw.sample(living(), number)
+        victims, marks = [node.node_id for node in nodes], tmp_path / "marks" / stage
+        marks.mkdir(parents=True)
+
+        def kill() -> None:
+            for node in nodes:
+                until((marks / node.node_id).exists)
+                cluster.remove_node(node, allow_graceful=False)
+                killed.append(stage)
+
+        killer = Thread(target=kill)
+        killer.start()
+        alone(engine, stage, [Task(task.folder, partial(held, marks, victims, task.work)) for task in tasks], done)
+        killer.join()
+        for _ in nodes:
+            cluster.add_node(wait=False, num_cpus=1, object_store_memory=100 << 20)
+
+    monkeypatch.setattr(RayEngine, "_run", run)
+    code, found, said = run_tiny(tmp_path / "runs", *CLOSED_FORMS, "compute.engine=ray", "compute.shards=8")
+    assert code == 0, said
+    assert len({*stages}) == 9 and len(killed) == 10
+    again = [line for line in capfd.readouterr().err.splitlines() if line.endswith("and is done again")]
+    print("\n".join(again))
+    for stage in stages:
+        assert sum(line.startswith(f"{stage}: task ") for line in again) >= killed.count(stage), stage
+    for folder in ("profiles", "model"):
+        assert contents(found / folder) == contents(one_pass / folder)

@@ -6,7 +6,8 @@
     JSON                       a line or an element of one list per row
 
 A table may be one file, a list of them, a pattern (`logs/*.csv`) or a directory of parts; names of directories such as
-`day=2024-01-31` are columns. Parts follow each other in the order of their names.
+`day=2024-01-31` are columns. Parts follow each other in the order of their names. Objects of a bucket (`s3://...`) are
+read like files, each from a copy that is gone afterwards.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple, cast
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Any, NamedTuple, TypeVar, cast
 
 import polars as pl
 
 from ubp_fast.events.schema import DataError, UserError
+from ubp_fast.files import copies_of, find_objects, is_pattern, is_url
 
 FORMATS = ("parquet", "arrow", "csv", "json")
 SEPARATORS = {
@@ -156,46 +158,68 @@ class RawTable:
         raise IndexError(row)
 
 
-def find_files(paths: str | Sequence[str]) -> list[tuple[Path, dict[str, str]]]:
+def find_files(paths: str | Sequence[str]) -> list[tuple[Path | str, dict[str, str]]]:
     """Files of a table, with the columns that the names of their directories give (`day=2024-01-31`).
 
     Args:
-        paths: a file, a pattern, a directory, or a list of those.
+        paths: a file, a pattern, a directory, the URL of such in a bucket, or a list of those.
+
+    Returns:
+        Paths, and URLs of objects.
 
     Raises:
         DataError: there is none, or a directory holds files of several kinds of names.
+        ObjectError: a bucket cannot be read.
     """
     if not isinstance(paths, str):
         return [found for path in paths for found in find_files(path)]
-    root = Path(paths)
-    if root.is_file():
+    files: list[tuple[Path | str, PurePath]]
+    if is_url(paths):
+        urls, start = list(find_objects(paths)), paths.rstrip("/") + "/"
+        if urls == [paths]:
+            return [(paths, {})]
+        if is_pattern(paths):
+            files = [(url, PurePosixPath(url)) for url in urls]
+        else:
+            files = _of_one_kind(paths, [(url, PurePosixPath(url.removeprefix(start))) for url in urls])
+    elif (root := Path(paths)).is_file():
         return [(root, {})]
-    if root.is_dir():
-        inside = sorted(path for path in root.rglob("*") if path.is_file() and not _is_hidden(path.relative_to(root)))
-        files = [path for path in inside if _DATA_NAME.search(path.name)]
-        suffixes = sorted({_suffix(path) for path in files})
-        if len(suffixes) > 1:
-            raise DataError(
-                f"{paths}: the directory must hold files of one kind, got {suffixes};"
-                f" name those that are meant, such as data.path='{paths}/*{suffixes[0]}'"
-            )
+    elif root.is_dir():
+        inside = sorted(path for path in root.rglob("*") if path.is_file())
+        files = _of_one_kind(paths, [(path, path.relative_to(root)) for path in inside])
     else:
-        files = [Path(found) for found in sorted(glob.glob(paths, recursive=True)) if Path(found).is_file()]
+        files = [(Path(found), Path(found)) for found in sorted(glob.glob(paths, recursive=True))]
+        files = [(file, place) for file, place in files if Path(file).is_file()]
     if not files:
         raise DataError(f"{paths}: table must exist, got no such file; check the directory and the file's name")
-    return [(file, _given(file.relative_to(root).parent if root.is_dir() else file.parent)) for file in files]
+    return [(file, _given(place.parent)) for file, place in files]
 
 
-def _given(folder: Path) -> dict[str, str]:
+F = TypeVar("F", bound=Path | str)
+
+
+def _of_one_kind(paths: str, inside: Sequence[tuple[F, PurePath]]) -> list[tuple[F, PurePath]]:
+    """Those of the files in a directory that are data, by their places in it."""
+    files = [(file, place) for file, place in inside if not _is_hidden(place) and _DATA_NAME.search(place.name)]
+    suffixes = sorted({_suffix(place) for _, place in files})
+    if len(suffixes) > 1:
+        raise DataError(
+            f"{paths}: the directory must hold files of one kind, got {suffixes};"
+            f" name those that are meant, such as data.path='{paths}/*{suffixes[0]}'"
+        )
+    return files
+
+
+def _given(folder: PurePath) -> dict[str, str]:
     return dict(part.split("=", 1) for part in folder.parts if "=" in part)
 
 
-def _suffix(path: Path) -> str:
+def _suffix(path: PurePath) -> str:
     """The end of a file's name that tells its kind, with that of the packer."""
     return "".join(path.suffixes[-2:] if path.suffix in (".gz", ".zst", ".zstd") else path.suffixes[-1:])
 
 
-def _is_hidden(path: Path) -> bool:
+def _is_hidden(path: PurePath) -> bool:
     return any(part.startswith((".", "_")) for part in path.parts)
 
 
@@ -223,21 +247,56 @@ def read_files(
     bad_lines: list[BadLine] = []
     kinds = []
     for file, given in found:
-        kinds.append(form.format or content_of(file))
-        with readable(file, kinds[-1]):
-            if kinds[-1] == "csv":
-                frames.append(_read_text(file, form, given, wanted, drop_bad_lines, bad_lines, rows))
-                continue
-            scan = _scan(file, kinds[-1], drop_bad_lines, bad_lines)
-            names = scan.collect_schema().names()
-            columns = list(wanted([*names, *(name for name in given if name not in names)]))
-            scan = cast(pl.LazyFrame, _with_given(scan, given, names)).select(columns)
-            frames.append((scan if rows is None else scan.head(rows)).collect())
+        with _at_hand(file) as path:
+            kinds.append(form.format or content_of(path))
+            bad: list[BadLine] = []
+            frames.append(_read_file(path, kinds[-1], form, given, wanted, drop_bad_lines, bad, rows))
+            bad_lines += [line._replace(file=str(file)) for line in bad]
     names = [str(file) for file, _ in found]
     frame = frames[0] if len(frames) == 1 else _joined(names, frames)
     files = tuple((name, len(part)) for name, part in zip(names, frames, strict=True))
     name = paths if isinstance(paths, str) else names[0]
     return RawTable(name, frame, files, set(kinds) == {"csv"}, tuple(bad_lines))
+
+
+@contextmanager
+def _at_hand(file: Path | str) -> Iterator[Path]:
+    """A file, or a copy of an object; errors name the object."""
+    if isinstance(file, Path):
+        yield file
+        return
+    name = file.rpartition("/")[2]
+    with copies_of({name: file}) as folder, said_of(folder, file.rpartition("/")[0]):
+        yield folder / name
+
+
+@contextmanager
+def said_of(copies: Path, url: str) -> Iterator[None]:
+    """Errors that name copies of objects name the objects."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(str(error).replace(str(copies), url)) from error
+
+
+def _read_file(
+    path: Path,
+    kind: str,
+    form: FileForm,
+    given: dict[str, str],
+    wanted: Wanted,
+    drop: bool,
+    bad_lines: list[BadLine],
+    rows: int | None,
+) -> pl.DataFrame:
+    with readable(path, kind):
+        if kind == "csv":
+            return _read_text(path, form, given, wanted, drop, bad_lines, rows)
+        scan = _scan(path, kind, drop, bad_lines)
+        names = scan.collect_schema().names()
+        columns = list(wanted([*names, *(name for name in given if name not in names)]))
+        scan = cast(pl.LazyFrame, _with_given(scan, given, names)).select(columns)
+        return (scan if rows is None else scan.head(rows)).collect()
 
 
 def _joined(names: Sequence[str], frames: Sequence[pl.DataFrame]) -> pl.DataFrame:

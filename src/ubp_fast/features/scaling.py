@@ -67,13 +67,14 @@ class Statistic(ABC, Generic[PartT, ResultT]):
         }
 
     def unpack(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Takes the parts that another one has packed, like `merge`."""
-        found: dict[tuple[int, int], dict[int, np.ndarray]] = {}
-        for name, array in arrays.items():
-            level, number, place = map(int, name.split("/"))
-            found.setdefault((level, number), {})[place] = array
+        """Takes the parts that another one has packed, like `merge`; reads them one after the other."""
+        found: dict[tuple[int, int], int] = {}
+        for name in arrays:
+            level, number, _ = map(int, name.split("/"))
+            found[level, number] = found.get((level, number), 0) + 1
         for (level, number), places in sorted(found.items()):
-            self._take(level, number, self._part([places[place] for place in range(len(places))]))
+            part = self._part([arrays[f"{level}/{number}/{place}"] for place in range(places)])
+            self._take(level, number, part)
 
     def finish(self) -> ResultT:
         """What all parts say.

@@ -26,6 +26,7 @@ from ubp_fast.evaluation.scores import Spread
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import DataError, UserError
 from ubp_fast.files import (
+    ObjectError,
     OutputDirectoryError,
     copy_directory,
     file_digest,
@@ -57,13 +58,15 @@ from ubp_fast.pipeline.stages import (
     plan,
 )
 from ubp_fast.profiler.bundle import BUNDLE_FILE, MODEL_FOLDER
+from ubp_fast.profiles.matrix import LAYOUT_FILE
+from ubp_fast.profiles.publishing import objects_there, publish
 from ubp_fast.progress import RunProgress, duration, print_json
 from ubp_fast.ranks.company import Company, company_here, joined
 from ubp_fast.report import RunSummary, Timing, data_read, render_report
 from ubp_fast.store.event_store import EventStore
 
 # What a message alone explains. Anything else is a mistake of ours and keeps its traceback.
-USER_ERRORS = (UserError, OutputDirectoryError, BackendUnavailable)
+USER_ERRORS = (UserError, OutputDirectoryError, ObjectError, BackendUnavailable)
 USER_ERROR, OUR_ERROR = 2, 1
 PLEA = "This is a mistake of ubp_fast. Please report it, with the lines above and what `ubp-fast doctor` prints."
 # Stage whose vectors a run shows -> folder of the run.
@@ -178,6 +181,10 @@ def _run_stages(settings: Settings, console: Console) -> Path:
     wanted = _wanted(stages, settings.stages)
     made = identified(stages)
     keys = {name: digest(parts) for name, parts in made.items()}
+    if settings.publish is not None:
+        if not _published(wanted):
+            raise UserError("run: publish must come with profiles, got stages that make none; add profiles to stages")
+        objects_there(settings.publish)  # what is refused there is said before the work, too
     lacking = cache.claim(run.path, {stage.name: made[stage.name] for stage in wanted})
     missing = [stage for stage in wanted if stage.name in lacking]
     for name, reasons in again(run.path, cache, {stage.name: made[stage.name] for stage in missing}).items():
@@ -208,7 +215,8 @@ def _run_stages(settings: Settings, console: Console) -> Path:
                 timings.append(Timing(stage.name, time.monotonic() - started_s, _peak_bytes()))
             run.link_stage(stage.name, cache.path(stage.name, keys[stage.name]))
             if stage.name == "events" and (stores := STORES & {one.name for one in missing}):
-                need = needs_of_store(EventDirectory.open(run.path / "stages" / "events"), settings.plain["store"])
+                events = EventDirectory.open(run.path / "stages" / "events")
+                need = needs_of_store(events, settings.plain["store"], settings.shards)
                 _tell([need] * len(stores), settings, console)
             if stage.name in STORES and not has_told:
                 has_told = True
@@ -218,6 +226,8 @@ def _run_stages(settings: Settings, console: Console) -> Path:
                 console.print(facts_table(facts_of(run.path, settings)), highlight=False)
     with run.alone():
         scores = _publish(settings, run, wanted, timings, console)
+        if settings.publish is not None:
+            _put(settings.publish, run, _published(wanted), progress, console)
     if settings.progress == "json":
         print_json(lines, "run_finished", directory=str(run.path), auroc=scores)
     return run.path
@@ -270,6 +280,20 @@ def again(run: Path, cache: StageCache, made: Mapping[str, Mapping[str, object]]
     return found
 
 
+def _published(stages: Sequence[Stage]) -> dict[str, str]:
+    """Stage -> folder of the run, of the vectors that a run shows; the newest are the last."""
+    names = {stage.name for stage in stages}
+    return {name: folder for name, folder in PROFILE_FOLDERS.items() if name in names}
+
+
+def _put(url: str, run: RunDirectory, published: Mapping[str, str], progress: RunProgress, console: Console) -> None:
+    """The newest vectors into a bucket."""
+    folder = list(published.values())[-1]
+    with progress.display(), progress.stage("publish") as update:
+        put = publish(run.path / f"{folder}.parquet", run.path / folder / LAYOUT_FILE, url, update)
+    console.print(f"{put['clients']:,} vectors are in {url}", soft_wrap=True, highlight=False, markup=False)
+
+
 def _publish(
     settings: Settings,
     run: RunDirectory,
@@ -282,8 +306,7 @@ def _publish(
     Returns:
         Component -> reader -> task -> AUROC and its error.
     """
-    names = {stage.name for stage in stages}
-    published = {name: folder for name, folder in PROFILE_FOLDERS.items() if name in names}
+    names, published = {stage.name for stage in stages}, _published(stages)
     for name, folder in published.items():
         made = run.path / "stages" / name
         replace_by_copy(made / "stacked", run.path / folder)

@@ -1,6 +1,6 @@
 """What a run will take of disk and memory, said before the work: bounds from the numbers of clients, events and ids.
 
-Memory is that of all processes of this host that train as one.
+Memory is that of all processes of this host that train as one, or of one task on a shard of the clients.
 
 The store's needs follow from the events, those of all later stages from the store, whose vocabularies decide how large
 tables are. Tables are counted with their optimizer as if every row were in use.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,14 +20,16 @@ import torch
 
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import EVENT_KINDS, UserError
+from ubp_fast.features import scaling
 from ubp_fast.features.tastes import SPARE_FACTORS, TastesConfig
 from ubp_fast.models.membership import MembershipConfig
 from ubp_fast.models.training import on_device
 from ubp_fast.pipeline.model_stages import cutoffs_of
 from ubp_fast.pipeline.settings import ModelSettings, Settings
-from ubp_fast.pipeline.stages import feature_sets, network_sets, profile_sets
+from ubp_fast.pipeline.stages import feature_sets, is_of_closed_forms, network_sets, profile_sets
 from ubp_fast.ranks.company import Launch
 from ubp_fast.store.event_store import EventStore
+from ubp_fast.store.shards import first_rows
 
 # Interpreter, libraries and their threads.
 BASE_BYTES = 700 << 20
@@ -48,6 +50,8 @@ EVENTS_AT_ONCE_BYTES = 600 << 20
 BYTES_OF_PROFILE_SETS = 4_000
 # Of a sparse matrix and its transpose, sorted: indices and value. Narrow matrices that products and QR hold at once.
 BYTES_PER_ENTRY, NARROW_MATRICES = 90, 4
+# Of a shard: what of a client is in memory at once, sums of regressions and near vectors, an event while it is sorted.
+BYTES_OF_SHARD_PER_CLIENT, SUMS_BYTES, SORTED_BYTES_PER_EVENT = 20_000, 450 << 20, 60
 
 
 class Need(NamedTuple):
@@ -60,6 +64,7 @@ class Need(NamedTuple):
         memory: of the machine.
         device: of the GPU.
         checkpoints: the share of `disk_at_work` that two checkpoints take, the last one and the one being written.
+        remedy: what to do where the memory is too little.
     """
 
     stage: str
@@ -68,9 +73,10 @@ class Need(NamedTuple):
     memory: int = 0
     device: int = 0
     checkpoints: int = 0
+    remedy: str = "take smaller tables or a larger machine"
 
 
-def needs_of_store(events: EventDirectory, store: Mapping[str, Any]) -> Need:
+def needs_of_store(events: EventDirectory, store: Mapping[str, Any], shards: int = 1) -> Need:
     """Of the stage `store` by its configuration; a client counts once for every kind of event."""
     rows = {kind: events.num_rows(kind) for kind in events.kinds}
     relevant = events.relevant_clients
@@ -84,7 +90,8 @@ def needs_of_store(events: EventDirectory, store: Mapping[str, Any]) -> Need:
         count * (BYTES_PER_SEARCH if kind == "search_query" else BYTES_PER_EVENT) for kind, count in rows.items()
     )
     size += clients * 8 * (len(EVENT_KINDS) + 2)
-    return Need("store", size, 2 * size, BASE_BYTES + EVENTS_AT_ONCE_BYTES + 16 * clients)
+    of_shard = sum(rows.values()) // shards * SORTED_BYTES_PER_EVENT if shards > 1 else 0
+    return Need("store", size, 2 * size, BASE_BYTES + EVENTS_AT_ONCE_BYTES + 16 * clients + of_shard)
 
 
 def needs_of_models(store: EventStore, settings: Settings, stages: Iterable[str]) -> list[Need]:
@@ -115,6 +122,12 @@ def needs_of_models(store: EventStore, settings: Settings, stages: Iterable[str]
     disk = relevant * sets + weights_of_items
     memory = BASE_BYTES + EVENTS_AT_ONCE_BYTES + 24 * clients + max(fits)
     found["features"] = Need("features", disk, disk + of_past, memory)
+
+    def of_shards(largest: int) -> int:
+        """What the driver and a task take where shards have at most so many clients."""
+        of_task = SUMS_BYTES + weights_of_items + largest * BYTES_OF_SHARD_PER_CLIENT
+        return BASE_BYTES + 24 * clients + max(*fits, of_task)
+
     widths = (
         ("contrastive", settings.contrastive.config.events.width),
         ("multitask", settings.multitask.config.profile_width),
@@ -153,11 +166,30 @@ def needs_of_models(store: EventStore, settings: Settings, stages: Iterable[str]
     disk = 6 * vectors + 2 * in_bundle + trained
     device = 2 * NETWORK_BYTES if on_gpu else 0
     found["stacking"] = Need("stacking", disk, disk + checkpoints, memory, device, checkpoints)
+    if settings.is_sharded:
+        largest = int(np.diff(first_rows(store)).max())
+        for name in ("features", "stacking"):
+            remedy = _more_shards(of_shards, relevant, settings.shards)
+            found[name] = found[name]._replace(memory=of_shards(largest), remedy=remedy)
+    elif is_of_closed_forms(settings):
+        found["stacking"] = found["stacking"]._replace(remedy=_more_shards(of_shards, relevant, 1))
     found["baselines"] = Need("baselines", relevant * 320 * 8, 0, BASE_BYTES + EVENTS_AT_ONCE_BYTES + relevant * 400)
     scored = BASE_BYTES + 2 * NETWORK_BYTES + relevant * (2 * width + 6 * 100 * 4)
     found["evaluate"] = Need("evaluate", 0, 0, scored, scored if on_gpu else 0)
     groups = dict.fromkeys(name.removeprefix("latest-").split("-")[0] for name in stages)
     return [found[name] for name in groups if name in found]
+
+
+def _more_shards(of_shards: Callable[[int], int], clients: int, shards: int) -> str:
+    """How many shards of the clients fit into the memory that is there, the least power of two above what there are."""
+    most = -(-clients // scaling.ROWS_AT_ONCE)  # shards hold whole parts of sums
+    number = 2 << (shards.bit_length() - 1)
+    while number < 2 * most:
+        largest = -(-most // number) * scaling.ROWS_AT_ONCE
+        if of_shards(largest) <= available_memory():
+            return f"compute.shards={number} needs {_size(of_shards(largest))}"
+        number *= 2
+    return "take a larger machine: no number of shards fits"
 
 
 def bytes_of_tastes(store: EventStore, config: TastesConfig) -> int:
@@ -199,7 +231,7 @@ def told(needs: list[Need], root: Path, settings: Settings) -> str:
     most = max(needs, key=lambda need: need.memory)
     parts = [
         ("disk", disk, free, f"below {root}; free some, or take another root="),
-        ("memory", most.memory, memory, f"for stage '{most.stage}'; take smaller tables or a larger machine"),
+        ("memory", most.memory, memory, f"for stage '{most.stage}'; {most.remedy}"),
     ]
     device = max(need.device for need in needs)
     if device and torch.cuda.is_available():

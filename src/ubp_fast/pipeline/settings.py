@@ -23,7 +23,7 @@ from ubp_fast.events.sources.challenge import Challenge
 from ubp_fast.events.sources.sql import without_password
 from ubp_fast.events.sources.table import EventRows
 from ubp_fast.events.split import TARGET_DAYS
-from ubp_fast.files import file_digest
+from ubp_fast.files import file_digest, flatten, is_url
 from ubp_fast.pipeline.cache import digest
 from ubp_fast.profiler.bundle import BUNDLE_FILE, model_folder
 from ubp_fast.profiler.reading import columns_of, seconds_of
@@ -87,7 +87,13 @@ PLAIN_TYPES: dict[str, Any] = {
     "evaluation.common_clients": bool,
 }
 # Settings that may be left out.
-OPTIONAL_TYPES: dict[str, Any] = {"contrastive.views": int | None, "features.rich": Mapping | None}
+OPTIONAL_TYPES: dict[str, Any] = {
+    "contrastive.views": int | None,
+    "features.rich": Mapping | None,
+    "publish": str | None,
+}
+# Settings that are folders of a file system.
+OF_FILES = ("root", "directory", "cache", "evaluation.profiles", "profiles.align_to", "report.against")
 # Names that say how a group becomes an object.
 OF_OBJECTS = {"_target_": str, "_partial_": bool}
 LONGEST_VALUE = 100
@@ -168,6 +174,7 @@ class Settings:
         common_clients: score everything on the clients that the submission and the baselines share.
         align_to: model of an earlier run, in whose space the newest vectors shall be; None: in one of their own.
         report: what the report shows beside scores.
+        publish: URL of a folder in a bucket for the newest vectors, see `ubp_fast.profiles.publishing`; None: nowhere.
         progress: how a run tells how far it is, see `ubp_fast.progress.RunProgress`.
         client_order: order of the clients in profiles, "ids" or "baseline".
         latest: "end" of the data or a moment (seconds), whose vectors are made beside the backtest's; None: no others.
@@ -206,6 +213,7 @@ class Settings:
     submission: Path | None
     common_clients: bool
     report: Report = Report()
+    publish: str | None = None
     progress: Style = "auto"
     client_order: str = "ids"
     latest: int | str | None = None
@@ -268,9 +276,10 @@ def read_settings(config: DictConfig) -> Settings:
     named = {
         name: value
         for name, value in plain.items()
-        if name not in ("stages", "directory", "root", "cache", "progress", "compute", "report")
+        if name not in ("stages", "directory", "root", "cache", "publish", "progress", "compute", "report")
     }
     _require_types(plain)
+    _require_paths(plain)
     built, windows = _make(plain["data"]), Windows(**plain["windows"])
     if isinstance(built, Challenge):
         built.check_days(windows.days)
@@ -330,8 +339,30 @@ def read_settings(config: DictConfig) -> Settings:
         align_to=_old_model(plain["profiles"]["align_to"]),
         common_clients=common_clients,
         report=Report(**plain.get("report", {})),
+        publish=plain.get("publish"),
         progress=plain.get("progress", "auto"),
     )
+
+
+def _require_paths(plain: Mapping[str, Any]) -> None:
+    """Refuses addresses of objects where files are renamed and mapped, and paths where objects are put.
+
+    Raises:
+        UserError: names the setting.
+    """
+    values = flatten(plain)
+    for name in OF_FILES:
+        if is_url(value := values.get(name)):
+            raise UserError(
+                f"run: {name} must be a path of a file system, got '{value}'; data.path, data.dir and publish take"
+                " addresses of buckets"
+            )
+    publish = plain.get("publish")
+    if publish is not None and not is_url(publish):
+        raise UserError(
+            f"run: publish must be an address such as s3://bucket/profiles, got '{publish}'; directory= names where"
+            " files are written"
+        )
 
 
 def _components(named: Any) -> tuple[str, ...]:

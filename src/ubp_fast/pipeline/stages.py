@@ -222,12 +222,13 @@ def _of_shards(settings: Settings) -> list[Stage]:
     ]
 
 
-def _require_closed_forms(settings: Settings) -> None:
-    """Refuses what no task of a shard does.
+def is_of_closed_forms(settings: Settings) -> bool:
+    """Whether tasks on shards of the clients can make all that the settings ask for."""
+    return not _refused_in_shards(settings)
 
-    Raises:
-        UserError: says what to change.
-    """
+
+def _refused_in_shards(settings: Settings) -> list[str]:
+    """What no task of a shard does."""
     rich = settings.plain["features"].get("rich")
     refused = {
         f"the networks {list(_trained(settings))}, which learn from all clients at once": _trained(settings),
@@ -239,8 +240,16 @@ def _require_closed_forms(settings: Settings) -> None:
         "report.against": settings.report.against is not None,
         "features as a scored component": set(settings.components) & {"features", "profile_features"},
     }
-    found = [what for what, is_asked in refused.items() if is_asked]
-    if found:
+    return [what for what, is_asked in refused.items() if is_asked]
+
+
+def _require_closed_forms(settings: Settings) -> None:
+    """Refuses what no task of a shard does.
+
+    Raises:
+        UserError: says what to change.
+    """
+    if found := _refused_in_shards(settings):
         raise UserError(
             f"run: compute.shards={settings.shards} with compute.engine={settings.engine} works with closed forms alone"
             f" (experiment=demo), got {'; '.join(found)}; leave that out, or take compute.shards=1 and"

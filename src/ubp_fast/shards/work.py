@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import safe_open
 
 from ubp_fast.events.schema import LabelLists
 from ubp_fast.features import scaling
@@ -261,17 +262,37 @@ def measured_of_all(folders: Sequence[Path]) -> Measured:
     """What the shards have measured, in their order, as statistics of all clients."""
     found: Measured = {}
     for folder in folders:
-        of_shard: dict[str, dict[str, np.ndarray]] = {}
-        for name, array in load_arrays(folder / MEASURED_FILE).items():
-            start, place = name.rsplit("|", 1)
-            of_shard.setdefault(start, {})[place] = array
-        for start, arrays in of_shard.items():
-            cutoff_s, statistic, names = start.split("|")
-            key = int(cutoff_s), tuple(names.split(","))
-            if key not in found:
-                found[key] = STATISTICS[statistic]()
-            found[key].unpack(arrays)
+        with safe_open(folder / MEASURED_FILE, "np") as stored:
+            of_shard: dict[str, list[str]] = {}
+            for name in stored.keys():  # noqa: SIM118 - no dict
+                start, place = name.rsplit("|", 1)
+                of_shard.setdefault(start, []).append(place)
+            for start, places in of_shard.items():
+                cutoff_s, statistic, names = start.split("|")
+                key = int(cutoff_s), tuple(names.split(","))
+                if key not in found:
+                    found[key] = STATISTICS[statistic]()
+                found[key].unpack(_Stored(stored, start, places))
     return found
+
+
+@dataclass(frozen=True)
+class _Stored(Mapping[str, np.ndarray]):
+    """Arrays of a file whose names have the same start, each read when it is asked for."""
+
+    stored: safe_open
+    start: str
+    places: list[str]
+
+    def __getitem__(self, place: str) -> np.ndarray:
+        array: np.ndarray = self.stored.get_tensor(f"{self.start}|{place}")
+        return array
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
 
 
 Work = Callable[[Path], None]

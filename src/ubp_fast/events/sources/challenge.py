@@ -9,22 +9,24 @@ both    input/relevant_clients.npy, target/active_clients.npy, target/{,populari
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 
 import polars as pl
 
 from ubp_fast.events.checks import PURCHASE_SCHEMA, event_schema
+from ubp_fast.events.formats import said_of
 from ubp_fast.events.parse import parse_codes, parse_ids
 from ubp_fast.events.read import read_events, read_id_list, read_label_lists, read_products, read_table
 from ubp_fast.events.schema import EVENT_KINDS, PRODUCT_TABLE, DataError, UserError
 from ubp_fast.events.split import DAY_S, TARGET_DAYS, Split, floor_day, split_at
 from ubp_fast.events.times import parse_timestamps
 from ubp_fast.events.write import EventWriter, event_writer
-from ubp_fast.files import file_digest
+from ubp_fast.files import copies_of, file_digest, find_objects, is_url
 from ubp_fast.progress import Progress, Steps
 
-LAYOUTS = ("auto", "raw", "split")
+LAYOUTS, PARTS = ("auto", "raw", "split"), ("input", "target")
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Challenge:
     """The organisers' directory as a source.
 
     Attributes:
-        dir: the directory.
+        dir: the directory, or its URL in a bucket (s3://...), of which copies are read that are gone afterwards.
         layout: "raw", "split", or "auto": split when `input/` and `target/` hold tables, else raw.
         end: ISO date-time; later events are removed and all windows move. Label lists and active clients of the
             directory belong to other windows then and are left out.
@@ -53,6 +55,10 @@ class Challenge:
         self.check_days(target_days)
         if self.layout not in LAYOUTS:
             raise UserError(f"Challenge: layout must be one of {list(LAYOUTS)}, got '{self.layout}'")
+        if is_url(self.dir):
+            with copies_of(self._objects()) as copies, said_of(copies, self.dir.rstrip("/")):
+                replace(self, dir=str(copies)).prepare(directory, progress, target_days)
+            return
         root = Path(self.dir)
         if not root.is_dir():
             raise DataError(f"{root}: the challenge directory must exist, got no such directory; check data.dir")
@@ -64,11 +70,24 @@ class Challenge:
             writer.finish(split, layout="split" if split_layout else "raw")
 
     def content(self) -> dict[str, str]:
-        """Digest of every file of the directory that may be read; other files beside them do not count."""
+        """Digest of every file of the directory that may be read; other files beside them do not count.
+
+        Of objects in a bucket it is their version.
+        """
+        if is_url(self.dir):
+            versions = find_objects(self.dir)
+            return {name: versions[url] for name, url in self._objects(versions).items()}
         root = Path(self.dir)
         found = [*root.glob("*.parquet"), *(root / "input").glob("*"), *(root / "target").glob("*")]
         parts = [part for path in found if path.is_dir() for part in path.rglob("*.parquet")]
         return {str(file.relative_to(root)): file_digest(file) for file in sorted({*found, *parts}) if file.is_file()}
+
+    def _objects(self, found: Iterable[str] | None = None) -> dict[str, str]:
+        """Place in the directory -> URL, of all objects that may be read."""
+        start = self.dir.rstrip("/") + "/"
+        inside = {url.removeprefix(start): url for url in (find_objects(self.dir) if found is None else found)}
+        first = {name: PurePosixPath(name).parts[0] for name in inside}
+        return {name: url for name, url in inside.items() if first[name] in PARTS or first[name].endswith(".parquet")}
 
     @staticmethod
     def check_days(target_days: int) -> None:

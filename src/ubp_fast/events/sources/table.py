@@ -19,7 +19,7 @@ from ubp_fast.events.sources.table_rows import RowChecks, check_outliers, duplic
 from ubp_fast.events.split import TARGET_DAYS, fitting_days, split_at, utc_text
 from ubp_fast.events.times import TimeForm, outside_years, read_times
 from ubp_fast.events.write import EventWriter, end_seconds, event_writer
-from ubp_fast.files import file_digest
+from ubp_fast.files import file_digest, find_objects, is_url
 from ubp_fast.progress import Progress, Steps
 
 IGNORE = "ignore"
@@ -428,7 +428,7 @@ class Table(EventRows):
     """Files with a row per event as a source.
 
     Attributes:
-        path: a file, a pattern, a directory of parts, or a list of those.
+        path: a file, a pattern, a directory of parts, the URL of such in a bucket (s3://...), or a list of those.
         format: "parquet", "arrow", "csv", "tsv" or "json"; None: what the content says.
         separator: of text: a character, or "tab", "semicolon", "pipe", "space", "whitespace"; None: the one that fits.
         columns: names of the columns of text without a header.
@@ -450,8 +450,13 @@ class Table(EventRows):
         self._file_form()
 
     def content(self) -> dict[str, str]:
-        """Digest of every file that is read."""
-        return {str(file): file_digest(file) for file, _ in find_files(self.path)}
+        """Digest of every file that is read; of objects in a bucket their version."""
+        found: dict[str, str] = {}
+        for place in [self.path] if isinstance(self.path, str) else self.path:
+            versions = find_objects(place) if is_url(place) else {}
+            for file, _ in find_files(place):
+                found[str(file)] = file_digest(file) if isinstance(file, Path) else versions[file]
+        return found
 
     def _file_form(self) -> FileForm:
         return FileForm(self.format, self.separator, self.columns, self.encoding, self.quote, self.null_values)
