@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from ubp_fast.events.formats import FileForm, read_files
 from ubp_fast.events.schema import DataError, UserError
 from ubp_fast.events.sources.challenge import Challenge
 from ubp_fast.events.sources.table import Table
-from ubp_fast.files import ObjectError, bucket_of, find_objects
+from ubp_fast.files import ObjectError, bucket_of, copies_of, find_objects
 from ubp_fast.pipeline.settings import read_settings
 from ubp_fast.profiles import publishing
 from ubp_fast.profiles.publishing import MANIFEST_FILE, publish
@@ -123,6 +124,16 @@ def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(ObjectError, match=r"gs://shop/x: such addresses need a library, .*gcsfs for gs://"):
         find_objects("gs://shop/x")
+
+
+@pytest.mark.parametrize("name", ["input/../../notes.parquet", "/notes.parquet"])
+def test_no_object_is_written_outside_the_copies(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with bucket_of(f"memory://shop/{name}") as (system, path):
+        system.pipe_file(path, b"theirs")
+    with pytest.raises(ObjectError, match="objects must lie inside their folder"), copies_of({name: path}):
+        pass
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_run_from_bucket_to_bucket(bucket: str, tmp_path: Path) -> None:

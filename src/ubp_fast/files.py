@@ -498,8 +498,11 @@ def copies_of(objects: Mapping[str, str]) -> Iterator[Path]:
         objects: relative name of the copy -> URL.
 
     Raises:
-        ObjectError: an object cannot be read.
+        ObjectError: an object cannot be read, or its name leads out of the folder.
     """
+    for name, url in objects.items():  # a key is any text, of whoever may write to the bucket
+        if (place := Path(name)).is_absolute() or ".." in place.parts:
+            raise ObjectError(f"{url}: objects must lie inside their folder, got '{name}'; rename or remove it")
     with TemporaryDirectory(prefix="ubp_fast-") as folder:
         copies = [str(Path(folder) / name) for name in objects]
         for copy in copies:
