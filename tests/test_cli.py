@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -188,3 +190,12 @@ def test_inspect_says_what_a_file_holds(tmp_path: Path, capsys: pytest.CaptureFi
     assert "data.client_column=customer" in printed and "bought at" in printed
     assert main(["inspect", str(tmp_path / "none.csv")]) == 2
     assert "none.csv" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_gone_is_no_mistake_of_ours() -> None:
+    """As in `ubp-fast doctor | head -1`: the code of a shell's commands, and not a word."""
+    text = "import sys; from ubp_fast.cli import main; sys.exit(main(['settings']))"
+    command = subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert command.stdout is not None
+    command.stdout.close()
+    assert command.communicate(timeout=60)[1] == b"" and command.returncode == 141

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import select
 import sys
 import time
 import traceback
@@ -68,6 +69,8 @@ from ubp_fast.store.event_store import EventStore
 # What a message alone explains. Anything else is a mistake of ours and keeps its traceback.
 USER_ERRORS = (UserError, OutputDirectoryError, ObjectError, BackendUnavailable)
 USER_ERROR, OUR_ERROR = 2, 1
+# Of a shell's command that writes into a pipe whose reader has gone: 128 + SIGPIPE.
+NOBODY_READS = 141
 PLEA = "This is a mistake of ubp_fast. Please report it, with the lines above and what `ubp-fast doctor` prints."
 # Stage whose vectors a run shows -> folder of the run.
 PROFILE_FOLDERS = {"stacking": "profiles", f"{LATEST}stacking": "latest"}
@@ -93,16 +96,37 @@ def execute(config: DictConfig, console: Console | None = None) -> int:
 
 
 def explained(work: Callable[[], int]) -> int:
-    """The exit code of `work()`; errors are said on stderr: those of users in one line, ours as they are."""
+    """The exit code of `work()`; errors are said on stderr: those of users in one line, ours as they are.
+
+    Where the reader of the output has gone (`ubp-fast settings | head`), there is nobody to say anything to.
+    """
     try:
-        return work()
+        code = work()
+        sys.stdout.flush()
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
-    except Exception:
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return NOBODY_READS
         traceback.print_exc()
         print(PLEA, file=sys.stderr)
         return OUR_ERROR
+    return code
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of the output has gone; what Python still holds of it goes nowhere then."""
+    output, poll = sys.__stdout__, select.poll()
+    if output is None:
+        return False
+    poll.register(output.fileno(), 0)  # without a wish it tells errors alone
+    if not poll.poll(0):
+        return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, output.fileno())
+    os.close(nowhere)
+    return True
 
 
 def run_stages(settings: Settings, console: Console) -> Path:
