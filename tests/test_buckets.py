@@ -11,11 +11,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError, URLError
-from urllib.request import urlopen
 
 import polars as pl
 import pytest
+from fsspec.asyn import sync
 from support.runs import SMALL, composed, contents, run_tiny
 
 from ubp_fast.events.formats import FileForm, read_files
@@ -28,7 +27,7 @@ from ubp_fast.profiles import publishing
 from ubp_fast.profiles.publishing import MANIFEST_FILE, publish
 
 BUCKET = "s3://shop"
-pytest.importorskip("s3fs")
+S3FileSystem = pytest.importorskip("s3fs").S3FileSystem
 pytest.importorskip("moto")
 
 
@@ -51,26 +50,33 @@ def bucket() -> Iterator[str]:
         for name, value in settings.items():
             patch.setenv(name, value)
         try:
-            _wait_for(url, server)
+            _wait_for(port, server)
             with bucket_of(BUCKET) as (system, path):
                 system.mkdir(path)
             yield BUCKET
+            _close_sessions()
         finally:
             server.kill()
             server.wait()
 
 
-def _wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
+def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
     end_s = time.monotonic() + 120
     while server.poll() is None and time.monotonic() < end_s:
         try:
-            urlopen(url, timeout=5).close()
+            socket.create_connection(("127.0.0.1", port), timeout=5).close()
             return
-        except HTTPError:
-            return
-        except (URLError, OSError):
+        except OSError:
             time.sleep(0.2)
     raise RuntimeError("the server of objects did not start")
+
+
+def _close_sessions() -> None:
+    """Those of s3fs, which itself gives up after a tenth of a second and leaves sockets open on a busy machine."""
+    for system in S3FileSystem._cache.values():
+        if system._s3 is not None:
+            sync(system.loop, system._s3creator.__aexit__, None, None, None)
+    S3FileSystem.clear_instance_cache()
 
 
 def put(folder: Path, url: str) -> None:
