@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,11 +74,14 @@ def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
 
 
 def _close_sessions() -> None:
-    """Those of s3fs, which itself gives up after a tenth of a second and leaves sockets open on a busy machine."""
+    """Those of s3fs, which itself gives up after a tenth of a second; what it still left open is collected here."""
     for system in S3FileSystem._cache.values():
         if system._s3 is not None:
             sync(system.loop, system._s3creator.__aexit__, None, None, None)
     S3FileSystem.clear_instance_cache()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 def put(folder: Path, url: str) -> None:
