@@ -532,6 +532,8 @@ def work(rank, folder):
             except ValueError as error:
                 print(error, flush=True)
     dist.destroy_process_group()
+    from support.ranks import end_at_once
+    end_at_once()
 
 if __name__ == "__main__":
     mp.spawn(work, (sys.argv[2],), nprocs=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import time
 from functools import partial
@@ -64,3 +65,14 @@ def test_scores_of_processes_are_those_of_one_process(tmp_path: Path) -> None:
         torch.set_num_threads(threads)
     assert evaluate(profiles, targets, CONFIG, keep=kept).to_json() == plain.to_json()
     assert not kept.exists()
+
+
+def dies_at_its_end(folder: Path, rank: int, world: int, progress: Any) -> None:
+    """As a process does whose interpreter ends while a thread of a group still holds a tensor."""
+    atexit.register(os.abort)
+    (folder / str(rank)).write_text(f"{rank} of {world}", encoding="utf-8")
+
+
+def test_work_that_is_done_is_no_error_however_its_process_would_end(tmp_path: Path) -> None:
+    deal_out(partial(dies_at_its_end, tmp_path), Processes(2, "cpu", 2), lambda *_: None, "evaluate", "")
+    assert sorted(file.read_text(encoding="utf-8") for file in tmp_path.iterdir()) == ["0 of 2", "1 of 2"]

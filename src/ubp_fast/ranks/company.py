@@ -7,6 +7,7 @@ gone: the next word does not come, and all end with a sentence within `wait_s`.
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
@@ -141,6 +142,9 @@ class Company:
         self._said = (self._said[0] + 1, _END)
         self._thread.join(self.wait_s)
         if self._error is None and not self._thread.is_alive():
+            # Who still holds a group keeps its threads, which abort a process whose interpreter ends meanwhile.
+            del self._pulses
+            gc.collect()
             dist.destroy_process_group()
 
     def gone(self, what: str, error: RuntimeError) -> UserError:
