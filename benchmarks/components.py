@@ -139,7 +139,7 @@ def _score(
         profiles = Profiles(profiles.client_ids[order], profiles.embeddings[order])
         targets = targets_of(run, profiles)
         scored.append(_aurocs(profiles, targets, tasks))
-        report["oracle"] = report["oracle"] or _oracle(run, targets)
+        report["oracle"] = report["oracle"] or oracle_aurocs(run, targets)
     report["tasks_without_labels"] = sorted({*report.get("tasks_without_labels", ()), *set(tasks) - set(scored[0])})
     for task in scored[0]:
         seeds = row["auroc"].setdefault(task, [[] for _ in scored])
@@ -229,7 +229,7 @@ def _aurocs(profiles: Profiles, targets: Targets, tasks: Sequence[str]) -> dict[
     }
 
 
-def _oracle(run: Path, targets: Targets) -> dict[str, float] | None:
+def oracle_aurocs(run: Path, targets: Targets) -> dict[str, float] | None:
     """AUROC of the true probabilities on the labels of the validation window; None when there is no truth."""
     truth = run / "stages" / "events" / "truth"
     if not truth.is_dir():

@@ -153,7 +153,7 @@ def test_table_of_components_adds_only_what_its_file_lacks(
     folders = {"stacking.blocks=[aggregated]": "first", "stacking.blocks=[decayed]": "second"}
     monkeypatch.setattr(components, "run_to", lambda overrides, folder, root: tmp_path / folders[overrides[0]])
     monkeypatch.setattr(components, "targets_of", lambda run, profiles: None)
-    monkeypatch.setattr(components, "_oracle", lambda run, targets: None)
+    monkeypatch.setattr(components, "oracle_aurocs", lambda run, targets: None)
     monkeypatch.setattr(components, "_aurocs", aurocs)
     arguments = ["--output", str(tmp_path / "table.json"), "--rows", "decayed", "aggregated"]
 

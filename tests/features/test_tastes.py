@@ -23,38 +23,50 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> EventStore:
     return make_store(tmp_path_factory.mktemp("shop"), clients=60)
 
 
-def tastes(store: EventStore, rank: int = 5, path: Path | None = None) -> np.ndarray:
-    return taste_features(store, CUTOFF_S, TastesConfig(rank=rank), path).rows(slice(None))
+def tastes(
+    store: EventStore, rank: int = 5, path: Path | None = None, kinds: tuple[str, ...] = TastesConfig.kinds
+) -> np.ndarray:
+    return taste_features(store, CUTOFF_S, TastesConfig(kinds, rank=rank), path).rows(slice(None))
 
 
-def dense(store: EventStore) -> np.ndarray:
+def dense(store: EventStore, kinds: tuple[str, ...]) -> np.ndarray:
     """The matrix that is factorised, event by event."""
-    matrix = np.zeros((store.num_clients, 2 * store.num_skus))
-    for number, kind in enumerate(("product_buy", "add_to_cart")):
+    found = []
+    for kind in kinds:
         columns = store.kind(kind)
+        counts = np.zeros((store.num_clients, max(store.num_skus, store.num_urls, 16 * 256)))
         for client in range(store.num_clients):
             for row in range(columns.offsets[client], columns.offsets[client + 1]):
                 if columns.timestamp_s[row] < CUTOFF_S:
                     age_days = (CUTOFF_S - int(columns.timestamp_s[row])) / DAY_S
-                    matrix[client, number * store.num_skus + columns.item[row]] += 0.5 ** (age_days / 60)  # type: ignore[index]
-    matrix = np.log1p(matrix)
+                    items = [columns.item[row]] if columns.item is not None else []
+                    items += (
+                        [] if columns.codes is None else [256 * n + int(c) for n, c in enumerate(columns.codes[row])]
+                    )
+                    counts[client, items] += 0.5 ** (age_days / 60)
+        found.append(np.log1p(counts))
+    matrix = np.concatenate(found, axis=1)
     length = np.linalg.norm(matrix, axis=0)
     return matrix / np.where(length > 0, length, 1) ** 0.5
 
 
-def test_factors_are_left_singular_vectors(store: EventStore) -> None:
-    found = tastes(store)
-    left, _, right = np.linalg.svd(dense(store), full_matrices=False)
+@pytest.mark.parametrize(
+    "kinds", [("product_buy", "add_to_cart"), ("page_visit",), ("search_query",), TastesConfig.kinds]
+)
+def test_factors_are_left_singular_vectors(store: EventStore, kinds: tuple[str, ...]) -> None:
+    found = tastes(store, rank=store.num_clients, kinds=kinds)  # as wide as the matrix, so nothing is left to converge
+    left, values, right = np.linalg.svd(dense(store, kinds), full_matrices=False)
+    assert (values[:5] > 1.001 * values[1:6]).all(), "factors that are nearly as strong as the next may turn"
     for factor in range(5):
         sign = np.sign(right[factor, np.abs(right[factor]).argmax()])
         np.testing.assert_allclose(found[:, factor], sign * left[:, factor] * len(left) ** 0.5, atol=2e-3)
-    np.testing.assert_allclose((found**2).mean(axis=0), 1, rtol=1e-4)
+    np.testing.assert_allclose((found[:, :5] ** 2).mean(axis=0), 1, rtol=1e-4)
     assert not found[EMPTY_CLIENT].any()
 
 
 def test_clients_with_the_same_taste_are_near(store: EventStore) -> None:
     """A client of the shop likes every sku with sku % 5 == client % 5."""
-    found = tastes(store)
+    found = tastes(store, kinds=("product_buy", "add_to_cart"))
     found = found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-9)
     alike = found @ found.T
     group = np.arange(len(found)) % 5
@@ -65,9 +77,14 @@ def test_clients_with_the_same_taste_are_near(store: EventStore) -> None:
 
 def test_nothing_from_the_cutoff_on_is_seen(store: EventStore, tmp_path: Path) -> None:
     changed = make_store(tmp_path, clients=60, scrambled_from_s=CUTOFF_S)
-    later = changed.kind("product_buy")
-    assert not np.array_equal(later.item, store.kind("product_buy").item)
+    for kind in TastesConfig.kinds:
+        later, before = changed.kind(kind), store.kind(kind)
+        assert any(not np.array_equal(*columns) for columns in zip(later[2:], before[2:], strict=True))
     np.testing.assert_array_equal(tastes(changed), tastes(store))
+    few = TastesConfig(rank=4, entries=400, pages=6)
+    found, wanted = (fit_tastes(one, CUTOFF_S, few) for one in (changed, store))
+    for kind in TastesConfig.kinds:
+        assert all(map(np.array_equal, found[kind], wanted[kind]))
 
 
 def test_blocks_of_clients_do_not_matter(store: EventStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,11 +97,41 @@ def test_blocks_of_clients_do_not_matter(store: EventStore, tmp_path: Path, monk
 def test_drawn_clients_alone_are_factorised(store: EventStore) -> None:
     config = TastesConfig(rank=4, clients=20)
     weights = fit_tastes(store, CUTOFF_S, config)
-    np.testing.assert_array_equal(fit_tastes(store, CUTOFF_S, config), weights)
-    assert not np.array_equal(fit_tastes(store, CUTOFF_S, replace(config, clients=21)), weights)
+    again, other = fit_tastes(store, CUTOFF_S, config), fit_tastes(store, CUTOFF_S, replace(config, clients=21))
+    for kind, (items, values) in weights.items():
+        np.testing.assert_array_equal(again[kind].items, items)
+        np.testing.assert_array_equal(again[kind].weights, values)
+    assert not np.array_equal(other["product_buy"].weights, weights["product_buy"].weights)
     found = taste_features(store, CUTOFF_S, config, weights=weights).rows(slice(None))
     places = drawn(np.asarray(store.client_ids), 20, 0)
     np.testing.assert_allclose((found[places] ** 2).mean(axis=0), 1, rtol=1e-4)
+
+
+def test_as_many_clients_are_factorised_as_entries_are_allowed(store: EventStore) -> None:
+    """A search is sixteen entries."""
+    config = TastesConfig(("product_buy", "search_query"), rank=4)
+    entries = np.zeros(store.num_clients, np.int64)
+    for kind, each in (("product_buy", 1), ("search_query", 16)):
+        columns = store.kind(kind)
+        client = np.repeat(np.arange(store.num_clients), np.diff(columns.offsets))
+        entries += each * np.bincount(client[columns.timestamp_s < CUTOFF_S], minlength=store.num_clients)
+    places = drawn(np.asarray(store.client_ids), 20, 0)
+    for spare, number in ((0, 20), (-1, 19)):
+        found = fit_tastes(store, CUTOFF_S, replace(config, entries=int(entries[places].sum()) + spare))
+        wanted = fit_tastes(store, CUTOFF_S, replace(config, clients=number))
+        for kind in config.kinds:
+            assert all(map(np.array_equal, found[kind], wanted[kind]))
+
+
+def test_pages_with_most_visits_are_factorised(store: EventStore) -> None:
+    columns = store.kind("page_visit")
+    assert columns.item is not None
+    visits = np.bincount(columns.item[columns.timestamp_s < CUTOFF_S], minlength=store.num_urls)
+    seventh, sixth = np.sort(visits)[-7], np.sort(visits)[-6]
+    found = fit_tastes(store, CUTOFF_S, TastesConfig(rank=4, pages=6))["page_visit"]
+    assert len(found.items) == 6 and (visits[found.items] >= sixth).all() and (np.diff(found.items) > 0).all()
+    assert {*np.flatnonzero(visits > seventh)} <= {*found.items}
+    assert found.weights.shape == (6, 4) and found.weights.any(axis=1).all()
 
 
 def test_items_of_long_ago_have_no_weight(store: EventStore) -> None:
@@ -95,7 +142,7 @@ def test_items_of_long_ago_have_no_weight(store: EventStore) -> None:
     before = columns.timestamp_s < CUTOFF_S
     np.maximum.at(newest_s, columns.item[before], columns.timestamp_s[before])
     is_old = (newest_s > 0) & (newest_s < CUTOFF_S - 20 * 0.5 * DAY_S)
-    assert is_old.any() and not fit_tastes(store, CUTOFF_S, short)[0, is_old].any()
+    assert is_old.any() and not is_old[fit_tastes(store, CUTOFF_S, short)["product_buy"].items].any()
 
 
 def test_more_factors_than_there_are_become_zero(store: EventStore, tmp_path: Path) -> None:
@@ -110,10 +157,12 @@ def test_more_factors_than_there_are_become_zero(store: EventStore, tmp_path: Pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kinds": ("page_visit",)}, "kinds must be some of"),
+        ({"kinds": ("visit",)}, "kinds must be some of"),
         ({"kinds": ()}, "kinds must be some of"),
-        ({"rank": 0}, "rank and clients must be >= 1"),
-        ({"clients": 0}, "rank and clients must be >= 1"),
+        ({"rank": 0}, "rank, clients, entries and pages must be >= 1"),
+        ({"clients": 0}, "rank, clients, entries and pages must be >= 1"),
+        ({"entries": 0}, "rank, clients, entries and pages must be >= 1"),
+        ({"pages": 0}, "rank, clients, entries and pages must be >= 1"),
         ({"half_life_days": 0.0}, "half_life_days > 0"),
     ],
 )

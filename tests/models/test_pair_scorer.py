@@ -10,14 +10,14 @@ import pytest
 import torch
 from support.shops import END_S, NUM_SKUS, make_store
 
-from ubp_fast.events.schema import LabelLists, UserError
+from ubp_fast.events.schema import EVENT_KINDS, LabelLists, UserError
 from ubp_fast.events.split import DAY_S
 from ubp_fast.features import writing
 from ubp_fast.features.scaling import DayStatistics
 from ubp_fast.files import load_arrays, write_arrays
 from ubp_fast.models import pair_scorer
 from ubp_fast.models.pair_scorer import OF_SKUS, Factors, PairScorer, PairScorerConfig
-from ubp_fast.store.event_store import EventStore
+from ubp_fast.store.event_store import EventStore, KindColumns
 
 CONFIG = PairScorerConfig(pairs=6000, epochs=4, batch_size=256)
 CUTOFFS = tuple(END_S - days * DAY_S for days in (14, 28, 42))
@@ -47,20 +47,27 @@ def scores(scorer: PairScorer, store: EventStore, cutoff_s: int = END_S) -> np.n
 
 
 def counts_of(store: EventStore, client: int, cutoff_s: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Decayed counts of a client event by event: kind -> [half-lives, skus], the last for tastes; and its inputs."""
+    """Decayed counts of a client event by event: kind -> [half-lives, items], the last for tastes; and its inputs."""
     found, activity = {}, []
-    for kind in KINDS:
-        columns = store.kind(kind)
-        rows = range(columns.offsets[client], columns.offsets[client + 1])
-        events = [(int(columns.timestamp_s[row]), int(columns.item[row])) for row in rows]  # type: ignore[index]
-        events = [(time_s, item) for time_s, item in events if time_s < cutoff_s]
-        found[kind] = np.zeros((4, store.num_skus))
-        ages = np.array([(cutoff_s - time_s) / DAY_S for time_s, _ in events])
-        for number, days in enumerate((*CONFIG.half_lives_days, CONFIG.taste_half_life_days)):
-            for age, (_, item) in zip(ages, events, strict=True):
-                found[kind][number, item] += 0.5 ** (age / days)
+    for kind in (*EVENT_KINDS, "timeline"):
+        columns = store.timeline if kind == "timeline" else store.kind(kind)
+        rows = [
+            row
+            for row in range(columns.offsets[client], columns.offsets[client + 1])
+            if columns.timestamp_s[row] < cutoff_s
+        ]
+        ages = np.array([(cutoff_s - int(columns.timestamp_s[row])) / DAY_S for row in rows])
+        if isinstance(columns, KindColumns):
+            found[kind] = np.zeros((4, max(store.num_skus, store.num_urls, 16 * 256)))
+            for age, row in zip(ages, rows, strict=True):
+                codes = np.zeros(0) if columns.codes is None else columns.codes[row] + 256 * np.arange(16)
+                items = codes if columns.item is None else columns.item[row : row + 1]
+                for number, days in enumerate((*CONFIG.half_lives_days, CONFIG.taste_half_life_days)):
+                    found[kind][number, items] += 0.5 ** (age / days)
+        if kind not in CONFIG.activity_kinds:
+            continue
         never = (cutoff_s - store.first_timestamp_s) / DAY_S
-        days = np.array([time_s // DAY_S for time_s, _ in events])
+        days = np.array([int(columns.timestamp_s[row]) // DAY_S for row in rows])
         activity += [(0.5 ** (ages / half_life)).sum() for half_life in CONFIG.activity_half_lives_days]
         activity += [ages.min(initial=never) if len(ages) else never, ages.max(initial=0) if len(ages) else never]
         activity += [len(np.unique(days[ages <= length])) for length in (14, 30, 90, np.inf)]
@@ -79,7 +86,10 @@ def test_scores_are_those_of_the_network_written_out(shop: EventStore, scorer: P
     is_category = category == category[is_sku][0]
     counted = [counts_of(shop, client, cutoff_s) for client in range(shop.num_clients)]
     popularity = []
-    of_label = scorer.factors.items[:, is_sku].sum(axis=(0, 1))
+    items = scorer.factors.items
+    assert list(items) == ["product_buy", "add_to_cart", "page_visit", "search_query"]
+    of_label = sum(items[kind].weights[is_sku[items[kind].items]].sum(axis=0, dtype=np.float64) for kind in KINDS)
+    is_sku, is_category = (np.pad(array, (0, 16 * 256 - len(array))) for array in (is_sku, is_category))
     for kind in KINDS:
         mean = np.mean([counts[kind][:3, is_sku].sum(axis=1) for counts, _ in counted], axis=0)
         popularity += [*np.log(mean + 1e-6), np.log(mean + 1e-6)[0] - np.log(mean + 1e-6)[2]]
@@ -94,8 +104,8 @@ def test_scores_are_those_of_the_network_written_out(shop: EventStore, scorer: P
             changes.append(np.log1p(own[0]) - np.log1p(own[2]))
             for count in counts[kind][:3, is_category].sum(axis=1):
                 of_category += [np.log1p(count), np.sqrt(np.log1p(count))]
-        kinds = zip(KINDS, scorer.factors.items, strict=True)
-        mine, tastes = np.sum([np.log1p(counts[kind][3]) @ weights for kind, weights in kinds], axis=0), []
+        known = [np.log1p(counts[kind][3][one.items]) @ one.weights for kind, one in items.items()]
+        mine, tastes = np.sum(known, axis=0), []
         for rank in CONFIG.tastes:
             product = mine[:rank] @ of_label[:rank] / np.linalg.norm(of_label[:rank])
             tastes += [product, product / max(np.linalg.norm(mine[:rank]), 1e-9)]
@@ -158,7 +168,7 @@ def test_tastes_tell_what_was_never_bought(tmp_path: Path) -> None:
     found = {}
     for tastes in ((), (4,)):
         scorer = PairScorer.fit(store, CUTOFFS, lists("sku"), replace(CONFIG, tastes=tastes))
-        assert scorer.factors.items.shape[2] == sum(tastes)
+        assert [one.weights.shape[1] for one in scorer.factors.items.values()] == [*tastes]
         values = scores(scorer, store)[:, 1:]
         columns, rows = store.kind("product_buy"), np.arange(store.num_clients)
         client = np.repeat(rows, np.diff(columns.offsets))
@@ -272,6 +282,7 @@ def test_lists_and_kinds_may_be_missing(tmp_path: Path) -> None:
     store = make_store(tmp_path, kinds=("product_buy",), clients=80)
     without = PairScorer.fit(store, CUTOFFS, lists("sku"), CONFIG)
     assert list(without.groups) == ["buys", "propensity_sku"] and OF_SKUS not in without.lists
+    assert len(without.groups["buys"].arrays["client_mean"]) == 12, "all kinds together are the purchases again"
     assert np.isfinite(scores(without, store)).all()
 
 
@@ -285,7 +296,7 @@ def test_a_list_that_nobody_buys_from_has_no_scores(shop: EventStore) -> None:
 def test_nothing_to_learn_from_is_no_column(shop: EventStore) -> None:
     unknown: LabelLists = {"propensity_sku": (np.array([900, 901]), np.ones(2))}
     assert PairScorer.fit(shop, CUTOFFS, unknown, CONFIG).names == ("buys", "carts")
-    nothing = PairScorer(CONFIG, unknown, {}, Factors(np.zeros((2, shop.num_skus, 16), np.float32), {}))
+    nothing = PairScorer(CONFIG, unknown, {}, Factors({}, {}))
     assert scores(nothing, shop).shape == (150, 0)
 
 
@@ -293,6 +304,8 @@ def test_nothing_to_learn_from_is_no_column(shop: EventStore) -> None:
     ("settings", "named"),
     [
         ({"kinds": ("page_visit",)}, "kinds"),
+        ({"activity_kinds": ("visit",)}, "activity_kinds"),
+        ({"taste_kinds": ()}, "taste_kinds"),
         ({"pairs": 0}, "pairs"),
         ({"half_lives_days": (0.0,)}, "half_lives_days"),
         ({"hidden": (8, 0)}, "hidden"),

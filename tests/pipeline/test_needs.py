@@ -118,7 +118,7 @@ def fit(what, store, lists, cutoffs, folder):
     config = PairScorerConfig(epochs=1, client_epochs=1, pairs=500, clients=500)
     found = PairScorer.fit(store, cutoffs, lists, config, folder=folder)
     assert len(found.past) == 3
-    return bytes_of_tastes(store, config.factors) + 2 * found.factors.items.nbytes
+    return bytes_of_tastes(store, config.factors) + 2 * sum(one.weights.nbytes for one in found.factors.items.values())
 
 folder = Path(sys.argv[1])
 fit(sys.argv[2], *shop(2_000, 500, folder / "compile"), folder / "compiled")
@@ -154,7 +154,8 @@ def test_the_peak_of_a_run_is_not_that_of_who_started_it() -> None:
 def test_features_of_networks_are_kept_at_their_cutoffs(run: Path) -> None:
     store = EventStore.open(run / "stages" / "store")
     need, wide = (
-        needs_of_models(store, read_settings(composed(*SHOP, "stages=[multitask]", *more)), ["features"])[0].disk
+        needs_of_models(store, read_settings(composed(*SHOP, *only, *more)), ["features"])[0].disk
+        for only in [("stages=[multitask]", "profile=strong")]
         for more in ((), ("multitask.config.wide=[decayed]",))
     )
     assert wide > 1.5 * need

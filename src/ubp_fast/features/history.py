@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from ubp_fast.compiled import njit
-from ubp_fast.events.schema import SKU_KINDS, LabelLists
+from ubp_fast.events.schema import ITEM_COLUMN, NUM_CODES, SKU_KINDS, LabelLists
 from ubp_fast.events.split import DAY_S
 from ubp_fast.features.matrix import Features
 from ubp_fast.features.scaling import DayStatistics, KnownMeans, Rows, gathered
@@ -29,6 +29,14 @@ T = TypeVar("T")
 ROWS_TO_TURN = 64
 # A matrix in memory keeps its zeros while it has no more values than this: 64 MiB.
 MOST_ZEROS = 1 << 24
+# Of a code.
+NUM_VALUES = 256
+
+
+def num_items(store: EventStore, kind: str) -> int:
+    """How many items events of a kind may have: skus or urls of the store; of searches codes, by place and value."""
+    of_columns = {"sku": store.num_skus, "url": store.num_urls, "query": NUM_CODES * NUM_VALUES}
+    return of_columns[ITEM_COLUMN[kind]]
 
 
 class Column(NamedTuple):
@@ -151,16 +159,19 @@ class History:
         """Decayed counts of the slots of a kind's items, and of all of them, up to the cutoff.
 
         Args:
-            kind: with skus.
+            kind: of events; the codes of a search are so many items, see `num_items`.
             half_lives_days: H half-lives.
             slots: int32 [items of the store, K], see `windowed_aggregate`.
             num_slots: of all lists.
         """
-        events = self.events(kind)
-        assert events.item is not None
+        offsets, times_s, item, codes = self.events(kind)
+        if codes is not None:
+            item = (codes.astype(np.int32) + NUM_VALUES * np.arange(NUM_CODES, dtype=np.int32)).ravel()
+            offsets, times_s = offsets * NUM_CODES, np.repeat(times_s, NUM_CODES)
+        assert item is not None
         half_lives_s = [days * DAY_S for days in half_lives_days]
         lists: dict[str, Any] = {"slots": slots, "num_slots": num_slots, "half_lives_s": half_lives_s}
-        return sparse_decay(events.offsets, events.timestamp_s, events.item, anchor_s=self.cutoff_s, **lists)
+        return sparse_decay(offsets, times_s, item, anchor_s=self.cutoff_s, **lists)
 
     def _groups(self, kind: str, distinct: tuple[str, ...], codes: np.ndarray | None) -> np.ndarray:
         """int32 [codes, D] dense number of what each code is."""

@@ -1,31 +1,34 @@
-"""Tastes: factors of everything that clients bought or carted, also of items that stand on no list of labels.
+"""Tastes: factors of everything that clients bought, carted, looked at or searched for.
 
     A[u, i] = log1p(decayed events of client u with item i) / |column i|^(1/2),    A ~ U diag(s) V^T
     tastes  = sqrt(clients) A V diag(1 / s)                                          [U, rank]
 
-Columns are divided by the root of their length, or a few items that everybody buys would fill the first factors. Found
-by subspace iteration: a few products of the sparse A with a narrow matrix, so the catalogue may be of any size. A
-client's own counts and the item weights V alone make its row, also those of a client who was not there when V was
-fitted.
+Items are the skus of buying and of carting, the pages that are looked at most, and of searches their codes, sixteen of
+each, told apart by their places. Columns are divided by the root of their length, or a few items that everybody buys
+would fill the first factors. Found by subspace iteration: a few products of the sparse A with a narrow matrix, so the
+catalogue may be of any size. A client's own counts and the item weights V alone make its row, also those of a client
+who was not there when V was fitted.
 Source: Halko, Martinsson, Tropp, Finding structure with randomness, 2011.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ubp_fast.compiled import njit
-from ubp_fast.events.schema import SKU_KINDS
-from ubp_fast.features.history import Column, History, features_of
+from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, NUM_CODES
+from ubp_fast.features.history import Column, History, features_of, num_items
 from ubp_fast.features.matrix import Features
 from ubp_fast.store.event_store import EventStore
-from ubp_fast.store.ids import drawn
+from ubp_fast.store.ids import in_drawn_order
 
 # Counts below this, of events from 13 half-lives ago, are none: an item of which nothing else is known would weigh too
 # much.
@@ -39,49 +42,100 @@ class TastesConfig:
     """What `taste_features` factorises.
 
     Attributes:
-        kinds: kinds with skus; an item that is bought and carted is two columns of A.
+        kinds: of events; an item that is bought and carted is two columns of A.
         rank: factors.
         half_life_days: an event from one half-life ago counts half of one from today.
         clients: drawn at most, whose events are factorised.
+        entries: items of events that are factorised at most; fewer clients are drawn where theirs are more.
+        pages: that are factorised at most, those with most visits.
         seed: of the first narrow matrix and of the draw.
     """
 
-    kinds: tuple[str, ...] = ("product_buy", "add_to_cart")
+    kinds: tuple[str, ...] = ("product_buy", "add_to_cart", "page_visit", "search_query")
     rank: int = 64
     half_life_days: float = 60.0
     clients: int = 200_000
+    entries: int = 4_000_000
+    pages: int = 100_000
     seed: int = 0
 
     def __post_init__(self) -> None:
-        unknown = set(self.kinds) - set(SKU_KINDS)
+        unknown = set(self.kinds) - set(EVENT_KINDS)
         if unknown or not self.kinds:
-            raise ValueError(f"TastesConfig: kinds must be some of {list(SKU_KINDS)}, got {list(self.kinds)}")
-        if self.rank < 1 or self.clients < 1 or not self.half_life_days > 0:
+            raise ValueError(f"TastesConfig: kinds must be some of {list(EVENT_KINDS)}, got {list(self.kinds)}")
+        if min(self.rank, self.clients, self.entries, self.pages) < 1 or not self.half_life_days > 0:
             raise ValueError(
-                "TastesConfig: rank and clients must be >= 1 and half_life_days > 0,"
-                f" got {self.rank}, {self.clients} and {self.half_life_days}"
+                "TastesConfig: rank, clients, entries and pages must be >= 1 and half_life_days > 0,"
+                f" got {self.rank}, {self.clients}, {self.entries}, {self.pages} and {self.half_life_days}"
             )
 
 
-def fit_tastes(store: EventStore, cutoff_s: int, config: TastesConfig | None = None) -> np.ndarray:
-    """Weights of the items, float32 [kinds, items, rank], from the events before the cutoff of the relevant clients.
+class ItemWeights(NamedTuple):
+    """What the items of one kind weigh.
+
+    Attributes:
+        items: int32 [n], ascending: dense ids of skus or urls in the store that was factorised, codes of searches, see
+            `num_items`. Others weigh nothing.
+        weights: float32 [n, rank].
+    """
+
+    items: np.ndarray
+    weights: np.ndarray
+
+    def places(self, store: EventStore, kind: str) -> np.ndarray:
+        """Row int32 [items of the store, 1] of every item of a kind, -1 for those that weigh nothing.
+
+        `store`: the one that was factorised, or one of its ids (`embedding_rows`).
+        """
+        column = ITEM_COLUMN[kind]
+        ids = np.arange(num_items(store, kind))
+        ids = ids if column == "query" else store.embedding_rows(column, ids)
+        known = np.append(self.items, np.int32(-1))
+        found = np.searchsorted(self.items, ids)
+        return np.where(known[found] == ids, found, -1).astype(np.int32)[:, None]
+
+
+Weights = Mapping[str, ItemWeights]
+
+
+def arrays_of_weights(weights: Weights) -> dict[str, np.ndarray]:
+    """By name; for safetensors."""
+    return {f"{kind}/{name}": array for kind, one in weights.items() for name, array in one._asdict().items()}
+
+
+def weights_of_arrays(arrays: Mapping[str, np.ndarray]) -> dict[str, ItemWeights]:
+    """The weights that `arrays` belong to, in the order of kinds.
+
+    Raises:
+        KeyError: an array is missing.
+    """
+    kinds = {path.split("/")[0] for path in arrays}
+    return {
+        kind: ItemWeights(*(arrays[f"{kind}/{name}"] for name in ItemWeights._fields))
+        for kind in EVENT_KINDS
+        if kind in kinds
+    }
+
+
+def fit_tastes(store: EventStore, cutoff_s: int, config: TastesConfig | None = None) -> dict[str, ItemWeights]:
+    """Weights of the items by kind, from the events before the cutoff of the relevant clients.
 
     Kinds are those of the configuration that the store has. The strongest factor comes first; of both signs the one is
     taken with which the largest weight is positive. Factors of 0 where clients and items have fewer.
     """
     config = config or TastesConfig()
     history = History.of(store, cutoff_s)
-    if len(history.clients) > config.clients:
-        places = drawn(np.asarray(store.client_ids)[history.clients], config.clients, config.seed)
-        history = replace(history, clients=history.clients[places])
-    width = max(len(history.present(config.kinds)), 1) * store.num_skus
+    history = replace(history, clients=_drawn(history, config))
+    none = np.zeros((0, config.rank), np.float32)
+    columns = {kind: ItemWeights(_candidates(history, kind, config), none) for kind in history.present(config.kinds)}
+    *starts, width = np.cumsum([0, *(len(one.items) for one in columns.values())]).tolist()
+    start_of = dict(zip(columns, starts, strict=True))
     parts, first = [(np.zeros((2, 0), np.int64), np.zeros(0, np.float32))], 0
     for part in history.parts(config.rank):
-        for number, (offsets, items, values) in enumerate(_logarithms(part, config)):
+        for kind, offsets, items, values in _logarithms(part, config, columns):
             client = first + np.repeat(np.arange(len(part.rows)), np.diff(offsets))
             seen = values >= FAINT
-            place = number * store.num_skus + items
-            parts.append((np.stack((client[seen], place[seen])), values[seen]))
+            parts.append((np.stack((client[seen], start_of[kind] + items[seen])), values[seen]))
         first += len(part.rows)
     indices, value = (np.concatenate(arrays, axis=-1) for arrays in zip(*parts, strict=True))
     length = np.sqrt(np.bincount(indices[1], value.astype(np.float64) ** 2, minlength=width))
@@ -93,7 +147,43 @@ def fit_tastes(store: EventStore, cutoff_s: int, config: TastesConfig | None = N
     ).coalesce()
     weights = _weights(matrix, config.rank, config.seed)
     weights *= np.where(length > 0, 1 / root, 0)[:, None]
-    return weights.reshape(-1, store.num_skus, config.rank)
+    found = {}
+    for kind, (items, _) in columns.items():
+        weighs = np.flatnonzero(length[start_of[kind] :][: len(items)] > 0)
+        found[kind] = ItemWeights(items[weighs], weights[start_of[kind] + weighs])
+    return found
+
+
+def _drawn(history: History, config: TastesConfig) -> np.ndarray:
+    """Rows of the clients whose events are factorised, ascending."""
+    store, rows = history.store, history.clients
+    entries = np.zeros(len(rows), np.int64)
+    for kind in history.present(config.kinds):
+        events = store.rows_before(kind, history.cutoff_s)[rows] - store.kind(kind).offsets[rows]
+        entries += events * (NUM_CODES if ITEM_COLUMN[kind] == "query" else 1)
+    order = in_drawn_order(np.asarray(store.client_ids)[rows], config.seed)
+    fit = int(np.searchsorted(np.cumsum(entries[order]), config.entries, side="right"))
+    return np.sort(rows[order[: min(max(fit, 1), config.clients)]])
+
+
+def num_candidates(store: EventStore, kind: str, config: TastesConfig) -> int:
+    """Items of a kind that are factorised at most."""
+    count = num_items(store, kind)
+    return min(count, config.pages) if kind == "page_visit" else count
+
+
+def _candidates(history: History, kind: str, config: TastesConfig) -> np.ndarray:
+    """Items that may have weights, int32 ascending; of pages those that the clients visited most before the cutoff."""
+    count = num_items(history.store, kind)
+    if num_candidates(history.store, kind, config) == count:
+        return np.arange(count, dtype=np.int32)
+    visits = np.zeros(count, np.int64)
+    for part in history.parts(config.rank):
+        events = part.events(kind)
+        assert events.item is not None
+        visits += np.bincount(events.item[events.timestamp_s < history.cutoff_s], minlength=count)
+    most = np.argsort(-visits, kind="stable")[: config.pages]
+    return np.sort(most).astype(np.int32)
 
 
 def taste_features(
@@ -101,7 +191,7 @@ def taste_features(
     cutoff_s: int,
     config: TastesConfig | None = None,
     directory: Path | None = None,
-    weights: np.ndarray | None = None,
+    weights: Weights | None = None,
 ) -> Features:
     """The factors of every client that needs a profile, from its events before the cutoff.
 
@@ -110,42 +200,41 @@ def taste_features(
         cutoff_s: seconds since 1970 UTC.
         config: kinds, rank, half-life.
         directory: the result is written there and mapped from there.
-        weights: what `fit_tastes` gave, float32 [kinds, items of the store, rank]; None: they are fitted here.
+        weights: what `fit_tastes` gave for this store, or for the one whose ids it has; None: they are fitted here.
 
     Returns:
         [U, rank] float32; among the clients of the fit each column has mean square 1. Clients in the order of the
         store; one without events, or with none that the weights know, has zeros.
     """
     config = config or TastesConfig()
-    if weights is None:
-        weights = fit_tastes(store, cutoff_s, config)
+    known = fit_tastes(store, cutoff_s, config) if weights is None else weights
     names = tuple(f"taste_{factor}" for factor in range(config.rank))
 
     def columns(part: History) -> Iterator[Column]:
-        yield Column(names, "", tastes_of(part, config, weights))
+        yield Column(names, "", tastes_of(part, config, known))
 
     return features_of(History.of(store, cutoff_s), columns, directory)
 
 
-def tastes_of(part: History, config: TastesConfig, weights: np.ndarray) -> np.ndarray:
-    """The factors of the clients at hand, float32 [U, rank]; weights of all items of the store."""
-    if weights.shape[1:] != (part.store.num_skus, config.rank):
-        raise ValueError(
-            f"tastes_of: weights must be [kinds, {part.store.num_skus}, {config.rank}], got {list(weights.shape)}"
-        )
+def tastes_of(part: History, config: TastesConfig, weights: Weights) -> np.ndarray:
+    """The factors of the clients at hand, float32 [U, rank]."""
     found = np.zeros((len(part.rows), config.rank))
-    for counted, of_items in zip(_logarithms(part, config), weights, strict=False):  # no kinds have weights, too
-        _fold_in(*counted, of_items, found)
+    for kind, *counted in _logarithms(part, config, weights):
+        if weights[kind].weights.shape[1] != config.rank:
+            raise ValueError(f"tastes_of: weights must be [n, {config.rank}], got {list(weights[kind].weights.shape)}")
+        _fold_in(*counted, weights[kind].weights, found)
     return found.astype(np.float32)
 
 
-def _logarithms(part: History, config: TastesConfig) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """The rows of A before its columns are divided, kind by kind: offsets i64 [U + 1]; items i32, values float32."""
-    num_items = part.store.num_skus
-    every = part.once("every item", lambda: np.arange(num_items, dtype=np.int32)[:, None])
+def _logarithms(
+    part: History, config: TastesConfig, weights: Weights
+) -> Iterator[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:
+    """The rows of A before its columns are divided: kind; offsets i64 [U + 1]; rows of items i32, values float32."""
     for kind in part.present(config.kinds):
-        found = part.decayed(kind, (config.half_life_days,), every, num_items)
-        yield found.offsets, found.slots, np.log1p(found.counts[:, 0]).astype(np.float32)
+        if kind in weights and len(weights[kind].items):
+            places = part.once(("taste", kind), partial(weights[kind].places, part.store, kind))
+            found = part.decayed(kind, (config.half_life_days,), places, len(weights[kind].items))
+            yield kind, found.offsets, found.slots, np.log1p(found.counts[:, 0]).astype(np.float32)
 
 
 @njit

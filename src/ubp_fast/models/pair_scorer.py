@@ -9,8 +9,8 @@ look at. The scorer has seen every (client, label) pair of many past windows and
 popularity say in general: alone, its scores rank clients better than a regression on all features does.
 
 Own counts say nothing of a label that a client never bought. Tastes do: a few factors of everybody's decayed counts of
-all items (`features.tastes`), of the client and of the label's items, and the products of both; few, because many of
-them only say again what was bought. A past window's factors are fitted before that window.
+all items, pages and searches (`features.tastes`), of the client and of the label's items, and the products of both;
+few, because many of them only say again what was bought. A past window's factors are fitted before that window.
 
 One network per list of labels; rectified units, log odds out. Everything is counted before the cutoff, at three
 half-lives; what is compared among clients (popularity) comes from the statistics of the day. A pair's score does not
@@ -33,17 +33,24 @@ from torch.nn import functional
 
 from ubp_fast.compiled import njit
 from ubp_fast.events.labels import LabelMatrix
-from ubp_fast.events.schema import SKU_KINDS, LabelLists, UserError
+from ubp_fast.events.schema import EVENT_KINDS, SKU_KINDS, LabelLists, UserError
 from ubp_fast.events.split import DAY_S
 from ubp_fast.features.history import Column, History, features_of
 from ubp_fast.features.matrix import Features
 from ubp_fast.features.popular import label_slots
 from ubp_fast.features.scaling import DayStatistics, Sums, parts_of_rows
-from ubp_fast.features.tastes import TastesConfig, fit_tastes, tastes_of
+from ubp_fast.features.tastes import (
+    TastesConfig,
+    Weights,
+    arrays_of_weights,
+    fit_tastes,
+    tastes_of,
+    weights_of_arrays,
+)
 from ubp_fast.files import load_arrays, write_arrays
 from ubp_fast.kernels.row_product import pair_network, row_product
 from ubp_fast.sequences import Views, window_labels
-from ubp_fast.store.event_store import EventStore
+from ubp_fast.store.event_store import TIMELINE, EventStore
 from ubp_fast.store.ids import drawn as drawn_ids
 
 # List -> the labels of `window_labels` that its scores predict.
@@ -70,7 +77,9 @@ class PairScorerConfig:
     """How pairs are scored; all constants are ours.
 
     Attributes:
-        kinds: kinds of events that own counts are taken of.
+        kinds: of events that own counts and popularity are taken of, with skus.
+        activity_kinds: of events that tell how active a client is; "timeline" is all kinds together.
+        taste_kinds: of events that are factorised.
         half_lives_days: of own counts and popularity, ascending.
         activity_half_lives_days: of the client's activity.
         tastes: numbers of factors whose products are compared, ascending; none: own counts alone.
@@ -88,6 +97,8 @@ class PairScorerConfig:
     """
 
     kinds: tuple[str, ...] = ("product_buy", "add_to_cart")
+    activity_kinds: tuple[str, ...] = ("product_buy", "add_to_cart", TIMELINE)
+    taste_kinds: tuple[str, ...] = ("product_buy", "add_to_cart", "page_visit", "search_query")
     half_lives_days: tuple[float, ...] = (14.0, 60.0, 240.0)
     activity_half_lives_days: tuple[float, ...] = (2.0, 5.0, 10.0, 20.0, 60.0, 180.0)
     tastes: tuple[int, ...] = (8, 16)
@@ -103,9 +114,11 @@ class PairScorerConfig:
     weight_decay: float = 1e-3
 
     def __post_init__(self) -> None:
-        unknown = set(self.kinds) - set(SKU_KINDS)
-        if unknown or not self.kinds:
-            raise UserError(f"PairScorerConfig: kinds must be some of {list(SKU_KINDS)}, got {list(self.kinds)}")
+        all_kinds = (*EVENT_KINDS, TIMELINE)
+        for name, known in (("kinds", SKU_KINDS), ("activity_kinds", all_kinds), ("taste_kinds", EVENT_KINDS)):
+            kinds = getattr(self, name)
+            if not kinds or set(kinds) - set(known):
+                raise UserError(f"PairScorerConfig: {name} must be some of {list(known)}, got {list(kinds)}")
         for name in ("windows", "clients", "pairs", "epochs", "client_epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"PairScorerConfig: {name} must be >= 1, got {getattr(self, name)}")
@@ -120,7 +133,7 @@ class PairScorerConfig:
     @property
     def factors(self) -> TastesConfig:
         """What is factorised."""
-        return TastesConfig(self.kinds, max(self.tastes, default=1), self.taste_half_life_days)
+        return TastesConfig(self.taste_kinds, max(self.tastes, default=1), self.taste_half_life_days)
 
 
 class Counts(NamedTuple):
@@ -147,18 +160,18 @@ class Factors(NamedTuple):
     """What tastes are made of.
 
     Attributes:
-        items: float32 [kinds, items, R] weights of the items.
+        items: weights of the items, by kind of events.
         labels: list -> for each number of factors r float32 [r, L], the sum of its items' weights with length 1.
     """
 
-    items: np.ndarray
+    items: Weights
     labels: Mapping[str, Sequence[np.ndarray]]
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
         """By name; for safetensors."""
         of_lists = {f"{name}/{len(array)}": array for name, arrays in self.labels.items() for array in arrays}
-        return {"items/weights": self.items, **of_lists}
+        return {**{f"items.{name}": array for name, array in arrays_of_weights(self.items).items()}, **of_lists}
 
     @classmethod
     def of_arrays(cls, arrays: Mapping[str, np.ndarray], lists: Iterable[str], config: PairScorerConfig) -> Factors:
@@ -168,7 +181,8 @@ class Factors(NamedTuple):
             KeyError: an array is missing.
         """
         labels = {name: [arrays[f"{name}/{rank}"] for rank in config.tastes] for name in lists if name in LISTS}
-        return cls(arrays["items/weights"], labels)
+        items = {name.removeprefix("items."): array for name, array in arrays.items() if name.startswith("items.")}
+        return cls(weights_of_arrays(items), labels)
 
 
 class _PastFactors(Mapping[int, Factors]):
@@ -358,8 +372,6 @@ class PairScorer:
         history = History.of(store, cutoff_s, self.lists, day)
         popularity = popularity_of(history, self.config, history.day, name)
         factors = self.past.get(cutoff_s, self.factors)
-        # Skus that are new to the factors count as unknown.
-        of_items = factors.items[:, store.embedding_rows("sku", np.arange(store.num_skus))]
         label_inputs = {}
         for list_name, group in self.groups.items():
             if list_name in OF_CLIENTS:
@@ -371,7 +383,7 @@ class PairScorer:
             label_inputs[list_name] = np.ascontiguousarray((of_label + arrays["bias_1"]).T, np.float32)
 
         def columns(part: History) -> Iterator[Column]:
-            counts = _counts(part, self.config, of_items)
+            counts = _counts(part, self.config, factors.items)
             for list_name, group in self.groups.items():
                 if list_name in OF_CLIENTS:
                     scores = _of_clients(counts, group)
@@ -508,7 +520,7 @@ def _of_clients(counts: Counts, group: _Group) -> np.ndarray:
 def _fit_factors(store: EventStore, cutoff_s: int, lists: LabelLists, config: PairScorerConfig) -> Factors:
     """From the events before a cutoff."""
     if not config.tastes:
-        return Factors(np.zeros((1, store.num_skus, 0), np.float32), dict.fromkeys(lists, ()))
+        return Factors({}, dict.fromkeys(lists, ()))
     with _one_thread():
         items = fit_tastes(store, cutoff_s, config.factors)
     of_labels: dict[str, list[np.ndarray]] = {}
@@ -516,9 +528,11 @@ def _fit_factors(store: EventStore, cutoff_s: int, lists: LabelLists, config: Pa
         if name not in LISTS:
             continue
         label_of_item = store.label_of_sku(name, labels)
-        listed = np.flatnonzero(label_of_item >= 0)
-        sums = np.zeros((len(labels), items.shape[2]))
-        np.add.at(sums, label_of_item[listed], items[:, listed].sum(axis=0))
+        sums = np.zeros((len(labels), config.factors.rank))
+        for kind, (skus, weights) in items.items():
+            if kind in SKU_KINDS:
+                label = label_of_item[skus]
+                np.add.at(sums, label[label >= 0], weights[label >= 0])
         of_labels[name] = []
         for rank in config.tastes:
             length = np.linalg.norm(sums[:, :rank], axis=1, keepdims=True)
@@ -592,8 +606,8 @@ def _category_slots(lists: LabelLists, slots: Mapping[str, np.ndarray], name: st
     return np.full(len(slots[name]), -1)
 
 
-def _counts(history: History, config: PairScorerConfig, of_items: np.ndarray) -> Counts:
-    """Of the clients at hand; of_items: see `Factors`, for the items of the store."""
+def _counts(history: History, config: PairScorerConfig, items: Weights) -> Counts:
+    """Of the clients at hand; items: see `Factors`."""
     slots, labels = history.once("label slots", lambda: label_slots(history.store, history.lists))
     starts, of_kinds, activity, first = [], [], [], 0
     for kind in history.present(config.kinds):
@@ -601,6 +615,9 @@ def _counts(history: History, config: PairScorerConfig, of_items: np.ndarray) ->
         of_kinds.append(decayed)
         starts.append(first + decayed.offsets)
         first += len(decayed.slots)
+    for kind in history.present(config.activity_kinds):
+        if kind == TIMELINE and len(history.store.kinds) == 1:  # says the same again
+            continue
         half_lives_s = tuple(days * DAY_S for days in config.activity_half_lives_days)
         windows_s = (14 * DAY_S, 30 * DAY_S, 90 * DAY_S, None)
         found = history.aggregate("activity", kind, half_lives_s=half_lives_s, windows_s=windows_s, periods_s=(DAY_S,))
@@ -612,7 +629,7 @@ def _counts(history: History, config: PairScorerConfig, of_items: np.ndarray) ->
         np.concatenate([decayed.counts for decayed in of_kinds], dtype=np.float32),
         np.concatenate([decayed.totals for decayed in of_kinds], axis=1, dtype=np.float32),
         np.concatenate(activity, axis=1, dtype=np.float32),
-        tastes_of(history, config.factors, of_items) if config.tastes else np.zeros((len(history.rows), 0), np.float32),
+        tastes_of(history, config.factors, items) if config.tastes else np.zeros((len(history.rows), 0), np.float32),
     )
 
 

@@ -28,6 +28,7 @@ from ubp_fast.events.split import utc_text
 from ubp_fast.features.matrix import load_features
 from ubp_fast.features.popular import lists_of_kinds
 from ubp_fast.features.scaling import DayStatistics, MinMaxScaler, Rows
+from ubp_fast.features.tastes import weights_of_arrays
 from ubp_fast.files import complete_file, create_array, load_array, load_arrays, load_json, write_json
 from ubp_fast.models.contrastive import PROBE_LABELS, ContrastiveModel
 from ubp_fast.models.layers.event_embedding import EventSizes
@@ -74,7 +75,7 @@ from ubp_fast.store.in_memory import Histories, Vocabulary
 
 TRAINING, VECTORS = "training", "vectors-*"
 INFERENCE_BATCH = 512
-SCALER, OUTPUTS_FILE, TASTE_WEIGHTS = "scaler", "outputs.json", "taste_weights.npy"
+SCALER, OUTPUTS_FILE, TASTE_WEIGHTS = "scaler", "outputs.json", "taste_weights.safetensors"
 # What stands beside vectors that were turned: those of the earlier model, and the new ones as they were.
 OLD, UNALIGNED, EXPLAINED_FILE = "old_model", "unaligned", "explained_variance.json"
 DAY_FILE, PAIRS_FILE, PROFILE_TABLE = "day.safetensors", "pairs.safetensors", "profiles.parquet"
@@ -306,7 +307,7 @@ def make_stacking(
         Vocabulary.of(store),
         load_lists(inputs["features"]),
         lists_of_kinds(store, store.cutoff_s, recipe.aggregated.top_values),
-        load_array(inputs["features"] / TASTE_WEIGHTS) if recipe.layout.tastes else None,
+        weights_of_arrays(load_arrays(inputs["features"] / TASTE_WEIGHTS)) if recipe.layout.tastes else None,
         {name: _trained(name, settings, store, inputs) for name in NETWORKS if name in recipe.joined},
         _scorer(settings, inputs),
         strong,

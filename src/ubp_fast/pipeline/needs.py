@@ -19,9 +19,9 @@ import polars as pl
 import torch
 
 from ubp_fast.events.read import EventDirectory
-from ubp_fast.events.schema import EVENT_KINDS, UserError
+from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, NUM_CODES, UserError
 from ubp_fast.features import scaling
-from ubp_fast.features.tastes import SPARE_FACTORS, TastesConfig
+from ubp_fast.features.tastes import SPARE_FACTORS, TastesConfig, num_candidates
 from ubp_fast.models.membership import MembershipConfig
 from ubp_fast.models.training import on_device
 from ubp_fast.pipeline.model_stages import cutoffs_of
@@ -198,16 +198,24 @@ def bytes_of_tastes(store: EventStore, config: TastesConfig) -> int:
     clients = min(int(relevant.sum()), config.clients)
     kinds = [kind for kind in config.kinds if kind in store.kinds]
     if relevant.all():
-        events = sum(int(store.item_counts(kind).sum()) for kind in kinds)
+        counts = {kind: int(store.item_counts(kind).sum()) for kind in store.kinds if ITEM_COLUMN[kind] != "query"}
+        counts |= dict.fromkeys({*store.kinds} - {*counts}, store.num_events - sum(counts.values()))
     else:
-        events = sum(int(np.diff(store.kind(kind).offsets)[relevant].sum()) for kind in kinds)
-    rows = len(kinds) * store.num_skus + clients
+        counts = {kind: int(np.diff(store.kind(kind).offsets)[relevant].sum()) for kind in kinds}
+    entries = sum(counts[kind] * (NUM_CODES if ITEM_COLUMN[kind] == "query" else 1) for kind in kinds)
+    entries = min(entries * clients // max(int(relevant.sum()), 1), config.entries)
+    rows = _taste_items(store, config) + clients
     narrow = rows * 4 * (config.rank + NARROW_MATRICES * (config.rank + SPARE_FACTORS))
-    return narrow + events * clients // max(int(relevant.sum()), 1) * BYTES_PER_ENTRY
+    return narrow + entries * BYTES_PER_ENTRY
 
 
 def _item_weights(store: EventStore, config: TastesConfig) -> int:
-    return len(set(config.kinds) & {*store.kinds}) * store.num_skus * config.rank * 4
+    return _taste_items(store, config) * config.rank * 4
+
+
+def _taste_items(store: EventStore, config: TastesConfig) -> int:
+    """Items that have weights at most."""
+    return sum(num_candidates(store, kind, config) for kind in {*config.kinds} & {*store.kinds})
 
 
 def _activations(settings: ModelSettings) -> int:

@@ -37,15 +37,13 @@ from ubp_fast.features.popular import lists_of_kinds
 from ubp_fast.features.rich import rich_features
 from ubp_fast.features.scaling import DayStatistics
 from ubp_fast.features.static import static_features
-from ubp_fast.features.tastes import fit_tastes, taste_features
+from ubp_fast.features.tastes import arrays_of_weights, fit_tastes, taste_features, weights_of_arrays
 from ubp_fast.features.writing import in_client_blocks
 from ubp_fast.files import (
     complete_directory,
-    load_array,
     load_arrays,
     load_json,
     save_array,
-    write_array,
     write_arrays,
     write_json,
 )
@@ -425,8 +423,9 @@ def make_features(settings: Settings, inputs: Inputs, directory: Path, progress:
     make = _feature_makers(settings, store, lists)
     if settings.layout.tastes:
         if not (directory / TASTE_WEIGHTS).exists():
-            write_array(directory / TASTE_WEIGHTS, fit_tastes(store, store.cutoff_s, settings.tastes))
-        weights = load_array(directory / TASTE_WEIGHTS, memory_map=True)
+            found = fit_tastes(store, store.cutoff_s, settings.tastes)
+            write_arrays(directory / TASTE_WEIGHTS, arrays_of_weights(found))
+        weights = weights_of_arrays(load_arrays(directory / TASTE_WEIGHTS))
         make["tastes"] = partial(make["tastes"], weights=weights)
     if "scores" in (*feature_sets(settings), *profile_sets(settings)):
         scorer = _fit_scorer(settings, store, lists, directory / LEARNED)

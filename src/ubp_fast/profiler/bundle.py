@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 
 from ubp_fast.events.schema import DataError
 from ubp_fast.features.scaling import DayStatistics, MinMaxScaler
+from ubp_fast.features.tastes import arrays_of_weights, weights_of_arrays
 from ubp_fast.files import (
     load_arrays,
     load_json,
@@ -52,7 +53,7 @@ from ubp_fast.store.in_memory import Vocabulary
 
 BUNDLE_FILE, DAYS, MAPS = "bundle.json", "days", "maps"
 MODEL_FOLDER = "model"
-FORMAT = 3
+FORMAT = 4
 WIDE = "wide.weight"
 PACKAGES = ("ubp_fast", "torch", "numpy", "numba", "polars", "safetensors")
 
@@ -91,7 +92,7 @@ def save_bundle(
         lists |= {f"popular/{kind}/{column}": values for column, values in columns.items()}
     write_arrays(directory / "lists.safetensors", lists)
     if fitted.taste_weights is not None:
-        write_arrays(directory / "tastes.safetensors", {"weights": fitted.taste_weights})
+        write_arrays(directory / "tastes.safetensors", arrays_of_weights(fitted.taste_weights))
     models: dict[str, Any] = {}
     for name, network in fitted.networks.items():
         models[name] = {"sizes": network.sizes._asdict(), "outputs": network.outputs}
@@ -223,7 +224,7 @@ def _fitted(directory: Path, info: Mapping[str, Any]) -> Fitted:
         Vocabulary(load_arrays(directory / "vocabulary.safetensors"), info["vocabulary"]),
         {name: (lists[f"labels/{name}"], lists[f"popularity/{name}"]) for name in info["label_lists"]},
         popular,
-        load_arrays(tastes)["weights"] if tastes.name in files else None,
+        weights_of_arrays(load_arrays(tastes)) if tastes.name in files else None,
         {name: _network(directory, name, recipe, models[name]) for name in models if name != "strong"},
         PairScorer.of_arrays(load_arrays(pairs), recipe.pairs) if pairs.name in files else None,
         strong,

@@ -25,7 +25,7 @@ from ubp_fast.features.popular import PopularLists
 from ubp_fast.features.rich import rich_features
 from ubp_fast.features.scaling import DayStatistics, MinMaxScaler, Rows, ScaledRows, standardised
 from ubp_fast.features.static import static_features
-from ubp_fast.features.tastes import taste_features
+from ubp_fast.features.tastes import Weights, taste_features
 from ubp_fast.models.contrastive import ContrastiveModel
 from ubp_fast.models.layers.encoder import EncoderLayer
 from ubp_fast.models.layers.event_embedding import EventSizes
@@ -232,7 +232,7 @@ class Fitted:
     vocabulary: Vocabulary
     lists: LabelLists
     popular: Mapping[str, PopularLists]
-    taste_weights: np.ndarray | None
+    taste_weights: Weights | None
     networks: Mapping[str, Network]
     scorer: PairScorer | None
     strong: ReducedRankModel | StackingModel
@@ -306,8 +306,7 @@ class Blocks:
             return decayed_features(store, cutoff_s, fitted.lists, recipe.decayed, folder)
         if name == "tastes":
             assert fitted.taste_weights is not None
-            weights = fitted.taste_weights[:, store.embedding_rows("sku", np.arange(store.num_skus))]
-            return taste_features(store, cutoff_s, recipe.tastes, folder, weights)
+            return taste_features(store, cutoff_s, recipe.tastes, folder, fitted.taste_weights)
         if name == "scores":
             assert fitted.scorer is not None
             return fitted.scorer.transform(store, cutoff_s, folder, self._day)
@@ -516,7 +515,7 @@ def _scores(fitted: Fitted, made: Made, day: DayStatistics, name: str) -> list[P
 
 def _as_it_is(fitted: Fitted, made: Made, day: DayStatistics, name: str) -> list[Part]:
     what, source = {
-        "tastes": ("factors of all items", "decayed counts of every item"),
+        "tastes": ("factors of all items, pages and searches", "decayed counts of every item, page and search"),
         "rhythm": ("when, how often, how much at once, at what price, how much of it new", "times, items and prices"),
     }[name]
     scale: float = getattr(fitted.recipe.layout, name)

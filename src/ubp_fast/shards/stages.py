@@ -13,7 +13,7 @@ from ubp_fast.events.read import EventDirectory
 from ubp_fast.features import scaling
 from ubp_fast.features.matrix import NAMES_FILE
 from ubp_fast.features.scaling import NUM_CLIENTS, DayStatistics
-from ubp_fast.features.tastes import fit_tastes
+from ubp_fast.features.tastes import arrays_of_weights, fit_tastes
 from ubp_fast.files import (
     complete_directory,
     complete_file,
@@ -113,7 +113,8 @@ def make_features(shared: Shared, wanted: Sequence[tuple[str, int]], engine: Eng
         complete_directory(partial_folder, directory / work.SAMPLE)
     if has_tastes and not (directory / work.TASTES_FILE).exists():
         sample = EventStore.open(directory / work.SAMPLE)
-        write_array(directory / work.TASTES_FILE, fit_tastes(sample, store.cutoff_s, recipe.tastes))
+        weights = fit_tastes(sample, store.cutoff_s, recipe.tastes)
+        write_arrays(directory / work.TASTES_FILE, arrays_of_weights(weights))
     if has_scores:
         sample = EventStore.open(directory / work.SAMPLE)
         days = {cutoff_s: DayStatistics(shared.known_at(cutoff_s)) for cutoff_s in shared.scorer_cutoffs()}

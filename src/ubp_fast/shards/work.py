@@ -22,7 +22,8 @@ from ubp_fast.features.history import History
 from ubp_fast.features.matrix import NAMES_FILE, load_features
 from ubp_fast.features.popular import PopularLists
 from ubp_fast.features.scaling import ColumnMoments, KnownMeans, NotYetKnown, PartialStatistics, Statistic
-from ubp_fast.files import load_array, load_arrays, save_array, write_arrays, write_json
+from ubp_fast.features.tastes import weights_of_arrays
+from ubp_fast.files import load_arrays, save_array, write_arrays, write_json
 from ubp_fast.models.near import NearModel, NearSums, near_sums
 from ubp_fast.models.pair_scorer import PairScorer, PopularitySums, popularity_of, scored_lists
 from ubp_fast.models.reduced_rank import ReducedRankConfig, ReducedRankModel, RegressionSums
@@ -47,7 +48,7 @@ from ubp_fast.store.in_memory import Vocabulary
 from ubp_fast.store.shards import first_rows, shard_folder
 
 MEASURED_FILE, VECTORS_FILE, LAYOUT_FILE = "measured.safetensors", "vectors.npy", "layout.json"
-TASTES_FILE, SAMPLE, LEARNED, DAYS = "taste_weights.npy", "sample", "pairs", "days"
+TASTES_FILE, SAMPLE, LEARNED, DAYS = "taste_weights.safetensors", "sample", "pairs", "days"
 FEATURES, FILLED = "features", "filled"
 STATISTICS = {one.__name__: one for one in (ColumnMoments, KnownMeans, PopularitySums, RegressionSums, NearSums)}
 # Names of sums of all stacking cutoffs among those of the day.
@@ -150,7 +151,7 @@ class Shared:
             Vocabulary.of(whole),
             self.lists,
             self.popular,
-            load_array(tastes, memory_map=True) if tastes.exists() else None,
+            weights_of_arrays(load_arrays(tastes)) if tastes.exists() else None,
             {},
             scorer,
             ReducedRankModel.load(strong, recipe.stacking) if strong.exists() else ReducedRankModel(recipe.stacking),

@@ -189,11 +189,19 @@ def drawn(ids: np.ndarray, number: int, *seed: int) -> np.ndarray:
     """
     if number >= len(ids):
         return np.arange(len(ids))
+    return np.sort(np.argpartition(_salted(ids, *seed), number)[:number])
+
+
+def in_drawn_order(ids: np.ndarray, *seed: int) -> np.ndarray:
+    """Places i64 [N] of all ids; the first n are those that `drawn` gives for n."""
+    return np.argsort(_salted(ids, *seed), kind="stable")
+
+
+def _salted(ids: np.ndarray, *seed: int) -> np.ndarray:
     salt = np.uint64(0)
     for word in seed:
         salt = hashes(np.array([salt ^ np.uint64(word + 1)]).view(np.int64))[0]
-    mixed = hashes((hashes(np.ascontiguousarray(ids)) ^ salt).view(np.int64))
-    return np.sort(np.argpartition(mixed, number)[:number])
+    return hashes((hashes(np.ascontiguousarray(ids)) ^ salt).view(np.int64))
 
 
 @njit

@@ -120,7 +120,8 @@ class Synthetic:
         return np.sort(np.argpartition(keys, len(keys) - self.relevant)[len(keys) - self.relevant :])
 
     @property
-    def _start_s(self) -> int:
+    def first_s(self) -> int:
+        """Second at which the first day begins."""
         start_s = end_seconds(self.start)
         assert start_s is not None
         return start_s - start_s % DAY_S
@@ -155,7 +156,7 @@ class Synthetic:
             "page_visit": (visitor, visit_s, category * urls_per_category + page + FIRST_URL),
             "search_query": (searcher, search_s, noisy_codes(rng, catalogue.category_codes[topic], 0.3)),
         }
-        last_s = self._start_s + self.days * DAY_S - 1
+        last_s = self.first_s + self.days * DAY_S - 1
         return {
             kind: _frame(kind, ids[who], np.minimum(when, last_s), item) for kind, (who, when, item) in rows.items()
         }
@@ -169,7 +170,7 @@ class Synthetic:
         offset = np.concatenate([np.zeros(len(more)), rng.random(more.sum())]) * alive_days[client]
         day = clients.birth_day[client] + np.floor(offset).astype(np.int64)
         second = (rng.beta(2.5, 2.0, len(client)) * (DAY_S - 2 * SESSION_S)).astype(np.int64)
-        return client, self._start_s + day * DAY_S + second
+        return client, self.first_s + day * DAY_S + second
 
     def _write_truth(
         self,
@@ -204,7 +205,7 @@ class Synthetic:
                 index = labels - FIRST_SKU if column == "sku" else labels
                 shares[name] = label_shares(clients, catalogue, column, index)
             for window, start_s in starts.items():
-                day = (start_s - self._start_s) // DAY_S
+                day = (start_s - self.first_s) // DAY_S
                 for name, share in shares.items():
                     truth = purchase_probability(clients, share, day, target_days)
                     write(f"{window}_{name}", first, truth[:, 0] if name == "purchase" else truth)
