@@ -10,6 +10,7 @@ namespace {
 // `Real`: products, sums and gradients. `Element`: one step of a product, kPair numbers of a row.
 // kPart: steps summed one after the other; the sums of the parts are added up. kAddsLast: what C held is
 // added to the sums at the end, so that long ones are sums of short ones; else the sums go on from it.
+// kIsFar: C is then asked for at the start, because it lies beyond the first-level cache.
 struct DoubleArithmetic {
   using Real = double;
   using Vec = DoubleVec;
@@ -19,7 +20,7 @@ struct DoubleArithmetic {
   using Elements = DoubleVec;
   static constexpr int kLanes = kWidth / 2, kPair = 1;
   static constexpr int64_t kPart = 4096;
-  static constexpr bool kAddsLast = true;
+  static constexpr bool kAddsLast = true, kIsFar = false;
   UBP_INLINE Vec multiply_add(Elements a, Elements b, Vec sum) { return sum + a * b; }
 };
 
@@ -32,7 +33,7 @@ struct FloatArithmetic {
   using Elements = ubp::Vec;
   static constexpr int kLanes = kWidth, kPair = 1;
   static constexpr int64_t kPart = 64;
-  static constexpr bool kAddsLast = true;
+  static constexpr bool kAddsLast = true, kIsFar = false;
   UBP_INLINE Vec multiply_add(Elements a, Elements b, Vec sum) { return sum + a * b; }
 };
 
@@ -172,6 +173,10 @@ UBP_INLINE void register_tile(typename A::Real* c, int64_t c_stride, Operand<A> 
     return BlockTile<A, kIsTransposed, kRows, kColumns>::multiply(c, c_stride, a, b, k, adds);
 #endif
   V sums[kRows][kColumns];
+  if (adds && A::kIsFar)
+    for (int row = 0; row < kRows; ++row)
+      for (int column = 0; column < kColumns; ++column)
+        __builtin_prefetch(c + row * c_stride + column * A::kLanes, 1);
 #pragma GCC unroll 12
   for (int row = 0; row < kRows; ++row)
 #pragma GCC unroll 12
