@@ -62,29 +62,38 @@ void check_offsets(const int32_t* offsets, int64_t sequences, int64_t tokens, co
 }
 
 // Heads of a sequence stay together, as their rows do in memory, up to what the second-level cache holds, and
-// unless the threads would run out of items.
-std::vector<ubp::FlashAttentionItem> costly_first(const Attention& problem) {
-  constexpr int64_t kCacheFloats = 200'000, kCopies = 6, kItemsPerThread = 8;
+// unless the threads would run out of items. Items that take long come first, so that the threads end
+// together, the others in the order of memory, in which the processor reads ahead.
+std::vector<ubp::FlashAttentionItem> items_of(const Attention& problem) {
+  constexpr int64_t kMostFloats = 66'000;  // of query and key
+  constexpr int64_t kItemsPerThread = 8;
+  constexpr double kLongShare = 1.0 / 64;  // of what one thread does
   const bool are_few = problem.threads > 1 && problem.sequences < problem.threads * kItemsPerThread;
   const auto length = [](const int32_t* offsets, int64_t b) { return int64_t{offsets[b + 1]} - offsets[b]; };
+  const auto cost = [&](const ubp::FlashAttentionItem& item) {
+    return length(problem.cu_query, item.sequence) * length(problem.cu_key, item.sequence) * item.heads;
+  };
   std::vector<ubp::FlashAttentionItem> items;
+  double total = 0;
   for (int64_t b = 0; b < problem.sequences; ++b) {
     const int64_t rows = length(problem.cu_query, b) + length(problem.cu_key, b);
     if (rows == 0) continue;
-    const int64_t fitting = are_few ? 1 : kCacheFloats / (kCopies * rows * problem.width);
+    const int64_t fitting = are_few ? 1 : kMostFloats / (rows * problem.width);
     const int64_t heads = std::min(std::max<int64_t>(fitting, 1), problem.heads);
-    for (int64_t head = 0; head < problem.heads; head += heads)
+    for (int64_t head = 0; head < problem.heads; head += heads) {
       items.push_back({static_cast<int32_t>(b), static_cast<int32_t>(head),
                        static_cast<int32_t>(std::min(heads, problem.heads - head))});
+      total += static_cast<double>(cost(items.back()));
+    }
   }
-  // Equal ones in the order of memory.
+  if (problem.threads == 1) return items;
+  const double long_cost = total * kLongShare / problem.threads;
   const auto rank = [&](const ubp::FlashAttentionItem& item) {
-    const int64_t cost =
-        length(problem.cu_query, item.sequence) * length(problem.cu_key, item.sequence) * item.heads;
-    return std::make_tuple(-cost, item.sequence, item.first_head);
+    const int64_t own = cost(item);
+    return static_cast<double>(own) > long_cost ? -own : 0;
   };
-  std::sort(items.begin(), items.end(),
-            [&](const auto& one, const auto& other) { return rank(one) < rank(other); });
+  std::stable_sort(items.begin(), items.end(),
+                   [&](const auto& one, const auto& other) { return rank(one) < rank(other); });
   return items;
 }
 
@@ -102,7 +111,7 @@ void flash_attention(Attention problem) {
   constexpr int64_t kFarthest = int64_t{1} << 32;  // so that no sum with a row overflows
   problem.left = std::clamp<int64_t>(problem.left, -1, kFarthest);
   problem.right = std::clamp<int64_t>(problem.right, -1, kFarthest);
-  const std::vector<ubp::FlashAttentionItem> items = costly_first(problem);
+  const std::vector<ubp::FlashAttentionItem> items = items_of(problem);
   problem.items = items.data();
   problem.item_count = static_cast<int64_t>(items.size());
   py::gil_scoped_release released;

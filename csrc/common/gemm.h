@@ -10,6 +10,7 @@ namespace {
 // `Real`: products, sums and gradients. `Element`: one step of a product, kPair numbers of a row.
 // kPart: steps summed one after the other; the sums of the parts are added up. kAddsLast: what C held is
 // added to the sums at the end, so that long ones are sums of short ones; else the sums go on from it.
+// kIsFar: C is then asked for at the start, because it lies beyond the first-level cache.
 struct DoubleArithmetic {
   using Real = double;
   using Vec = DoubleVec;
@@ -19,7 +20,7 @@ struct DoubleArithmetic {
   using Elements = DoubleVec;
   static constexpr int kLanes = kWidth / 2, kPair = 1;
   static constexpr int64_t kPart = 4096;
-  static constexpr bool kAddsLast = true;
+  static constexpr bool kAddsLast = true, kIsFar = false;
   UBP_INLINE Vec multiply_add(Elements a, Elements b, Vec sum) { return sum + a * b; }
 };
 
@@ -32,7 +33,7 @@ struct FloatArithmetic {
   using Elements = ubp::Vec;
   static constexpr int kLanes = kWidth, kPair = 1;
   static constexpr int64_t kPart = 64;
-  static constexpr bool kAddsLast = true;
+  static constexpr bool kAddsLast = true, kIsFar = false;
   UBP_INLINE Vec multiply_add(Elements a, Elements b, Vec sum) { return sum + a * b; }
 };
 
@@ -111,14 +112,14 @@ struct BlockTile {
   template <bool kIsWhole>
   UBP_INLINE void add(BlockTile& tile, Operand<A> a, Operand<A> b, int64_t step) {
     bfloat16x8_t left[kPairs];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int pair = 0; pair < kPairs; ++pair) left[pair] = rows_of<kIsWhole>(a, step, pair);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int column = 0; column < kColumns; ++column) {
       const uint32_t* source = b.data + step * b.stride + column * A::kLanes;
       const uint32x4_t even = vld1q_u32(source), odd = kIsWhole ? vld1q_u32(source + b.stride) : uint32x4_t{};
       const auto first = (bfloat16x8_t)vzip1q_u32(even, odd), last = (bfloat16x8_t)vzip2q_u32(even, odd);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int pair = 0; pair < kPairs; ++pair) {
         tile.sums[pair][column][0] = vbfmmlaq_f32(tile.sums[pair][column][0], left[pair], first);
         tile.sums[pair][column][1] = vbfmmlaq_f32(tile.sums[pair][column][1], left[pair], last);
@@ -129,9 +130,9 @@ struct BlockTile {
   UBP_INLINE void multiply(float* c, int64_t c_stride, Operand<A> a, Operand<A> b, int64_t k, bool adds) {
     BlockTile tile;
     const bool goes_on = adds && !A::kAddsLast;
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int pair = 0; pair < kPairs; ++pair)
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int column = 0; column < kColumns; ++column) {
         const float *one = c + 2 * pair * c_stride + column * 4,
                     *other = c + second(pair) * c_stride + column * 4;
@@ -143,9 +144,9 @@ struct BlockTile {
     int64_t step = 0;
     for (; step + 2 <= k; step += 2) add<true>(tile, a, b, step);
     if (step < k) add<false>(tile, a, b, step);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int pair = 0; pair < kPairs; ++pair)
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int column = 0; column < kColumns; ++column) {
         const float32x4_t first = tile.sums[pair][column][0], last = tile.sums[pair][column][1];
         const auto write = [&](int row, float32x4_t sums) {
@@ -172,28 +173,32 @@ UBP_INLINE void register_tile(typename A::Real* c, int64_t c_stride, Operand<A> 
     return BlockTile<A, kIsTransposed, kRows, kColumns>::multiply(c, c_stride, a, b, k, adds);
 #endif
   V sums[kRows][kColumns];
-#pragma GCC unroll 8
+  if (adds && A::kIsFar)
+    for (int row = 0; row < kRows; ++row)
+      for (int column = 0; column < kColumns; ++column)
+        __builtin_prefetch(c + row * c_stride + column * A::kLanes, 1);
+#pragma GCC unroll 12
   for (int row = 0; row < kRows; ++row)
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int column = 0; column < kColumns; ++column)
       sums[row][column] = adds && !A::kAddsLast ? load_as<V>(c + row * c_stride + column * A::kLanes) : V{};
   for (int64_t step = 0; step < k; ++step) {
     E right[kColumns];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int column = 0; column < kColumns; ++column)
       right[column] = load_as<E>(b.data + step * b.stride + column * A::kLanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int row = 0; row < kRows; ++row) {
       // Minus nothing, unlike plus nothing, is the number itself, also where that is -0: no addition is left.
       const E left = (kIsTransposed ? a.data[step * a.stride + row] : a.data[row * a.stride + step]) - E{};
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int column = 0; column < kColumns; ++column)
         sums[row][column] = A::multiply_add(left, right[column], sums[row][column]);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int row = 0; row < kRows; ++row)
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int column = 0; column < kColumns; ++column) {
       typename A::Real* target = c + row * c_stride + column * A::kLanes;
       store_as(target, adds && A::kAddsLast ? load_as<V>(target) + sums[row][column] : sums[row][column]);
@@ -209,34 +214,43 @@ UBP_INLINE void register_tile_of(int64_t rows, typename A::Real* c, int64_t c_st
     register_tile_of<A, kIsTransposed, kColumns, kRows - 1>(rows, c, c_stride, a, b, k, adds);
 }
 
+// Rows of a register tile: the fewer columns, the more.
+template <int kColumns>
+constexpr int kTileRows = kColumns == 1 ? 12 : kRegisterColumns * kRegisterRows / kColumns;
+
 // Tiles of nearly equal height: a last tile of one row would wait for its own additions.
 template <class A, bool kIsTransposed, int kColumns>
 void column_strip(typename A::Real* c, int64_t c_stride, Operand<A> a, Operand<A> b, int64_t m, int64_t k,
                   bool adds) {
-  for (int64_t tiles = ceil_div(m, kRegisterRows), row = 0; tiles > 0; --tiles) {
+  constexpr int kRows = kTileRows<kColumns>;
+  for (int64_t tiles = ceil_div(m, kRows), row = 0; tiles > 0; --tiles) {
     const int64_t rows = ceil_div(m - row, tiles);
     const Operand<A> left{a.data + (kIsTransposed ? row : row * a.stride), a.stride};
-    register_tile_of<A, kIsTransposed, kColumns, kRegisterRows>(rows, c + row * c_stride, c_stride, left, b,
-                                                                k, adds);
+    register_tile_of<A, kIsTransposed, kColumns, kRows>(rows, c + row * c_stride, c_stride, left, b, k, adds);
     row += rows;
   }
 }
 
-// n must be a multiple of the lanes.
+template <class A, bool kIsTransposed, int kColumns>
+void column_strip_of(int64_t columns, typename A::Real* c, int64_t c_stride, Operand<A> a, Operand<A> b,
+                     int64_t m, int64_t k, bool adds) {
+  if (columns == kColumns)
+    column_strip<A, kIsTransposed, kColumns>(c, c_stride, a, b, m, k, adds);
+  else if constexpr (kColumns > 1)
+    column_strip_of<A, kIsTransposed, kColumns - 1>(columns, c, c_stride, a, b, m, k, adds);
+}
+
+// n must be a multiple of the lanes. Strips of nearly equal width, too.
 template <class A, bool kIsTransposed>
 void multiply(typename A::Real* c, int64_t c_stride, Operand<A> a, Operand<A> b, int64_t m, int64_t n,
               int64_t k, bool adds) {
-  constexpr int kWide = kRegisterColumns * A::kLanes;
-  int64_t column = 0;
-  const auto right = [&] { return Operand<A>{b.data + column, b.stride}; };
-  for (; column + kWide <= n; column += kWide)
-    column_strip<A, kIsTransposed, kRegisterColumns>(c + column, c_stride, a, right(), m, k, adds);
-  if (kRegisterColumns > 2 && column + 2 * A::kLanes <= n) {
-    column_strip<A, kIsTransposed, 2>(c + column, c_stride, a, right(), m, k, adds);
-    column += 2 * A::kLanes;
+  const int64_t vectors = n / A::kLanes;
+  for (int64_t strips = ceil_div(vectors, kRegisterColumns), vector = 0; strips > 0; --strips) {
+    const int64_t columns = ceil_div(vectors - vector, strips), at = vector * A::kLanes;
+    column_strip_of<A, kIsTransposed, kRegisterColumns>(columns, c + at, c_stride, a, {b.data + at, b.stride},
+                                                        m, k, adds);
+    vector += columns;
   }
-  for (; column + A::kLanes <= n; column += A::kLanes)
-    column_strip<A, kIsTransposed, 1>(c + column, c_stride, a, right(), m, k, adds);
 }
 
 }  // namespace

@@ -30,32 +30,44 @@ int64_t score_stride(const Task& task) {
   return larger(kWidth, smaller(kKeyBlock, round_up(task.keys, kWidth)));
 }
 
+// Calls `function` for groups of rows and then for single ones.
+template <class Function>
+void side_by_side(int64_t rows, const Function& function) {
+  int64_t row = 0;
+  for (; row + kSideBySide <= rows; row += kSideBySide)
+    function(std::integral_constant<int, kSideBySide>{}, row);
+  for (; row < rows; ++row) function(std::integral_constant<int, 1>{}, row);
+}
+
 template <class A, bool kIsPlain>
 void forward_block(const FlashAttentionProblem& problem, const Task& task, Operand<A> query,
-                   const typename A::Element* keys, Operand<A> value, float* output, int64_t first_row,
+                   const typename A::Element* keys, Operand<A> value, Target output, int64_t first_row,
                    int64_t rows, Prefetch& prefetch) {
   alignas(64) float scores[kForwardFloats];
   alignas(64) uint32_t rounded[kIsPaired<A> ? kForwardFloats / 2 : 1];
   float maxima[kMaxRows], sums[kMaxRows], factors[kMaxRows];
-  const int64_t stride = task.padded, score_step = score_stride(task);
+  const int64_t score_step = score_stride(task);
   for (int64_t row = 0; row < rows; ++row) maxima[row] = -INFINITY, sums[row] = 0.f;
   const Range limits = visible_keys(problem, task, first_row, rows);
   for (int64_t key = limits.begin; key < limits.end; key += kKeyBlock) {
     const int64_t block = smaller(kKeyBlock, limits.end - key), padded = round_up(block, kWidth);
     multiply<A, false>(scores, score_step, query, {keys + key, task.padded_keys}, rows, padded,
                        steps_of<A>(task), false);
-    for (int64_t row = 0; row < rows; ++row) {
-      prefetch.step();
-      factors[row] =
-          softmax_row<kIsPlain>(problem, task, make_row(problem, task, first_row + row, key, block),
-                                scores + row * score_step, maxima[row], sums[row]);
-    }
+    const auto weigh = [&](auto count, int64_t row) {
+      constexpr int kRows = decltype(count)::value;
+      prefetch.step(kRows);
+      softmax_rows<kIsPlain>(problem, task, make_rows<kRows>(problem, task, first_row + row, key, block),
+                             scores + row * score_step, score_step, maxima + row, sums + row, factors + row);
+    };
+    side_by_side(rows, weigh);
     const bool adds = key > limits.begin;
     if (adds)
       for (int64_t row = 0; row < rows; ++row)
-        for (int64_t at = 0; at < task.padded; at += kWidth)
-          store(output + row * stride + at, load(output + row * stride + at) * factors[row]);
-    multiply<A, false>(output, stride, over_columns<A>(scores, score_step, rows, padded, rounded),
+        for (int64_t at = 0; at < task.padded; at += kWidth) {
+          float* target = output.data + row * output.stride + at;
+          store(target, load(target) * factors[row]);
+        }
+    multiply<A, false>(output.data, output.stride, over_columns<A>(scores, score_step, rows, padded, rounded),
                        from_row(value, key), rows, task.padded, ceil_div(block, A::kPair), adds);
   }
   float* lse = problem.lse + (task.first_query + first_row) * problem.heads + task.head;
@@ -63,7 +75,7 @@ void forward_block(const FlashAttentionProblem& problem, const Task& task, Opera
     const bool is_blind = sums[row] == 0.f;
     const float inverse = is_blind ? 0.f : 1.f / sums[row];
     for (int64_t at = 0; at < task.padded; at += kWidth) {
-      float* target = output + row * stride + at;
+      float* target = output.data + row * output.stride + at;
       store(target, limits.begin < limits.end ? load(target) * inverse : Vec{});
     }
     lse[row * problem.heads] = is_blind ? -INFINITY : maxima[row] + std::log(sums[row]);
@@ -74,65 +86,54 @@ template <class A, class T, bool kIsPlain>
 bool forward_item(const FlashAttentionProblem& problem, Task task, Workspace& workspace, Prefetch& prefetch) {
   using Element = typename A::Element;
   if (task.queries == 0) return true;
-  const int64_t joined = kIsPaired<A> ? round_up(task.keys, kWidth) * task.padded / 2 : 0;
-  if (!workspace.reserve(2 * head_floats(task.queries, task) + 2 * head_floats(task.keys, task) +
-                         task.padded * task.padded_keys + joined + 32))
-    return false;
-  const auto rows_of = [&](const void* tensor, int64_t first, int64_t rows) {
-    return load_rows<A, T>(tensor, first, rows, problem, task, workspace);
-  };
-  const HeadRows<Element> query = rows_of(problem.query, task.first_query, task.queries);
-  const HeadRows<Element> key = rows_of(problem.key, task.first_key, task.keys);
-  const HeadRows<Element> value = rows_of(problem.value, task.first_key, task.keys);
-  const HeadRows<float> output = take_rows<float>(task.queries, task.padded, task, workspace);
-  Element* keys = workspace.take_as<Element>(task.padded * task.padded_keys);
+  const int64_t query_size = copy_size<A>(task.queries, task), key_size = copy_size<A>(task.keys, task),
+                output_size = task.queries * task.padded,
+                transposed = padded_steps<A>(task) * task.padded_keys,
+                joined = kIsPaired<A> ? round_up(task.keys, kWidth) * task.padded / 2 : 0;
+  if (!workspace.reserve(query_size + 2 * key_size + output_size + transposed + joined + 96)) return false;
+  Element* query_copy = workspace.take_as<Element>(query_size);
+  Element* key_copy = workspace.take_as<Element>(key_size);
+  Element* value_copy = workspace.take_as<Element>(key_size);
+  float* output_copy = workspace.take(output_size);
+  Element* keys = workspace.take_as<Element>(transposed);
   Element* joined_values = workspace.take_as<Element>(joined);
   const int64_t block = block_rows(kForwardFloats, score_stride(task), task.queries);
   for (; task.head < task.first_head + task.heads; ++task.head) {
-    transpose(key, task, keys);
-    const Operand<A> values = over_rows<A>(value, task, joined_values);
+    const auto rows_of = [&](const void* tensor, int64_t first, int64_t rows, int64_t most, Element* copy) {
+      return read_rows<A>(head_of<T>(tensor, first, problem, task), rows, most, problem, task, copy);
+    };
+    const Operand<A> query = rows_of(problem.query, task.first_query, task.queries, kAnyRows, query_copy),
+                     key = rows_of(problem.key, task.first_key, task.keys, kAnyRows, key_copy),
+                     value = rows_of(problem.value, task.first_key, task.keys, kFewRows, value_copy),
+                     values = over_rows<A>(value, task.keys, task, joined_values);
+    transpose<A>(key, task.keys, task, keys);
+    T* output_rows = head_of<T>(problem.output, task.first_query, problem, task);
+    const Target output = make_target(output_rows, problem, task, output_copy);
     for (int64_t row = 0; row < task.queries; row += block)
-      forward_block<A, kIsPlain>(problem, task, {query.of(task) + row * query.stride, query.stride}, keys,
-                                 values, output.of(task) + row * task.padded, row,
+      forward_block<A, kIsPlain>(problem, task, {query.data + row * query.stride, query.stride}, keys, values,
+                                 {output.data + row * output.stride, output.stride}, row,
                                  smaller(block, task.queries - row), prefetch);
+    write_rows(output_rows, output, task.queries, problem, task);
   }
-  write_rows<T>(problem.output, task.first_query, output, task.queries, problem, task);
   return true;
 }
 
 // <a_i, b_i> of each row, summed in the order of `multiply`: where a query sees one key, <dO, V> and <dO, O>
 // are then the same number and their difference is 0, not a rounding error.
-void row_products(float* result, const float* a, const float* b, int64_t stride, int64_t rows,
-                  int64_t steps) {
-  constexpr int kChains = 8;  // rows side by side, to hide the latency of the additions
-  for (int64_t first = 0; first < rows; first += kChains) {
-    float sums[kChains] = {};
-    int64_t starts[kChains];
-    for (int chain = 0; chain < kChains; ++chain) starts[chain] = smaller(first + chain, rows - 1) * stride;
-    for (int64_t column = 0; column < steps; ++column)
-#pragma GCC unroll 8
-      for (int chain = 0; chain < kChains; ++chain)
-        sums[chain] += a[starts[chain] + column] * b[starts[chain] + column];
-    for (int64_t row = first; row < smaller(first + kChains, rows); ++row) result[row] = sums[row - first];
-  }
-}
-
-#if defined(UBP_HAS_PAIRS)
-void row_products(float* result, const uint32_t* a, const uint32_t* b, int64_t stride, int64_t rows,
-                  int64_t steps) {
-  for (int64_t first = 0; first < rows; first += kWidth) {  // rows are padded to whole vectors
+template <class A>
+void row_products(float* result, Operand<A> a, Operand<A> b, int64_t rows, int64_t steps) {
+  for (int64_t first = 0; first < rows; first += kWidth) {
     Vec sums = {};
     for (int64_t column = 0; column < steps; column += kWidth) {
       Vec left[kWidth], right[kWidth];
-      load_transposed(a + first * stride + column, stride, left);
-      load_transposed(b + first * stride + column, stride, right);
+      load_transposed(a.data + first * a.stride + column, a.stride, rows - first, left);
+      load_transposed(b.data + first * b.stride + column, b.stride, rows - first, right);
       for (int64_t step = 0; step < smaller(kWidth, steps - column); ++step)
-        sums = Pairs::multiply_add((Pairs::Elements)left[step], (Pairs::Elements)right[step], sums);
+        sums = A::multiply_add((typename A::Elements)left[step], (typename A::Elements)right[step], sums);
     }
     store(result + first, sums);
   }
 }
-#endif
 
 // What backward needs of one head.
 template <class A>
@@ -140,8 +141,9 @@ struct BackwardHead {
   Operand<A> query, grad_output;               // rows
   const typename A::Element *keys, *values;    // transposed
   Operand<A> queries, all_keys, grad_outputs;  // as right sides of products over rows
-  const float* deltas;
-  float *grad_query, *grad_key, *grad_value;
+  const float* deltas;                         // <dO, O> of each row, or null
+  Target grad_query, grad_key, grad_value;
+  bool is_filled;  // the targets hold sums, be they 0
   float *scores, *products;
   uint32_t *across, *down;  // pairs: products, then scores, rounded
   double* bucket_sums;
@@ -150,7 +152,7 @@ struct BackwardHead {
 template <class A, bool kIsPlain>
 void backward_block(const FlashAttentionProblem& problem, const Task& task, const BackwardHead<A>& head,
                     int64_t first_row, int64_t rows, Prefetch& prefetch) {
-  const int64_t stride = task.padded, step = score_stride(task), steps = steps_of<A>(task);
+  const int64_t step = score_stride(task), steps = steps_of<A>(task);
   const auto rows_from = [&](Operand<A> all) -> Operand<A> {
     return {all.data + first_row * all.stride, all.stride};
   };
@@ -162,23 +164,32 @@ void backward_block(const FlashAttentionProblem& problem, const Task& task, cons
                        padded, steps, false);
     multiply<A, false>(head.products, step, rows_from(head.grad_output), {head.values + at, task.padded_keys},
                        rows, padded, steps, false);
-    for (int64_t row = 0; row < rows; ++row) {
-      prefetch.step();
-      Row here = make_row(problem, task, first_row + row, at, block);
-      const float row_lse = lse[row * problem.heads];
-      if (row_lse == -INFINITY) here.visible = {0, 0};
-      gradient_row<kIsPlain>(problem, task, here, head.scores + row * step, head.products + row * step,
-                             row_lse, head.deltas[first_row + row], head.bucket_sums);
-    }
+    const auto weigh = [&](auto count, int64_t row) {
+      constexpr int kRows = decltype(count)::value;
+      prefetch.step(kRows);
+      Rows<kRows> here = make_rows<kRows>(problem, task, first_row + row, at, block);
+      float row_lse[kRows], *scores = head.scores + row * step, *products = head.products + row * step;
+      for (int each = 0; each < kRows; ++each) {
+        row_lse[each] = lse[(row + each) * problem.heads];
+        if (row_lse[each] == -INFINITY) here.each[each].visible = {0, 0};
+      }
+      gradient_rows<kIsPlain>(problem, task, here, scores, products, step, row_lse,
+                              head.deltas + first_row + row, head.bucket_sums);
+    };
+    side_by_side(rows, weigh);
     const int64_t row_steps = ceil_div(rows, A::kPair);
+    const auto target_row = [](Target all, int64_t row) { return all.data + row * all.stride; };
     const BothWays<A> products = both_ways<A>(head.products, step, rows, padded, head.across, head.down);
-    multiply<A, false>(head.grad_query + first_row * stride, stride, products.over_columns,
-                       from_row(head.all_keys, at), rows, task.padded, ceil_div(block, A::kPair), true);
-    multiply<A, true>(head.grad_key + at * stride, stride, products.over_rows,
-                      from_row(head.queries, first_row), block, task.padded, row_steps, true);
+    multiply<A, false>(target_row(head.grad_query, first_row), head.grad_query.stride, products.over_columns,
+                       from_row(head.all_keys, at), rows, task.padded, ceil_div(block, A::kPair),
+                       head.is_filled || at > 0);
+    multiply<A, true>(target_row(head.grad_key, at), head.grad_key.stride, products.over_rows,
+                      from_row(head.queries, first_row), block, task.padded, row_steps,
+                      head.is_filled || first_row > 0);
     const BothWays<A> weights = both_ways<A>(head.scores, step, rows, padded, head.across, head.down);
-    multiply<A, true>(head.grad_value + at * stride, stride, weights.over_rows,
-                      from_row(head.grad_outputs, first_row), block, task.padded, row_steps, true);
+    multiply<A, true>(target_row(head.grad_value, at), head.grad_value.stride, weights.over_rows,
+                      from_row(head.grad_outputs, first_row), block, task.padded, row_steps,
+                      head.is_filled || first_row > 0);
   }
 }
 
@@ -186,26 +197,26 @@ template <class A, class T, bool kIsPlain>
 bool backward_item(const FlashAttentionProblem& problem, Task task, Workspace& workspace, Prefetch& prefetch,
                    float* bias_part) {
   using Element = typename A::Element;
-  const int64_t joined_queries = kIsPaired<A> ? round_up(task.queries, kWidth) * task.padded / 2 : 0,
+  const int64_t query_size = copy_size<A>(task.queries, task), key_size = copy_size<A>(task.keys, task),
+                queries_size = task.queries * task.padded, keys_size = task.keys * task.padded,
+                transposed = padded_steps<A>(task) * task.padded_keys,
+                joined_queries = kIsPaired<A> ? round_up(task.queries, kWidth) * task.padded / 2 : 0,
                 joined_keys = kIsPaired<A> ? round_up(task.keys, kWidth) * task.padded / 2 : 0,
                 rounded = kIsPaired<A> ? kBackwardFloats / 2 : 0;
-  if (!workspace.reserve(4 * head_floats(task.queries, task) + 4 * head_floats(task.keys, task) +
-                         2 * task.padded * task.padded_keys + 2 * kBackwardFloats + 2 * joined_queries +
-                         joined_keys + 2 * rounded + round_up(task.queries, kWidth) + 192))
+  if (!workspace.reserve(3 * query_size + 2 * key_size + queries_size + 2 * keys_size + 2 * transposed +
+                         2 * kBackwardFloats + 2 * joined_queries + joined_keys + 2 * rounded +
+                         round_up(task.queries, kWidth) + 256))
     return false;
-  const auto rows_of = [&](const void* tensor, int64_t first, int64_t rows) {
-    return load_rows<A, T>(tensor, first, rows, problem, task, workspace);
-  };
-  const HeadRows<Element> query = rows_of(problem.query, task.first_query, task.queries);
-  const HeadRows<Element> output = rows_of(problem.output, task.first_query, task.queries);
-  const HeadRows<Element> grad_output = rows_of(problem.grad_output, task.first_query, task.queries);
-  const HeadRows<Element> key = rows_of(problem.key, task.first_key, task.keys);
-  const HeadRows<Element> value = rows_of(problem.value, task.first_key, task.keys);
-  const HeadRows<float> grad_query = take_zeros(task.queries, task, workspace);
-  const HeadRows<float> grad_key = take_zeros(task.keys, task, workspace);
-  const HeadRows<float> grad_value = take_zeros(task.keys, task, workspace);
-  Element* keys = workspace.take_as<Element>(task.padded * task.padded_keys);
-  Element* values = workspace.take_as<Element>(task.padded * task.padded_keys);
+  Element* query_copy = workspace.take_as<Element>(query_size);
+  Element* output_copy = workspace.take_as<Element>(query_size);
+  Element* grad_output_copy = workspace.take_as<Element>(query_size);
+  Element* key_copy = workspace.take_as<Element>(key_size);
+  Element* value_copy = workspace.take_as<Element>(key_size);
+  float* grad_query_copy = workspace.take(queries_size);
+  float* grad_key_copy = workspace.take(keys_size);
+  float* grad_value_copy = workspace.take(keys_size);
+  Element* keys = workspace.take_as<Element>(transposed);
+  Element* values = workspace.take_as<Element>(transposed);
   Element* query_pairs = workspace.take_as<Element>(joined_queries);
   Element* grad_output_pairs = workspace.take_as<Element>(joined_queries);
   Element* key_pairs = workspace.take_as<Element>(joined_keys);
@@ -215,30 +226,53 @@ bool backward_item(const FlashAttentionProblem& problem, Task task, Workspace& w
   uint32_t* down = workspace.take_as<uint32_t>(rounded);
   float* deltas = workspace.take(round_up(task.queries, kWidth));
   const int64_t block = task.queries == 0 ? 1 : block_rows(kBackwardFloats, score_stride(task), task.queries);
+  // All pairs count: the first ones need no zeros to be added to.
+  const bool is_full = problem.left < 0 && problem.right < 0 && task.queries > 0 && task.keys > 0;
   for (; task.head < task.first_head + task.heads; ++task.head) {
     double bucket_sums[kIsPlain ? 1 : kSumChains * kMaxBuckets] = {};
-    transpose(key, task, keys);
-    transpose(value, task, values);
-    row_products(deltas, grad_output.of(task), output.of(task), output.stride, task.queries,
+    const auto rows_of = [&](const void* tensor, int64_t first, int64_t rows, int64_t most, Element* copy) {
+      return read_rows<A>(head_of<T>(tensor, first, problem, task), rows, most, problem, task, copy);
+    };
+    const Operand<A> query = rows_of(problem.query, task.first_query, task.queries, kFewRows, query_copy),
+                     grad_output = rows_of(problem.grad_output, task.first_query, task.queries, kFewRows,
+                                           grad_output_copy),
+                     key = rows_of(problem.key, task.first_key, task.keys, kFewRows, key_copy),
+                     value = rows_of(problem.value, task.first_key, task.keys, kAnyRows, value_copy);
+    transpose<A>(key, task.keys, task, keys);
+    transpose<A>(value, task.keys, task, values);
+    row_products(deltas, grad_output,
+                 rows_of(problem.output, task.first_query, task.queries, kAnyRows, output_copy), task.queries,
                  steps_of<A>(task));
-    const BackwardHead<A> head{{query.of(task), query.stride},
-                               {grad_output.of(task), grad_output.stride},
+    T *grad_query_rows = head_of<T>(problem.grad_query, task.first_query, problem, task),
+      *grad_key_rows = head_of<T>(problem.grad_key, task.first_key, problem, task),
+      *grad_value_rows = head_of<T>(problem.grad_value, task.first_key, problem, task);
+    const BackwardHead<A> head{query,
+                               grad_output,
                                keys,
                                values,
-                               over_rows<A>(query, task, query_pairs),
-                               over_rows<A>(key, task, key_pairs),
-                               over_rows<A>(grad_output, task, grad_output_pairs),
+                               over_rows<A>(query, task.queries, task, query_pairs),
+                               over_rows<A>(key, task.keys, task, key_pairs),
+                               over_rows<A>(grad_output, task.queries, task, grad_output_pairs),
                                deltas,
-                               grad_query.of(task),
-                               grad_key.of(task),
-                               grad_value.of(task),
+                               make_target(grad_query_rows, problem, task, grad_query_copy),
+                               make_target(grad_key_rows, problem, task, grad_key_copy),
+                               make_target(grad_value_rows, problem, task, grad_value_copy),
+                               !is_full,
                                scores,
                                products,
                                across,
                                down,
                                bucket_sums};
+    if (!is_full) {
+      fill_zeros(head.grad_query, task.queries, task);
+      fill_zeros(head.grad_key, task.keys, task);
+      fill_zeros(head.grad_value, task.keys, task);
+    }
     for (int64_t row = 0; row < task.queries; row += block)
       backward_block<A, kIsPlain>(problem, task, head, row, smaller(block, task.queries - row), prefetch);
+    write_rows(grad_query_rows, head.grad_query, task.queries, problem, task);
+    write_rows(grad_key_rows, head.grad_key, task.keys, problem, task);
+    write_rows(grad_value_rows, head.grad_value, task.keys, problem, task);
     if (!kIsPlain && bias_part != nullptr)
       for (int64_t bucket = 0; bucket < problem.buckets; ++bucket) {
         double sum = 0.0;
@@ -246,9 +280,6 @@ bool backward_item(const FlashAttentionProblem& problem, Task task, Workspace& w
         bias_part[task.head * problem.buckets + bucket] = static_cast<float>(sum);
       }
   }
-  write_rows<T>(problem.grad_query, task.first_query, grad_query, task.queries, problem, task);
-  write_rows<T>(problem.grad_key, task.first_key, grad_key, task.keys, problem, task);
-  write_rows<T>(problem.grad_value, task.first_key, grad_value, task.keys, problem, task);
   return true;
 }
 

@@ -25,7 +25,7 @@ struct FlashAttentionProblem {
   const void *query, *key, *value;
   const int32_t *cu_query, *cu_key;  // [sequences + 1]
   int64_t query_tokens, key_tokens;
-  const FlashAttentionItem* items;  // the costly ones first, so that the threads end together
+  const FlashAttentionItem* items;
   int64_t item_count, sequences, heads, width;
   DType dtype;
   int64_t left, right;  // negative: all keys

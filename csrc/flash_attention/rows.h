@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdlib>
+#include <type_traits>
 
 #include "common/convert.h"
 #include "common/gemm.h"
@@ -90,8 +91,8 @@ class Prefetch {
 
   void spread(int64_t steps) { lines_per_step_ = steps == 0 ? 0 : lines_ / steps + 1; }
 
-  void step() {
-    for (int64_t line = 0; line < lines_per_step_ && current_ < count_; ++line) {
+  void step(int64_t rows) {
+    for (int64_t line = 0; line < rows * lines_per_step_ && current_ < count_; ++line) {
       Part& part = parts_[current_];
       __builtin_prefetch(part.at, 0, 2);
       part.at += kLine;
@@ -109,15 +110,6 @@ class Prefetch {
   int64_t lines_ = 0, lines_per_step_ = 0;
 };
 
-// Rows of all heads of an item, [heads, rows, stride]; their number is a multiple of the vector width.
-template <class Element>
-struct HeadRows {
-  Element* data;
-  int64_t rows, stride;
-
-  Element* of(const Task& task) const { return data + (task.head - task.first_head) * rows * stride; }
-};
-
 // Steps of a product over the width, and the same in whole vectors.
 template <class A>
 int64_t steps_of(const Task& task) {
@@ -126,22 +118,6 @@ int64_t steps_of(const Task& task) {
 template <class A>
 int64_t padded_steps(const Task& task) {
   return round_up(steps_of<A>(task), kWidth);
-}
-
-inline int64_t head_floats(int64_t rows, const Task& task) {
-  return task.heads * round_up(rows, kWidth) * task.padded + 16;
-}
-
-template <class Element>
-HeadRows<Element> take_rows(int64_t rows, int64_t stride, const Task& task, Workspace& workspace) {
-  rows = round_up(rows, kWidth);
-  return {workspace.take_as<Element>(task.heads * rows * stride), rows, stride};
-}
-
-inline HeadRows<float> take_zeros(int64_t rows, const Task& task, Workspace& workspace) {
-  const HeadRows<float> zeros = take_rows<float>(rows, task.padded, task, workspace);
-  std::memset(zeros.data, 0, static_cast<size_t>(task.heads * zeros.rows * zeros.stride) * sizeof(float));
-  return zeros;
 }
 
 // A row of one head, and zeros behind it.
@@ -162,74 +138,118 @@ UBP_INLINE void load_row(const BFloat16* source, int64_t width, int64_t stride, 
   std::memcpy(target + whole, source + 2 * whole, static_cast<size_t>(width - 2 * whole) * sizeof(BFloat16));
 }
 
-// Row after row with all heads of the item: memory is read in its order. Side by side, and padded to whole
-// vectors, the rows of a head are faster to compute on by more than the copy costs, also for float32.
+// The first row of the task's head in a packed tensor [tokens, heads, width].
+template <class T>
+UBP_INLINE T* head_of(void* tensor, int64_t first, const FlashAttentionProblem& problem, const Task& task) {
+  return static_cast<T*>(tensor) + (first * problem.heads + task.head) * task.width;
+}
+template <class T>
+UBP_INLINE const T* head_of(const void* tensor, int64_t first, const FlashAttentionProblem& problem,
+                            const Task& task) {
+  return static_cast<const T*>(tensor) + (first * problem.heads + task.head) * task.width;
+}
+
+// Rows of one head lie a whole row of all heads apart and share few sets of the first-level cache. Where many
+// are read again and again, side by side is faster by more than the copy costs.
+constexpr int64_t kFewRows = 64, kAnyRows = INT64_MAX;
+
+// Numbers that lie in the tensors as the products take them: whole vectors of floats.
+template <class T>
+bool is_direct(const Task& task) {
+  return std::is_same_v<T, float> && task.width == task.padded;
+}
+
+// [rows rounded up to the vector width, padded steps], zeros behind the rows.
+template <class A>
+int64_t copy_size(int64_t rows, const Task& task) {
+  return round_up(rows, kWidth) * padded_steps<A>(task);
+}
+
 template <class A, class T>
-HeadRows<typename A::Element> load_rows(const void* tensor, int64_t first, int64_t rows,
-                                        const FlashAttentionProblem& problem, const Task& task,
-                                        Workspace& workspace) {
-  using Element = typename A::Element;
-  const HeadRows<Element> copy = take_rows<Element>(rows, padded_steps<A>(task), task, workspace);
-  const int64_t width = task.width, step = copy.rows * copy.stride;
-  const T* source = static_cast<const T*>(tensor) + (first * problem.heads + task.first_head) * width;
-  for (int64_t row = 0; row < rows; ++row, source += (problem.heads - task.heads) * width) {
-    Element* target = copy.data + row * copy.stride;
-    for (int64_t head = 0; head < task.heads; ++head, source += width, target += step)
-      load_row(source, width, copy.stride, target);
-  }
-  for (int64_t head = 0; head < task.heads; ++head)
-    std::memset(copy.data + head * step + rows * copy.stride, 0,
-                static_cast<size_t>(step - rows * copy.stride) * sizeof(Element));
-  return copy;
+Operand<A> copy_rows(const T* source, int64_t rows, const FlashAttentionProblem& problem, const Task& task,
+                     typename A::Element* buffer) {
+  const int64_t stride = padded_steps<A>(task);
+  for (int64_t row = 0; row < rows; ++row)
+    load_row(source + row * problem.heads * task.width, task.width, stride, buffer + row * stride);
+  std::memset(buffer + rows * stride, 0,
+              static_cast<size_t>((round_up(rows, kWidth) - rows) * stride) * sizeof(typename A::Element));
+  return {buffer, stride};
+}
+
+// As they lie, where the products can take them so and they are no more than `most`; else copies.
+template <class A, class T>
+Operand<A> read_rows(const T* source, int64_t rows, int64_t most, const FlashAttentionProblem& problem,
+                     const Task& task, typename A::Element* buffer) {
+  if constexpr (std::is_same_v<typename A::Element, T>)
+    if (is_direct<T>(task) && rows <= most) return {source, problem.heads * task.width};
+  return copy_rows<A, T>(source, rows, problem, task, buffer);
+}
+
+// Where results of one head are summed: in the tensor, or in a buffer that is written to it in the end.
+struct Target {
+  float* data;
+  int64_t stride;
+};
+
+template <class T>
+Target make_target(T* rows, const FlashAttentionProblem& problem, const Task& task, float* buffer) {
+  if constexpr (std::is_same_v<T, float>)
+    if (is_direct<T>(task)) return {rows, problem.heads * task.width};
+  return {buffer, task.padded};
+}
+
+inline void fill_zeros(const Target& target, int64_t rows, const Task& task) {
+  for (int64_t row = 0; row < rows; ++row)
+    std::memset(target.data + row * target.stride, 0, static_cast<size_t>(task.padded) * sizeof(float));
 }
 
 template <class T>
-void write_rows(void* tensor, int64_t first, const HeadRows<float>& result, int64_t rows,
-                const FlashAttentionProblem& problem, const Task& task) {
-  const int64_t width = task.width, whole = width / kWidth * kWidth, step = result.rows * result.stride;
-  T* target = static_cast<T*>(tensor) + (first * problem.heads + task.first_head) * width;
-  for (int64_t row = 0; row < rows; ++row, target += (problem.heads - task.heads) * width) {
+void write_rows(T* rows, const Target& result, int64_t count, const FlashAttentionProblem& problem,
+                const Task& task) {
+  if (is_direct<T>(task)) return;
+  const int64_t width = task.width, whole = width / kWidth * kWidth;
+  for (int64_t row = 0; row < count; ++row, rows += problem.heads * width) {
     const float* source = result.data + row * result.stride;
-    for (int64_t head = 0; head < task.heads; ++head, target += width, source += step) {
-      for (int64_t at = 0; at < whole; at += kWidth) store_floats(target + at, load(source + at));
-      for (int64_t at = whole; at < width; ++at) from_float(source[at], target[at]);
-    }
+    for (int64_t at = 0; at < whole; at += kWidth) store_floats(rows + at, load(source + at));
+    for (int64_t at = whole; at < width; ++at) from_float(source[at], rows[at]);
   }
 }
 
-// kWidth rows of 32 bits from `source` on, kWidth columns of each: columns become rows.
+// kWidth columns of 32 bits of the first `count` rows from `source` on, and zeros: columns become rows.
 template <class Element>
-UBP_INLINE void load_transposed(const Element* source, int64_t stride, Vec (&tile)[kWidth]) {
+UBP_INLINE void load_transposed(const Element* source, int64_t stride, int64_t count, Vec (&tile)[kWidth]) {
+  if (count >= kWidth) {
 #pragma GCC unroll 16
-  for (int at = 0; at < kWidth; ++at) tile[at] = load_as<Vec>(source + at * stride);
+    for (int at = 0; at < kWidth; ++at) tile[at] = load_as<Vec>(source + at * stride);
+  } else {
+#pragma GCC unroll 16
+    for (int at = 0; at < kWidth; ++at) tile[at] = at < count ? load_as<Vec>(source + at * stride) : Vec{};
+  }
   transpose_halves<kWidth / 2>(tile);
 }
 
-// [rows, stride] of the task's head -> [stride, padded_keys].
-template <class Element>
-void transpose(const HeadRows<Element>& rows, const Task& task, Element* result) {
-  const Element* source = rows.of(task);
-  for (int64_t row = 0; row < rows.rows; row += kWidth)
-    for (int64_t column = 0; column < rows.stride; column += kWidth) {
+// [rows, padded steps] -> [padded steps, padded_keys], zeros behind the rows.
+template <class A>
+void transpose(Operand<A> rows, int64_t count, const Task& task, typename A::Element* result) {
+  for (int64_t row = 0; row < count; row += kWidth)
+    for (int64_t column = 0; column < padded_steps<A>(task); column += kWidth) {
       Vec tile[kWidth];
-      load_transposed(source + row * rows.stride + column, rows.stride, tile);
+      load_transposed(rows.data + row * rows.stride + column, rows.stride, count - row, tile);
 #pragma GCC unroll 16
       for (int at = 0; at < kWidth; ++at) store_as(result + (column + at) * task.padded_keys + row, tile[at]);
     }
 }
 
-// The task's head as right side of a product over its rows. Pairs: two rows side by side, in `buffer`.
+// Rows as right side of a product over them. Pairs, of copies: two rows side by side, in `buffer`.
 template <class A>
-Operand<A> over_rows(const HeadRows<typename A::Element>& rows, const Task& task,
-                     typename A::Element* buffer) {
-  const auto* source = rows.of(task);
+Operand<A> over_rows(Operand<A> rows, int64_t count, const Task& task, typename A::Element* buffer) {
   if constexpr (kIsPaired<A>) {
-    for (int64_t row = 0; row < rows.rows; row += 2)
-      A::join_rows(source + row * rows.stride, source + (row + 1) * rows.stride, task.padded / 2,
+    for (int64_t row = 0; row < round_up(count, kWidth); row += 2)
+      A::join_rows(rows.data + row * rows.stride, rows.data + (row + 1) * rows.stride, task.padded / 2,
                    buffer + row / 2 * task.padded);
     return {buffer, task.padded};
   } else {
-    return {source, rows.stride};
+    return rows;
   }
 }
 

@@ -87,70 +87,118 @@ inline Vec dropout_factors(const FlashAttentionProblem& problem, const Task& tas
   return words >= problem.threshold ? broadcast(problem.keep_factor) : Vec{};
 }
 
-// Turns one row of products into exp(score - running maximum), dropped ones 0; returns the factor for what
-// was summed before.
-template <bool kIsPlain>
-float softmax_row(const FlashAttentionProblem& problem, const Task& task, const Row& row, float* scores,
-                  float& maximum_so_far, float& sum) {
+// Rows that are computed side by side, to hide the latency of their sums.
+constexpr int kSideBySide = 4;
+
+template <int kRows>
+struct Rows {
+  Row each[kRows];
+
+  int64_t padded() const { return each[0].padded; }
+  bool are_whole(int64_t at) const {
+    for (const Row& row : each)
+      if (!row.is_whole(at)) return false;
+    return true;
+  }
+};
+
+template <int kRows>
+Rows<kRows> make_rows(const FlashAttentionProblem& problem, const Task& task, int64_t query,
+                      int64_t first_key, int64_t block) {
+  Rows<kRows> rows;
+  for (int row = 0; row < kRows; ++row)
+    rows.each[row] = make_row(problem, task, query + row, first_key, block);
+  return rows;
+}
+
+// Turns rows of products into exp(score - running maximum), dropped ones 0; leaves the factors for what was
+// summed before.
+template <bool kIsPlain, int kRows>
+void softmax_rows(const FlashAttentionProblem& problem, const Task& task, const Rows<kRows>& rows,
+                  float* scores, int64_t stride, float* maxima, float* sums, float* factors) {
   float scale = problem.scale;
   if (!kIsPlain && problem.time_bias != nullptr) {
     int32_t buckets[kKeyBlock];
-    add_time_bias(problem, task, row, scores, buckets);
+    for (int row = 0; row < kRows; ++row)
+      add_time_bias(problem, task, rows.each[row], scores + row * stride, buckets);
     scale = 1.f;
   }
-  Vec largest = broadcast(-INFINITY);
-  for (int64_t at = 0; at < row.padded; at += kWidth) {
-    Vec score = load(scores + at) * scale;
-    if (!row.is_whole(at)) score = row.is_visible(at) ? score : broadcast(-INFINITY);
-    store(scores + at, score);
-    largest = maximum(largest, score);
+  Vec parts[kRows];
+  for (int row = 0; row < kRows; ++row) parts[row] = broadcast(-INFINITY);
+  for (int64_t at = 0; at < rows.padded(); at += kWidth) {
+    const bool are_whole = rows.are_whole(at);
+#pragma GCC unroll 4
+    for (int row = 0; row < kRows; ++row) {
+      Vec score = load(scores + row * stride + at) * scale;
+      if (!are_whole) score = rows.each[row].is_visible(at) ? score : broadcast(-INFINITY);
+      store(scores + row * stride + at, score);
+      parts[row] = maximum(parts[row], score);
+    }
   }
-  const float block_maximum = max_lanes(largest);
-  const float new_maximum = block_maximum > maximum_so_far ? block_maximum : maximum_so_far;
-  const float reference = new_maximum == -INFINITY ? 0.f : new_maximum;
-  Vec sums = {};
-  for (int64_t at = 0; at < row.padded; at += kWidth) {
-    Vec weight = exponential(load(scores + at) - reference);
-    sums += weight;
-    if (!kIsPlain && problem.threshold > 0) weight *= dropout_factors(problem, task, row, at);
-    store(scores + at, weight);
+  float references[kRows];
+#pragma GCC unroll 4
+  for (int row = 0; row < kRows; ++row) {
+    const float largest = max_lanes(parts[row]), before = maxima[row];
+    maxima[row] = largest > before ? largest : before;
+    references[row] = maxima[row] == -INFINITY ? 0.f : maxima[row];
+    factors[row] = before == -INFINITY ? 0.f : std::exp(before - references[row]);
+    parts[row] = Vec{};
   }
-  const float factor = maximum_so_far == -INFINITY ? 0.f : std::exp(maximum_so_far - reference);
-  sum = sum * factor + sum_lanes(sums);
-  maximum_so_far = new_maximum;
-  return factor;
+  for (int64_t at = 0; at < rows.padded(); at += kWidth)
+#pragma GCC unroll 4
+    for (int row = 0; row < kRows; ++row) {
+      float* target = scores + row * stride + at;
+      Vec weight = exponential(load(target) - references[row]);
+      parts[row] += weight;
+      if (!kIsPlain && problem.threshold > 0) weight *= dropout_factors(problem, task, rows.each[row], at);
+      store(target, weight);
+    }
+#pragma GCC unroll 4
+  for (int row = 0; row < kRows; ++row) sums[row] = sums[row] * factors[row] + sum_lanes(parts[row]);
 }
 
 // From products QK and <dO, V> to P * M and scale dS, both in place; adds dS to the sums of its buckets.
-template <bool kIsPlain>
-void gradient_row(const FlashAttentionProblem& problem, const Task& task, const Row& row, float* scores,
-                  float* products, float lse, float delta, double* bucket_sums) {
+template <bool kIsPlain, int kRows>
+void gradient_rows(const FlashAttentionProblem& problem, const Task& task, const Rows<kRows>& rows,
+                   float* scores, float* products, int64_t stride, const float* lse, const float* deltas,
+                   double* bucket_sums) {
   const bool has_bias = !kIsPlain && problem.time_bias != nullptr;
-  int32_t buckets[kIsPlain ? 1 : kKeyBlock];
-  if (has_bias) add_time_bias(problem, task, row, scores, buckets);
+  int32_t buckets[kIsPlain ? 1 : kRows][kIsPlain ? 1 : kKeyBlock];
+  if (has_bias)
+    for (int row = 0; row < kRows; ++row)
+      add_time_bias(problem, task, rows.each[row], scores + row * stride, buckets[row]);
   const float scale = has_bias ? 1.f : problem.scale;
-  for (int64_t at = 0; at < row.padded; at += kWidth) {
-    Vec weight = exponential(load(scores + at) * scale - lse), product = load(products + at);
-    Vec dropped = weight;
-    if (!kIsPlain && problem.threshold > 0) {
-      const Vec factors = dropout_factors(problem, task, row, at);
-      dropped *= factors;
-      product *= factors;
+  for (int64_t at = 0; at < rows.padded(); at += kWidth) {
+    const bool are_whole = rows.are_whole(at);
+#pragma GCC unroll 4
+    for (int row = 0; row < kRows; ++row) {
+      const int64_t place = row * stride + at;
+      Vec weight = exponential(load(scores + place) * scale - lse[row]), product = load(products + place);
+      Vec dropped = weight;
+      if (!kIsPlain && problem.threshold > 0) {
+        const Vec factors = dropout_factors(problem, task, rows.each[row], at);
+        dropped *= factors;
+        product *= factors;
+      }
+      Vec gradient = weight * (product - deltas[row]) * scale;
+      if (!are_whole) {
+        const IntVec is_visible = rows.each[row].is_visible(at);
+        dropped = is_visible ? dropped : Vec{};
+        gradient = is_visible ? gradient : Vec{};
+      }
+      store(scores + place, dropped);
+      store(products + place, gradient);
     }
-    Vec gradient = weight * (product - delta) * scale;
-    if (!row.is_whole(at)) {
-      const IntVec is_visible = row.is_visible(at);
-      dropped = is_visible ? dropped : Vec{};
-      gradient = is_visible ? gradient : Vec{};
-    }
-    store(scores + at, dropped);
-    store(products + at, gradient);
   }
   if (!has_bias) return;
-  for (int64_t at = row.visible.begin; at < row.visible.end; ++at)
-    bucket_sums[(at % kSumChains) * kMaxBuckets + buckets[at]] += static_cast<double>(products[at]);
-  for (int64_t at = 0; at < row.padded; at += kWidth)
-    store(products + at, load(products + at) * problem.scale);
+  for (int row = 0; row < kRows; ++row) {
+    float* gradients = products + row * stride;
+    const Range visible = rows.each[row].visible;
+    for (int64_t at = visible.begin; at < visible.end; ++at)
+      bucket_sums[(at % kSumChains) * kMaxBuckets + buckets[row][at]] += static_cast<double>(gradients[at]);
+    for (int64_t at = 0; at < rows.padded(); at += kWidth)
+      store(gradients + at, load(gradients + at) * problem.scale);
+  }
 }
 
 }  // namespace

@@ -26,13 +26,13 @@
 namespace ubp {
 namespace {
 
-constexpr int64_t kTileStride = kMaxBlock + 16;  // no power of two: rows of a tile must not share cache sets
-constexpr int64_t kStripe = 96;                  // rows of a tile that are computed at a time
-constexpr int64_t kCachedSteps = 128;  // of a product: the columns then stay in the first-level cache
+// Rows and columns of a tile that are computed at a time: few enough to be near when they are read again.
+constexpr int64_t kStripe = 96, kSpan = 128;
+constexpr int64_t kTileStride = kSpan + 16;  // no power of two: rows must not share cache sets
 constexpr int64_t kMaxGroupRows = 512;
 constexpr int64_t kTriesBeforeYield = 1000;
 constexpr int64_t kExactOperations = int64_t{1} << 25;
-static_assert(kStripe % 2 == 0, "stripes consist of whole pairs of rows");
+static_assert(kStripe % 2 == 0 && kSpan % 2 == 0, "whole pairs");
 
 // One tile: where its rows and columns are, and copies of what belongs to its columns, padded to whole
 // panels.
@@ -46,7 +46,9 @@ struct Tile {
   alignas(64) Real losses[kMaxBlock], rests[kMaxBlock];  // loss = Real + rest: large losses keep their digits
   alignas(64) Real biases[kMaxBlock];
   alignas(64) typename A::Int ids[kMaxBlock], numbers[kMaxBlock];
+  int64_t begin, end;  // columns of `products`, of all from 0 to `padded`
   alignas(64) Real products[kStripe * kTileStride];
+  alignas(64) Real row_sums[kStripe * A::kLanes];
   // Products after rounding to pairs of neighbours in a row, and in a column.
   alignas(64) uint32_t across[kIsScaled<A> ? kStripe * kTileStride / 2 : 1];
   alignas(64) uint32_t down[kIsScaled<A> ? kStripe * kTileStride / 2 : 1];
@@ -104,10 +106,10 @@ template <class A>
 void multiply_stripe(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t rows) {
   const Side<A>& a = run.row_side;
   const typename A::Element* left = a.rows + (tile.first_row + first) * a.stride;
-  for (int64_t column = 0; column < tile.padded; column += kPanel<A>) {
+  for (int64_t column = tile.begin; column < tile.end; column += kPanel<A>) {
     const typename A::Element* panel = run.column_side.panels + (tile.first_column + column) * a.width;
     for (int64_t part = 0; part < a.width; part += A::kPart)
-      multiply<A, false>(tile.products + column, kTileStride, {left + part, a.stride},
+      multiply<A, false>(tile.products + column - tile.begin, kTileStride, {left + part, a.stride},
                          {panel + part * kPanel<A>, kPanel<A>}, rows, kPanel<A>,
                          smaller(A::kPart, a.width - part), part > 0);
   }
@@ -137,7 +139,7 @@ template <class A>
 UBP_INLINE typename A::Vec similarity(const Tile<A>& tile, const typename A::Real* products, int64_t at,
                                       typename A::Real row_scale) {
   using Vec = typename A::Vec;
-  const Vec product = load_as<Vec>(products + at);
+  const Vec product = load_as<Vec>(products + at - tile.begin);
   return kIsScaled<A> ? product * row_scale * load_as<Vec>(tile.scales + at) : product;
 }
 
@@ -158,8 +160,8 @@ void shared_sums(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t rows,
     const auto id = static_cast<typename A::Int>(id_of(*run.problem, index)),
                place = static_cast<typename A::Int>(place_of_query(*run.problem, index));
     const typename A::Real* products = tile.products + row * kTileStride;
-    Vec sum = {};
-    for (int64_t at = 0; at < tile.padded; at += A::kLanes) {
+    Vec sum = load_as<Vec>(tile.row_sums + row * A::kLanes);
+    for (int64_t at = tile.begin; at < tile.end; at += A::kLanes) {
       Vec value = similarity(tile, products, at, run.scales[index]);
       if (kIsMasked) value += load_as<Vec>(tile.biases + at);
       value = exponential(value);
@@ -167,7 +169,7 @@ void shared_sums(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t rows,
       sum += value;
       store_as(column_sums + at, load_as<Vec>(column_sums + at) + value);
     }
-    run.sums[index] += static_cast<double>(add_lanes(sum));
+    store_as(tile.row_sums + row * A::kLanes, sum);
   }
 }
 
@@ -188,20 +190,20 @@ void running_sums(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t rows,
     const Real* values = tile.products + row * kTileStride;
     const int64_t index = tile.first_row + first + row;
     Vec largest = lowest, sum = {};
-    for (int64_t at = 0; at < tile.padded; at += A::kLanes) {
-      const Vec value = load_as<Vec>(values + at);
+    for (int64_t at = tile.begin; at < tile.end; at += A::kLanes) {
+      const Vec value = load_as<Vec>(values + at - tile.begin);
       largest = value > largest ? value : largest;
     }
     raise_maximum(run, index, largest_lane(largest));
-    for (int64_t at = 0; at < tile.padded; at += A::kLanes)
-      sum += exponential(load_as<Vec>(values + at) - run.maxima[index]);
+    for (int64_t at = tile.begin; at < tile.end; at += A::kLanes)
+      sum += exponential(load_as<Vec>(values + at - tile.begin) - run.maxima[index]);
     run.sums[index] += static_cast<double>(add_lanes(sum));
   }
   if (!has_columns) return;
-  for (int64_t at = 0; at < tile.padded; at += A::kLanes) {
+  for (int64_t at = tile.begin; at < tile.end; at += A::kLanes) {
     Vec largest = lowest, sum = {}, reference = {};
     for (int64_t row = 0; row < rows; ++row) {
-      const Vec value = load_as<Vec>(tile.products + row * kTileStride + at);
+      const Vec value = load_as<Vec>(tile.products + row * kTileStride + at - tile.begin);
       largest = value > largest ? value : largest;
     }
     const int64_t count = smaller(A::kLanes, tile.columns - at),
@@ -211,7 +213,7 @@ void running_sums(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t rows,
       reference[lane] = run.maxima[index + lane];
     }
     for (int64_t row = 0; row < rows; ++row)
-      sum += exponential(load_as<Vec>(tile.products + row * kTileStride + at) - reference);
+      sum += exponential(load_as<Vec>(tile.products + row * kTileStride + at - tile.begin) - reference);
     for (int64_t lane = 0; lane < count; ++lane) run.sums[index + lane] += static_cast<double>(sum[lane]);
   }
 }
@@ -224,12 +226,27 @@ void mask_similarities(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t 
     const auto id = static_cast<typename A::Int>(id_of(*run.problem, index)),
                place = static_cast<typename A::Int>(place_of_query(*run.problem, index));
     typename A::Real* products = tile.products + row * kTileStride;
-    for (int64_t at = 0; at < tile.padded; at += A::kLanes) {
+    for (int64_t at = tile.begin; at < tile.end; at += A::kLanes) {
       const Vec value = similarity(tile, products, at, run.scales[index]) + load_as<Vec>(tile.biases + at);
       const Vec lowest = Vec{} - static_cast<typename A::Real>(INFINITY);
-      store_as(products + at, no_negative(tile, at, id, place) ? lowest : value);
+      store_as(products + at - tile.begin, no_negative(tile, at, id, place) ? lowest : value);
     }
   }
+}
+
+// Calls `function` for the spans of a stripe, with row sums that start at 0.
+template <class A, class Function>
+void each_span(Tile<A>& tile, const Function& function) {
+  std::memset(tile.row_sums, 0, sizeof(tile.row_sums));
+  for (tile.begin = 0; tile.begin < tile.padded; tile.begin = tile.end) {
+    tile.end = smaller(tile.begin + kSpan, tile.padded);
+    function();
+  }
+}
+
+template <class A>
+double row_sum(const Tile<A>& tile, int64_t row) {
+  return static_cast<double>(add_lanes(load_as<typename A::Vec>(tile.row_sums + row * A::kLanes)));
 }
 
 template <class A>
@@ -238,28 +255,31 @@ void forward_tile(const Run<A>& run, Tile<A>& tile) {
   for (int64_t first = 0; first < tile.rows; first += kStripe) {
     alignas(64) typename A::Real column_sums[kMaxBlock] = {};
     const int64_t rows = smaller(kStripe, tile.rows - first);
-    multiply_stripe(run, tile, first, rows);
-    if (!run.is_shared) {
-      if (tile.is_masked || kIsScaled<A>) mask_similarities(run, tile, first, rows);
-      running_sums(run, tile, first, rows, has_columns);
-    } else if (tile.is_masked) {
-      shared_sums<A, true>(run, tile, first, rows, column_sums);
-    } else {
-      shared_sums<A, false>(run, tile, first, rows, column_sums);
-    }
-    if (!run.is_shared || !has_columns) continue;
+    each_span(tile, [&] {
+      multiply_stripe(run, tile, first, rows);
+      if (!run.is_shared) {
+        if (tile.is_masked || kIsScaled<A>) mask_similarities(run, tile, first, rows);
+        running_sums(run, tile, first, rows, has_columns);
+      } else if (tile.is_masked) {
+        shared_sums<A, true>(run, tile, first, rows, column_sums);
+      } else {
+        shared_sums<A, false>(run, tile, first, rows, column_sums);
+      }
+    });
+    if (!run.is_shared) continue;
+    for (int64_t row = 0; row < rows; ++row) run.sums[tile.first_row + first + row] += row_sum(tile, row);
+    if (!has_columns) continue;
     for (int64_t at = 0; at < tile.columns; ++at)
       run.sums[run.column_side.first + tile.first_column + at] += static_cast<double>(column_sums[at]);
   }
 }
 
-// Products -> G in place. Returns sum G (s - positive) without biases, rows and columns each with their own
-// positive.
+// Products -> G in place. Adds sum G (s - positive) without biases to the row sums, rows and columns each
+// with their own positive.
 template <class A, bool kIsShared, bool kIsMasked>
-double gradient_stripe(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t rows) {
+void gradient_stripe(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t rows) {
   using Real = typename A::Real;
   using Vec = typename A::Vec;
-  double total = 0;
   const bool has_columns = run.problem->form != NTXentForm::kCross;
   for (int64_t row = 0; row < rows; ++row) {
     Real* products = tile.products + row * kTileStride;
@@ -269,8 +289,8 @@ double gradient_stripe(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t 
     const Real positive = run.positives[pair], bias = run.positive_bias[pair], factor = run.factors[index],
                scale = run.scales[index], loss = static_cast<Real>(run.problem->losses[index]),
                rest = static_cast<Real>(run.problem->losses[index] - static_cast<double>(loss));
-    Vec moment = {};
-    for (int64_t at = 0; at < tile.padded; at += A::kLanes) {
+    Vec moment = load_as<Vec>(tile.row_sums + row * A::kLanes);
+    for (int64_t at = tile.begin; at < tile.end; at += A::kLanes) {
       const Vec plain = similarity(tile, products, at, scale);
       const Vec value = kIsMasked ? plain + load_as<Vec>(tile.biases + at) : plain;
       const Vec row_gap = value - positive, column_gap = value - load_as<Vec>(tile.positives + at);
@@ -293,26 +313,32 @@ double gradient_stripe(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t 
       }
       moment += by_row * (kIsMasked ? plain - (positive - bias) : row_gap) + by_column * column_gap;
       const Vec both = by_row + by_column;
-      store_as(products + at, kIsScaled<A> ? both * scale * load_as<Vec>(tile.scales + at) : both);
+      store_as(products + at - tile.begin,
+               kIsScaled<A> ? both * scale * load_as<Vec>(tile.scales + at) : both);
     }
-    total += static_cast<double>(add_lanes(moment));
+    store_as(tile.row_sums + row * A::kLanes, moment);
   }
-  return total;
 }
 
 // G rounded to bfloat16: neighbours in a row as one element, and neighbours in a column.
 template <class A>
 void round_gradients(Tile<A>& tile, int64_t rows) {
   if (rows % 2 == 1)
-    for (int64_t at = 0; at < tile.padded; ++at) tile.products[rows * kTileStride + at] = 0;
+    for (int64_t at = 0; at < tile.end - tile.begin; ++at) tile.products[rows * kTileStride + at] = 0;
   for (int64_t row = 0; row < rows; row += 2)
-    for (int64_t at = 0; at < tile.padded; at += A::kLanes) {
+    for (int64_t at = 0; at < tile.end - tile.begin; at += A::kLanes) {
       const typename A::Real* even = tile.products + row * kTileStride + at;
       uint32_t* across = tile.across + (row * kTileStride + at) / 2;
       A::round_pairs(load_as<typename A::Vec>(even), load_as<typename A::Vec>(even + kTileStride), across,
                      across + kTileStride / 2, tile.down + row / 2 * kTileStride + at);
     }
 }
+
+// Sums of gradients are in the second-level cache at best.
+template <class A>
+struct Far : A {
+  static constexpr bool kIsFar = true;
+};
 
 // dA += G B and, unless the columns repeat the rows, dB += G^T A.
 template <class A>
@@ -328,16 +354,15 @@ void add_gradients(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t rows
   } else {
     across = down = {tile.products, kTileStride};
   }
-  // In parts whose columns of B stay in the first-level cache.
-  const int64_t steps = ceil_div(tile.columns, A::kPair);
-  for (int64_t part = 0; part < steps; part += kCachedSteps)
-    multiply<A, false>(a.grad + row * stride, stride, {across.data + part, across.stride},
-                       {b.steps + (tile.first_column / A::kPair + part) * stride, stride}, rows, width,
-                       smaller(kCachedSteps, steps - part), true);
+  const int64_t column = tile.first_column + tile.begin,
+                columns = smaller(tile.end, tile.columns) - tile.begin;
+  multiply<Far<A>, false>(a.grad + row * stride, stride, {across.data, across.stride},
+                          {b.steps + column / A::kPair * stride, stride}, rows, width,
+                          ceil_div(columns, A::kPair), true);
   if (!tile.is_diagonal)
-    multiply<A, true>(b.grad + tile.first_column * stride, stride, down,
-                      {a.steps + row / A::kPair * stride, stride}, tile.columns, width,
-                      ceil_div(rows, A::kPair), true);
+    multiply<Far<A>, true>(b.grad + column * stride, stride, {down.data, down.stride},
+                           {a.steps + row / A::kPair * stride, stride}, columns, width,
+                           ceil_div(rows, A::kPair), true);
 }
 
 template <class A>
@@ -345,14 +370,17 @@ void backward_tile(const Run<A>& run, Tile<A>& tile, int64_t row_group) {
   double moment = 0;
   for (int64_t first = 0; first < tile.rows; first += kStripe) {
     const int64_t rows = smaller(kStripe, tile.rows - first);
-    multiply_stripe(run, tile, first, rows);
-    if (run.is_shared)
-      moment += tile.is_masked ? gradient_stripe<A, true, true>(run, tile, first, rows)
-                               : gradient_stripe<A, true, false>(run, tile, first, rows);
-    else
-      moment += tile.is_masked ? gradient_stripe<A, false, true>(run, tile, first, rows)
-                               : gradient_stripe<A, false, false>(run, tile, first, rows);
-    add_gradients(run, tile, first, rows);
+    each_span(tile, [&] {
+      multiply_stripe(run, tile, first, rows);
+      if (run.is_shared)
+        tile.is_masked ? gradient_stripe<A, true, true>(run, tile, first, rows)
+                       : gradient_stripe<A, true, false>(run, tile, first, rows);
+      else
+        tile.is_masked ? gradient_stripe<A, false, true>(run, tile, first, rows)
+                       : gradient_stripe<A, false, false>(run, tile, first, rows);
+      add_gradients(run, tile, first, rows);
+    });
+    for (int64_t row = 0; row < rows; ++row) moment += row_sum(tile, row);
   }
   run.moments[row_group] += tile.is_diagonal ? moment / 2 : moment;  // such a tile holds each pair twice
 }
