@@ -12,21 +12,33 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from reference_pytorch.multitask_step import PaddedMultitask, pad_views, random_batch
+from reference_pytorch.padded import random_lengths, without_initialisation
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from training_steps import FEATURES, OUTPUTS, in_precision, sizes_of
 
 from ubp_fast.kernels import tiles as tile_table
 from ubp_fast.kernels.flash_attention import _triton as attention
 from ubp_fast.kernels.nt_xent import _triton as contrastive
+from ubp_fast.models.multitask import MultitaskConfig, MultitaskModel
 
 ITEM = 2  # bytes of a 16-bit number
 SM_90 = ("sm_90",)
 # Bytes and instructions for each pair of a pack with a time_bias: its bucket, the number that belongs to it; in
 # backward also its place in the order of the buckets, to change places and to add up (ptxas, sm_90).
 PAIRS = {"short_forward": (1, 4), "short_backward": (3, 13)}
+
+
+# Operations that launch nothing: they make room, look at memory in another way, or happen on the host.
+LAUNCH_NOTHING = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "_unsafe_view", "detach"}
+LAUNCH_NOTHING |= {"alias", "lift_fresh", "_local_scalar_dense", "randint"}
 
 
 class Device(NamedTuple):
@@ -178,6 +190,51 @@ def nt_xent_work(rows: int, width: int) -> dict[str, Work]:
     }
 
 
+class Launches(TorchDispatchMode):
+    """Counts operations by name, those of a device that launch a kernel at least: many launch one, sorts several."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if not func.is_view and name not in LAUNCH_NOTHING:
+            self.found[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def launches_of(loss: Callable[[], Tensor]) -> Counter[str]:
+    """Of forward and backward under autocast, by the operations of a CPU, with what a GPU does in other numbers."""
+    with Launches() as counted:
+        with in_precision("bf16"):
+            value = loss()
+        value.backward()
+    found = counted.found
+    # A GPU draws, masks and scales in one kernel, and keeps the mask for another one.
+    draws = found.pop("bernoulli_", 0)
+    found["native_dropout"] = draws
+    found["div_"] -= draws
+    # A sequence too long for a pack may be there: shapes do not rule it out.
+    found["flash_attention"] *= 2
+    found["flash_attention_backward"] *= 3
+    return found
+
+
+def multitask_launches(views: int = 16) -> dict[str, int]:
+    """Launches of forward and backward of the winner's multi-task step, ours and padded; any number of clients."""
+    sizes, config = sizes_of(0.001), MultitaskConfig()
+    model = MultitaskModel(config, sizes, FEATURES, OUTPUTS)
+    rival = without_initialisation(lambda: PaddedMultitask(config, sizes, FEATURES, OUTPUTS)).load_from(model)
+    batch = random_batch(random_lengths(views, 0), sizes, FEATURES, OUTPUTS)
+    padded = pad_views(batch, config.history_length)
+    return {
+        "padded PyTorch": launches_of(lambda: rival.loss(padded)).total(),
+        "ubp_fast": launches_of(lambda: torch.stack(list(model.loss(batch).values())).sum()).total(),
+        "ubp_fast, cuda_graph": 1,
+    }
+
+
 def blocks_per_multiprocessor(registers: int, shared_bytes: int, warps: int, device: Device) -> int:
     """How many programs a multiprocessor holds at a time."""
     by_registers = device.registers // (32 * warps * 8 * math.ceil(registers / 8))
@@ -229,6 +286,9 @@ def main() -> int:
         print(f"bytes: {moved / least.bytes:.2f} of the least; products of real pairs: {least.flop / 1e9:,.1f} GFLOP")
     for rows, width in ((65_536, 256), (65_536, 512), (1_048_576, 512)):
         _print_work(f"nt_xent {rows:,} x {width}", nt_xent_work(rows, width), device)
+    print("\n| forward and backward of the multi-task step | launches |\n|---|---|")
+    for name, count in multitask_launches().items():
+        _row(name, f"{count:,}")
     print("\n| kernel | warps | registers | shared bytes | programs of a multiprocessor |\n|---|---|---|---|---|")
     _print_occupancy(device)
     return 0

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
 from support.waits import recorded
 from torch import Tensor, nn
 
-from ubp_fast.kernels import BackendUnavailable, CapturedStep, graphs
+from ubp_fast.kernels import BackendUnavailable, CapturedStep, check_deferred, graphs
 from ubp_fast.models.layers.dropout import dropout
+from ubp_fast.models.layers.encoder import EncoderConfig
+from ubp_fast.models.layers.event_embedding import EventSizes
+from ubp_fast.models.multitask import MultitaskConfig, MultitaskModel
+from ubp_fast.sequences import FixedSizes
 
 
 @dataclass(frozen=True)
@@ -120,6 +126,39 @@ def test_a_step_that_waits_is_refused() -> None:
 
     with pytest.raises(BackendUnavailable, match="a step must not wait for the device"):
         CapturedStep(loss, model)(batch(0).map(Tensor.cuda))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("buckets", [0, 20])
+def test_a_multitask_step_on_a_device(buckets: int) -> None:
+    """In bfloat16, with dropout of activations and weights, packs and pairs that follow from offsets and times."""
+    sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    from reference_pytorch.multitask_step import random_batch
+    from reference_pytorch.padded import random_lengths
+
+    sizes = EventSizes(500, 40, 20, 300, ("product_buy", "page_visit", "search_query"))
+    encoder = EncoderConfig(heads=2, pooling="last", norm_first=False, attention_dropout=0.1, time_bias_buckets=buckets)
+    model = MultitaskModel(MultitaskConfig(encoder=encoder), sizes, 5, {"churn": 1, "buy_sku": 30}).cuda()
+    captured, fills = CapturedStep(model.loss, model), FixedSizes(64, 32)
+    batches = [random_batch(random_lengths(32, seed), sizes, 5, {"churn": 1, "buy_sku": 30}) for seed in range(4)]
+    for part in batches:  # to the size of all
+        fills(part)
+    for seed, part in enumerate(batches):
+        given = fills(part).to("cuda")
+        torch.manual_seed(seed)
+        with torch.autocast("cuda", torch.bfloat16):
+            found = captured(given)
+        torch.manual_seed(seed)
+        with torch.autocast("cuda", torch.bfloat16):
+            terms = model.loss(given)
+        gradients = torch.autograd.grad(sum(terms.values()), list(model.parameters()), allow_unused=True)
+        torch.testing.assert_close(found, {name: term.detach() for name, term in terms.items()})
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(0.95)
+    check_deferred()
 
 
 @pytest.mark.gpu

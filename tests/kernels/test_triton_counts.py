@@ -89,6 +89,13 @@ def test_five_products_of_long_sequences_are_no_faster(length: int, width: int) 
     assert five.seconds(device)[0] > 1.1 * seven
 
 
+@pytest.mark.filterwarnings("ignore")  # of the rival's layers
+def test_launches_of_a_training_step_do_not_follow_from_clients() -> None:
+    few, more = count_gpu.multitask_launches(6), count_gpu.multitask_launches(20)
+    assert few == more
+    assert 3 * few["ubp_fast"] < few["padded PyTorch"]
+
+
 def test_programs_of_a_multiprocessor() -> None:
     device = count_gpu.Device()
     for registers, shared, warps, held in (

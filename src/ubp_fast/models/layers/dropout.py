@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ubp_fast.compiled import njit
+from ubp_fast.kernels.backends import DTYPES, on_device, triton_unavailable
 from ubp_fast.kernels.graphs import drawn_seed
 
 _WORDS = 2**16
@@ -72,6 +73,22 @@ def _draws(count: int, seed: int | Tensor, first: int, device: torch.device | No
     return words.view(torch.int16)[skipped : skipped + count]
 
 
+def _by_triton(values: Tensor, seed: int | Tensor, first: int, least: int, scale: float) -> Tensor:
+    """The same in one launch, where the tensors of `_draws` take seventeen."""
+    from ubp_fast.models.layers.dropout_kernel import VALUES, drop_kernel
+
+    given = values.contiguous()
+    output = torch.empty_like(given)
+    if given.numel():
+        held = seed if isinstance(seed, Tensor) else None
+        numbers = (0 if isinstance(seed, Tensor) else seed, first, given.numel(), least, scale)
+        with on_device(given.device):
+            drop_kernel[(-(-given.numel() // VALUES),)](
+                given, held, output, *numbers, IS_HELD=held is not None, BLOCK=VALUES
+            )
+    return output
+
+
 @torch.library.custom_op(
     "ubp_fast::dropout",
     mutates_args=(),
@@ -80,15 +97,17 @@ def _draws(count: int, seed: int | Tensor, first: int, device: torch.device | No
 def _op(values, seed, first, dropped):
     """Drops `dropped` of 2^16 values; the first one has the number `first` in its step."""
     least, scale = dropped - _WORDS // 2, _WORDS / (_WORDS - dropped)
+    # That of a captured step lies on the device, another number in every replay.
+    number = int(seed) if seed.device.type == "cpu" else seed
+    if values.device.type == "cuda" and values.dtype in DTYPES and triton_unavailable(values.device) is None:
+        return _by_triton(values, number, first, least, scale)
     if values.device.type != "cpu":
-        # That of a captured step lies on the device, another number in every replay.
-        number = int(seed) if seed.device.type == "cpu" else seed
         draws = _draws(values.numel(), number, first, values.device)
         return torch.where((draws >= least).view(values.shape), values * scale, 0)
     output = torch.empty_like(values, memory_format=torch.contiguous_format)
     bits = _BITS[values.element_size()]
     flat, flat_output = (part.view(bits).view(-1).numpy() for part in (values.contiguous(), output))
-    _drop(flat, np.uint64(int(seed)), first, least, flat_output)
+    _drop(flat, np.uint64(number), first, least, flat_output)
     return output.mul_(scale)
 
 
