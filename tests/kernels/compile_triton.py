@@ -116,6 +116,8 @@ def attention_builds(devices: Sequence[str] = DEVICES) -> Iterator[Build]:
     for device, kernel, kind, width, length in all_rows(attention.TABLE, devices):
         dtype = torch.float32 if kind == "float32" else torch.bfloat16
         extras = {"right": 0} if kind == "plain" else everything
+        if kind == "timed":
+            extras = {name: value for name, value in everything.items() if name != "dropout_p"}
         if kind == "dropout":
             extras = {name: value for name, value in everything.items() if name != "buckets"}
         width = 64 if dtype == torch.float32 else width  # wider float32 spills in dq
