@@ -14,9 +14,11 @@ from reference_pytorch.multitask_step import PaddedMultitask, pad_views, random_
 from reference_pytorch.padded import random_lengths, without_initialisation
 from torch import Tensor, nn
 
+from ubp_fast.kernels import CapturedStep
 from ubp_fast.kernels.row_sparse import RowTable, ScheduleFree, ScheduleFreeStep, gather, reduce_padded, update
 from ubp_fast.models.layers.event_embedding import EventSizes
 from ubp_fast.models.multitask import MULTITASK_LABELS, MultitaskConfig, MultitaskModel
+from ubp_fast.sequences import FixedSizes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
 DEVICE, WIDTH, IDS = "cuda", 384, 8192
@@ -99,26 +101,40 @@ def training_step(
 
 @pytest.mark.parametrize("batch", [128, 1024])
 def bench_multitask_step_gpu(gpu_contest: Contest, batch: int) -> None:
-    """bfloat16 under autocast, the same AdamW for all weights on both sides: packed layers against padded ones."""
+    """bfloat16 under autocast, the same AdamW for all weights on all sides: packed layers against padded ones.
+
+    Ours is captured as one graph, of batches that are filled up to one size; it stands beside the step without one.
+    """
     torch.set_default_device("cpu")
     sizes, config = EventSizes(126_037, 6_995, 102, 37_350, KINDS), MultitaskConfig()
     model = MultitaskModel(config, sizes, FEATURES, OUTPUTS)
     rival = without_initialisation(lambda: PaddedMultitask(config, sizes, FEATURES, OUTPUTS)).load_from(model)
     batches = [random_batch(random_lengths(batch, seed), sizes, FEATURES, OUTPUTS) for seed in range(4)]
     padded = [moved(pad_views(part, config.history_length)) for part in batches]
-    packed = [part.to(DEVICE) for part in batches]
+    packed, fills = [part.to(DEVICE) for part in batches], FixedSizes(config.history_length, batch)
+    for part in batches:  # to the size of all
+        fills(part)
+    filled = [fills(part).to(DEVICE) for part in batches]
     model, rival = model.to(DEVICE), rival.to(DEVICE)
-    steps = []
-    for module, loss, parts in (
-        (model, lambda part: sum(model.loss(part).values()), packed),
-        (rival, rival.loss, padded),
-    ):
-        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, fused=True)
-        steps.append(training_step(loss, parts, optimizer))
+    ours, theirs = (torch.optim.AdamW(module.parameters(), lr=1e-3, fused=True) for module in (model, rival))
+    captured, upcoming = CapturedStep(model.loss, model), cycle(filled)
+
+    def captured_step() -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16):
+            terms = captured(next(upcoming))
+        ours.step()
+        return terms["churn"]
+
     gpu_contest.run(
         f"multi-task training step bfloat16, {sizes.num_skus + sizes.num_urls:,} rows, batch {batch:,}",
-        steps[0],
-        {"padded PyTorch": (steps[1], 1.0)},
+        captured_step,
+        {
+            "padded PyTorch": (training_step(rival.loss, padded, theirs), 1.0),
+            "the same without a graph": (
+                training_step(lambda part: sum(model.loss(part).values()), packed, ours),
+                None,
+            ),
+        },
         lambda *_: None,  # both drop out at random; the CPU case compares the losses without that
         seconds=2,
         facts={"dtype": "bfloat16", "flop": 0.0, "tokens": sum(part.history.num_tokens for part in batches) // 4},

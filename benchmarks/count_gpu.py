@@ -10,23 +10,40 @@ tensor cores reach half of their peak; what is slower than that is a fault to lo
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from reference_pytorch.multitask_step import PaddedMultitask, pad_views, random_batch
+from reference_pytorch.padded import random_lengths, without_initialisation
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from training_steps import FEATURES, OUTPUTS, in_precision, sizes_of
 
 from ubp_fast.kernels import tiles as tile_table
 from ubp_fast.kernels.flash_attention import _triton as attention
+from ubp_fast.kernels.flash_attention.reference import time_buckets
 from ubp_fast.kernels.nt_xent import _triton as contrastive
+from ubp_fast.models.multitask import MultitaskConfig, MultitaskModel
 
 ITEM = 2  # bytes of a 16-bit number
 SM_90 = ("sm_90",)
 # Bytes and instructions for each pair of a pack with a time_bias: its bucket, the number that belongs to it; in
 # backward also its place in the order of the buckets, to change places and to add up (ptxas, sm_90).
 PAIRS = {"short_forward": (1, 4), "short_backward": (3, 13)}
+# Without packs: the bucket of each pair and its number, in every kernel; in "dq" also the bit that tells which buckets
+# a tile has, and a round for each of these.
+PAIR_OF_LONG, BIT_OF_PAIR, ROUND_OF_PAIR = 24, 5, 3
+
+
+# Operations that launch nothing: they make room, look at memory in another way, or happen on the host.
+LAUNCH_NOTHING = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "_unsafe_view", "detach"}
+LAUNCH_NOTHING |= {"alias", "lift_fresh", "_local_scalar_dense", "randint"}
 
 
 class Device(NamedTuple):
@@ -89,7 +106,7 @@ def packs_of(lengths: Sequence[int], block: int) -> list[list[int]]:
 def attention_work(lengths: Sequence[int], heads: int, width: int, kind: str = "plain") -> dict[str, Work]:
     """Each kernel of forward and backward, self attention without a mask, 16 bits, on a device like sm_90.
 
-    "options": with a time_bias, whose sums are counted in packs alone; long sequences take a round for each bucket.
+    "options": with a time_bias, of 64 buckets and the times of a history.
     """
     mean, rows = sum(lengths) / len(lengths), sum(lengths)
     found: dict[str, Work] = {}
@@ -111,13 +128,39 @@ def attention_work(lengths: Sequence[int], heads: int, width: int, kind: str = "
             found[short] = Work(places * products[short] * 2 * width, moved, loaded, 1, places * instructions)
         if rows > block:  # launched wherever shapes do not rule long ones out
             for name in longs:
-                m, n, *_ = tile_table.choose(attention.TABLE, SM_90, name, kind, width, max(mean, block + 1))
+                # A time_bias alone has tiles of its own there.
+                of_long = "timed" if kind == "options" else kind
+                m, n, *_ = tile_table.choose(attention.TABLE, SM_90, name, of_long, width, max(mean, block + 1))
                 places = sum(math.ceil(length / m) * m * math.ceil(length / n) * n for length in long)
                 moved = heads * sum(long) * (tensors[name] * width * ITEM + 4 * numbers[name])
                 own = n if name == "dkv" else m  # rows that a tile keeps, while two tensors of the others pass by
                 passing = heads * places / own * 2 * width * ITEM
-                found[name] = Work(heads * products[name] * 2 * places * width, moved, moved + passing)
+                each = 0.0
+                if kind == "options" and long:
+                    each = PAIR_OF_LONG + (name == "dq") * (BIT_OF_PAIR + ROUND_OF_PAIR * rounds_of(long, m, n))
+                flop = heads * products[name] * 2 * places * width
+                found[name] = Work(flop, moved, moved + passing, 1, heads * places * each)
     return found
+
+
+def rounds_of(lengths: Sequence[int], m: int, n: int, sequences: int = 12) -> float:
+    """Buckets that a pair's tile has, on average over the pairs of some of these sequences.
+
+    Three of four events follow the one before after a minute, the others after two days, at random.
+    """
+    generator = torch.Generator().manual_seed(0)
+    found = pairs = 0
+    for length in lengths[:: -(-len(lengths) // sequences)]:
+        is_same_visit = torch.rand(length, generator=generator) < 0.75
+        soon = torch.empty(length).exponential_(1 / 60, generator=generator)
+        late = 172_800 * torch.randn(length, generator=generator).mul(1.2).exp()
+        times = torch.where(is_same_visit, soon, late).double().cumsum(0).long()
+        bucket = time_buckets(times[:, None] - times[None, :], 64)
+        for row, column in itertools.product(range(0, length, m), range(0, length, n)):
+            tile = bucket[row : row + m, column : column + n]
+            found += len(tile.unique()) * tile.numel()
+            pairs += tile.numel()
+    return found / pairs
 
 
 def five_products(lengths: Sequence[int], heads: int, width: int) -> Work:
@@ -178,6 +221,51 @@ def nt_xent_work(rows: int, width: int) -> dict[str, Work]:
     }
 
 
+class Launches(TorchDispatchMode):
+    """Counts operations by name, those of a device that launch a kernel at least: many launch one, sorts several."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if not func.is_view and name not in LAUNCH_NOTHING:
+            self.found[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def launches_of(loss: Callable[[], Tensor]) -> Counter[str]:
+    """Of forward and backward under autocast, by the operations of a CPU, with what a GPU does in other numbers."""
+    with Launches() as counted:
+        with in_precision("bf16"):
+            value = loss()
+        value.backward()
+    found = counted.found
+    # A GPU draws, masks and scales in one kernel, and keeps the mask for another one.
+    draws = found.pop("bernoulli_", 0)
+    found["native_dropout"] = draws
+    found["div_"] -= draws
+    # A sequence too long for a pack may be there: shapes do not rule it out.
+    found["flash_attention"] *= 2
+    found["flash_attention_backward"] *= 3
+    return found
+
+
+def multitask_launches(views: int = 16) -> dict[str, int]:
+    """Launches of forward and backward of the winner's multi-task step, ours and padded; any number of clients."""
+    sizes, config = sizes_of(0.001), MultitaskConfig()
+    model = MultitaskModel(config, sizes, FEATURES, OUTPUTS)
+    rival = without_initialisation(lambda: PaddedMultitask(config, sizes, FEATURES, OUTPUTS)).load_from(model)
+    batch = random_batch(random_lengths(views, 0), sizes, FEATURES, OUTPUTS)
+    padded = pad_views(batch, config.history_length)
+    return {
+        "padded PyTorch": launches_of(lambda: rival.loss(padded)).total(),
+        "ubp_fast": launches_of(lambda: torch.stack(list(model.loss(batch).values())).sum()).total(),
+        "ubp_fast, cuda_graph": 1,
+    }
+
+
 def blocks_per_multiprocessor(registers: int, shared_bytes: int, warps: int, device: Device) -> int:
     """How many programs a multiprocessor holds at a time."""
     by_registers = device.registers // (32 * warps * 8 * math.ceil(registers / 8))
@@ -189,6 +277,22 @@ def mix(sequences: int, seed: int = 0) -> list[int]:
     """Lengths of shop histories: median 26, mean 40, at most 256."""
     spread = torch.randn(sequences, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return (26 * spread.exp()).round().clamp(1, 256).long().tolist()
+
+
+def time_bias_cases() -> dict[str, list[int]]:
+    """Lengths for which the cost of a time_bias is told."""
+    lengths = mix(1024)
+    found = {"of the mix at most 64": [length for length in lengths if length <= 64], "the mix": lengths}
+    return found | {f"{length:,}": [length] * (32_768 // length) for length in (128, 256, 512, 2048, 8192)}
+
+
+def time_bias_ratios(lengths: Sequence[int], width: int, device: Device) -> list[float]:
+    """How many times as long forward and backward take with a time_bias as without, at best and apart."""
+    without, with_bias = (attention_work(lengths, 4, width, kind).values() for kind in ("plain", "options"))
+    return [
+        sum(work.seconds(device)[at] for work in with_bias) / sum(work.seconds(device)[at] for work in without)
+        for at in (0, 1)
+    ]
 
 
 def _row(*cells: object) -> None:
@@ -229,6 +333,14 @@ def main() -> int:
         print(f"bytes: {moved / least.bytes:.2f} of the least; products of real pairs: {least.flop / 1e9:,.1f} GFLOP")
     for rows, width in ((65_536, 256), (65_536, 512), (1_048_576, 512)):
         _print_work(f"nt_xent {rows:,} x {width}", nt_xent_work(rows, width), device)
+    print(
+        "\n| with a time_bias, times as long | D=64, at best | apart | D=128, at best | apart |\n|---|---|---|---|---|"
+    )
+    for name, case in time_bias_cases().items():
+        _row(name, *(f"{ratio:.2f}" for width in (64, 128) for ratio in time_bias_ratios(case, width, device)))
+    print("\n| forward and backward of the multi-task step | launches |\n|---|---|")
+    for name, count in multitask_launches().items():
+        _row(name, f"{count:,}")
     print("\n| kernel | warps | registers | shared bytes | programs of a multiprocessor |\n|---|---|---|---|---|")
     _print_occupancy(device)
     return 0

@@ -26,12 +26,14 @@ COMPILE_S = 1.43  # one Triton kernel, one core
 START_S = 8.0  # a process that imports PyTorch and opens the device
 RATE = 150e12  # FLOP/s of bfloat16 that forward + backward should reach at least, ours and rivals', on an H100
 # Kernels that Triton compiles for a case at most: forward, dq, dkv; prepare, statistics, three gradients, finish; one.
-KERNELS_OF_A_CASE = {"attention": 3, "nt_xent": 6, "row_sparse": 1, "waits": 3}
+KERNELS_OF_A_CASE = {"attention": 3, "nt_xent": 6, "row_sparse": 1, "waits": 3, "dropout": 1, "graphs": 3}
 FILES = {
     "attention": "tests/kernels/test_triton_flash_attention.py",
     "nt_xent": "tests/kernels/test_triton_nt_xent.py",
     "row_sparse": "tests/kernels/test_triton_row_sparse.py",
     "waits": "tests/kernels/test_triton_waits.py",
+    "dropout": "tests/kernels/test_triton_dropout.py",
+    "graphs": "tests/kernels/test_graphs.py",
 }
 # The chosen cases of the first command: every kernel, every flag, edges of tiles, the numbers that fail first.
 CHOSEN = {
@@ -342,7 +344,7 @@ def _bench(*arguments: str) -> Callable[[Session], list[str]]:
 ATTENTION, CONTRASTIVE = "benchmarks/bench_flash_attention_gpu.py", "benchmarks/bench_nt_xent_gpu.py"
 TRAINING = "benchmarks/bench_training_gpu.py"
 MOST_DENSE = "dense and causal and (512 or 2048 or 8192)"
-REST = {"row_sparse": "", "waits": ""}
+REST = {"row_sparse": "", "waits": "", "dropout": "", "graphs": ""}
 REST_DENSE = "dense and not (causal and (512 or 2048 or 8192))"
 
 

@@ -35,6 +35,7 @@ from ubp_fast.kernels.nt_xent.reference import Problem as ContrastiveProblem
 from ubp_fast.kernels.row_sparse import Adam, ScheduleFree
 from ubp_fast.kernels.row_sparse import _triton as row_sparse
 from ubp_fast.kernels.row_sparse import _triton_kernels as row_sparse_kernels
+from ubp_fast.models.layers import dropout_kernel
 
 CAPABILITY = {"sm_80": 80, "sm_86": 86, "sm_90": 90, "sm_100": 100}
 # Names of the tables of tiles, those of older GPUs without their rows for what is in nobody's table.
@@ -115,6 +116,8 @@ def attention_builds(devices: Sequence[str] = DEVICES) -> Iterator[Build]:
     for device, kernel, kind, width, length in all_rows(attention.TABLE, devices):
         dtype = torch.float32 if kind == "float32" else torch.bfloat16
         extras = {"right": 0} if kind == "plain" else everything
+        if kind == "timed":
+            extras = {name: value for name, value in everything.items() if name != "dropout_p"}
         if kind == "dropout":
             extras = {name: value for name, value in everything.items() if name != "buckets"}
         width = 64 if dtype == torch.float32 else width  # wider float32 spills in dq
@@ -280,6 +283,15 @@ def row_sparse_builds(devices: Sequence[str]) -> Iterator[Build]:
         yield Build(f"row_sparse {kernel} {rule_name} D=384", capability, function, tensors, constants, options, False)
 
 
+def dropout_builds(devices: Sequence[str]) -> Iterator[Build]:
+    """With the seed on the device, as a captured step has it."""
+    tensors = dict.fromkeys(("values_ptr", "out_ptr"), "*bf16") | {"held_ptr": "*i64", "first": "i64", "scale": "fp32"}
+    for capability in _capabilities(devices):
+        constants = {"IS_HELD": True, "BLOCK": dropout_kernel.VALUES}
+        options = {"num_warps": 4}
+        yield Build("dropout", capability, dropout_kernel.drop_kernel, tensors, constants, options, False)
+
+
 def _capabilities(devices: Sequence[str]) -> list[int]:
     """For kernels without a table, which sm_86 takes as sm_80 has them."""
     return [CAPABILITY[device] for device in devices if device != "sm_86"]
@@ -288,7 +300,7 @@ def _capabilities(devices: Sequence[str]) -> list[int]:
 COLUMNS = ("arch", "warps", "regs", "spill", "shared", "dot")
 
 
-BUILDS = (attention_builds, contrastive_builds, chunk_builds, pair_builds, row_sparse_builds)
+BUILDS = (attention_builds, contrastive_builds, chunk_builds, pair_builds, row_sparse_builds, dropout_builds)
 
 
 def check(place: tuple[tuple[str, ...], int, int]) -> tuple[str, bool]:

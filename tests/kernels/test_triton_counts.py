@@ -78,6 +78,13 @@ def test_a_time_bias_costs_short_histories_little(width: int) -> None:
     assert all(with_bias[name].flop == 0 for name in ("forward", "dq", "dkv"))
 
 
+@pytest.mark.parametrize(("case", "width", "most"), [("the mix", 128, 1.3), ("the mix", 64, 1.5), ("2,048", 128, 1.61)])
+def test_what_a_time_bias_costs_longer_ones(case: str, width: int, most: float) -> None:
+    """Long histories stay above the 1.3 that short ones reach; the page says so."""
+    ratios = count_gpu.time_bias_ratios(count_gpu.time_bias_cases()[case], width, count_gpu.Device())
+    assert 1.0 < max(ratios) < most
+
+
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("length", [512, 2048, 16_384])
 def test_five_products_of_long_sequences_are_no_faster(length: int, width: int) -> None:
@@ -87,6 +94,13 @@ def test_five_products_of_long_sequences_are_no_faster(length: int, width: int) 
     five = count_gpu.five_products([length] * 16, 4, width)
     assert five.flop * 7 == sum(found[name].flop for name in ("dq", "dkv")) * 5
     assert five.seconds(device)[0] > 1.1 * seven
+
+
+@pytest.mark.filterwarnings("ignore")  # of the rival's layers
+def test_launches_of_a_training_step_do_not_follow_from_clients() -> None:
+    few, more = count_gpu.multitask_launches(6), count_gpu.multitask_launches(20)
+    assert few == more
+    assert 3 * few["ubp_fast"] < few["padded PyTorch"]
 
 
 def test_programs_of_a_multiprocessor() -> None:

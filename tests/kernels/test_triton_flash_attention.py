@@ -146,6 +146,49 @@ def test_times_far_apart_are_the_last_bucket() -> None:
     torch.testing.assert_close(found[3], query[3])  # it sees nobody else
 
 
+@pytest.mark.parametrize(
+    ("width", "lengths", "buckets"), [(64, (90, 70), 64), (64, (190, 135), 6), (100, (70, 100), 6)], ids=str
+)
+def test_tiles_of_a_time_bias_alone(
+    width: int, lengths: tuple[int, ...], buckets: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of sm_90, larger than with dropout, on whatever device this runs."""
+    monkeypatch.setattr(_triton.tile_table, "device_names", lambda device: ("sm_90",))
+    case = PackedCase("time-alone", lengths, heads=1, width=width, is_causal=True, buckets=buckets)
+    reference, truth = expected(case, torch.float16)
+    found = with_gradients(case, inputs(case, torch.float16), "triton")
+    for name, mine, plain, wanted in zip(NAMES, found, reference, truth, strict=True):
+        assert_matches_reference(mine.cpu(), plain, wanted, f"flash_attention {name}", f"{case}, tiles of sm_90")
+
+
+@triton.jit
+def _sums_of_tile(grad_ptr, bucket_ptr, sums_ptr, M: tl.constexpr, N: tl.constexpr, BUCKETS: tl.constexpr):
+    at = tl.arange(0, M)[:, None] * N + tl.arange(0, N)[None, :]
+    lanes = tl.arange(0, 128)
+    sums = tl.load(sums_ptr + lanes)
+    grad, bucket = tl.load(grad_ptr + at), tl.load(bucket_ptr + at)
+    tl.store(sums_ptr + lanes, _triton_kernels._bucket_sums(sums, grad, bucket, lanes, BUCKETS))
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (64, 32)])
+def test_sums_of_a_tile_in_any_buckets(shape: tuple[int, int]) -> None:
+    """Beside pairs that see nothing; those from the 62nd bucket on share a bit."""
+    generator = torch.Generator().manual_seed(0)
+    for used in ((), (0,), (3, 61), (62,), (62, 63, 105), tuple(range(106))):
+        bucket = torch.tensor([-1, *used])[torch.randint(0, 1 + len(used), shape, generator=generator)]
+        grad = torch.randn(shape, generator=generator)
+        before = torch.randn(128, generator=generator)
+        found = before.clone().to(DEVICE)
+        _sums_of_tile[(1,)](grad.to(DEVICE), bucket.int().to(DEVICE), found, M=shape[0], N=shape[1], BUCKETS=106)
+        truth, seen = before.double(), bucket >= 0
+        truth.index_add_(0, bucket[seen], grad[seen].double())
+        torch.testing.assert_close(
+            found.cpu().double(), truth, rtol=0, atol=2e-5, msg=lambda text, used=used: f"{used}: {text}"
+        )
+        untouched = [at for at in range(128) if at not in bucket[seen]]
+        assert torch.equal(found.cpu()[untouched], before[untouched])
+
+
 @pytest.mark.parametrize("seed", [0, -5, 2**63 - 1])
 def test_dropout_mask_is_that_of_the_reference(seed: int) -> None:
     case = PackedCase("dropout", (30, 7), dropout_p=0.5)

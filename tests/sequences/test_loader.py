@@ -326,10 +326,10 @@ def test_counts_come_along_to_a_device(store: EventStore) -> None:
         lengths, kinds = part.lengths().tolist(), part.kind.tolist()
         wanted = [kinds.count(1 + EVENT_KINDS.index(name)) for name in ("page_visit", "search_query")]
         active = tuple(sum(length > at for length in lengths) for at in range(max(lengths)))
-        assert part.counts == (*wanted, active) and part.counts.with_events == sum(length > 0 for length in lengths)
+        assert part.counts == (*wanted, sum(length > 0 for length in lengths), active)
         assert part.counted is None
     moved = batch.to("meta")
     assert (moved.history.counts, moved.future.counts) == (batch.history.counts, batch.future.counts)
     assert batch.to("cpu").history.counted is None
     nothing = replace(batch.history, kind=batch.history.kind[:0], cu_seqlens=torch.zeros(3, dtype=torch.int32))
-    assert nothing.counts == (0, 0, ()) and nothing.counts.with_events == 0
+    assert nothing.counts == (0, 0, 0, ())

@@ -1,8 +1,8 @@
-"""A stubbed device: everything that would wait for a GPU raises, on the CPU."""
+"""A stubbed device: what would wait for a GPU raises on the CPU, and what a graph would capture is replayed there."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ubp_fast.kernels import deferred
 
@@ -59,3 +60,35 @@ def nothing_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         with _Watched():
             yield
         deferred.check_deferred()
+
+
+class Recorder(TorchDispatchMode):
+    """What a CUDA graph does: the operations of the first time once more, on the same memory, with the same numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if torch.Tag.nondeterministic_seeded not in func.tags:  # what the host draws is the graph's for ever
+            self.calls.append((func, args, kwargs or {}, found))
+        return found
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for func, args, kwargs, before in self.calls:
+            parts = zip(*(tree_leaves(found) for found in (before, func(*args, **kwargs))), strict=True)
+            for old, new in parts:
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    assert old.shape == new.shape, f"{func} has another shape than when it was captured"
+                    old.copy_(new)
+
+
+def recorded(step: Callable[[], Any], fill: Callable[[], None], device: torch.device) -> tuple[Any, Any]:
+    """In place of `graphs._recorded` where there is no GPU."""
+    step()
+    fill()
+    with Recorder() as recorder:
+        found = step()
+    return found, recorder.replay

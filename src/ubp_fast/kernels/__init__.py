@@ -14,10 +14,19 @@ from typing import Any
 from ubp_fast.kernels.backends import BackendUnavailable
 from ubp_fast.kernels.deferred import check_deferred
 from ubp_fast.kernels.flash_attention import flash_attention
+from ubp_fast.kernels.graphs import CapturedStep
 from ubp_fast.kernels.nt_xent import NTXentLoss, nt_xent
 from ubp_fast.kernels.windowed_aggregate import windowed_aggregate
 
-__all__ = ["BackendUnavailable", "NTXentLoss", "check_deferred", "flash_attention", "nt_xent", "windowed_aggregate"]
+__all__ = [
+    "BackendUnavailable",
+    "CapturedStep",
+    "NTXentLoss",
+    "check_deferred",
+    "flash_attention",
+    "nt_xent",
+    "windowed_aggregate",
+]
 
 
 class _Package(ModuleType):

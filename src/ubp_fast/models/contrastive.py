@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ubp_fast.events.schema import UserError
 from ubp_fast.kernels import nt_xent
 from ubp_fast.models.layers.auroc import BinnedAuroc
 from ubp_fast.models.layers.dropout import dropout
@@ -85,7 +86,7 @@ class Probe(nn.Module):
         logits = self.linear(vectors.detach()).float()
         label = label.reshape(logits.shape)
         if self.training:
-            self.ranking.add(logits, label)
+            self.ranking.add(logits, label, batch.valid)
         return mean_of_views(functional.binary_cross_entropy_with_logits(logits, label, reduction="none"), batch)
 
 
@@ -156,6 +157,12 @@ class ContrastiveModel(nn.Module):
         events = self.events(history, with_age=True)
         if self.next_event is None:
             return self._with_wide(self.history(events, history), batch), {}
+        if batch.valid is not None:
+            raise UserError(
+                "ContrastiveModel: a batch of fixed sizes must have next_event_weight 0,"
+                f" got {self.config.next_event_weight}: which events are asked for follows from how many there are; set"
+                " cuda_graph=false"
+            )
         states = self.history.states(events, history)
         rows = rows_with_successor(history, self.config.next_events)
         # Content alone: the age would tell how far away the next event is.
@@ -181,6 +188,8 @@ class ContrastiveModel(nn.Module):
         profile, extra = self._profile_and_next_event(batch)
         ahead = self.embed_future(future)
         has_future = future.lengths() > 0
+        if batch.valid is not None:
+            has_future = has_future & batch.valid
         # Similarities divided by a small temperature need more digits than bfloat16 has.
         with torch.autocast(profile.device.type, enabled=False):
             contrast = nt_xent(

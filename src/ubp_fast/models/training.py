@@ -46,7 +46,7 @@ from ubp_fast.files import (
     write_atomically,
     write_json,
 )
-from ubp_fast.kernels import check_deferred
+from ubp_fast.kernels import BackendUnavailable, CapturedStep, check_deferred
 from ubp_fast.models.layers.auroc import BinnedAuroc
 from ubp_fast.optim import RowSparseEmbedding, TableUpdates, adopt_tables, clip_gradient_norm, release_tables
 from ubp_fast.optim.ranks import divided, regrouped, return_gradients, sum_gradients, whole_state, write_whole
@@ -88,6 +88,7 @@ class TrainingConfig:
     max_steps: int | None = None  # of every epoch at most, for rehearsals; None: as many as the views give; ours
     validation_views: int = 0  # of the window after training, scored after every epoch; docs/winner.md 4.7; 0: none
     patience: int | None = None  # epochs without a better one after which the training ends; None: never; ours
+    cuda_graph: bool = False  # every step of a GPU is one launch, on batches of fixed sizes, see `CapturedStep`; ours
     logger: Literal["csv", "tensorboard"] | None = None  # writes losses and metrics to `logs` while it trains; ours
 
     def __post_init__(self) -> None:
@@ -147,10 +148,14 @@ def fit(
     Raises:
         DataError: a loader without views.
         UserError: `table_updates` that this optimizer cannot have.
+        UserError: `cuda_graph` without a GPU, in several processes, with tables whose rows alone are updated, or with a
+            model that follows from the lengths of its sequences.
         UserError: a loss that is not finite; divided tables in a directory that a process does not see.
     """
     if not len(loader):
         raise DataError("fit: loader must have at least one view, got none; use an earlier cutoff or more data")
+    if config.cuda_graph and group is not None:
+        raise UserError("fit: cuda_graph must be false for several processes, got true; set it to false")
     if group is not None:
         loader.share(dist.get_rank(group), dist.get_world_size(group))
     if _is_first(group):
@@ -206,6 +211,7 @@ def _fit(
             default_root_dir=str(directory),
         )
         loader.pins = device.type == "cuda"
+        loader.fills = loader.fixed_sizes() if config.cuda_graph else None
         try:
             trainer.fit(job)
         except SystemExit as stop:
@@ -358,6 +364,9 @@ class _Job(lightning.LightningModule):
         self._saved_at = time.monotonic()
         self._best_saved = -1  # that of the checkpoint
         self._rankings: dict[str, BinnedAuroc] = {}
+        self._captured: CapturedStep[ViewBatch] | None = None
+        if config.cuda_graph:
+            self._captured = CapturedStep(lambda batch: self.model.loss(batch), model)
         self._resume(fetch)
         self.log_steps = _logger(config.logger, directory / LOGS) if self.rank == 0 else None
         for part in self.curve:  # what came before is told again: one file for the whole training
@@ -418,6 +427,11 @@ class _Job(lightning.LightningModule):
             self.optimizer = adopt_tables(optimizer, self.model, self.config.table_updates)
         except ValueError as error:  # `table_updates` that the optimizer or the tables cannot have
             raise UserError(str(error)) from error
+        if self._captured is not None and isinstance(self.optimizer, TableOptimizer):
+            raise UserError(
+                "fit: cuda_graph must be false where the rows in use of a table alone are updated, which takes another"
+                " number of steps every time, got true; set it to false, or table_updates=dense and table_dtype=float32"
+            )
         return self.optimizer
 
     def transfer_batch_to_device(self, batch: ViewBatch, device: torch.device, dataloader_idx: int) -> ViewBatch:
@@ -473,7 +487,7 @@ class _Job(lightning.LightningModule):
     def training_step(self, batch: ViewBatch, batch_index: int) -> Tensor:
         seeds = [self.config.seed, self.epochs_done, self.step]
         torch.manual_seed(int(np.random.SeedSequence(seeds).generate_state(1)[0]))
-        terms = self.model.loss(batch)
+        terms = self._terms_of(batch)
         values = torch.stack(list(terms.values()))
         if values.device.type == "cpu":  # elsewhere looking at them would wait for the device in every step
             _require_finite({name: term.item() for name, term in terms.items()}, self.epochs_done, self.step)
@@ -481,6 +495,21 @@ class _Job(lightning.LightningModule):
             (batch.all_views or batch.num_views, dict(zip(terms, values.detach().unbind(), strict=True)))
         )
         return values.sum()
+
+    def _terms_of(self, batch: ViewBatch) -> dict[str, Tensor]:
+        try:
+            terms: dict[str, Tensor] = (self._captured or self.model.loss)(batch)
+            return terms
+        except BackendUnavailable as error:
+            raise UserError(f"fit: cuda_graph must be false here, got true: {error}") from error
+
+    def optimizer_zero_grad(self, *arguments: Any, **options: Any) -> None:
+        if self._captured is None:
+            super().optimizer_zero_grad(*arguments, **options)
+
+    def backward(self, loss: Tensor, *arguments: Any, **options: Any) -> None:
+        if self._captured is None:  # else the gradients came with the terms
+            super().backward(loss, *arguments, **options)
 
     def on_train_batch_end(self, outputs: object, batch: ViewBatch, batch_index: int) -> None:
         steps = _steps(self.loader, self.config)

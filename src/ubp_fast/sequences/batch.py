@@ -53,17 +53,15 @@ class Counts(NamedTuple):
     Attributes:
         visits: events that are visits.
         searches: events that are searches.
-        active: for each t how many sequences have more than t events; as many numbers as the longest has events.
+        with_events: sequences that have events.
+        active: for each t how many sequences have more than t events; as many numbers as the longest has events. None
+            in a batch of fixed sizes, in which nothing may follow from lengths.
     """
 
     visits: int
     searches: int
-    active: tuple[int, ...]
-
-    @property
-    def with_events(self) -> int:
-        """Sequences that have events."""
-        return self.active[0] if self.active else 0
+    with_events: int
+    active: tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,8 @@ class SequenceBatch:
         lengths = self.lengths()
         ended = torch.bincount(lengths).cumsum(0)[:-1]  # after t events
         visits, searches = (int((self.kind == kind).sum()) for kind in (VISIT, SEARCH))
-        return Counts(visits, searches, tuple((len(lengths) - ended).tolist()))
+        active = tuple((len(lengths) - ended).tolist())
+        return Counts(visits, searches, active[0] if active else 0, active)
 
     def lengths(self) -> Tensor:
         """Events per view, int64 [B]."""
@@ -160,6 +159,8 @@ class ViewBatch:
         group: processes of `torch.distributed` of which each has a part of the step's views; None: this one has all.
         all_views: views of the step in all processes; None: those that are here.
         first_view: number of the first view here among those of all processes.
+        valid: bool [B], False in views that only fill a batch of fixed sizes, see `FixedSizes`: no loss counts them.
+            None: all are views of clients.
     """
 
     history: SequenceBatch | None = None
@@ -170,6 +171,7 @@ class ViewBatch:
     group: ProcessGroup | None = None
     all_views: int | None = None
     first_view: int = 0
+    valid: Tensor | None = None
 
     @property
     def num_views(self) -> int:
@@ -190,6 +192,7 @@ class ViewBatch:
             features=None if self.features is None else function(self.features),
             labels={name: function(label) for name, label in self.labels.items()},
             weight=None if self.weight is None else function(self.weight),
+            valid=None if self.valid is None else function(self.valid),
         )
 
     def to(self, device: torch.device | str) -> ViewBatch:

@@ -18,6 +18,7 @@ from ubp_fast.events.schema import EVENT_KINDS, NUM_CODES, LabelLists
 from ubp_fast.events.split import DAY_S
 from ubp_fast.features.scaling import Rows
 from ubp_fast.sequences.batch import SEARCH, VISIT, Place, SequenceBatch, ViewBatch
+from ubp_fast.sequences.padding import FixedSizes
 from ubp_fast.sequences.sampling import Views, epoch_order, rows_at, token_rows
 
 if TYPE_CHECKING:
@@ -199,6 +200,7 @@ class ViewLoader:
 
     Attributes:
         pins: batches lie in pinned memory, from which a GPU takes them without waiting.
+        fills: what makes all batches of an epoch equal in size, see `fixed_sizes`; None: they are as they come.
 
     Raises:
         ValueError: lengths that do not fit together, or a target window beyond the store's cutoff.
@@ -228,6 +230,8 @@ class ViewLoader:
         self.store, self.views, self.batch_size, self.shuffle_seed = store, views, batch_size, shuffle_seed
         self.features, self.labels, self.weight = features, dict(labels or {}), weight
         self.epoch, self.first_batch, self.pins = 0, 0, False
+        self.fills: FixedSizes | None = None
+        self._most_events = max(history_length or 1, future_length or 1)
         self._rank, self._world = 0, 1
         self._history = self._future = None
         self._longest = history_length if drop_repeats else None
@@ -259,6 +263,10 @@ class ViewLoader:
         if not 0 <= rank < world:
             raise ValueError(f"ViewLoader: rank must be in 0..world - 1, got rank {rank} of {world}")
         self._rank, self._world = rank, world
+
+    def fixed_sizes(self) -> FixedSizes:
+        """What fills the batches of this loader up to one size."""
+        return FixedSizes(self._most_events, self.batch_size)
 
     def digest(self) -> str:
         """Hex digest of what a training sees: all views with their order, lengths, weights and labels.
@@ -305,14 +313,13 @@ class ViewLoader:
             place = Place(int(here[0]), int(has_events[: part.start].sum()), len(rows), int(has_events.sum()))
             return replace(made, shared=place)
 
-        batch = ViewBatch(
+        return ViewBatch(
             history=packed(self._history, self._longest),
             future=packed(self._future),
             features=None if self.features is None else _float_tensor(self.features[chosen]),
             labels={name: _label_rows(label, chosen) for name, label in self.labels.items()},
             weight=None if self.weight is None else _float_tensor(self.weight[chosen]),
         )
-        return batch.map(Tensor.pin_memory) if self.pins else batch
 
     def __iter__(self) -> Iterator[ViewBatch]:
         """The rest of an epoch; the next batch is assembled in the background while the caller works on this one."""
@@ -336,7 +343,10 @@ class ViewLoader:
         ends = np.cumsum([0, *map(len, np.array_split(chosen, self._world))]).tolist()
         mine = slice(ends[self._rank], ends[self._rank + 1])
         batch = self.batch(chosen) if self._world == 1 else self.batch(chosen, mine)
-        return replace(batch, all_views=len(chosen), first_view=mine.start)
+        batch = replace(batch, all_views=len(chosen), first_view=mine.start)
+        if self.fills is not None:
+            batch = self.fills(batch)
+        return batch.map(Tensor.pin_memory) if self.pins else batch
 
 
 def _float_tensor(values: np.ndarray) -> Tensor:

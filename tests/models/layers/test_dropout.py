@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._library.custom_ops import OPDEFS
 
 from ubp_fast.models.layers.dropout import _draws, _hashed, dropout
 
@@ -48,6 +49,14 @@ def test_rows_draw_the_same_wherever_they_are() -> None:
     for seed, count in ((0, 50), (2**63 - 2, 2), (3, 5000)):
         kept = torch.ops.ubp_fast.dropout(torch.ones(count), torch.tensor(seed), 7, 2**14) != 0
         assert torch.equal(kept, _draws(count, seed, 7) >= 2**14 - 2**15)
+
+
+def test_a_seed_on_the_device_is_not_asked_for() -> None:
+    """As in a captured step: on the meta device a look at it would raise."""
+    values, seed = torch.ones(9, 5, device="meta"), torch.empty((), dtype=torch.int64, device="meta")
+    found = OPDEFS["ubp_fast::dropout"]._init_fn(values, seed, 3, 2**14)
+    assert found.is_meta and found.shape == (9, 5)
+    assert torch.equal(_draws(50, 2**63 - 2, 7), _draws(50, torch.tensor(2**63 - 2), 7))
 
 
 def test_numbers_are_those_of_splitmix64() -> None:

@@ -69,10 +69,14 @@ def tiles(kernel: str, problem: Problem, mean_length: float, device: tuple[str, 
     """The tiles of a kernel; `mean_length` is that of the side whose rows a tile owns.
 
     A tile should be about as long as a sequence: 64 rows to 160, else large ones, at which the tensor cores wait
-    neither for memory nor for the exponential.
+    neither for memory nor for the exponential. A time_bias without dropout, "timed", leaves room for larger ones than
+    both, where the table has a row for it.
     """
-    found = tile_table.choose(TABLE, device, kernel, kind(problem), problem.query.shape[2], mean_length)
-    return Tiles(*found)
+    which, width = kind(problem), problem.query.shape[2]
+    found = None
+    if which == "options" and problem.seed is None:
+        found = tile_table.find(TABLE, device, kernel, "timed", width, mean_length)
+    return Tiles(*(found or tile_table.choose(TABLE, device, kernel, which, width, mean_length)))
 
 
 def short_tiles(kernel: str, problem: Problem, mean_length: float, device: tuple[str, ...]) -> Tiles | None:

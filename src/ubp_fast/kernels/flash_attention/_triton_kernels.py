@@ -26,6 +26,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 FAN = tl.constexpr(128)
+LAST_BIT = tl.constexpr(62)
 VARYING = ("sequences", "slots", "left", "right", "threshold")
 
 
@@ -162,13 +163,27 @@ def forward_kernel(
 
 
 @triton.jit
+def _either(left, right):
+    return left | right
+
+
+@triton.jit
 def _bucket_sums(sums, grad, bucket, lanes, BUCKETS: tl.constexpr):
-    """Adds the gradients of a tile to the sums of their buckets, -1 being none; a round for each from first to last."""
-    lowest = tl.min(tl.min(tl.where(bucket < 0, BUCKETS, bucket), 1), 0)
-    highest = tl.max(tl.max(bucket, 1), 0)
-    for here in range(lowest, highest + 1):
-        part = tl.sum(tl.sum(tl.where(bucket == here, grad, 0.0), 1), 0)
-        sums += tl.where(lanes == here, part, 0.0)
+    """Adds the gradients of a tile to the sums of their buckets, -1 being none: a round for each that has a pair.
+
+    Times of a history come in bursts: of the buckets between a tile's first and last one about half have none.
+    """
+    # A bit for each, those from LAST_BIT on share one.
+    bits = tl.where(bucket < 0, 0, tl.full(bucket.shape, 1, tl.int64) << tl.minimum(tl.maximum(bucket, 0), LAST_BIT))
+    there = tl.reduce(tl.reduce(bits, 1, _either), 0, _either)
+    while there != 0:
+        low = there & -there
+        there ^= low
+        first = ((low.to(tl.float64).to(tl.int64, bitcast=True) >> 52) - 1023).to(tl.int32)  # the exponent of 2^first
+        end = tl.where(first == LAST_BIT, BUCKETS, first + 1)
+        for here in range(first, end):
+            part = tl.sum(tl.sum(tl.where(bucket == here, grad, 0.0), 1), 0)
+            sums += tl.where(lanes == here, part, 0.0)
     return sums
 
 

@@ -17,12 +17,13 @@ class BinnedAuroc(nn.Module):
         self.register_buffer("counts", torch.zeros(2, outputs, LOGIT_BINS, dtype=torch.int64), persistent=False)
 
     @torch.no_grad()
-    def add(self, logits: Tensor, label: Tensor) -> None:
-        """Counts logits float [B, outputs] and labels of the same shape, 0 or 1."""
+    def add(self, logits: Tensor, label: Tensor, valid: Tensor | None = None) -> None:
+        """Counts logits float [B, outputs] and labels of the same shape, 0 or 1, of the rows that are `valid` (all)."""
         outputs = logits.shape[1]
         bins = ((logits.float() / LARGEST_LOGIT + 1) * (LOGIT_BINS / 2)).long().clamp(0, LOGIT_BINS - 1)
         cells = ((label > 0.5).long() * outputs + torch.arange(outputs, device=logits.device)) * LOGIT_BINS + bins
-        self.counts.view(-1).index_add_(0, cells.reshape(-1), torch.ones_like(cells).reshape(-1))
+        ones = torch.ones_like(cells) if valid is None else valid[:, None].expand_as(cells).long()
+        self.counts.view(-1).index_add_(0, cells.reshape(-1), ones.reshape(-1))
 
     def take(self) -> float | None:
         """Mean AUROC of the outputs that met both labels (None: no output did), and starts anew."""

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ubp_fast.compiled import njit
+from ubp_fast.kernels.backends import DTYPES, on_device, triton_unavailable
+from ubp_fast.kernels.graphs import drawn_seed
 
 _WORDS = 2**16
 _GAMMA, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -56,7 +58,7 @@ def _shifted(words: Tensor, bits: int) -> Tensor:
     return (words >> bits) & (2 ** (64 - bits) - 1)
 
 
-def _hashed(seed: int, first: int, count: int, device: torch.device | None = None) -> Tensor:
+def _hashed(seed: int | Tensor, first: int, count: int, device: torch.device | None = None) -> Tensor:
     """What `_fill` gives, in tensors of any device."""
     words = seed + torch.arange(first, first + count, device=device) * _signed(_GAMMA)
     words = (words ^ _shifted(words, 30)) * _signed(_FIRST)
@@ -64,11 +66,27 @@ def _hashed(seed: int, first: int, count: int, device: torch.device | None = Non
     return words ^ _shifted(words, 31)
 
 
-def _draws(count: int, seed: int, first: int, device: torch.device | None = None) -> Tensor:
+def _draws(count: int, seed: int | Tensor, first: int, device: torch.device | None = None) -> Tensor:
     """Sixteen bits each for the values first .. first + count - 1 of a step, int16 [count]."""
     first_word, skipped = divmod(first, 4)
     words = _hashed(seed, first_word, (skipped + count + 3) // 4, device)
     return words.view(torch.int16)[skipped : skipped + count]
+
+
+def _by_triton(values: Tensor, seed: int | Tensor, first: int, least: int, scale: float) -> Tensor:
+    """The same in one launch, where the tensors of `_draws` take seventeen."""
+    from ubp_fast.models.layers.dropout_kernel import VALUES, drop_kernel
+
+    given = values.contiguous()
+    output = torch.empty_like(given)
+    if given.numel():
+        held = seed if isinstance(seed, Tensor) else None
+        numbers = (0 if isinstance(seed, Tensor) else seed, first, given.numel(), least, scale)
+        with on_device(given.device):
+            drop_kernel[(-(-given.numel() // VALUES),)](
+                given, held, output, *numbers, IS_HELD=held is not None, BLOCK=VALUES
+            )
+    return output
 
 
 @torch.library.custom_op(
@@ -79,13 +97,17 @@ def _draws(count: int, seed: int, first: int, device: torch.device | None = None
 def _op(values, seed, first, dropped):
     """Drops `dropped` of 2^16 values; the first one has the number `first` in its step."""
     least, scale = dropped - _WORDS // 2, _WORDS / (_WORDS - dropped)
+    # That of a captured step lies on the device, another number in every replay.
+    number = int(seed) if seed.device.type == "cpu" else seed
+    if values.device.type == "cuda" and values.dtype in DTYPES and triton_unavailable(values.device) is None:
+        return _by_triton(values, number, first, least, scale)
     if values.device.type != "cpu":
-        draws = _draws(values.numel(), int(seed), first, values.device)
+        draws = _draws(values.numel(), number, first, values.device)
         return torch.where((draws >= least).view(values.shape), values * scale, 0)
     output = torch.empty_like(values, memory_format=torch.contiguous_format)
     bits = _BITS[values.element_size()]
     flat, flat_output = (part.view(bits).view(-1).numpy() for part in (values.contiguous(), output))
-    _drop(flat, np.uint64(int(seed)), first, least, flat_output)
+    _drop(flat, np.uint64(number), first, least, flat_output)
     return output.mul_(scale)
 
 
@@ -128,7 +150,7 @@ def dropout(values: Tensor, share: float, is_training: bool, first_row: int = 0)
     if not is_training or dropped == 0:
         return values
     # Drawn outside of the operator: a compiler may take two equal calls of it for one.
-    seed = torch.randint(2**63 - 1, (), device="cpu")
+    seed = drawn_seed()
     found: Tensor = _op(values, seed, first_row * values.shape[1:].numel(), dropped)
     return found
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from ubp_fast.events.schema import UserError
 from ubp_fast.kernels.transforms import direct
 from ubp_fast.models.layers.linear import linear, product, product_over_rows
 from ubp_fast.sequences.batch import SequenceBatch
@@ -51,7 +52,7 @@ class LastStatePooling(nn.Module):
                 states = _direct(inputs, self.cell.weight_hh, position, len(lengths))[0]
         else:
             with torch.autocast(rows.device.type, enabled=False):
-                states = self._of_library(rows[order].float(), batch.counts.active)
+                states = self._of_library(rows[order].float(), _active(batch))
             states = functional.pad(states, (0, 0, 0, len(lengths) - len(states)))
         return states[rank]
 
@@ -65,6 +66,16 @@ class LastStatePooling(nn.Module):
                 rows, torch.tensor(active), (start, start), weights, True, 1, 0.0, self.training, False
             )
         return states[0]
+
+
+def _active(batch: SequenceBatch) -> tuple[int, ...]:
+    active = batch.counts.active
+    if active is None:
+        raise UserError(
+            "LastStatePooling: a batch of fixed sizes must be pooled by 'last' or 'mean', got 'lstm': its steps follow"
+            " from the lengths; set cuda_graph=false"
+        )
+    return active
 
 
 @torch.library.custom_op(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -14,10 +15,13 @@ if TYPE_CHECKING:
 
 
 def mean_of_views(values: Tensor, batch: ViewBatch) -> Tensor:
-    """The mean of numbers [B, ...] of a batch's views; with a group over those of all its processes.
+    """The mean of numbers [B, ...] of a batch's valid views; with a group over those of all its processes.
 
     The gradient is that of the part here: the processes' gradients add up to that of the mean.
     """
+    if batch.valid is not None:
+        counted = batch.valid.view(-1, *[1] * (values.ndim - 1))
+        return torch.where(counted, values, 0.0).sum() / counted.expand_as(values).sum().clamp(min=1)
     if batch.group is None:
         return values.mean()
     of_a_view = values[0].numel() if len(values) else 1
