@@ -219,7 +219,7 @@ def variations_markdown(report: dict[str, Any]) -> str:
 
 
 def shards_markdown(report: dict[str, Any]) -> str:
-    """What `shards.py` wrote as a table per part."""
+    """What `shards.py` wrote as a table per part; memory is that of the largest process."""
     heads = {"features": "store and decayed features", "run": "`stages=[profiles]`"}
     tables = []
     for part, head in heads.items():
@@ -227,7 +227,10 @@ def shards_markdown(report: dict[str, Any]) -> str:
         for name, one in report.get(part, {}).items():
             made = one.get("shards")
             name = f"{name}, {made} made" if made and not name.startswith(f"{made} ") else name
-            cells = f"{one['cpu_seconds']:.1f} s | {one['peak_anonymous_mb']:,} MB | {one['peak_resident_mb']:,} MB"
+            name = name if one.get("compared", True) else f"{name}, bytes not compared"
+            memory = f"{one['peak_anonymous_mb']:,} MB"
+            memory += f", of all {one['peak_of_all_mb']:,} MB" if "peak_of_all_mb" in one else ""
+            cells = f"{one['cpu_seconds']:.1f} s | {memory} | {one['peak_resident_mb']:,} MB"
             lines.append(f"| {name} | {one['seconds']:.1f} s | {cells} |")
         tables += ["\n".join(lines)] if part in report else []
     return "\n\n".join(tables)

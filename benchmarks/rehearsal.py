@@ -158,19 +158,28 @@ def _command(options: argparse.Namespace) -> list[str]:
     ]
 
 
-def measured(command: list[str], root: Path) -> dict[str, Any]:
+def measured(command: list[str], root: Path, family: bool = False) -> dict[str, Any]:
     """Runs a command: seconds, peak of its own memory and of all pages, disk below `root` after it.
+
+    With `family` the processes that it starts count, too, also those that nobody waits for: the CPU time of all, the
+    memory of the largest, and the peak of all at a time. Each is looked at every quarter of a second.
 
     Raises:
         RuntimeError: it failed.
     """
     started_s, cpu_before_s = time.monotonic(), _cpu_s()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    peak = {"anonymous": 0, "resident": 0}
+    peak = {"anonymous": 0, "resident": 0, "together": 0}
+    cpu_of: dict[int, float] = {}
     while process.poll() is None:
+        pids = _family(process.pid) if family else [process.pid]
+        of_field = {field: [_status(pid, field) for pid in pids] for field in ("RssAnon", "VmRSS")}
         for name, field in (("anonymous", "RssAnon"), ("resident", "VmRSS")):
-            peak[name] = max(peak[name], _status(process.pid, field))
-        time.sleep(0.05)
+            peak[name] = max(peak[name], *of_field[field])
+        if family:
+            peak["together"] = max(peak["together"], sum(of_field["RssAnon"]))
+            cpu_of |= {pid: used_s for pid in pids if (used_s := _cpu_of(pid))}
+        time.sleep(0.25 if family else 0.05)
     assert process.stdout is not None
     text = process.stdout.read()
     if process.returncode:
@@ -178,11 +187,38 @@ def measured(command: list[str], root: Path) -> dict[str, Any]:
     disk = sum(path.stat().st_size for path in root.rglob("*") if path.is_file() and not path.is_symlink())
     return {
         "seconds": round(time.monotonic() - started_s, 1),
-        "cpu_seconds": round(_cpu_s() - cpu_before_s, 1),
+        "cpu_seconds": round(sum(cpu_of.values()) if family else _cpu_s() - cpu_before_s, 1),
         "peak_anonymous_mb": round(peak["anonymous"] / 1e6),
         "peak_resident_mb": round(peak["resident"] / 1e6),
+        **({"peak_of_all_mb": round(peak["together"] / 1e6)} if family else {}),
         "disk_mb": round(disk / 1e6),
     }
+
+
+def _family(pid: int) -> list[int]:
+    """A process and all below it."""
+    below: dict[int, list[int]] = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        if (found := _stat(int(entry.name))) is not None:
+            below.setdefault(int(found[1]), []).append(int(entry.name))
+    pids = [pid]
+    for one in pids:
+        pids += below.get(one, [])
+    return pids
+
+
+def _stat(pid: int) -> list[str] | None:
+    """What the kernel says of a process, beginning with its state; None when it has just ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except OSError:
+        return None
+
+
+def _cpu_of(pid: int) -> float:
+    """Seconds, without those of its children; 0 when it has just ended."""
+    found = _stat(pid)
+    return 0.0 if found is None else (int(found[11]) + int(found[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _cpu_s() -> float:

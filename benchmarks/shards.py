@@ -4,8 +4,10 @@
 
 `features`: from the same Parquet files to a store and the decayed features of every client that needs a profile, by one
 pass, by shards, and by rivals that make the same cells without a store. `run`: `ubp-fast run stages=profiles` on the
-challenge's files. Every contestant is a process of its own with one thread; its start and imports count. What FILE
-holds is not measured again, what lies in `--root` is made once: events, label lists, what one pass has made.
+challenge's files, with `--ray` also on a cluster of three nodes of this machine. Every contestant is a process of its
+own with one thread; its start and imports count. Those that start others (Ray, PySpark, which has to be installed for
+it, with a Java) may use two at a time, on the cluster three, and all of their processes count. What FILE holds is not
+measured again, what lies in `--root` is made once: events, label lists, what one pass has made.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import json
 import math
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Container
 from pathlib import Path
@@ -32,7 +35,11 @@ from ubp_fast.events.split import DAY_S
 HALF_LIVES_DAYS, LABEL_HALF_LIFE_DAYS, WINDOWS_DAYS = (2, 5, 10, 20, 60, 180), 60, (14, 30, 90)
 LABEL_KINDS = ("product_buy", "add_to_cart")
 SUMS = [f"decayed_{days}" for days in HALF_LIVES_DAYS]
-SHOWN = ("shards", "seconds", "cpu_seconds", "peak_anonymous_mb", "peak_resident_mb")
+ONE_PASS = "one pass"
+SHOWN = ("shards", "compared", "seconds", "cpu_seconds", "peak_anonymous_mb", "peak_resident_mb", "peak_of_all_mb")
+RIVALS = {"Polars": False, "DuckDB": False, "Ray Data": True, "PySpark": True}  # whether they have several processes
+ON_RAY = " on Ray"
+NODE = {"num_cpus": 1, "object_store_memory": 100 << 20}
 START = "start and imports of one pass"
 
 
@@ -42,11 +49,19 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--scale", type=float, default=0.1, help="part of the challenge's size, 169 M events")
     parser.add_argument("--shards", type=int, nargs="*", default=[8, 64])
+    parser.add_argument("--ray", type=int, nargs="*", default=[], help="numbers of shards that a cluster works on, too")
+    parser.add_argument("--rivals", nargs="*", choices=RIVALS, default=["Polars", "DuckDB"])
     parser.add_argument("--parts", nargs="*", choices=("features", "run"), default=["features", "run"])
+    parser.add_argument(
+        "--alone", action="store_true", help="`run` without one pass: no bytes are compared, FILE says so"
+    )
     parser.add_argument("--make", help=argparse.SUPPRESS)
+    parser.add_argument("--on-cluster", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.make:
         return make(options.make, options.root)
+    if options.on_cluster:
+        return _on_cluster(options.on_cluster)
     events = _events(options.root, options.scale)
     report: dict[str, Any] = {"scale": options.scale}
     if options.output.exists():
@@ -55,11 +70,13 @@ def main() -> None:
 
     report |= {"machine": machine(), "events": {kind: events.num_rows(kind) for kind in events.kinds}}
     report["clients"] = len(_clients(events))
-    ways = ["one pass", *(f"{number} shards" for number in options.shards)]
+    ways = [ONE_PASS, *(f"{number} shards" for number in options.shards)]
+    on_ray = [f"{number} shards{ON_RAY}" for number in options.ray]
+    contestants = {"features": [*ways, START, *options.rivals], "run": [*ways[options.alone :], *on_ray]}
     for part in options.parts:
         measure = {"features": _features, "run": _runs}[part]
         found = report.setdefault(part, {})
-        for name, measured in measure(options.root, ways, {*found}):
+        for name, measured in measure(options.root, contestants[part], {*found}):
             report[part][name] = {key: measured[key] for key in SHOWN if key in measured}
             print(part, name, json.dumps(report[part][name]), flush=True)
             options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -90,7 +107,7 @@ def _lists(root: Path) -> dict[str, np.ndarray]:
         return {name: stored[name] for name in sorted(stored.files)}
 
 
-def _features(root: Path, ways: list[str], known: Container[str]) -> Any:
+def _features(root: Path, contestants: list[str], known: Container[str]) -> Any:
     """Name and measures of every contestant; a rival whose cells are not those of one pass ends the benchmark."""
     from rehearsal import measured
 
@@ -99,27 +116,28 @@ def _features(root: Path, ways: list[str], known: Container[str]) -> Any:
         _events(root / "warm", 0.001)
         shutil.rmtree(root / "warm" / "made", ignore_errors=True)
         make(name, root / "warm")
-    for name in (*ways, START, "Polars", "DuckDB"):
-        if name in known and (name != ways[0] or (made / name).exists()):
+    for name in contestants:
+        if name in known and (name != ONE_PASS or (made / name).exists()):
             continue
         shutil.rmtree(made / name, ignore_errors=True)
         (made / name).mkdir(parents=True)
-        found = measured([sys.executable, *sys.argv, "--make", name], made / name)
-        if name == ways[0]:
+        command = [sys.executable, *sys.argv, "--make", name]
+        found = measured(command, made / name, family=RIVALS.get(name, False))
+        if name == ONE_PASS:
             yield name, found
             continue
-        if name in ways:
-            wanted = _cells_of_files(made / ways[0])
+        if name in RIVALS:
+            _agree(root, _cells_of_files(made / ONE_PASS), made / name)
+        elif name != START:
+            wanted = _cells_of_files(made / ONE_PASS)
             assert _cells_of_files(made / name).equals(wanted), f"{name}: features must be those of one pass"
             found |= _shards(made / name / "store")
-        elif name != START:
-            _agree(root, _cells_of_files(made / ways[0]), made / name)
         shutil.rmtree(made / name)
         yield name, found
 
 
 def _runs(root: Path, ways: list[str], known: Container[str]) -> Any:
-    """Name and measures of every run, whose profiles and model have the bytes of one pass."""
+    """Name and measures of every run, whose profiles and model have the bytes of one pass, if that is among `ways`."""
     from rehearsal import measured, write_challenge_files
 
     files, runs = root / "files", root / "runs"
@@ -130,21 +148,41 @@ def _runs(root: Path, ways: list[str], known: Container[str]) -> Any:
         measured([*command, *small], root)
     command += ["data=challenge", f"data.dir={files}"]
     for name in ways:
-        number, at = 1 if name == ways[0] else int(name.split()[0]), runs / name.replace(" ", "-")
-        if name in known and (name != ways[0] or at.exists()):
+        number, at = 1 if name == ONE_PASS else int(name.split()[0]), runs / name.replace(" ", "-")
+        if name in known and (name != ONE_PASS or at.exists()):
             continue
         shutil.rmtree(at, ignore_errors=True)
         run = [*command, f"root={at}", f"directory={at / 'run'}", f"compute.shards={number}"]
         measured([*run, "stages=[events]"], at)
-        found = measured([*run, "stages=[profiles]"], at)
-        for folder in ("profiles", "model"):
-            wanted, other = (one / "run" / folder for one in (runs / "one-pass", at))
-            for file in (path for path in wanted.rglob("*") if path.is_file()):
-                same = (other / file.relative_to(wanted)).read_bytes() == file.read_bytes()
-                assert same, f"{name}: {folder}/{file.name} must have the bytes of one pass"
+        cluster = [sys.executable, __file__, "--root", str(root), "--on-cluster"] if name.endswith(ON_RAY) else []
+        found = measured([*cluster, *run, "stages=[profiles]"], at, family=bool(cluster))
+        if ONE_PASS in ways:
+            for folder in ("profiles", "model"):
+                wanted, other = (one / "run" / folder for one in (runs / "one-pass", at))
+                for file in (path for path in wanted.rglob("*") if path.is_file()):
+                    same = (other / file.relative_to(wanted)).read_bytes() == file.read_bytes()
+                    assert same, f"{name}: {folder}/{file.name} must have the bytes of one pass"
+        else:
+            found["compared"] = False
         yield name, found | _shards(at / "run" / "stages" / "store")
-        if name != ways[0]:
+        if name != ONE_PASS:
             shutil.rmtree(at)
+
+
+def _on_cluster(command: list[str]) -> None:
+    """Three nodes of one CPU each on this machine, and a run that asks them for its tasks."""
+    # For a machine with other work: nodes may start slowly, workers are no nicer than the rivals. Read by the import.
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+    try:
+        for _ in range(2):
+            cluster.add_node(**NODE)
+        subprocess.run([*command, "compute.engine=ray", f"compute.address={cluster.address}"], check=True)
+    finally:
+        cluster.shutdown()
 
 
 def _shards(store: Path) -> dict[str, int]:
@@ -156,10 +194,9 @@ def _shards(store: Path) -> dict[str, int]:
 def make(name: str, root: Path) -> None:
     """What one contestant does in its process; its result goes to `made/<name>`."""
     events, into = EventDirectory.open(root / "events"), root / "made" / name
-    if name == "Polars":
-        _with_polars(events, _lists(root), into)
-    elif name == "DuckDB":
-        _with_duckdb(events, _lists(root), into)
+    rivals = {"Polars": _with_polars, "DuckDB": _with_duckdb, "Ray Data": _with_ray_data, "PySpark": _with_pyspark}
+    if name in rivals:
+        rivals[name](events, _lists(root), into)
     else:
         into.mkdir(parents=True, exist_ok=True)
         _with_ours(events, {name: (ids, np.zeros(len(ids))) for name, ids in _lists(root).items()}, name, into)
@@ -245,7 +282,7 @@ def _agree(root: Path, ours: Cells, theirs: Path) -> None:
         seen[at] = True
 
     for file in sorted(theirs.glob("activity-*.parquet")):
-        kind, table = file.stem.split("-")[1], pl.read_parquet(file)
+        kind, table = file.stem.split("-")[1], _table(file)
         of = {f"decayed_{days}": f"{kind}_activity_{days}d" for days in HALF_LIVES_DAYS}
         of |= {
             f"active_{window}": f"{kind}_active_days_{window}" for window in (*(f"{d}d" for d in WINDOWS_DAYS), "all")
@@ -259,10 +296,15 @@ def _agree(root: Path, ours: Cells, theirs: Path) -> None:
             seen[np.searchsorted(keys, never * len(ours.names) + places[f"{kind}_{end}_days"])] = True
     for file in sorted(theirs.glob("labels-*.parquet")):
         _, kind, name = file.stem.split("-")
-        table = pl.read_parquet(file)
+        table = _table(file)
         column = np.array([places[f"{kind}_decayed_{name}_{label}"] for label in table["label"].to_list()], np.int64)
         check(table["client_id"], column, table["decayed"].to_numpy())
     assert seen.all(), f"{theirs.name}: {int((~seen).sum())} of our {len(seen)} values are not among theirs"
+
+
+def _table(path: Path) -> pl.DataFrame:
+    """A file or a folder of parts."""
+    return pl.read_parquet(path / "*.parquet" if path.is_dir() else path)
 
 
 def _files(events: EventDirectory, kind: str) -> str:
@@ -301,52 +343,166 @@ def _decayed(half_life_days: int) -> pl.Expr:
 
 
 def _with_duckdb(events: EventDirectory, lists: dict[str, np.ndarray], into: Path) -> None:
-    """The same in SQL; memory as DuckDB takes it."""
+    """The same in SQL; up to 8 GB of memory, then its files beside the result."""
     import duckdb
 
     base = duckdb.connect()
     base.execute("set threads = 1")
+    base.execute("set memory_limit = '8GB'")
+    base.execute(f"set temp_directory = '{into}/temporary'")
     base.execute("set preserve_insertion_order = false")
-    pl.DataFrame({"client_id": _clients(events)}).write_parquet(into / "clients.tmp")
-    base.execute(f"create table clients as from read_parquet('{into}/clients.tmp')")
-    base.execute(
-        "create table products as select sku, category, price from"
-        f" read_parquet('{events.path}/product_properties.parquet')"
-    )
-    for name, ids in lists.items():
-        pl.DataFrame({"label": ids}).write_parquet(into / f"{name}.tmp")
-        base.execute(f"create table {name} as from read_parquet('{into}/{name}.tmp')")
-
-    def decayed(days: int) -> str:
-        return f"exp(age_s * {-math.log(2) / (days * DAY_S)!r})"
-
-    sums = ", ".join(f"sum({decayed(days)}) as {name}" for days, name in zip(HALF_LIVES_DAYS, SUMS, strict=True))
-    totals = ", ".join(f"sum({name}) as {name}" for name in SUMS)
-    active = ", ".join(f"count(*) filter (newest_s <= {days * DAY_S}) as active_{days}d" for days in WINDOWS_DAYS)
+    tables = _small_tables(events, lists, into)
+    for name, file in tables.items():
+        base.execute(f"create table {name} as from read_parquet('{file}')")
     for kind in events.kinds:
-        item = ", sku" if kind in LABEL_KINDS else ""
         base.execute(
-            f"create or replace temp view events as select client_id, timestamp_s // {DAY_S} as day,"
-            f" {CUTOFF_S} - timestamp_s as age_s{item} from read_parquet('{_files(events, kind)}')"
-            f" semi join clients using (client_id) where timestamp_s < {CUTOFF_S}"
+            "create or replace temp view events as "
+            + _relevant(kind, f"read_parquet('{_files(events, kind)}')", "//", "semi join")
         )
-        base.execute(
-            f"copy (with of_days as (select client_id, day, {sums}, min(age_s) as newest_s, max(age_s) as oldest_s"
-            f" from events group by client_id, day) select client_id, {totals}, min(newest_s) as newest_s,"
-            f" max(oldest_s) as oldest_s, {active}, count(*) as active_all from of_days group by client_id)"
-            f" to '{into}/activity-{kind}.parquet'"
-        )
+        base.execute(f"copy ({_activity()}) to '{into}/activity-{kind}.parquet'")
         if kind not in LABEL_KINDS:
             continue
-        base.execute(
-            f"create or replace temp table bought as select client_id, sku, category, price,"
-            f" {decayed(LABEL_HALF_LIFE_DAYS)} as decayed from events join products using (sku)"
-        )
+        base.execute(f"create or replace temp table bought as {BOUGHT}")
         for name in lists:
-            base.execute(
-                f"copy (select client_id, label, sum(decayed) as decayed from bought join {name}"
-                f" on {name.rpartition('_')[2]} = label group by all) to '{into}/labels-{kind}-{name}.parquet'"
-            )
+            base.execute(f"copy ({_labels(name)}) to '{into}/labels-{kind}-{name}.parquet'")
+
+
+def _with_pyspark(events: EventDirectory, lists: dict[str, np.ndarray], into: Path) -> None:
+    """The same SQL on two threads of one executor, in a heap of 3 GB."""
+    from pyspark.sql import SparkSession
+
+    settings = {
+        "spark.driver.memory": "3g",
+        "spark.ui.enabled": "false",
+        "spark.sql.shuffle.partitions": "8",  # for two threads; 200 by default
+        "spark.local.dir": str(into / "temporary"),
+    }
+    session = SparkSession.builder.master("local[2]").config(map=settings).getOrCreate()
+    for name, file in _small_tables(events, lists, into).items():
+        session.read.parquet(str(file)).createOrReplaceTempView(name)
+    for kind in events.kinds:
+        session.read.parquet(_files(events, kind)).createOrReplaceTempView("logged")
+        session.sql(_relevant(kind, "logged", "div", "left semi join")).createOrReplaceTempView("events")
+        session.sql(_activity()).write.parquet(f"{into}/activity-{kind}.parquet")
+        if kind not in LABEL_KINDS:
+            continue
+        bought = session.sql(BOUGHT).cache()
+        bought.createOrReplaceTempView("bought")
+        for name in lists:
+            session.sql(_labels(name)).write.parquet(f"{into}/labels-{kind}-{name}.parquet")
+        bought.unpersist()
+    session.stop()
+
+
+def _small_tables(events: EventDirectory, lists: dict[str, np.ndarray], into: Path) -> dict[str, Path]:
+    """Table -> file."""
+    tables = {name: pl.DataFrame({"label": ids}) for name, ids in lists.items()}
+    tables["clients"] = pl.DataFrame({"client_id": _clients(events)})
+    products = pl.scan_parquet(events.path / "product_properties.parquet")
+    tables["products"] = products.select("sku", "category", "price").collect()
+    files = {name: into / f"{name}.table" for name in tables}
+    for name, file in files.items():
+        tables[name].write_parquet(file)
+    return files
+
+
+def _decayed_sql(days: int) -> str:
+    return f"exp(age_s * {-math.log(2) / (days * DAY_S)!r})"
+
+
+BOUGHT = (
+    f"select client_id, sku, category, price, {_decayed_sql(LABEL_HALF_LIFE_DAYS)} as decayed"
+    " from events join products using (sku)"
+)
+
+
+def _relevant(kind: str, logged: str, divided: str, semi_join: str) -> str:
+    """Events that count, in SQL."""
+    item = ", sku" if kind in LABEL_KINDS else ""
+    return (
+        f"select client_id, timestamp_s {divided} {DAY_S} as day, {CUTOFF_S} - timestamp_s as age_s{item} from {logged}"
+        f" {semi_join} clients using (client_id) where timestamp_s < {CUTOFF_S}"
+    )
+
+
+def _activity() -> str:
+    """Sums per client and day first, few rows, then per client, in SQL."""
+    sums = ", ".join(f"sum({_decayed_sql(days)}) as {name}" for days, name in zip(HALF_LIVES_DAYS, SUMS, strict=True))
+    totals = ", ".join(f"sum({name}) as {name}" for name in SUMS)
+    active = ", ".join(f"count(*) filter (where newest_s <= {days * DAY_S}) as active_{days}d" for days in WINDOWS_DAYS)
+    return (
+        f"with of_days as (select client_id, day, {sums}, min(age_s) as newest_s, max(age_s) as oldest_s"
+        f" from events group by client_id, day) select client_id, {totals}, min(newest_s) as newest_s,"
+        f" max(oldest_s) as oldest_s, {active}, count(*) as active_all from of_days group by client_id"
+    )
+
+
+def _labels(name: str) -> str:
+    """Decayed counts of a list's labels, in SQL."""
+    return (
+        f"select client_id, label, sum(decayed) as decayed from bought join {name}"
+        f" on {name.rpartition('_')[2]} = label group by client_id, label"
+    )
+
+
+def _with_ray_data(events: EventDirectory, lists: dict[str, np.ndarray], into: Path) -> None:
+    """Sums of every block, then of every client, whose rows a shuffle by hash has brought together.
+
+    The client ids and the products go to every worker: nothing is joined by a shuffle that is small enough not to be.
+    """
+    os.environ.setdefault("RAY_worker_niceness", "0")  # no nicer than the rivals; read by the import
+    import pyarrow
+    import ray
+
+    ray.init(num_cpus=2, object_store_memory=2 << 30, include_dashboard=False, log_to_driver=False)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    clients = _clients(events)
+    products = pl.read_parquet(events.path / "product_properties.parquet", columns=["sku", "category", "price"])
+    sums = [pl.col(SUMS).sum(), pl.col("newest_s").min(), pl.col("oldest_s").max()]
+
+    def relevant(block: pyarrow.Table) -> pl.DataFrame:
+        rows = pl.DataFrame(block).filter(pl.col("timestamp_s") < CUTOFF_S)
+        places = np.searchsorted(clients, rows["client_id"].to_numpy()).clip(max=len(clients) - 1)
+        rows = rows.filter(clients[places] == rows["client_id"].to_numpy())
+        return rows.with_columns((CUTOFF_S - pl.col("timestamp_s")).alias("age_s"))
+
+    def of_days(block: pyarrow.Table) -> pyarrow.Table:
+        terms = [_decayed(days).sum().alias(name) for days, name in zip(HALF_LIVES_DAYS, SUMS, strict=True)]
+        ends = [pl.col("age_s").min().alias("newest_s"), pl.col("age_s").max().alias("oldest_s")]
+        rows = relevant(block).group_by("client_id", day=pl.col("timestamp_s") // DAY_S).agg(*terms, *ends)
+        return rows.to_arrow()
+
+    def of_clients(block: pyarrow.Table) -> pyarrow.Table:
+        active = [(pl.col("newest_s") <= days * DAY_S).sum().alias(f"active_{days}d") for days in WINDOWS_DAYS]
+        days = pl.DataFrame(block).group_by("client_id", "day").agg(*sums)
+        return days.group_by("client_id").agg(*sums, *active, pl.len().alias("active_all")).to_arrow()
+
+    def of_labels(block: pyarrow.Table) -> pyarrow.Table:
+        bought = relevant(block).join(products, on="sku").with_columns(_decayed(LABEL_HALF_LIFE_DAYS).alias("decayed"))
+        found = []
+        for name, ids in lists.items():
+            column = name.rpartition("_")[2]
+            listed = bought.join(pl.DataFrame({"label": ids}), left_on=column, right_on="label")
+            found.append(listed.select("client_id", pl.lit(name).alias("list"), label=column, decayed="decayed"))
+        return of_clients_labels(pl.concat(found).to_arrow())
+
+    def of_clients_labels(block: pyarrow.Table) -> pyarrow.Table:
+        return pl.DataFrame(block).group_by("client_id", "list", "label").agg(pl.col("decayed").sum()).to_arrow()
+
+    def grouped(rows: Any, of_block: Any, of_all: Any) -> Any:
+        whole = {"batch_format": "pyarrow", "batch_size": None}
+        return rows.map_batches(of_block, **whole).repartition(8, keys=["client_id"]).map_batches(of_all, **whole)
+
+    for kind in events.kinds:
+        columns = ["client_id", "timestamp_s", *(["sku"] if kind in LABEL_KINDS else [])]
+        rows = ray.data.read_parquet(str(events.path / f"{kind}.parquet"), columns=columns)
+        grouped(rows, of_days, of_clients).write_parquet(f"{into}/activity-{kind}.parquet")
+        if kind not in LABEL_KINDS:
+            continue
+        grouped(rows, of_labels, of_clients_labels).write_parquet(f"{into}/{kind}", partition_cols=["list"])
+        for name in lists:
+            (into / kind / f"list={name}").rename(into / f"labels-{kind}-{name}.parquet")
+    ray.shutdown()
 
 
 if __name__ == "__main__":

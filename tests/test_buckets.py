@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import socket
@@ -14,16 +15,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import polars as pl
 import pytest
 from fsspec.asyn import sync
-from support.runs import SMALL, composed, contents, run_tiny
+from fsspec.implementations.memory import MemoryFileSystem
+from support.runs import CLOSED_FORMS, SMALL, composed, contents, run_tiny
 
+from ubp_fast.cli import main
 from ubp_fast.events.formats import FileForm, read_files
 from ubp_fast.events.schema import DataError, UserError
 from ubp_fast.events.sources.challenge import Challenge
 from ubp_fast.events.sources.table import Table
-from ubp_fast.files import ObjectError, bucket_of, copies_of, find_objects
+from ubp_fast.files import ObjectError, OutputDirectoryError, bucket_of, copies_of, find_objects
 from ubp_fast.pipeline.settings import read_settings
 from ubp_fast.profiles import publishing
 from ubp_fast.profiles.publishing import MANIFEST_FILE, publish
@@ -131,6 +135,45 @@ def test_errors_name_the_object(bucket: str, tmp_path: Path) -> None:
         system.cat_file(path)
 
 
+class Refusing(MemoryFileSystem):
+    """A store whose reads and copies end with an error."""
+
+    protocol, error = "refusing", OSError()
+
+    def _refuse(self, *_: Any, **__: Any) -> None:
+        raise self.error
+
+    cat_file = get = _refuse
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), KeyError("ours"), TypeError("ours")]
+)
+def test_a_full_disk_and_our_mistakes_are_no_errors_of_the_store(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsspec.register_implementation(Refusing.protocol, Refusing, clobber=True)
+    monkeypatch.setattr(Refusing, "error", error)
+    with pytest.raises(type(error)) as raised, bucket_of("refusing://shop/x") as (system, path):
+        system.cat_file(path)
+    assert raised.value is error
+    refused = PermissionError(errno.EACCES, "Access Denied")  # s3fs says it so
+    monkeypatch.setattr(Refusing, "error", refused)
+    with (
+        pytest.raises(ObjectError, match="refusing://shop/x: objects must be there and allowed"),
+        bucket_of("refusing://shop/x") as (system, path),
+    ):
+        system.cat_file(path)
+
+
+def test_copies_that_find_no_space_name_their_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec.register_implementation(Refusing.protocol, Refusing, clobber=True)
+    monkeypatch.setattr(Refusing, "error", OSError(errno.ENOSPC, "No space left on device"))
+    said = r"the folder of temporary files \(TMPDIR\) must be a writable directory with free space"
+    with pytest.raises(OutputDirectoryError, match=said), copies_of({"x": "refusing://shop/x"}):
+        pass
+
+
 def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(ObjectError, match=r"gs://shop/x: such addresses need a library, .*gcsfs for gs://"):
@@ -202,6 +245,24 @@ def test_profiles_take_the_place_of_others_in_one_step(
         system.pipe_file(path, b"half")
     assert put_table(6, 7) == third
     assert seen == 4 * [(1, 2), (2, 2)]
+
+
+def test_embedded_vectors_go_into_a_bucket(bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are those of a table on the disk; a manifest of somebody else stays."""
+    code, run, said = run_tiny(tmp_path / "runs", *CLOSED_FORMS, "stages=profiles")
+    assert code == 0, said
+    embed = ["embed", str(run), "--events", str(run / "stages" / "events"), "--output"]
+    assert main([*embed, str(tmp_path / "today.parquet")]) == 0
+    assert main([*embed, f"{bucket}/today/"]) == 0
+    assert f"  {bucket}/today/" in capsys.readouterr().out
+    found = objects_in(f"{bucket}/today")
+    manifest = json.loads(found.pop(MANIFEST_FILE))
+    assert [*found.values()] == [(tmp_path / "today.parquet").read_bytes()]
+    assert manifest["profile"] == json.loads((tmp_path / "today.json").read_text())
+    with bucket_of(f"{bucket}/today/{MANIFEST_FILE}") as (system, path):
+        system.pipe_file(path, b"[]")
+    assert main([*embed, f"{bucket}/today"]) == 2
+    assert "manifest.json: it must be one of profiles" in capsys.readouterr().err
 
 
 def test_folders_of_others_are_left_alone(bucket: str, tmp_path: Path) -> None:

@@ -63,6 +63,17 @@ def test_every_kind_of_table_is_in_use(bars: Any) -> None:
     assert all(f"<!-- {kind}:" in text for kind in ("headline", "benchmarks", "breakdown"))
 
 
+def test_a_table_of_shards_says_what_was_not_compared(bars: Any) -> None:
+    measured = {"seconds": 2.0, "cpu_seconds": 1.0, "peak_anonymous_mb": 1200, "peak_resident_mb": 1300}
+    found = {
+        "64 shards": {"shards": 25, "compared": False, **measured},
+        "8 shards on Ray": {"shards": 8, **measured, "peak_of_all_mb": 4000},
+    }
+    table = bars.shards_markdown({"run": found}).splitlines()
+    assert table[2] == "| 64 shards, 25 made, bytes not compared | 2.0 s | 1.0 s | 1,200 MB | 1,300 MB |"
+    assert table[3] == "| 8 shards on Ray | 2.0 s | 1.0 s | 1,200 MB, of all 4,000 MB | 1,300 MB |"
+
+
 def test_the_breakdown_of_a_step(bars: Any, tmp_path: Path) -> None:
     parts = {"ubp_fast": {"linear layers": 30.0, "ours only": 10.0}, "rival": {"linear layers": 100.0}}
     cases = {"one": {"figure": "a step", "facts": {"cpu_ms_by_part": parts}}, "other": {"figure": "without parts"}}

@@ -157,7 +157,7 @@ def parser() -> argparse.ArgumentParser:
     embed = commands["embed"]
     embed.add_argument("run", type=Path, help="directory of the run, or its folder model")
     embed.add_argument("--events", required=True, help="a table like that of the run, or a directory of tables")
-    embed.add_argument("--output", type=Path, help="a new directory, or a table: NAME.parquet")
+    embed.add_argument("--output", help="a new directory, a table: NAME.parquet, or a folder in a bucket: s3://...")
     embed.add_argument(
         "--append", action="store_true", help="adds new events to the run's and embeds all clients into its latest/"
     )
@@ -253,7 +253,7 @@ def _embed(options: argparse.Namespace) -> int:
         _tell_profiles(made.num_clients, profiler.directory.parent / LATEST, options.log)
         return 0
     if options.output is None:
-        raise UserError("embed: --output must name a new directory or a table, got none")
+        raise UserError("embed: --output must name a new directory, a table or a folder in a bucket, got none")
     clients = None if options.clients is None else _clients(options.clients)
     blocks = None if options.blocks is None else options.blocks.split(",")
     progress = RunProgress(Console(), [("embed", 1.0)], options.log)
@@ -264,7 +264,7 @@ def _embed(options: argparse.Namespace) -> int:
     return 0
 
 
-def _tell_profiles(number: int, place: Path, log: str) -> None:
+def _tell_profiles(number: int, place: Path | str, log: str) -> None:
     from rich.console import Console
 
     from ubp_fast.progress import print_json

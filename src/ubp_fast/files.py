@@ -31,6 +31,7 @@ NO_REASON = "a write that failed, of which is said no more than"
 # What a file is called while it is written.
 _HALF = ".*.tmp"
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
+_OF_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR)
 # What tells versions of an object apart, by the names that stores give it.
 _VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "mtime", "LastModified", "created")
@@ -435,10 +436,11 @@ def is_url(place: object) -> bool:
 
 @contextmanager
 def bucket_of(url: str) -> Iterator[tuple[AbstractFileSystem, str]]:
-    """The file system of a URL and the path in it; what fails in the block names the URL.
+    """The file system of a URL and the path in it; what the store refuses in the block names the URL.
 
     Raises:
-        ObjectError: also where the library for such URLs is missing.
+        ObjectError: also where the library for such URLs is missing. A disk of this machine that is full or read-only,
+            and mistakes of ours, stay what they are.
     """
     try:
         from fsspec.core import url_to_fs
@@ -449,12 +451,21 @@ def bucket_of(url: str) -> Iterator[tuple[AbstractFileSystem, str]]:
             f"{url}: such addresses need a library, got '{error}'; pip install 'ubp_fast[s3]' for s3://, gcsfs for gs://,"
             " adlfs for az://"
         ) from error
-    except Exception as error:  # every store has errors of its own
+    except Exception as error:
+        if not _is_of_store(error):
+            raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ObjectError(
             f"{url}: objects must be there and allowed, got '{reason}'; check the name, the credentials and, for"
             " stores other than Amazon's, AWS_ENDPOINT_URL"
         ) from error
+
+
+def _is_of_store(error: Exception) -> bool:
+    """Every store has errors of its own, most of them are those of files, some say that a name is no name of theirs."""
+    if isinstance(error, OSError):
+        return error.errno not in _OF_DISK
+    return isinstance(error, ValueError) or type(error).__module__.partition(".")[0] not in ("builtins", "ubp_fast")
 
 
 def find_objects(url: str) -> dict[str, str]:
@@ -499,15 +510,17 @@ def copies_of(objects: Mapping[str, str]) -> Iterator[Path]:
 
     Raises:
         ObjectError: an object cannot be read, or its name leads out of the folder.
+        OutputDirectoryError: there is no space for the copies.
     """
     for name, url in objects.items():  # a key is any text, of whoever may write to the bucket
         if (place := Path(name)).is_absolute() or ".." in place.parts:
             raise ObjectError(f"{url}: objects must lie inside their folder, got '{name}'; rename or remove it")
     with TemporaryDirectory(prefix="ubp_fast-") as folder:
         copies = [str(Path(folder) / name) for name in objects]
-        for copy in copies:
-            Path(copy).parent.mkdir(parents=True, exist_ok=True)
-        if objects:
-            with bucket_of(next(iter(objects.values()))) as (system, _):
-                system.get([_in_bucket(url) for url in objects.values()], copies)
+        with writing_to(Path(folder), "the folder of temporary files (TMPDIR)"):
+            for copy in copies:
+                Path(copy).parent.mkdir(parents=True, exist_ok=True)
+            if objects:
+                with bucket_of(next(iter(objects.values()))) as (system, _):
+                    system.get([_in_bucket(url) for url in objects.values()], copies)
         yield Path(folder)

@@ -13,6 +13,7 @@ from safetensors.numpy import load, save
 
 from ubp_fast.features import scaling
 from ubp_fast.features.scaling import (
+    PANEL,
     ColumnExtremes,
     ColumnMoments,
     DayStatistics,
@@ -20,6 +21,7 @@ from ubp_fast.features.scaling import (
     Statistic,
     log_counts,
     moments,
+    products,
     standardised,
 )
 from ubp_fast.models.membership import NewtonSums
@@ -153,3 +155,17 @@ def test_a_known_day_measures_nothing() -> None:
     np.testing.assert_array_equal(known.moments("one", values * 2)[1], deviation)
     with pytest.raises(KeyError):
         known.moments("other", values)
+
+
+@pytest.mark.parametrize("width", [0, 1, PANEL - 1, PANEL, PANEL + 1, 2 * PANEL + 3])
+def test_products_of_columns(width: int) -> None:
+    random = np.random.default_rng(width)
+    values = random.normal(size=(37, width + 5))[:, 5:]  # rows that do not follow each other without a gap
+    others = [random.normal(size=(37, other)).astype(np.float32) for other in (1, PANEL + 1)]
+    own, *found = products(values, others)
+    exact = np.concatenate([values, *others], axis=1, dtype=np.longdouble)
+    wanted = values.T.astype(np.longdouble) @ exact
+    assert own.shape == (width, width) and np.array_equal(own, own.T)
+    for product, other in zip(found, others, strict=True):
+        assert product.dtype == np.float64 and product.shape == (width, other.shape[1])
+    np.testing.assert_allclose(np.concatenate([own, *found], axis=1), wanted.astype(np.float64), rtol=0, atol=1e-13)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -169,3 +171,35 @@ def test_more_factors_than_there_are_become_zero(store: EventStore, tmp_path: Pa
 def test_bad_constants_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TastesConfig(**arguments)
+
+
+MEASURE = """
+from pathlib import Path
+import numpy as np, torch
+from ubp_fast.features.tastes import SPARE_FACTORS, _weights
+
+def copies(columns, rank=64, rows=3000):
+    random = np.random.default_rng(0)
+    places = np.stack((random.integers(0, rows, 2 * columns), random.integers(0, columns, 2 * columns)))
+    matrix = torch.sparse_coo_tensor(places, np.ones(2 * columns, np.float32), (rows, columns)).coalesce()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = high_water_mb()
+    assert _weights(matrix, rank, 0).shape == (columns, rank)
+    return (high_water_mb() - before) * 2**20 / (columns * (rank + SPARE_FACTORS) * 4)
+
+def high_water_mb():
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+torch.set_num_threads(1)
+copies(1000)
+print(copies(200_000))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's high-water mark of memory")
+def test_weights_of_many_items_are_held_few_times() -> None:
+    """Nearly five were: with the challenge's items that took more memory than a shard of its clients."""
+    found = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert float(found.stdout) < 3.2, f"{float(found.stdout):.1f} copies"

@@ -6,10 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from ubp_fast.events.labels import LabelMatrix
 from ubp_fast.features import scaling
+from ubp_fast.features.scaling import PANEL
 from ubp_fast.models import reduced_rank
+from ubp_fast.models.near import NearModel, NearPart
 from ubp_fast.models.reduced_rank import ReducedRankConfig, ReducedRankModel
 
 
@@ -113,6 +117,26 @@ def test_rows_at_once_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaling, "ROWS_AT_ONCE", 77)
     parts = ReducedRankModel(ReducedRankConfig()).fit([blocks], labels).transform(blocks)
     np.testing.assert_allclose(parts, whole, atol=1e-4)
+
+
+def test_bytes_do_not_depend_on_threads() -> None:
+    """A cluster gave the BLAS one thread, the driver as many as it had cores: vectors differed in a few bits."""
+    random = np.random.default_rng(0)
+    blocks = random.normal(size=(1500, PANEL + 190)).astype(np.float32)
+    lists = blocks[:, :400] + random.normal(size=(1500, 400)) > 1
+    statistics = scaling.moments(blocks)
+    found, before = [], torch.get_num_threads()
+    for blas, threads in ((1, 1), (2, 1), (2, 3)):
+        try:
+            torch.set_num_threads(threads)
+            with threadpool_limits(blas, user_api="blas"):
+                assert {one["num_threads"] for one in threadpool_info() if one["user_api"] == "blas"} == {blas}
+                model = ReducedRankModel(ReducedRankConfig()).fit([blocks], {"lists": label_matrix(lists)})
+                near = NearModel.fit([NearPart(blocks, *statistics, 1.0)], 40)
+        finally:
+            torch.set_num_threads(before)
+        found.append([one.tobytes() for one in (model.directions, model.singular_values, near.mean, near.directions)])
+    assert found[0] == found[1] == found[2]
 
 
 def test_rows_may_be_made_when_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,18 +1,24 @@
 """Scales of columns: `moments` and `standardised`, a few rows at a time; `MinMaxScaler`, fitted once for all.
 
 What is computed of a row here never depends on the rows beside it, on their number, or on threads. What is learned from
-all rows is a `Statistic`: it adds up over parts of the rows, wherever these are, with the bytes of one pass.
+all rows is a `Statistic`: it adds up over parts of the rows, wherever these are, with the bytes of one pass. NumPy's
+BLAS takes all cores that it finds and orders sums by their number: hence `one_blas_thread` and `products`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
+import torch
+from threadpoolctl import ThreadpoolController
 
 from ubp_fast.compiled import njit
 from ubp_fast.files import load_array, write_array
@@ -20,6 +26,8 @@ from ubp_fast.files import load_array, write_array
 ROWS_AT_ONCE = 4_096
 # Where nothing is summed over rows: what is computed of so few stays in a cache near the core.
 CACHED_ROWS = 128
+# Columns of a product that one thread makes at a time.
+PANEL = 512
 SMALLEST_DEVIATION = 1e-6
 NUM_CLIENTS = "num_clients"
 PartT = TypeVar("PartT")
@@ -186,6 +194,47 @@ class KnownMeans(Sums[tuple[np.ndarray]]):
     def _result(self, part: list[np.ndarray]) -> tuple[np.ndarray]:
         total, number = part
         return (total / np.maximum(number, 1),)
+
+
+@cache
+def _libraries() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """What NumPy multiplies and solves meanwhile has the same bytes whatever the number of cores; also a decorator."""
+    with _libraries().limit(limits=1, user_api="blas"):
+        yield
+
+
+def products(values: np.ndarray, others: Sequence[np.ndarray] = ()) -> list[np.ndarray]:
+    """Columns float64 [N, F] times each other, [F, F], and times those of every other matrix [N, L], [F, L].
+
+    As many threads as torch has make a panel of columns each: the bytes do not depend on their number.
+    """
+    width = values.shape[1]
+    own = np.empty((width, width))
+    found = [np.empty((width, other.shape[1])) for other in others]
+
+    def of_own(first: int) -> None:
+        here, below = slice(first, first + PANEL), slice(first + PANEL, None)
+        columns = values[:, here]
+        own[here, here] = columns.T @ columns
+        own[below, here] = values[:, below].T @ columns
+        own[here, below] = own[below, here].T
+
+    def of_other(product: np.ndarray, other: np.ndarray, first: int) -> None:
+        here = slice(first, first + PANEL)
+        product[:, here] = values.T @ other[:, here]
+
+    work = [partial(of_own, first) for first in range(0, width, PANEL)]
+    for product, other in zip(found, others, strict=True):
+        work += [partial(of_other, product, other, first) for first in range(0, other.shape[1], PANEL)]
+    with one_blas_thread(), ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        for done in [threads.submit(one) for one in work]:
+            done.result()
+    return [own, *found]
 
 
 def parts_of_rows(number: int) -> Iterator[tuple[int, slice]]:

@@ -253,14 +253,17 @@ def _weights(matrix: Tensor, rank: int, seed: int) -> np.ndarray:
     if not width or not matrix._nnz():
         return found
     transposed = matrix.t().coalesce()
-    start = np.random.default_rng(seed).standard_normal((columns, width), np.float32)
-    right = torch.from_numpy(start)
+    # Of many items every copy of the right side counts: none is kept while the next one is made.
+    right = torch.from_numpy(np.random.default_rng(seed).standard_normal((columns, width), np.float32))
     for _ in range(ITERATIONS):
         left = torch.linalg.qr(torch.sparse.mm(matrix, right)).Q
+        del right
         right = torch.linalg.qr(torch.sparse.mm(transposed, left)).Q
     _, values, turn = torch.linalg.svd(torch.sparse.mm(matrix, right), full_matrices=False)
     kept = min(rank, int((values > values[0] * 1e-5).sum()))
     weights = right @ turn[:kept].T
-    sign = torch.sign(weights.gather(0, weights.abs().argmax(dim=0, keepdim=True)))
-    found[:, :kept] = (weights * sign * (rows**0.5 / values[:kept])).numpy()
+    del right
+    weights *= torch.sign(weights.gather(0, weights.abs().argmax(dim=0, keepdim=True)))
+    weights *= rows**0.5 / values[:kept]
+    found[:, :kept] = weights.numpy()
     return found

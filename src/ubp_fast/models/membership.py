@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ubp_fast.features.scaling import Sums, in_parts, moments
+from ubp_fast.features.scaling import Sums, in_parts, moments, one_blas_thread
 from ubp_fast.sequences.sampling import DAY_S, Views, views_at
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ class NewtonSums(Sums[list[np.ndarray]]):
         return part
 
 
+@one_blas_thread()
 def fit_logistic(columns: np.ndarray, target: np.ndarray, l2: float, steps: int) -> np.ndarray:
     """Coefficients float64 [F + 1] (intercept last, not penalised) of ridge logistic regression by Newton's method."""
     penalty = np.append(np.full(columns.shape[1], l2), 1e-6)
@@ -103,6 +104,7 @@ def fit_logistic(columns: np.ndarray, target: np.ndarray, l2: float, steps: int)
     return coefficients
 
 
+@one_blas_thread()
 def membership_weights(
     columns: np.ndarray, is_relevant: np.ndarray | None, config: MembershipConfig | None = None
 ) -> np.ndarray:

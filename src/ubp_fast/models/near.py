@@ -18,7 +18,7 @@ import numpy as np
 
 from ubp_fast.compiled import njit
 from ubp_fast.features import scaling
-from ubp_fast.features.scaling import CACHED_ROWS, Rows, Sums, in_parts, standardised
+from ubp_fast.features.scaling import CACHED_ROWS, Rows, Sums, in_parts, one_blas_thread, products, standardised
 from ubp_fast.kernels.row_product import row_product
 
 # Of the largest eigenvalue: a direction with less is made of roundings.
@@ -48,7 +48,7 @@ class NearSums(Sums[list[np.ndarray]]):
 
     def _of(self, *rows: Any) -> list[np.ndarray]:
         (values,) = rows
-        return [np.array([len(values)], np.float64), values.sum(axis=0), values.T @ values]
+        return [np.array([len(values)], np.float64), values.sum(axis=0), *products(values)]
 
     def _result(self, part: list[np.ndarray]) -> list[np.ndarray]:
         return part
@@ -80,11 +80,12 @@ class NearModel:
         return cls.of_sums(near_sums(parts), width)
 
     @classmethod
+    @one_blas_thread()
     def of_sums(cls, sums: NearSums, width: int) -> NearModel:
         """`fit` from the sums of all clients."""
-        clients, total, products = sums.finish()
+        clients, total, squares = sums.finish()
         mean = total / clients
-        values, vectors = np.linalg.eigh(products - np.outer(mean, total))
+        values, vectors = np.linalg.eigh(squares - np.outer(mean, total))
         leading = vectors[:, values > values[-1] * SMALLEST_SHARE][:, ::-1][:, :width]
         # An eigenvector has no sign of its own: its largest entry is made positive.
         sign = np.sign(leading[np.abs(leading).argmax(axis=0), np.arange(leading.shape[1])])

@@ -37,7 +37,9 @@ from ubp_fast.features.scaling import (
     Rows,
     Sums,
     moments,
+    one_blas_thread,
     parts_of_rows,
+    products,
     standardised,
 )
 from ubp_fast.files import write_arrays
@@ -80,7 +82,7 @@ class RegressionSums(Sums[list[np.ndarray]]):
     def _of(self, *rows: Any) -> list[np.ndarray]:
         total: list[np.ndarray] = []
         for inputs, labels in rows:
-            more = [np.array([len(inputs)], np.float64), inputs.T @ inputs, *(inputs.T @ label for label in labels)]
+            more = [np.array([len(inputs)], np.float64), *products(inputs, labels)]
             total = self._joined(total, more) if total else more
         return total
 
@@ -149,13 +151,14 @@ class ReducedRankModel:
             sums.add(first_part + number, *pairs)
         return sums
 
+    @one_blas_thread()
     def of_sums(self, sums: RegressionSums, is_summary: np.ndarray | None = None) -> ReducedRankModel:
         """Learns the directions from the sums of all clients and returns itself."""
         num_rows, *totals = sums.finish()
-        gram, *products = (total / num_rows for total in totals)
+        gram, *of_labels = (total / num_rows for total in totals)
         weight = self._weight(len(gram), is_summary)
         penalised = gram + self.config.ridge * np.eye(len(gram))
-        coefficients = [_weighted(np.linalg.solve(penalised, product), gram) for product in products]
+        coefficients = [_weighted(np.linalg.solve(penalised, product), gram) for product in of_labels]
         directions, self.singular_values = _leading(np.concatenate(coefficients, axis=1), gram, self.config.rank)
         self.directions = weight[:, None] * directions
         return self

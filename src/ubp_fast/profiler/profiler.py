@@ -17,7 +17,7 @@ import polars as pl
 from ubp_fast.events.schema import UserError
 from ubp_fast.events.split import utc_text
 from ubp_fast.features.scaling import DayStatistics
-from ubp_fast.files import scratch_directory, writing_to
+from ubp_fast.files import is_url, scratch_directory, writing_to
 from ubp_fast.profiler.bulk import write_in_parts
 from ubp_fast.profiler.bundle import (
     BUNDLE_FILE,
@@ -34,12 +34,13 @@ from ubp_fast.profiler.parts import Blocks, Fitted, Made, features_and_networks,
 from ubp_fast.profiler.reading import own_ids, read_new_events, seconds_of
 from ubp_fast.profiles import Profiles
 from ubp_fast.profiles.blocks import Layout
+from ubp_fast.profiles.publishing import objects_there, publish
 from ubp_fast.progress import Progress
 from ubp_fast.store.in_memory import Histories, memory_store
 
 LATEST = "latest"
-# Share of the time that features and statistics of everybody take, for the progress.
-MEASURING = 0.7
+# Shares of the time for the progress: that features and statistics of everybody take, and what comes before sending.
+MEASURING, BEFORE_SENDING = 0.7, 0.9
 # Fewer clients than this part of the day before are not everybody.
 SMALLEST_EVERYBODY = 0.5
 # Clients whose features are in memory at once.
@@ -140,11 +141,25 @@ class Profiler:
         bytes; what was there before is replaced when all is complete.
 
         Args:
-            output: a directory, or a table when the name ends in .parquet.
+            output: a directory, a table when the name ends in .parquet, or the URL of a folder in a bucket, see
+                `ubp_fast.profiles.publishing`: the table lies among temporary files (TMPDIR) meanwhile, and begins anew
+                after a kill.
             events, at, clients, blocks, everybody: as of `embed`.
             per_block: a column of the table per block.
             progress: called with (steps done, steps in all).
+
+        Raises:
+            ObjectError: the store says no, or the folder of the URL holds something else.
         """
+        if is_url(output):
+            url, report = str(output), progress or _silent
+            objects_there(url)  # what is refused there is said before the work, too
+            with TemporaryDirectory(prefix="ubp_fast-") as folder:
+                table = Path(folder) / "profiles.parquet"
+                made = _share(report, 0.0, BEFORE_SENDING)
+                number = self.embed_to(table, events, at, clients, blocks, per_block, made, everybody)
+                publish(table, table.with_suffix(".json"), url, _share(report, BEFORE_SENDING, 1.0))
+            return number
         job, target = self._job(events, at, clients, blocks), Path(output)
         if len(job.numbers) != len(np.unique(job.numbers)):
             raise UserError("clients: ids must be named once to be written, got some twice; remove the repeats")

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ubp_fast.events.schema import UserError
+from ubp_fast.features.scaling import one_blas_thread
 from ubp_fast.kernels.row_product import row_product
 from ubp_fast.profiles.blocks import Layout
 
@@ -63,6 +64,7 @@ def without_turning(alignment: Alignment) -> Alignment:
     return replace(alignment, turns={name: np.eye(*turn.shape) for name, turn in alignment.turns.items()})
 
 
+@one_blas_thread()
 def fit_alignment(new: np.ndarray, own: Layout, old: np.ndarray, layout: Layout) -> tuple[Alignment, dict[str, float]]:
     """The alignment of two models by what they make of the same clients at the same moment.
 

@@ -85,7 +85,14 @@ def objects_there(url: str) -> dict[str, int]:
 def _named_before(url: str) -> set[str]:
     """Names of the parts of the profiles that are there."""
     with bucket_of(f"{url}/{MANIFEST_FILE}") as (system, path):
-        return {part["name"] for part in json.loads(system.cat_file(path))["parts"]}
+        content = system.cat_file(path)
+    try:
+        return {part["name"] for part in json.loads(content)["parts"]}
+    except (ValueError, LookupError, TypeError) as error:
+        raise ObjectError(
+            f"{url}/{MANIFEST_FILE}: it must be one of profiles, got another content ({error}); remove it or name"
+            " another folder"
+        ) from error
 
 
 def _rows(file: Path) -> int:
