@@ -16,6 +16,8 @@ from contest import Ratio
 
 # The loops that a share of the peak is taken of.
 PEAKS = ("bare multiply-adds", "bare dot products")
+# The row that `best_possible.py` makes.
+BEST_POSSIBLE = "the best possible, given the past"
 HEADER = ("figure", "rival", "ratio", "CPU ratio", "bar", "ok")
 
 
@@ -218,6 +220,20 @@ def variations_markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def possible_markdown(report: dict[str, Any]) -> str:
+    """What `best_possible.py` wrote as a table; after each AUROC its part of what is possible above chance."""
+    rows: dict[str, dict[str, float]] = report["possible"]
+    best = rows[BEST_POSSIBLE]
+    names = " | ".join(task.removeprefix("propensity_") for task in best)
+    lines = [f"| who | {names} |", "|---" * (len(best) + 1) + "|"]
+    for name, row in rows.items():
+        cells = [
+            f"{row[task]:.4f} ({(row[task] - 0.5) / (best[task] - 0.5):.1%})" if task in row else "" for task in best
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def shards_markdown(report: dict[str, Any]) -> str:
     """What `shards.py` wrote as a table per part; memory is that of the largest process."""
     heads = {"features": "store and decayed features", "run": "`stages=[profiles]`"}
@@ -262,6 +278,7 @@ def rewrite(text: str, root: Path) -> str:
                 "readers": readers_markdown,
                 "rows": components_markdown,
                 "variations": variations_markdown,
+                "possible": possible_markdown,
                 "run": shards_markdown,
                 "features": shards_markdown,
             }

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
+from bars import BEST_POSSIBLE
 from components import oracle_aurocs, targets_of
 from contest import machine
 
@@ -123,7 +124,8 @@ def main() -> None:
     shop = synthetic.Synthetic(**{name: value for name, value in config.items() if name != "_target_"})
     catalogue = world.draw_catalogue(np.random.default_rng([shop.seed, 0]), shop.skus, shop.categories)
     events = EventDirectory.open(options.run / "stages" / "events")
-    targets = targets_of(options.run, Profiles.load(options.run / "profiles"))
+    profiles = Profiles.load(options.run / "profiles")
+    targets = targets_of(options.run, profiles)
     past = Past.of(events, np.asarray(targets.client_ids), shop, catalogue)
     lists = events.label_lists
     assert lists is not None
@@ -133,14 +135,37 @@ def main() -> None:
     oracle = oracle_aurocs(options.run, targets)
     assert oracle is not None
     report: dict[str, object] = {"machine": machine(), "clients": len(targets.client_ids), "draws": options.draws}
-    report["auroc"] = {"oracle": oracle, "best possible": {}}
+    scores = _scores_of(profiles, columns)
+    of_chances: dict[str, float] = {}
+    of_scores: dict[str, float] = {}
     for name, task in targets.tasks.items():
-        chance = chances[name if task.task.column else "purchase"][task.included]
         labels = task.validation.take(np.flatnonzero(task.included))
-        score = auroc(torch.from_numpy(chance if task.task.column else 1 - chance), labels)
-        report["auroc"]["best possible"][name] = float(score)  # type: ignore[index]
+        for chance, found in ((chances, of_chances), (scores, of_scores)):
+            if (key := name if task.task.column else "purchase") in chance:
+                wanted = chance[key] if task.task.column else -chance[key]
+                found[name] = float(auroc(torch.from_numpy(np.ascontiguousarray(wanted[task.included])), labels))
+    report["possible"] = {
+        "the truth (oracle)": oracle,
+        BEST_POSSIBLE: of_chances,
+        "the profile's scores, no reader": of_scores,
+    }
     write_json(options.output, report)
-    print(json.dumps(report["auroc"], indent=1))
+    print(json.dumps(report["possible"], indent=1))
+
+
+def _scores_of(profiles: Profiles, columns: dict[str, tuple[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The profile's scores float32 [U, labels] as they are, of the lists that it has all labels of, and "purchase"."""
+    selected = profiles.select("scores")
+    assert selected.layout is not None
+    place = {name: number for number, name in enumerate(selected.layout.blocks[0].columns)}
+    wanted = {name: [f"propensity_{column}_{label}" for label in labels] for name, (column, labels) in columns.items()}
+    wanted["purchase"] = ["buys"]
+    vectors = np.asarray(selected.embeddings, np.float32)
+    return {
+        name: vectors[:, [place[label] for label in labels]]
+        for name, labels in wanted.items()
+        if place.keys() >= {*labels}
+    }
 
 
 def chances_of(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import numpy as np
@@ -211,3 +212,33 @@ def test_blocks_and_relevant_clients(tmp_path: Path) -> None:
         np.testing.assert_array_equal(values, np.load(tmp_path / "whole" / "truth" / name)[chosen - 1])
     with pytest.raises(ValueError, match=r"relevant must be 1..clients = 500, got 501"):
         Synthetic(**whole, relevant=501).prepare(tmp_path / "none")
+
+
+def test_the_best_possible_chances_are_right_on_average(
+    events: EventDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given the past alone: as high as the truth among all who look alike, below it where one of two is dead."""
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[3] / "benchmarks")
+    best_possible = importlib.import_module("best_possible")
+    shop = Synthetic(clients=4000, block_clients=1500, seed=3)
+    catalogue = draw_catalogue(np.random.default_rng([shop.seed, 0]), shop.skus, shop.categories)
+    known, lists = known_clients(events), events.label_lists
+    assert lists is not None
+    past = best_possible.Past.of(events, truth(events, "client_ids")[known], shop, catalogue)
+    columns = {name: (name.rsplit("_", 1)[1], lists[name][0]) for name in ("propensity_category", "propensity_price")}
+    found = best_possible.chances_of(past, catalogue, columns, gap_days=14, num_days=14, draws=40)
+    real = {name: truth(events, f"validation_{name}")[known].astype(np.float64) for name in ("purchase", *columns)}
+    order = np.argsort(found["purchase"][:, 0])
+    for part in np.array_split(order, 8):
+        assert found["purchase"][part].mean() == pytest.approx(real["purchase"][part].mean(), abs=0.035)
+    for name in columns:
+        order = np.argsort(found[name].ravel())
+        for part in np.array_split(order, 4):
+            chance, of_truth = found[name].ravel()[part].mean(), real[name].ravel()[part].mean()
+            assert chance == pytest.approx(of_truth, rel=0.15, abs=0.0005)
+        assert np.corrcoef(found[name].ravel(), real[name].ravel())[0, 1] > 0.85
+    bought = np.isin(truth(events, "client_ids")[known], window(events, "validation")["client_id"].to_numpy())
+    possible, oracle = (
+        area_under_curve(bought, chance[:, 0]) for chance in (found["purchase"], real["purchase"][:, None])
+    )
+    assert 0.8 < possible < oracle
