@@ -90,10 +90,10 @@ std::vector<ubp::FlashAttentionItem> items_of(const Attention& problem) {
   const double long_cost = total * kLongShare / problem.threads;
   const auto rank = [&](const ubp::FlashAttentionItem& item) {
     const int64_t own = cost(item);
-    return static_cast<double>(own) > long_cost ? -own : 0;
+    return std::make_tuple(static_cast<double>(own) > long_cost ? -own : 0, item.sequence, item.first_head);
   };
-  std::stable_sort(items.begin(), items.end(),
-                   [&](const auto& one, const auto& other) { return rank(one) < rank(other); });
+  std::sort(items.begin(), items.end(),
+            [&](const auto& one, const auto& other) { return rank(one) < rank(other); });
   return items;
 }
 
