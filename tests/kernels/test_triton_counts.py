@@ -78,7 +78,9 @@ def test_a_time_bias_costs_short_histories_little(width: int) -> None:
     assert all(with_bias[name].flop == 0 for name in ("forward", "dq", "dkv"))
 
 
-@pytest.mark.parametrize(("case", "width", "most"), [("the mix", 128, 1.3), ("the mix", 64, 1.51), ("2,048", 128, 1.61)])
+@pytest.mark.parametrize(
+    ("case", "width", "most"), [("the mix", 128, 1.3), ("the mix", 64, 1.51), ("2,048", 128, 1.61)]
+)
 def test_what_a_time_bias_costs_longer_ones(case: str, width: int, most: float) -> None:
     """Long histories stay above the 1.3 that short ones reach; the page says so."""
     ratios = count_gpu.time_bias_ratios(count_gpu.time_bias_cases()[case], width, count_gpu.Device())
