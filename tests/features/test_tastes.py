@@ -13,7 +13,8 @@ from support.shops import EMPTY_CLIENT, END_S, NUM_SKUS, make_store
 
 from ubp_fast.events.split import DAY_S
 from ubp_fast.features import writing
-from ubp_fast.features.tastes import TastesConfig, fit_tastes, taste_features
+from ubp_fast.features.history import History
+from ubp_fast.features.tastes import TastesConfig, fit_tastes, taste_features, tastes_of
 from ubp_fast.store.event_store import EventStore
 from ubp_fast.store.ids import drawn
 
@@ -123,6 +124,14 @@ def test_as_many_clients_are_factorised_as_entries_are_allowed(store: EventStore
         wanted = fit_tastes(store, CUTOFF_S, replace(config, clients=number))
         for kind in config.kinds:
             assert all(map(np.array_equal, found[kind], wanted[kind]))
+
+
+def test_one_history_serves_several_weights(store: EventStore) -> None:
+    config, history = TastesConfig(rank=4), History.of(store, CUTOFF_S)
+    for pages in (6, 9, 100_000):
+        weights = fit_tastes(store, CUTOFF_S, replace(config, pages=pages))
+        alone = tastes_of(History.of(store, CUTOFF_S), config, weights)
+        np.testing.assert_array_equal(tastes_of(history, config, weights), alone)
 
 
 def test_pages_with_most_visits_are_factorised(store: EventStore) -> None:

@@ -232,9 +232,15 @@ def _logarithms(
     """The rows of A before its columns are divided: kind; offsets i64 [U + 1]; rows of items i32, values float32."""
     for kind in part.present(config.kinds):
         if kind in weights and len(weights[kind].items):
-            places = part.once(("taste", kind), partial(weights[kind].places, part.store, kind))
-            found = part.decayed(kind, (config.half_life_days,), places, len(weights[kind].items))
+            one = weights[kind]
+            # Kept beside its rows, so that the address stays that of these weights.
+            _, places = part.once(("taste", kind, id(one)), partial(_with_places, one, part.store, kind))
+            found = part.decayed(kind, (config.half_life_days,), places, len(one.items))
             yield kind, found.offsets, found.slots, np.log1p(found.counts[:, 0]).astype(np.float32)
+
+
+def _with_places(weights: ItemWeights, store: EventStore, kind: str) -> tuple[ItemWeights, np.ndarray]:
+    return weights, weights.places(store, kind)
 
 
 @njit

@@ -5,7 +5,7 @@
     near      unit vectors whose angle says who is alike: for vector indexes, which take this block alone
     scores    how likely the client buys each listed category, sku and price, as log odds
     own       the features themselves, standardised: nothing is lost to a reader that chooses scales, or needs none
-    tastes    factors of everything that was bought, also of what is on no list of labels
+    tastes    factors of all items, pages and searches, also of what is on no list of labels
     rhythm    when, how often, how much at once, at what price, how much of it new
     learned   vectors of the trained models, where the experiment trains any
 
