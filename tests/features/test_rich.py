@@ -275,7 +275,8 @@ def test_shop_with_purchases_only(events: EventDirectory, store: EventStore, lis
     few = EventStore.open(tmp_path / "store")
     matrix = rich_features(few, few.cutoff_s, lists)
     assert np.isfinite(matrix.values).all()
-    assert not any(name.startswith(("add_to_cart", "page_visit", "search")) for name in matrix.names)
+    assert not any(name.startswith(("add_to_cart", "page_visit", "search", "timeline")) for name in matrix.names)
+    assert "timeline_sessions" in rich_features(few, few.cutoff_s, lists, RichConfig((Gaps(("timeline",)),))).names
     whole = rich_features(store, store.cutoff_s, lists)
     rows = np.isin(whole.client_ids, few.client_ids)
     name = "product_buy_entropy_items_all"

@@ -106,8 +106,13 @@ class History:
         return max(0, self.cutoff_s - self.store.first_timestamp_s) / DAY_S
 
     def present(self, kinds: tuple[str, ...]) -> list[str]:
-        """Those of the kinds that the store has."""
-        return [kind for kind in kinds if kind == TIMELINE or kind in self.store.kinds]
+        """Those of the kinds that the store has; the timeline not where it would only repeat one of them.
+
+        Columns that say the same twice count twice wherever columns are weighed: in a regression, in a distance.
+        """
+        found = [kind for kind in kinds if kind in self.store.kinds]
+        repeats = len(self.store.kinds) == 1 and found
+        return [kind for kind in kinds if kind in found or (kind == TIMELINE and not repeats)]
 
     def events(self, kind: str) -> KindColumns:
         """Events of a kind or, without items, of the timeline, client by client; later ones than the cutoff, too."""

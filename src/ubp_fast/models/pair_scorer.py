@@ -616,8 +616,6 @@ def _counts(history: History, config: PairScorerConfig, items: Weights) -> Count
         starts.append(first + decayed.offsets)
         first += len(decayed.slots)
     for kind in history.present(config.activity_kinds):
-        if kind == TIMELINE and len(history.store.kinds) == 1:  # says the same again
-            continue
         half_lives_s = tuple(days * DAY_S for days in config.activity_half_lives_days)
         windows_s = (14 * DAY_S, 30 * DAY_S, 90 * DAY_S, None)
         found = history.aggregate("activity", kind, half_lives_s=half_lives_s, windows_s=windows_s, periods_s=(DAY_S,))
