@@ -7,7 +7,6 @@ driver that is killed goes on where it stood.
 
 from __future__ import annotations
 
-import ctypes
 import secrets
 import shutil
 import statistics
@@ -21,6 +20,7 @@ import torch
 
 from ubp_fast.events.schema import UserError
 from ubp_fast.files import file_digest, load_json, publish_first, remove_at_once, write_json
+from ubp_fast.models.training import give_back_memory
 
 MANIFEST_FILE = "manifest.json"
 # A task is lost so often at most before the run gives up.
@@ -77,11 +77,11 @@ class LocalEngine(Engine):
     """One task after the other in this process."""
 
     def _run(self, stage: str, tasks: Sequence[Task], done: Callable[[], None]) -> None:
-        _give_memory_back()
+        give_back_memory()  # of what this process has fitted
         for task in tasks:
             _do(task)
             done()
-        _give_memory_back()
+        give_back_memory()
 
 
 class RayEngine(Engine):
@@ -191,15 +191,6 @@ def is_whole(folder: Path) -> bool:
 
 def _facts(path: Path) -> dict[str, object]:
     return {"bytes": path.stat().st_size, "blake2b": file_digest(path)}
-
-
-def _give_memory_back() -> None:
-    """Freed memory goes back to the system: what glibc keeps after a fit is as much as a shard takes.
-
-    Other C libraries keep less, and have no such function.
-    """
-    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        trim(0)
 
 
 def _do(task: Task) -> None:
