@@ -237,15 +237,20 @@ def possible_markdown(report: dict[str, Any]) -> str:
 def lengths_markdown(report: dict[str, Any]) -> str:
     """What `learned.py --lengths` wrote as a table: AUROC by length of history, and how far the first are ahead.
 
-    A task that leaves clients out has fewer in a group than the table says.
+    A task that leaves clients out has fewer in a group than the table says; one that asks the same as an earlier one is
+    left out.
     """
     found: dict[str, dict[str, list[dict[str, Any]]]] = report["lengths"]
-    profile = next(iter(found.values()))
+    every = next(iter(found.values()))
+    profile = {task: one for task, one in every.items() if one not in [*every.values()][: [*every].index(task)]}
     names = " | ".join(task.removeprefix("propensity_") for task in profile)
     lines = [f"| events before | clients | reads | {names} |", "|---" * (len(profile) + 3) + "|"]
     for group in max(profile.values(), key=lambda groups: sum(one["clients"] for one in groups)):
         low, high = group["from"], group["to"]
         ends = f"{low:.0f}" if low == high else f"{low:.0f}-{high:,.0f}"
+        if all(_within(one, low, high) is None for one in profile.values()):
+            lines.append(f"| {ends} | {group['clients']:,} | no label that enough have |{' |' * len(profile)}")
+            continue
         for name, tasks in found.items():
             cells = [
                 _length_cell(_within(tasks[task], low, high), _within(profile[task], low, high)) for task in profile

@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     targets = build_targets(events, whole.client_ids)
     config = EvaluationConfig(readers=("linear",))
     if options.lengths:
-        del report["readers"]
+        report = {name: report[name] for name in ("data", "overrides", "machine")}
         report["lengths"] = _of_lengths(whole, targets, activity(events, whole.client_ids)[0], config)
         return write_json(options.output, report)
     found = report["readers"]["linear"]

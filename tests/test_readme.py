@@ -86,11 +86,12 @@ def test_a_table_of_lengths_says_how_far_the_first_is_ahead(bars: Any) -> None:
         "profile": {"churn": groups(20, None, 0.7, 0.8)[1:], "propensity_sku": groups(1_030, None, 0.6, 0.9)},
         "without": {"churn": groups(20, None, 0.65, 0.81)[1:], "propensity_sku": groups(1_030, None, 0.6, 0.85)},
     }
+    for tasks in found.values():
+        tasks["conversion"] = tasks["churn"]
     assert bars.lengths_markdown({"lengths": found}).splitlines() == [
         "| events before | clients | reads | churn | sku |",
         "|---|---|---|---|---|",
-        "| 1 | 1,030 | profile |  |  |",
-        "| 1 | 1,030 | without |  |  |",
+        "| 1 | 1,030 | no label that enough have | | |",
         "| 2-4 | 1,030 | profile | 0.7000 ± 0.0100 | 0.6000 ± 0.0100 |",
         "| 2-4 | 1,030 | without | 0.6500 (+0.0500) | 0.6000 (+0.0000) |",
         "| 100-3,000 | 1,030 | profile | 0.8000 ± 0.0100 | 0.9000 ± 0.0100 |",
