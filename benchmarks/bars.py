@@ -234,6 +234,43 @@ def possible_markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def lengths_markdown(report: dict[str, Any]) -> str:
+    """What `learned.py --lengths` wrote as a table: AUROC by length of history, and how far the first are ahead.
+
+    A task that leaves clients out has fewer in a group than the table says; one that asks the same as an earlier one is
+    left out.
+    """
+    found: dict[str, dict[str, list[dict[str, Any]]]] = report["lengths"]
+    every = next(iter(found.values()))
+    profile = {task: one for task, one in every.items() if one not in [*every.values()][: [*every].index(task)]}
+    names = " | ".join(task.removeprefix("propensity_") for task in profile)
+    lines = [f"| events before | clients | reads | {names} |", "|---" * (len(profile) + 3) + "|"]
+    for group in max(profile.values(), key=lambda groups: sum(one["clients"] for one in groups)):
+        low, high = group["from"], group["to"]
+        ends = f"{low:.0f}" if low == high else f"{low:.0f}-{high:,.0f}"
+        if all(_within(one, low, high) is None for one in profile.values()):
+            lines.append(f"| {ends} | {group['clients']:,} | no label that enough have |{' |' * len(profile)}")
+            continue
+        for name, tasks in found.items():
+            cells = [
+                _length_cell(_within(tasks[task], low, high), _within(profile[task], low, high)) for task in profile
+            ]
+            lines.append(f"| {ends} | {group['clients']:,} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _within(groups: list[dict[str, Any]], low: float, high: float) -> dict[str, Any] | None:
+    return next((one for one in groups if low <= one["from"] <= high and one["auroc"] is not None), None)
+
+
+def _length_cell(one: dict[str, Any] | None, first: dict[str, Any] | None) -> str:
+    if one is None or first is None:
+        return ""
+    return f"{one['auroc']:.4f} " + (
+        f"± {one['error']:.4f}" if one is first else f"({first['auroc'] - one['auroc']:+.4f})"
+    )
+
+
 def shards_markdown(report: dict[str, Any]) -> str:
     """What `shards.py` wrote as a table per part; memory is that of the largest process."""
     heads = {"features": "store and decayed features", "run": "`stages=[profiles]`"}
@@ -275,6 +312,7 @@ def rewrite(text: str, root: Path) -> str:
             stored = json.loads((root / named.strip()).read_text(encoding="utf-8"))
             make = {"benchmarks": markdown, "breakdown": breakdown}[kind]
             named_by = {
+                "lengths": lengths_markdown,
                 "readers": readers_markdown,
                 "rows": components_markdown,
                 "variations": variations_markdown,

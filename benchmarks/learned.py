@@ -1,11 +1,13 @@
 """What each learned part of a profile is worth to a linear reader: alone, beside the features, and left out.
 
-    python benchmarks/learned.py --output FILE --data NAME [--root runs] [key=value ...]
+    python benchmarks/learned.py --output FILE --data NAME [--root runs] [--lengths] [key=value ...]
 
 Words with "=" are overrides of the run's configuration (`data=synthetic data.clients=20000`); the experiment is
 `best` unless they say otherwise. One run makes a profile of all blocks; the rows are some of its columns, beside the
-organisers' counts as log1p. CPU minutes are those of the stages that train where the cache does
-not have them. `python benchmarks/bars.py` makes the table of the documentation from the file.
+organisers' counts as log1p. `--lengths` asks instead what all learned parts together are worth to clients with few
+events before the cutoff: AUROC by length of history, with them and without. CPU minutes are those of the stages that
+train where the cache does not have them. `python benchmarks/bars.py` makes the table of the documentation from the
+file.
 """
 
 from __future__ import annotations
@@ -19,12 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from components import CONF
 from contest import machine
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 
-from ubp_fast.evaluation import EvaluationConfig, build_targets, evaluate
+from ubp_fast.evaluation import EvaluationConfig, Targets, build_targets, evaluate
+from ubp_fast.evaluation.diagnostics import activity, by_length
+from ubp_fast.evaluation.readers.linear import Regression, option_of
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.files import load_json, write_json
 from ubp_fast.pipeline.execute import run_stages
@@ -35,6 +40,8 @@ from ubp_fast.profiles.blocks import Layout
 EVERYTHING, FEATURES, BASELINE = "profile", "features", "log1p baseline"
 # What is learned -> where its columns lie: block, and how their names begin.
 LEARNED = {"contrastive": ("learned", "contrastive."), "multitask": ("learned", "multitask."), "scores": ("scores", "")}
+# Blocks whose columns are learned parts themselves.
+LEARNED_BLOCKS, WITHOUT = ("scores", "tastes", "learned"), "profile without learned blocks"
 TRAINING_STAGES = ("features", "contrastive", "multitask")
 CACHED_S = 2.0  # of CPU at most for a stage that is there already
 
@@ -45,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--data", required=True, help="what the tables call the data")
     parser.add_argument("--root", type=Path, default=Path("runs"))
+    parser.add_argument("--lengths", action="store_true", help="AUROC by length of history, with and without")
     options, overrides = parser.parse_known_args(arguments)
     if bad := [word for word in overrides if "=" not in word]:
         parser.error(f"overrides must have the form key=value, got {bad}")
@@ -60,8 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run = _run(settings, report["cpu_minutes"])
     whole = Profiles.load(run / "profiles")
     assert whole.layout is not None
-    targets = build_targets(EventDirectory.open(run / "stages" / "events"), whole.client_ids)
+    events = EventDirectory.open(run / "stages" / "events")
+    targets = build_targets(events, whole.client_ids)
     config = EvaluationConfig(readers=("linear",))
+    if options.lengths:
+        report = {name: report[name] for name in ("data", "overrides", "machine")}
+        report["lengths"] = _of_lengths(whole, targets, activity(events, whole.client_ids)[0], config)
+        return write_json(options.output, report)
     found = report["readers"]["linear"]
     for name, columns in _rows(whole.layout).items():
         if name not in found:
@@ -79,7 +92,7 @@ def _run(settings: Settings, minutes: dict[str, float]) -> Path:
     """Makes one stage after another, and adds the CPU time of those that were not there."""
     console = Console(quiet=True)
     run_stages(replace(settings, stages=("store",)), console)
-    for stage in TRAINING_STAGES:
+    for stage in (one for one in TRAINING_STAGES if one == "features" or one in settings.stacking_blocks):
         before_s = time.process_time()
         run_stages(replace(settings, stages=(stage,)), console)
         spent_s = time.process_time() - before_s
@@ -107,6 +120,30 @@ def _rows(layout: Layout) -> dict[str, np.ndarray]:
         f"features + {' + '.join(parts)}": stack,
         **{f"profile without {name}": np.setdiff1d(everything, columns) for name, columns in parts.items()},
     }
+
+
+def _of_lengths(
+    whole: Profiles, targets: Targets, lengths: np.ndarray, config: EvaluationConfig
+) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Vectors -> task -> groups of `by_length`, read by the regression that `evaluate` has chosen."""
+    assert whole.layout is not None
+    of_block = np.array([block.name for block in whole.layout.blocks for _ in block.columns])
+    without = np.flatnonzero(~np.isin(of_block, LEARNED_BLOCKS))
+    rows = {EVERYTHING: np.arange(whole.layout.width), WITHOUT: without, FEATURES: whole.layout.columns_of("own")}
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for name, columns in rows.items():
+        read = Profiles(whole.client_ids, whole.embeddings[:, columns])
+        vectors, scores = torch.from_numpy(read.embeddings), evaluate(read, targets, config).others["linear"]
+        found[name] = {}
+        for task, one in targets.tasks.items():
+            option = option_of(scores[task].samples[0].choice)
+            if option is not None:
+                clients = np.flatnonzero(one.included)
+                regression = Regression(vectors, clients, one.train.take(clients).dense())
+                predicted = regression.predicted(option, vectors, clients)
+                found[name][task] = by_length(predicted, one.validation.take(clients), lengths[clients])
+                print(f"{name}, {task}: {json.dumps(found[name][task])}", flush=True)
+    return found
 
 
 def _tasks(aurocs: dict[str, tuple[float, float | None]]) -> dict[str, Any]:

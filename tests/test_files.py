@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from support.runs import contents
@@ -22,11 +23,13 @@ from ubp_fast.files import (
     complete_directory,
     copy_directory,
     load_array,
+    load_arrays,
     load_json,
     load_tensors,
     published_directory,
     writable_directory,
     write_array,
+    write_arrays,
     write_atomically,
     write_json,
     write_tensors,
@@ -243,6 +246,26 @@ def test_values_come_back(tmp_path: Path) -> None:
     tensors = {"half": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3).t(), "steps": torch.tensor(3)}
     write_tensors(tmp_path / "tensors", tensors)
     torch.testing.assert_close(load_tensors(tmp_path / "tensors"), tensors)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel which files are mapped")
+def test_named_arrays_are_copied_or_mapped(tmp_path: Path) -> None:
+    """Weights of items are hundreds of MB: mapped pages are the system's, a copy is the process's own."""
+    path = tmp_path / "arrays.safetensors"
+    arrays = {"a/items": np.arange(7, dtype=np.int32), "b": np.arange(24.0).reshape(4, 6), "none": np.zeros((0, 3))}
+    write_arrays(path, arrays)
+
+    def is_mapped() -> bool:
+        return str(path) in {one.path for one in psutil.Process().memory_maps()}
+
+    for memory_map in (False, True):
+        found = load_arrays(path, memory_map)
+        assert is_mapped() == memory_map
+        assert found.keys() == arrays.keys()
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(found[name], array, strict=True)
+    found["b"][:] = 0  # of this process alone
+    np.testing.assert_array_equal(load_arrays(path)["b"], arrays["b"])
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,31 @@ def test_a_table_of_shards_says_what_was_not_compared(bars: Any) -> None:
     assert table[3] == "| 8 shards on Ray | 2.0 s | 1.0 s | 1,200 MB, of all 4,000 MB | 1,300 MB |"
 
 
+def test_a_table_of_lengths_says_how_far_the_first_is_ahead(bars: Any) -> None:
+    def groups(clients: int, *areas: float | None) -> list[dict[str, Any]]:
+        ends = ((1.0, 1.0), (2.0, 4.0), (100.0, 3_000.0))
+        return [
+            {"from": low, "to": high, "clients": clients, "labels": 1, "auroc": area, "error": area and 0.01}
+            for (low, high), area in zip(ends, areas, strict=True)
+        ]
+
+    found = {
+        "profile": {"churn": groups(20, None, 0.7, 0.8)[1:], "propensity_sku": groups(1_030, None, 0.6, 0.9)},
+        "without": {"churn": groups(20, None, 0.65, 0.81)[1:], "propensity_sku": groups(1_030, None, 0.6, 0.85)},
+    }
+    for tasks in found.values():
+        tasks["conversion"] = tasks["churn"]
+    assert bars.lengths_markdown({"lengths": found}).splitlines() == [
+        "| events before | clients | reads | churn | sku |",
+        "|---|---|---|---|---|",
+        "| 1 | 1,030 | no label that enough have | | |",
+        "| 2-4 | 1,030 | profile | 0.7000 ± 0.0100 | 0.6000 ± 0.0100 |",
+        "| 2-4 | 1,030 | without | 0.6500 (+0.0500) | 0.6000 (+0.0000) |",
+        "| 100-3,000 | 1,030 | profile | 0.8000 ± 0.0100 | 0.9000 ± 0.0100 |",
+        "| 100-3,000 | 1,030 | without | 0.8100 (-0.0100) | 0.8500 (+0.0500) |",
+    ]
+
+
 def test_the_breakdown_of_a_step(bars: Any, tmp_path: Path) -> None:
     parts = {"ubp_fast": {"linear layers": 30.0, "ours only": 10.0}, "rival": {"linear layers": 100.0}}
     cases = {"one": {"figure": "a step", "facts": {"cpu_ms_by_part": parts}}, "other": {"figure": "without parts"}}

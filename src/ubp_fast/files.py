@@ -180,7 +180,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Reads a safetensors file to the CPU."""
+    """A safetensors file on the CPU, mapped into memory: what is written to a tensor does not reach the file."""
     from safetensors.torch import load_file
 
     return load_file(path)
@@ -203,8 +203,10 @@ def _save_tensors(save_file: Callable[..., None], stored: Mapping[str, Any], fil
         raise _of_disk(error, file) from error
 
 
-def load_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Reads what `write_arrays` wrote."""
+def load_arrays(path: Path, memory_map: bool = False) -> dict[str, np.ndarray]:
+    """What `write_arrays` wrote, in memory or, with `memory_map`, mapped: pages are read when they are looked at."""
+    if memory_map:  # torch maps where numpy copies
+        return {name: tensor.numpy() for name, tensor in load_tensors(path).items()}
     from safetensors.numpy import load_file
 
     return load_file(path)

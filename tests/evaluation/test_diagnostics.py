@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from ubp_fast.evaluation import EvaluationConfig, Scores, build_targets, evaluate
-from ubp_fast.evaluation.diagnostics import diagnose
+from ubp_fast.evaluation.diagnostics import activity, by_length, diagnose
 from ubp_fast.evaluation.readers.linear import option_of
+from ubp_fast.events.labels import LabelMatrix
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.sources.challenge import Challenge
 from ubp_fast.profiles import Layout, Profiles
@@ -75,11 +76,54 @@ def test_calibration_and_groups_hold_every_client_once(
         assert groups[:, 2].sum() == labels.num_rows * labels.num_labels
         assert groups[:, 1] @ groups[:, 2] == pytest.approx(labels.column_counts().sum(), rel=1e-5)
         assert np.all(np.diff(groups[:, 0]) >= 0), "groups go up by what was predicted"
-        for name in ("history", "recency"):
+        for name, most_left_out in (("history", 0), ("recency", 19)):
             parts = found[name]["ours"][task]
-            # Clients without any event are too few here to be a group.
-            assert 0 <= labels.num_rows - sum(part["clients"] for part in parts) < 20
+            # Clients without any event are too few here to be a group by recency.
+            assert 0 <= labels.num_rows - sum(part["clients"] for part in parts) <= most_left_out
             assert all(low["to"] <= high["from"] for low, high in pairwise(parts))
+
+
+def test_histories_are_grouped_by_length_with_labels_of_their_own() -> None:
+    """One event: ten of twenty have the label, and one of them ranks last. Two to four: nine have it, too few."""
+    events = np.repeat([0.0, 1, 2, 4, 5, 700], [3, 20, 15, 15, 25, 1])
+    predicted = np.full((len(events), 2), 0.5, np.float32)
+    have = np.zeros((len(events), 2), bool)
+    have[3:13, 0], predicted[3:12, 0], predicted[12, 0] = True, 0.9, 0.1
+    have[23:32, 0], predicted[23:32, 0] = True, 0.9
+    have[23:53:2, 1], predicted[23:53:2, 1] = True, 0.2  # 15 of 30, all of them last
+    have[53:65, :], predicted[53:65, 0], predicted[53:65, 1] = True, 0.7, 0.5  # 12 of 25: all first, all alike
+    rows, columns = have.nonzero()
+    labels = LabelMatrix.from_pairs(rows, columns, *have.shape)
+    found = by_length(predicted, labels, events)
+    told = [(one["from"], one["to"], one["clients"], one["labels"], one["auroc"]) for one in found]
+    assert told == [
+        (0, 0, 3, 0, None),
+        (1, 1, 20, 1, pytest.approx(0.9)),
+        (2, 4, 30, 1, 0),
+        (5, 5, 25, 2, pytest.approx(0.75)),
+        (700, 700, 1, 0, None),
+    ]
+    # Hanley and McNeil, of ten and ten at .9.
+    variance = 0.09 + 9 * (0.9 / 1.1 - 0.81) + 9 * (1.62 / 1.9 - 0.81)
+    assert found[1]["error"] == pytest.approx((variance / 100) ** 0.5)
+    assert found[0]["error"] is None
+
+
+def test_only_events_before_the_cutoff_are_counted(events: EventDirectory, profiles: Profiles) -> None:
+    cutoff_s = events.split.input_end_s
+    counts, ages_s = activity(events, profiles.client_ids)
+    seen: dict[int, list[int]] = {int(one): [] for one in profiles.client_ids}
+    late = 0
+    for kind in events.kinds:
+        rows = events.scan(kind).select("client_id", "timestamp_s").collect()
+        for client, when in rows.iter_rows():
+            late += when >= cutoff_s
+            if client in seen and when < cutoff_s:
+                seen[client].append(when)
+    assert late > 100
+    assert counts.tolist() == [len(one) for one in seen.values()]
+    ages = [cutoff_s - max(one) if one else np.nan for one in seen.values()]
+    np.testing.assert_array_equal(ages_s, ages)
 
 
 def test_tasks_that_ask_the_same_are_looked_at_once(found: dict[str, Any], events: EventDirectory) -> None:
@@ -110,7 +154,6 @@ def test_more_clients_and_later_weeks(found: dict[str, Any], events: EventDirect
 
 def test_standard_error_shrinks_with_clients() -> None:
     from ubp_fast.evaluation.diagnostics import _area
-    from ubp_fast.events.labels import LabelMatrix
 
     generator = np.random.default_rng(0)
     areas, errors = [], []

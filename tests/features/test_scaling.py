@@ -80,7 +80,7 @@ def test_parts_of_several_processes_give_the_bytes_of_one_pass(statistic: str, c
         empty, wanted = ColumnExtremes, [scaler.shift, scaler.scale]
     elif statistic == "regression":
         empty, wanted = RegressionSums, [np.array([len(whole)]), whole.T @ whole, whole.T @ target[:, None]]
-        parts = [((rows, [label[:, None]]),) for rows, label in zip(inputs, labels, strict=True)]
+        parts = [([(rows, [label[:, None]])],) for rows, label in zip(inputs, labels, strict=True)]
     else:
         empty, parts = partial(NewtonSums, np.zeros(6)), [*zip(inputs, labels, strict=True)]
         design = np.column_stack([whole, np.ones(len(whole))])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -157,6 +159,22 @@ def test_rows_may_be_made_when_they_are_asked_for(monkeypatch: pytest.MonkeyPatc
 
     one, other = (ReducedRankModel(ReducedRankConfig()).fit([each], labels) for each in (Lazy(), blocks))
     np.testing.assert_array_equal(one.transform(Lazy()), other.transform(blocks))
+
+
+def test_the_rows_of_one_cutoff_are_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4,096 rows of 2,400 numbers are 80 MB, and a run may have many cutoffs."""
+    blocks, labels, _ = example()
+    held: list[weakref.ref[np.ndarray]] = []
+    original = reduced_rank.products
+
+    def products(values: np.ndarray, others: Sequence[np.ndarray]) -> list[np.ndarray]:
+        assert not [one for one in held if one() is not None]
+        held.append(weakref.ref(values))
+        return original(values, others)
+
+    monkeypatch.setattr(reduced_rank, "products", products)
+    ReducedRankModel(ReducedRankConfig(rank=2)).fit([blocks[:200], blocks[200:300], blocks[300:]], labels)
+    assert len(held) == 3
 
 
 def test_scale_and_order_of_columns_do_not_matter() -> None:

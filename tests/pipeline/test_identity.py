@@ -32,6 +32,9 @@ EVERYTHING = (
     "evaluation.components=[stacked,contrastive,features,profile_features]",
     "report.diagnosis=true",
     "report.clients=true",
+    # All sources run, on few columns: regressions of thousands of them took nine tenths of the time.
+    "windows.labels=10",
+    "profile.max_width=600",
 )
 # How a run tells of itself, what makes the objects that stages are given, and the hook that every step of an optimizer
 # calls in a process that has trained tables.

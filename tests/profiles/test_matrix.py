@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import polars as pl
 import pytest
 
 from ubp_fast.events.schema import DataError
@@ -78,3 +81,16 @@ def test_wrong_arrays_are_refused(tmp_path, ids, vectors, message):
     np.save(tmp_path / "embeddings.npy", vectors)
     with pytest.raises(DataError, match=message):
         Profiles.load(tmp_path)
+
+
+def test_a_table_of_many_clients_has_parts_of_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a part takes while it is written is most of a run's memory at a million clients."""
+    monkeypatch.setattr("ubp_fast.profiles.matrix.BLOCK_ROWS", 4)
+    monkeypatch.setattr("ubp_fast.profiles.matrix.PART_ROWS", 2)
+    few, many = make([5, 1, 9, 7]), make([5, 1, 9, 7, 3])
+    few.write_parquet(tmp_path / "few.parquet")
+    many.write_parquet(tmp_path / "many.parquet")
+    assert pl.read_parquet(tmp_path / "few.parquet").equals(few.to_frame())
+    parts = [pl.read_parquet(path) for path in sorted((tmp_path / "many.parquet").iterdir())]
+    assert [len(part) for part in parts] == [2, 2, 1]
+    assert pl.concat(parts).equals(many.to_frame())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import random
 import sys
 import time
@@ -14,6 +15,7 @@ from threading import Event, Thread
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.runs import CLOSED_FORMS, contents, few_rows, run_tiny
@@ -55,6 +57,20 @@ def test_a_task_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="rows must be there"):
         LocalEngine().run("refuse", [Task(tmp_path / "0", refuse)], lambda: None)
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks the C library of Linux to give memory back")
+def test_a_local_run_gives_back_what_was_freed_before(tmp_path: Path) -> None:
+    def own_bytes() -> int:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon:"))
+
+    arrays = [np.ones(12_000) for _ in range(2_000)]  # of the heap: too small for a mapping of their own
+    last, full_bytes = arrays.pop(), own_bytes()
+    del arrays
+    LocalEngine().run("write", tasks_in(tmp_path, 1), lambda: None)
+    assert own_bytes() < full_bytes - 150_000_000
+    assert last.all()
 
 
 def test_ray_is_asked_for_by_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,8 @@ FALSE_POSITIVES = np.linspace(0.0, 1.0, 41)
 # Fine at the top: rare labels are likely for few clients.
 CALIBRATION_QUANTILES = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 0.99, 1.0)
 GROUPS = 5
+# Events before the cutoff that the histories of a group have at least; clients without any come before.
+LENGTHS = (1, 2, 5, 20, 100)
 WEEKS = 4
 
 
@@ -71,7 +73,7 @@ def diagnose(
     tasks, same = _different(list(targets.tasks.values()))
     groups = [[tasks[member] for member in members] for members in by_clients(tasks)]
     groups = [group for group in groups if int(group[0].included.sum()) >= 4 * FOLDS]
-    counts, ages_s = _activity(events, shuffled)
+    counts, ages_s = activity(events, shuffled)
     found: dict[str, Any] = {
         "clients": len(shuffled),
         "of_clients": len(ids),
@@ -100,7 +102,7 @@ def diagnose(
                 labels = task.validation.take(rows)
                 found["roc"][name][key] = _roc(predicted, labels)
                 found["calibration"][name][key] = _calibration(predicted, labels)
-                found["history"][name][key] = _by_group(predicted, labels, counts[rows])
+                found["history"][name][key] = by_length(predicted, labels, counts[rows])
                 found["recency"][name][key] = _by_group(predicted, labels, ages_s[rows] / DAY_S)
                 if profiles is first and profiles.layout is not None:
                     parts = _parts(regression, option, own, vectors, rows, profiles)
@@ -123,7 +125,7 @@ def _different(tasks: Sequence[TaskTargets]) -> tuple[list[TaskTargets], dict[st
     return kept, same
 
 
-def _activity(events: EventDirectory, client_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def activity(events: EventDirectory, client_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Events of each client before the cutoff, f64 [U], and the age of the newest at the cutoff in seconds, f64 [U].
 
     A client without events has 0 of them, and an age of NaN.
@@ -195,6 +197,38 @@ def _calibration(predicted: np.ndarray, labels: LabelMatrix) -> list[list[float]
     return [[float(expected[one].mean()), float(truth[one].mean()), len(one)] for one in groups]
 
 
+def by_length(predicted: np.ndarray, labels: LabelMatrix, events: np.ndarray) -> list[dict[str, Any]]:
+    """AUROC among clients whose histories are alike in length, the shortest first.
+
+    A group has labels of its own: those that `LEAST_CLIENTS` of its clients have, and as many lack. New clients buy
+    little, and what they share with all other groups would be nothing.
+
+    Args:
+        predicted: float32 [n, L].
+        labels: n rows, L columns.
+        events: f64 [n] of each client before the cutoff.
+
+    Returns:
+        For every group of `LENGTHS` with a client: "from" and "to", the fewest and the most events in it, "clients",
+        "labels", "auroc" and its "error", both None without a label.
+    """
+    number = np.searchsorted(LENGTHS, events, side="right")
+    found = []
+    for group in np.unique(number):
+        rows = np.flatnonzero(number == group)
+        part = labels.take(rows)
+        found.append(_group(predicted[rows], part, _scored(part, LEAST_CLIENTS), events[rows]))
+    return found
+
+
+def _group(predicted: np.ndarray, labels: LabelMatrix, columns: np.ndarray, values: np.ndarray) -> dict[str, Any]:
+    """What is said of a group of clients by some labels; the values are those that they are alike in."""
+    area, error = _area(predicted, labels, columns)
+    low, high = float(values.min()), float(values.max())
+    limits = {"from": None if math.isnan(low) else low, "to": None if math.isnan(high) else high}
+    return {**limits, "clients": len(values), "labels": len(columns), "auroc": area, "error": error}
+
+
 def _by_group(predicted: np.ndarray, labels: LabelMatrix, values: np.ndarray) -> list[dict[str, Any]]:
     """AUROC among clients with alike values: groups of one size, and one of those without a value.
 
@@ -211,13 +245,7 @@ def _by_group(predicted: np.ndarray, labels: LabelMatrix, values: np.ndarray) ->
     columns = np.arange(labels.num_labels)
     for part in parts:
         columns = np.intersect1d(columns, _scored(part, LEAST_CLIENTS))
-    found = []
-    for rows, part in zip(members, parts, strict=True):
-        area, error = _area(predicted[rows], part, columns)
-        low, high = (float(values[rows].min()), float(values[rows].max()))
-        limits = {"from": None if math.isnan(low) else low, "to": None if math.isnan(high) else high}
-        found.append({**limits, "clients": len(rows), "labels": len(columns), "auroc": area, "error": error})
-    return found
+    return [_group(predicted[rows], part, columns, values[rows]) for rows, part in zip(members, parts, strict=True)]
 
 
 def _parts(

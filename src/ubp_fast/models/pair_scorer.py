@@ -213,7 +213,7 @@ class _PastFactors(Mapping[int, Factors]):
         file = self._folder / f"factors-{cutoff_s}.safetensors"
         if not file.exists():
             write_arrays(file, _fit_factors(self._store, cutoff_s, self._lists, self._config).arrays)
-        return Factors.of_arrays(load_arrays(file), self._lists, self._config)
+        return Factors.of_arrays(load_arrays(file, memory_map=True), self._lists, self._config)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._cutoffs_s)
@@ -295,7 +295,7 @@ class PairScorer:
         past = _PastFactors(store, {*cutoffs_s, newest_s}, known, config, folder)
         learned = None if folder is None else folder / "learned.safetensors"
         if learned is not None and learned.exists():
-            found = cls.of_arrays(load_arrays(learned), config)
+            found = cls.of_arrays(load_arrays(learned, memory_map=True), config)
             return cls(config, found.lists, found.groups, found.factors, past)
         scorer = cls(config, known, {}, past[newest_s], past)
         random = np.random.default_rng(seed)

@@ -21,7 +21,7 @@ Source: Izenman, Reduced-rank regression for the multivariate linear model, 1975
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,10 +80,12 @@ class RegressionSums(Sums[list[np.ndarray]]):
     """
 
     def _of(self, *rows: Any) -> list[np.ndarray]:
+        (of_cutoffs,) = rows
         total: list[np.ndarray] = []
-        for inputs, labels in rows:
+        for inputs, labels in of_cutoffs:
             more = [np.array([len(inputs)], np.float64), *products(inputs, labels)]
             total = self._joined(total, more) if total else more
+            del inputs, labels, more  # before the next ones are made
         return total
 
     def _result(self, part: list[np.ndarray]) -> list[np.ndarray]:
@@ -140,15 +142,20 @@ class ReducedRankModel:
         """
         sums, weight = RegressionSums(), self._weight(blocks[0].shape[1], is_summary)
         starts = np.cumsum([0, *map(len, blocks)])
-        for number, part in parts_of_rows(max(map(len, blocks))):
-            pairs = []
+
+        def of_cutoffs_in(part: slice) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
+            """Inputs and labels of some clients, of one cutoff at a time: those of all would be most of the memory."""
             for values, (mean, deviation), start in zip(blocks, of_cutoffs, starts, strict=False):
                 rows = values[part]
                 for _, inputs in standardised(rows, mean, deviation, max(len(rows), 1)):
                     inputs *= weight
                     place = slice(start + part.start, start + part.start + len(inputs))
-                    pairs.append((inputs, [_dense(labels[name], place) for name in sorted(labels)]))
-            sums.add(first_part + number, *pairs)
+                    yield inputs, [_dense(labels[name], place) for name in sorted(labels)]
+                    del inputs
+                del rows
+
+        for number, part in parts_of_rows(max(map(len, blocks))):
+            sums.add(first_part + number, of_cutoffs_in(part))
         return sums
 
     @one_blas_thread()

@@ -321,7 +321,7 @@ def embed(
                 )
             first += len(rows)
             if step % TRIM_EVERY == 0:
-                _give_back_memory()
+                give_back_memory()
             if progress is not None:
                 progress(step, len(loader))
     check_deferred()
@@ -522,7 +522,7 @@ class _Job(lightning.LightningModule):
             self._log(self.curve[-1])
             self._curve_start = self.step
         if batch_index % TRIM_EVERY == 0:
-            _give_back_memory()
+            give_back_memory()
         if self.progress is not None:
             self.progress(done, total)
         if self.step < steps:  # the last one belongs to the end of the epoch
@@ -835,11 +835,11 @@ def _unsaved_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: part for name, part in model.named_buffers() if name not in kept}
 
 
-def _give_back_memory() -> None:
+def give_back_memory() -> None:
     """Returns the free pages of the C library's heap to the system, where it is glibc.
 
-    It keeps them between the tensors that live on. Batches differ in size, so the holes rarely fit, and the heap of a
-    training on a CPU would grow to several times what is in use.
+    It keeps them between what lives on. Batches differ in size, so the holes rarely fit, and the heap of a training on
+    a CPU would grow to several times what is in use; after the fit of factors they are half of the process.
     """
     with suppress(AttributeError, TypeError):  # not glibc, not POSIX
         ctypes.CDLL(None).malloc_trim(0)

@@ -307,7 +307,9 @@ def make_stacking(
         Vocabulary.of(store),
         load_lists(inputs["features"]),
         lists_of_kinds(store, store.cutoff_s, recipe.aggregated.top_values),
-        weights_of_arrays(load_arrays(inputs["features"] / TASTE_WEIGHTS)) if recipe.layout.tastes else None,
+        weights_of_arrays(load_arrays(inputs["features"] / TASTE_WEIGHTS, memory_map=True))
+        if recipe.layout.tastes
+        else None,
         {name: _trained(name, settings, store, inputs) for name in NETWORKS if name in recipe.joined},
         _scorer(settings, inputs),
         strong,
@@ -451,7 +453,7 @@ def _fit_regression(
 def _scorer(settings: Settings, inputs: Inputs) -> PairScorer | None:
     """That of the features' folder, where one was learned."""
     path = inputs["features"] / PAIRS_FILE
-    return PairScorer.of_arrays(load_arrays(path), settings.pairs) if path.exists() else None
+    return PairScorer.of_arrays(load_arrays(path, memory_map=True), settings.pairs) if path.exists() else None
 
 
 def _trained(name: str, settings: Settings, store: EventStore, inputs: Inputs) -> Network:

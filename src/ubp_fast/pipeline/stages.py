@@ -425,7 +425,7 @@ def make_features(settings: Settings, inputs: Inputs, directory: Path, progress:
         if not (directory / TASTE_WEIGHTS).exists():
             found = fit_tastes(store, store.cutoff_s, settings.tastes)
             write_arrays(directory / TASTE_WEIGHTS, arrays_of_weights(found))
-        weights = weights_of_arrays(load_arrays(directory / TASTE_WEIGHTS))
+        weights = weights_of_arrays(load_arrays(directory / TASTE_WEIGHTS, memory_map=True))
         make["tastes"] = partial(make["tastes"], weights=weights)
     if "scores" in (*feature_sets(settings), *profile_sets(settings)):
         scorer = _fit_scorer(settings, store, lists, directory / LEARNED)

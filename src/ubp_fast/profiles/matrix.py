@@ -40,6 +40,8 @@ FLOAT16_MAX = float(np.finfo(np.float16).max)
 _DTYPES = (np.dtype(np.float16), np.dtype(np.float32))
 # Rows that are looked at at once: keeps the temporary copies of a 1 M x 2048 matrix small.
 BLOCK_ROWS = 65_536
+# Of a part of a table: rows of 2048 numbers are 130 MB as float32, and twice that while Parquet packs them.
+PART_ROWS = 16_384
 
 
 @dataclass(frozen=True)
@@ -218,10 +220,11 @@ class Profiles:
 
     def write_parquet(self, path: Path, per_block: bool = False) -> None:
         """Writes `to_frame`: a file or, of more clients than 65,536, a directory of parts; it appears when complete."""
-        starts = range(0, max(self.num_clients, 1), BLOCK_ROWS)
+        step = BLOCK_ROWS if self.num_clients <= BLOCK_ROWS else PART_ROWS
+        starts = range(0, max(self.num_clients, 1), step)
         with scratch_directory(path.with_name(f".{path.name}.partial")) as partial:
             for number, start in enumerate(starts):
-                write_table(part_file(partial, number), self._rows(start, start + BLOCK_ROWS).to_frame(per_block))
+                write_table(part_file(partial, number), self._rows(start, start + step).to_frame(per_block))
             if len(starts) == 1:
                 put_in_place(part_file(partial, 0), path)
             else:

@@ -173,7 +173,6 @@ def group_figure(groups: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
             ]
         panels.append(panel.svg())
     header = ["task", "vectors", what, "clients", "labels", "AUROC", "error"]
-    says += " Tasks without a label that enough clients of every group have, and lack, are left out."
     return framed(f"{says} {WHISKERS}", panels, list(groups), (header, rows))
 
 

@@ -154,16 +154,21 @@ def _diagnosis(found: Mapping[str, Any]) -> list[str]:
     parts += ["<h3>Calibration</h3>", figures.calibration_figure(found["calibration"])]
     if any(curve for curves in found["sizes"].values() for curve in curves.values()):
         parts += ["<h3>Size of the training sample</h3>", figures.size_figure(found["sizes"])]
-    says = "Whom the vectors tell most about: AUROC among clients by how many events they have before the cutoff."
+    says = (
+        "How much the vectors tell of new clients, and of those with a long history: AUROC by how many events a client"
+        " has before the cutoff. Each group has labels of its own, those that at least ten of its clients have, and as"
+        " many lack; without any it has no AUROC."
+    )
     parts += [
         "<h3>Length of history</h3>",
         figures.group_figure(found["history"], "events before the cutoff", says),
     ]
-    says = "The same by how long ago the newest event of a client was at the cutoff."
+    same = " Tasks without a label that enough clients of every group have, and lack, are left out."
+    says = "AUROC by how long ago the newest event of a client was at the cutoff." + same
     parts += ["<h3>Recency</h3>", figures.group_figure(found["recency"], "days since the newest event", says)]
     says = (
         "How fast vectors grow old: the same vectors, asked about ever later parts of the time behind their cutoff, by"
-        " models of other clients in that part."
+        " models of other clients in that part." + same
     )
     parts += ["<h3>Age of the profile</h3>", figures.group_figure(found["age"], "days behind the cutoff", says)]
     if found["blocks"]:

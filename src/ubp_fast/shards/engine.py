@@ -20,6 +20,7 @@ import torch
 
 from ubp_fast.events.schema import UserError
 from ubp_fast.files import file_digest, load_json, publish_first, remove_at_once, write_json
+from ubp_fast.models.training import give_back_memory
 
 MANIFEST_FILE = "manifest.json"
 # A task is lost so often at most before the run gives up.
@@ -76,9 +77,11 @@ class LocalEngine(Engine):
     """One task after the other in this process."""
 
     def _run(self, stage: str, tasks: Sequence[Task], done: Callable[[], None]) -> None:
+        give_back_memory()  # of what this process has fitted
         for task in tasks:
             _do(task)
             done()
+        give_back_memory()
 
 
 class RayEngine(Engine):

@@ -113,8 +113,9 @@ def make_features(shared: Shared, wanted: Sequence[tuple[str, int]], engine: Eng
         complete_directory(partial_folder, directory / work.SAMPLE)
     if has_tastes and not (directory / work.TASTES_FILE).exists():
         sample = EventStore.open(directory / work.SAMPLE)
-        weights = fit_tastes(sample, store.cutoff_s, recipe.tastes)
-        write_arrays(directory / work.TASTES_FILE, arrays_of_weights(weights))
+        found = arrays_of_weights(fit_tastes(sample, store.cutoff_s, recipe.tastes))
+        write_arrays(directory / work.TASTES_FILE, found)
+        del found  # as much as all shards may have; tasks map the file
     if has_scores:
         sample = EventStore.open(directory / work.SAMPLE)
         days = {cutoff_s: DayStatistics(shared.known_at(cutoff_s)) for cutoff_s in shared.scorer_cutoffs()}

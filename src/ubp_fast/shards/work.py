@@ -151,7 +151,7 @@ class Shared:
             Vocabulary.of(whole),
             self.lists,
             self.popular,
-            weights_of_arrays(load_arrays(tastes)) if tastes.exists() else None,
+            weights_of_arrays(load_arrays(tastes, memory_map=True)) if tastes.exists() else None,
             {},
             scorer,
             ReducedRankModel.load(strong, recipe.stacking) if strong.exists() else ReducedRankModel(recipe.stacking),
