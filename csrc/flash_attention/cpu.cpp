@@ -290,7 +290,7 @@ Prefetch make_prefetch(const FlashAttentionProblem& problem, const Task& task, i
   const int64_t row_bytes = problem.heads * problem.width * static_cast<int64_t>(sizeof(T));
   if (task.heads < problem.heads) return prefetch;  // a long sequence: arithmetic takes most of its time
   const auto add = [&](const void* tensor, int64_t first, int64_t rows) {
-    if (rows > 0) prefetch.add(tensor, first, rows, row_bytes);
+    if (rows > 0) prefetch.add(static_cast<const char*>(tensor) + first * row_bytes, rows * row_bytes);
   };
   if (kIsForward) {
     add(problem.output, task.first_query, task.queries);
@@ -307,7 +307,7 @@ Prefetch make_prefetch(const FlashAttentionProblem& problem, const Task& task, i
     if (!kIsForward) add(problem.output, coming.first_query, coming.queries);
     if (!kIsForward) add(problem.grad_output, coming.first_query, coming.queries);
   }
-  prefetch.spread(task.queries * task.heads);
+  prefetch.spread(task.queries * task.heads, INT64_MAX);
   return prefetch;
 }
 
