@@ -76,6 +76,41 @@ struct PairArithmetic : FloatArithmetic {
 };
 #endif
 
+// Asks for memory that is needed soon, a little with every step, where the processor cannot guess what comes
+// next.
+class Prefetch {
+ public:
+  void add(const void* begin, int64_t bytes) {
+    const char* at = static_cast<const char*>(begin);
+    parts_[count_++] = {at, at + bytes};
+    lines_ += bytes / kLine + 1;
+  }
+
+  // At most `most` lines with every step: what is asked for too fast holds up what is needed now.
+  void spread(int64_t steps, int64_t most) {
+    lines_per_step_ = steps == 0 ? 0 : smaller(lines_ / steps + 1, most);
+  }
+
+  // Not inlined: the loop over register tiles is slower with it.
+  __attribute__((noinline)) void step(int64_t steps = 1) {
+    for (int64_t line = 0; line < steps * lines_per_step_ && current_ < count_; ++line) {
+      Part& part = parts_[current_];
+      __builtin_prefetch(part.at, 0, 2);
+      part.at += kLine;
+      if (part.at >= part.end) ++current_;
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  struct Part {
+    const char *at, *end;
+  };
+  Part parts_[8];
+  int count_ = 0, current_ = 0;
+  int64_t lines_ = 0, lines_per_step_ = 0;
+};
+
 template <class A>
 struct Operand {
   const typename A::Element* data;
@@ -215,17 +250,19 @@ UBP_INLINE void register_tile_of(int64_t rows, typename A::Real* c, int64_t c_st
 }
 
 // Rows of a register tile: the fewer columns, the more.
-template <int kColumns>
-constexpr int kTileRows = kColumns == 1 ? 12 : kRegisterColumns * kRegisterRows / kColumns;
+constexpr int tile_rows(int64_t columns) {
+  return columns == 1 ? 12 : kRegisterColumns * kRegisterRows / static_cast<int>(columns);
+}
 
 // Tiles of nearly equal height: a last tile of one row would wait for its own additions.
 template <class A, bool kIsTransposed, int kColumns>
 void column_strip(typename A::Real* c, int64_t c_stride, Operand<A> a, Operand<A> b, int64_t m, int64_t k,
-                  bool adds) {
-  constexpr int kRows = kTileRows<kColumns>;
+                  bool adds, Prefetch* prefetch) {
+  constexpr int kRows = tile_rows(kColumns);
   for (int64_t tiles = ceil_div(m, kRows), row = 0; tiles > 0; --tiles) {
     const int64_t rows = ceil_div(m - row, tiles);
     const Operand<A> left{a.data + (kIsTransposed ? row : row * a.stride), a.stride};
+    if (prefetch != nullptr) prefetch->step();
     register_tile_of<A, kIsTransposed, kColumns, kRows>(rows, c + row * c_stride, c_stride, left, b, k, adds);
     row += rows;
   }
@@ -233,24 +270,38 @@ void column_strip(typename A::Real* c, int64_t c_stride, Operand<A> a, Operand<A
 
 template <class A, bool kIsTransposed, int kColumns>
 void column_strip_of(int64_t columns, typename A::Real* c, int64_t c_stride, Operand<A> a, Operand<A> b,
-                     int64_t m, int64_t k, bool adds) {
+                     int64_t m, int64_t k, bool adds, Prefetch* prefetch) {
   if (columns == kColumns)
-    column_strip<A, kIsTransposed, kColumns>(c, c_stride, a, b, m, k, adds);
+    column_strip<A, kIsTransposed, kColumns>(c, c_stride, a, b, m, k, adds, prefetch);
   else if constexpr (kColumns > 1)
-    column_strip_of<A, kIsTransposed, kColumns - 1>(columns, c, c_stride, a, b, m, k, adds);
+    column_strip_of<A, kIsTransposed, kColumns - 1>(columns, c, c_stride, a, b, m, k, adds, prefetch);
 }
 
-// n must be a multiple of the lanes. Strips of nearly equal width, too.
+// n must be a multiple of the lanes. Strips of nearly equal width, too. `prefetch` takes a step with every
+// register tile.
 template <class A, bool kIsTransposed>
 void multiply(typename A::Real* c, int64_t c_stride, Operand<A> a, Operand<A> b, int64_t m, int64_t n,
-              int64_t k, bool adds) {
+              int64_t k, bool adds, Prefetch* prefetch = nullptr) {
   const int64_t vectors = n / A::kLanes;
   for (int64_t strips = ceil_div(vectors, kRegisterColumns), vector = 0; strips > 0; --strips) {
     const int64_t columns = ceil_div(vectors - vector, strips), at = vector * A::kLanes;
     column_strip_of<A, kIsTransposed, kRegisterColumns>(columns, c + at, c_stride, a, {b.data + at, b.stride},
-                                                        m, k, adds);
+                                                        m, k, adds, prefetch);
     vector += columns;
   }
+}
+
+// Register tiles of a product.
+template <class A>
+int64_t count_tiles(int64_t m, int64_t n) {
+  int64_t tiles = 0;
+  for (int64_t vectors = ceil_div(n, A::kLanes), strips = ceil_div(vectors, kRegisterColumns); strips > 0;
+       --strips) {
+    const int64_t columns = ceil_div(vectors, strips);
+    tiles += ceil_div(m, tile_rows(columns));
+    vectors -= columns;
+  }
+  return tiles;
 }
 
 }  // namespace

@@ -161,12 +161,11 @@ void backward_block(const FlashAttentionProblem& problem, const Task& task, cons
   for (int64_t at = limits.begin; at < limits.end; at += kKeyBlock) {
     const int64_t block = smaller(kKeyBlock, limits.end - at), padded = round_up(block, kWidth);
     multiply<A, false>(head.scores, step, rows_from(head.query), {head.keys + at, task.padded_keys}, rows,
-                       padded, steps, false);
+                       padded, steps, false, &prefetch);
     multiply<A, false>(head.products, step, rows_from(head.grad_output), {head.values + at, task.padded_keys},
-                       rows, padded, steps, false);
+                       rows, padded, steps, false, &prefetch);
     const auto weigh = [&](auto count, int64_t row) {
       constexpr int kRows = decltype(count)::value;
-      prefetch.step(kRows);
       Rows<kRows> here = make_rows<kRows>(problem, task, first_row + row, at, block);
       float row_lse[kRows], *scores = head.scores + row * step, *products = head.products + row * step;
       for (int each = 0; each < kRows; ++each) {
@@ -182,14 +181,14 @@ void backward_block(const FlashAttentionProblem& problem, const Task& task, cons
     const BothWays<A> products = both_ways<A>(head.products, step, rows, padded, head.across, head.down);
     multiply<A, false>(target_row(head.grad_query, first_row), head.grad_query.stride, products.over_columns,
                        from_row(head.all_keys, at), rows, task.padded, ceil_div(block, A::kPair),
-                       head.is_filled || at > 0);
+                       head.is_filled || at > 0, &prefetch);
     multiply<A, true>(target_row(head.grad_key, at), head.grad_key.stride, products.over_rows,
                       from_row(head.queries, first_row), block, task.padded, row_steps,
-                      head.is_filled || first_row > 0);
+                      head.is_filled || first_row > 0, &prefetch);
     const BothWays<A> weights = both_ways<A>(head.scores, step, rows, padded, head.across, head.down);
     multiply<A, true>(target_row(head.grad_value, at), head.grad_value.stride, weights.over_rows,
                       from_row(head.grad_outputs, first_row), block, task.padded, row_steps,
-                      head.is_filled || first_row > 0);
+                      head.is_filled || first_row > 0, &prefetch);
   }
 }
 
@@ -284,13 +283,13 @@ bool backward_item(const FlashAttentionProblem& problem, Task task, Workspace& w
 }
 
 // What this item writes and what the next one reads.
-template <class T, bool kIsForward>
+template <class A, class T, bool kIsForward>
 Prefetch make_prefetch(const FlashAttentionProblem& problem, const Task& task, int64_t next) {
   Prefetch prefetch;
   const int64_t row_bytes = problem.heads * problem.width * static_cast<int64_t>(sizeof(T));
   if (task.heads < problem.heads) return prefetch;  // a long sequence: arithmetic takes most of its time
   const auto add = [&](const void* tensor, int64_t first, int64_t rows) {
-    if (rows > 0) prefetch.add(tensor, first, rows, row_bytes);
+    if (rows > 0) prefetch.add(static_cast<const char*>(tensor) + first * row_bytes, rows * row_bytes);
   };
   if (kIsForward) {
     add(problem.output, task.first_query, task.queries);
@@ -307,7 +306,12 @@ Prefetch make_prefetch(const FlashAttentionProblem& problem, const Task& task, i
     if (!kIsForward) add(problem.output, coming.first_query, coming.queries);
     if (!kIsForward) add(problem.grad_output, coming.first_query, coming.queries);
   }
-  prefetch.spread(task.queries * task.heads);
+  // With every row of softmax forward, with every register tile backward.
+  const int64_t steps = kIsForward ? task.queries
+                                   : 2 * count_tiles<A>(task.queries, task.keys) +
+                                         count_tiles<A>(task.queries, task.width) +
+                                         2 * count_tiles<A>(task.keys, task.width);
+  prefetch.spread(steps * task.heads, INT64_MAX);
   return prefetch;
 }
 
@@ -326,7 +330,7 @@ void run_item(void* context, int64_t index, int worker) {
   const FlashAttentionItem& item = problem.items[index];
   const Task task = make_task(problem, item);
   Workspace& workspace = run.workspaces[worker];
-  Prefetch prefetch = make_prefetch<T, kIsForward>(problem, task, index + problem.threads);
+  Prefetch prefetch = make_prefetch<A, T, kIsForward>(problem, task, index + problem.threads);
   float* bias_part = nullptr;
   if (run.bias_parts != nullptr) bias_part = run.bias_parts + item.sequence * problem.heads * problem.buckets;
   const bool is_done = kIsForward

@@ -78,38 +78,6 @@ inline Task make_task(const FlashAttentionProblem& problem, const FlashAttention
   return task;
 }
 
-// Asks for memory that is needed soon, a little with every row of scores: sequences are short and their order
-// is by cost, so that the processor cannot guess what comes next.
-class Prefetch {
- public:
-  // All heads of some rows of a packed tensor.
-  void add(const void* tensor, int64_t first, int64_t rows, int64_t row_bytes) {
-    const char* begin = static_cast<const char*>(tensor) + first * row_bytes;
-    parts_[count_++] = {begin, begin + rows * row_bytes};
-    lines_ += rows * row_bytes / kLine + 1;
-  }
-
-  void spread(int64_t steps) { lines_per_step_ = steps == 0 ? 0 : lines_ / steps + 1; }
-
-  void step(int64_t rows) {
-    for (int64_t line = 0; line < rows * lines_per_step_ && current_ < count_; ++line) {
-      Part& part = parts_[current_];
-      __builtin_prefetch(part.at, 0, 2);
-      part.at += kLine;
-      if (part.at >= part.end) ++current_;
-    }
-  }
-
- private:
-  static constexpr int64_t kLine = 64;
-  struct Part {
-    const char *at, *end;
-  };
-  Part parts_[8];
-  int count_ = 0, current_ = 0;
-  int64_t lines_ = 0, lines_per_step_ = 0;
-};
-
 // Steps of a product over the width, and the same in whole vectors.
 template <class A>
 int64_t steps_of(const Task& task) {

@@ -27,12 +27,16 @@ namespace ubp {
 namespace {
 
 // Rows and columns of a tile that are computed at a time: few enough to be near when they are read again.
-constexpr int64_t kStripe = 96, kSpan = 128;
-constexpr int64_t kTileStride = kSpan + 16;  // no power of two: rows must not share cache sets
-constexpr int64_t kMaxGroupRows = 512;
+constexpr int64_t kStripe = 96;
+template <class A>
+constexpr int64_t kSpan = kIsScaled<A> ? 128 : 64;
+template <class A>
+constexpr int64_t kTileStride = kSpan<A> + 16;  // no power of two: rows must not share cache sets
+constexpr int64_t kMaxGroup = 2;                // tiles along a side of a group
+constexpr int64_t kMostAhead = 16;              // lines asked for with a register tile
 constexpr int64_t kTriesBeforeYield = 1000;
 constexpr int64_t kExactOperations = int64_t{1} << 25;
-static_assert(kStripe % 2 == 0 && kSpan % 2 == 0, "whole pairs");
+static_assert(kStripe % 2 == 0, "whole pairs");
 
 // One tile: where its rows and columns are, and copies of what belongs to its columns, padded to whole
 // panels.
@@ -47,11 +51,11 @@ struct Tile {
   alignas(64) Real biases[kMaxBlock];
   alignas(64) typename A::Int ids[kMaxBlock], numbers[kMaxBlock];
   int64_t begin, end;  // columns of `products`, of all from 0 to `padded`
-  alignas(64) Real products[kStripe * kTileStride];
-  alignas(64) Real row_sums[kStripe * A::kLanes];
+  alignas(64) Real products[kStripe * kTileStride<A>];
+  alignas(64) Real row_sums[kMaxBlock * A::kLanes];
   // Products after rounding to pairs of neighbours in a row, and in a column.
-  alignas(64) uint32_t across[kIsScaled<A> ? kStripe * kTileStride / 2 : 1];
-  alignas(64) uint32_t down[kIsScaled<A> ? kStripe * kTileStride / 2 : 1];
+  alignas(64) uint32_t across[kIsScaled<A> ? kStripe * kTileStride<A> / 2 : 1];
+  alignas(64) uint32_t down[kIsScaled<A> ? kStripe * kTileStride<A> / 2 : 1];
 };
 
 template <class A>
@@ -103,24 +107,26 @@ void place_tile(const Run<A>& run, int64_t row_block, int64_t column_block, Tile
 }
 
 template <class A>
-void multiply_stripe(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t rows) {
+void multiply_stripe(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t rows, Prefetch& prefetch) {
   const Side<A>& a = run.row_side;
   const typename A::Element* left = a.rows + (tile.first_row + first) * a.stride;
   for (int64_t column = tile.begin; column < tile.end; column += kPanel<A>) {
     const typename A::Element* panel = run.column_side.panels + (tile.first_column + column) * a.width;
     for (int64_t part = 0; part < a.width; part += A::kPart)
-      multiply<A, false>(tile.products + column - tile.begin, kTileStride, {left + part, a.stride},
+      multiply<A, false>(tile.products + column - tile.begin, kTileStride<A>, {left + part, a.stride},
                          {panel + part * kPanel<A>, kPanel<A>}, rows, kPanel<A>,
-                         smaller(A::kPart, a.width - part), part > 0);
+                         smaller(A::kPart, a.width - part), part > 0, &prefetch);
   }
 }
 
 // The same steps in the same order as in the tiles: equal rows then have a gap of exactly 0.
 template <class A>
-void positive_products(Run<A>& run) {
+void positive_products(void* context, int64_t chunk, int) {
+  const Run<A>& run = *static_cast<Run<A>*>(context);
   const Side<A>&a = run.row_side, &b = run.positive_side;
   const double* biases = run.problem->positive_bias;
-  for (int64_t row = 0; row < run.problem->left_count; ++row) {
+  const int64_t end = smaller((chunk + 1) * kChunk, run.problem->left_count);
+  for (int64_t row = chunk * kChunk; row < end; ++row) {
     const int64_t partner = partner_of(run, row), column = partner - b.first, lane = column % kPanel<A>;
     const typename A::Element* panel = b.panels + (column - lane) * b.width + lane / A::kLanes * A::kLanes;
     alignas(64) typename A::Real products[A::kLanes];
@@ -159,17 +165,18 @@ void shared_sums(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t rows,
     const int64_t index = tile.first_row + first + row;
     const auto id = static_cast<typename A::Int>(id_of(*run.problem, index)),
                place = static_cast<typename A::Int>(place_of_query(*run.problem, index));
-    const typename A::Real* products = tile.products + row * kTileStride;
-    Vec sum = load_as<Vec>(tile.row_sums + row * A::kLanes);
+    const typename A::Real* products = tile.products + row * kTileStride<A>;
+    Vec sum = load_as<Vec>(tile.row_sums + (first + row) * A::kLanes);
     for (int64_t at = tile.begin; at < tile.end; at += A::kLanes) {
       Vec value = similarity(tile, products, at, run.scales[index]);
       if (kIsMasked) value += load_as<Vec>(tile.biases + at);
       value = exponential(value);
       if (kIsMasked) value = no_negative(tile, at, id, place) ? Vec{} : value;
       sum += value;
-      store_as(column_sums + at, load_as<Vec>(column_sums + at) + value);
+      typename A::Real* column_sum = column_sums + at - tile.begin;
+      store_as(column_sum, load_as<Vec>(column_sum) + value);
     }
-    store_as(tile.row_sums + row * A::kLanes, sum);
+    store_as(tile.row_sums + (first + row) * A::kLanes, sum);
   }
 }
 
@@ -187,7 +194,7 @@ void running_sums(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t rows,
   using Vec = typename A::Vec;
   const Vec lowest = Vec{} - static_cast<Real>(INFINITY);
   for (int64_t row = 0; row < rows; ++row) {
-    const Real* values = tile.products + row * kTileStride;
+    const Real* values = tile.products + row * kTileStride<A>;
     const int64_t index = tile.first_row + first + row;
     Vec largest = lowest, sum = {};
     for (int64_t at = tile.begin; at < tile.end; at += A::kLanes) {
@@ -203,7 +210,7 @@ void running_sums(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t rows,
   for (int64_t at = tile.begin; at < tile.end; at += A::kLanes) {
     Vec largest = lowest, sum = {}, reference = {};
     for (int64_t row = 0; row < rows; ++row) {
-      const Vec value = load_as<Vec>(tile.products + row * kTileStride + at - tile.begin);
+      const Vec value = load_as<Vec>(tile.products + row * kTileStride<A> + at - tile.begin);
       largest = value > largest ? value : largest;
     }
     const int64_t count = smaller(A::kLanes, tile.columns - at),
@@ -213,7 +220,7 @@ void running_sums(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t rows,
       reference[lane] = run.maxima[index + lane];
     }
     for (int64_t row = 0; row < rows; ++row)
-      sum += exponential(load_as<Vec>(tile.products + row * kTileStride + at - tile.begin) - reference);
+      sum += exponential(load_as<Vec>(tile.products + row * kTileStride<A> + at - tile.begin) - reference);
     for (int64_t lane = 0; lane < count; ++lane) run.sums[index + lane] += static_cast<double>(sum[lane]);
   }
 }
@@ -225,7 +232,7 @@ void mask_similarities(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t 
     const int64_t index = tile.first_row + first + row;
     const auto id = static_cast<typename A::Int>(id_of(*run.problem, index)),
                place = static_cast<typename A::Int>(place_of_query(*run.problem, index));
-    typename A::Real* products = tile.products + row * kTileStride;
+    typename A::Real* products = tile.products + row * kTileStride<A>;
     for (int64_t at = tile.begin; at < tile.end; at += A::kLanes) {
       const Vec value = similarity(tile, products, at, run.scales[index]) + load_as<Vec>(tile.biases + at);
       const Vec lowest = Vec{} - static_cast<typename A::Real>(INFINITY);
@@ -234,13 +241,69 @@ void mask_similarities(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t 
   }
 }
 
-// Calls `function` for the spans of a stripe, with row sums that start at 0.
+// Numbers of the rows and of the columns of a tile, in tiles.
+struct TilePlace {
+  int64_t row, column;
+};
+
+template <class A>
+void ask_for_rows(const Run<A>& run, int64_t first, int64_t end, Prefetch& prefetch) {
+  const Side<A>& side = run.row_side;
+  const int64_t rows = smaller(end, side.count) - first;
+  if (rows <= 0) return;
+  prefetch.add(side.rows + first * side.stride, rows * side.stride * sizeof(typename A::Element));
+  if (!run.is_backward) return;
+  if (kIsScaled<A>)
+    prefetch.add(side.steps + first / A::kPair * side.step_stride,
+                 rows / A::kPair * side.step_stride * sizeof(typename A::Element));
+  prefetch.add(side.grad + first * side.step_stride, rows * side.step_stride * sizeof(typename A::Real));
+}
+
+template <class A>
+void ask_for_columns(const Run<A>& run, int64_t first, Prefetch& prefetch) {
+  const Side<A>& side = run.column_side;
+  const int64_t columns = smaller(kSpan<A>, side.count - first);
+  prefetch.add(side.panels + first * side.width, columns * side.width * sizeof(typename A::Element));
+  if (!run.is_backward) return;
+  prefetch.add(side.steps + first / A::kPair * side.step_stride,
+               columns / A::kPair * side.step_stride * sizeof(typename A::Element));
+  prefetch.add(side.grad + first * side.step_stride, columns * side.step_stride * sizeof(typename A::Real));
+}
+
+// What is needed next while a span is worked on: the columns of the span after it, and a share of the rows of
+// the next tile. Nothing where a tile is one span: all of the next one would come at once.
+template <class A>
+Prefetch ask_ahead(const Run<A>& run, const Tile<A>& tile, TilePlace next) {
+  Prefetch prefetch;
+  if (tile.padded <= kSpan<A>) return prefetch;
+  if (tile.end < tile.padded)
+    ask_for_columns(run, tile.first_column + tile.end, prefetch);
+  else if (next.row >= 0)
+    ask_for_columns(run, next.column * run.block, prefetch);
+  if (next.row >= 0 && next.row * run.block != tile.first_row) {
+    const auto until = [&](int64_t column) {
+      return next.row * run.block + run.block * column / tile.padded / A::kPair * A::kPair;
+    };
+    ask_for_rows(run, until(tile.begin), until(tile.end), prefetch);
+  }
+  const int64_t columns = tile.end - tile.begin, width = run.problem->width;
+  int64_t steps = count_tiles<A>(tile.rows, columns) * ceil_div(run.row_side.width, A::kPart);
+  if (run.is_backward)
+    steps += count_tiles<A>(tile.rows, width) + count_tiles<A>(columns, width) * ceil_div(tile.rows, kStripe);
+  prefetch.spread(steps, kMostAhead);
+  return prefetch;
+}
+
+// Calls `function` with first row and number of rows for all stripes of all spans, with row sums that start
+// at 0. The rows stay in the second-level cache, the columns pass through it once.
 template <class A, class Function>
-void each_span(Tile<A>& tile, const Function& function) {
+void each_part(const Run<A>& run, Tile<A>& tile, TilePlace next, const Function& function) {
   std::memset(tile.row_sums, 0, sizeof(tile.row_sums));
   for (tile.begin = 0; tile.begin < tile.padded; tile.begin = tile.end) {
-    tile.end = smaller(tile.begin + kSpan, tile.padded);
-    function();
+    tile.end = smaller(tile.begin + kSpan<A>, tile.padded);
+    Prefetch prefetch = ask_ahead(run, tile, next);
+    for (int64_t first = 0; first < tile.rows; first += kStripe)
+      function(first, smaller(kStripe, tile.rows - first), prefetch);
   }
 }
 
@@ -250,28 +313,24 @@ double row_sum(const Tile<A>& tile, int64_t row) {
 }
 
 template <class A>
-void forward_tile(const Run<A>& run, Tile<A>& tile) {
+void forward_tile(const Run<A>& run, Tile<A>& tile, TilePlace next) {
   const bool has_columns = run.problem->form != NTXentForm::kCross && !tile.is_diagonal;
-  for (int64_t first = 0; first < tile.rows; first += kStripe) {
-    alignas(64) typename A::Real column_sums[kMaxBlock] = {};
-    const int64_t rows = smaller(kStripe, tile.rows - first);
-    each_span(tile, [&] {
-      multiply_stripe(run, tile, first, rows);
-      if (!run.is_shared) {
-        if (tile.is_masked || kIsScaled<A>) mask_similarities(run, tile, first, rows);
-        running_sums(run, tile, first, rows, has_columns);
-      } else if (tile.is_masked) {
-        shared_sums<A, true>(run, tile, first, rows, column_sums);
-      } else {
-        shared_sums<A, false>(run, tile, first, rows, column_sums);
-      }
-    });
-    if (!run.is_shared) continue;
-    for (int64_t row = 0; row < rows; ++row) run.sums[tile.first_row + first + row] += row_sum(tile, row);
-    if (!has_columns) continue;
-    for (int64_t at = 0; at < tile.columns; ++at)
-      run.sums[run.column_side.first + tile.first_column + at] += static_cast<double>(column_sums[at]);
-  }
+  each_part(run, tile, next, [&](int64_t first, int64_t rows, Prefetch& prefetch) {
+    multiply_stripe(run, tile, first, rows, prefetch);
+    if (!run.is_shared) {
+      if (tile.is_masked || kIsScaled<A>) mask_similarities(run, tile, first, rows);
+      return running_sums(run, tile, first, rows, has_columns);
+    }
+    alignas(64) typename A::Real column_sums[kSpan<A>] = {};
+    tile.is_masked ? shared_sums<A, true>(run, tile, first, rows, column_sums)
+                   : shared_sums<A, false>(run, tile, first, rows, column_sums);
+    if (!has_columns) return;
+    double* sums = run.sums + run.column_side.first + tile.first_column + tile.begin;
+    for (int64_t at = 0; at < smaller(tile.end, tile.columns) - tile.begin; ++at)
+      sums[at] += static_cast<double>(column_sums[at]);
+  });
+  if (!run.is_shared) return;
+  for (int64_t row = 0; row < tile.rows; ++row) run.sums[tile.first_row + row] += row_sum(tile, row);
 }
 
 // Products -> G in place. Adds sum G (s - positive) without biases to the row sums, rows and columns each
@@ -282,14 +341,14 @@ void gradient_stripe(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t ro
   using Vec = typename A::Vec;
   const bool has_columns = run.problem->form != NTXentForm::kCross;
   for (int64_t row = 0; row < rows; ++row) {
-    Real* products = tile.products + row * kTileStride;
+    Real* products = tile.products + row * kTileStride<A>;
     const int64_t index = tile.first_row + first + row, pair = index % run.problem->left_count;
     const auto id = static_cast<typename A::Int>(id_of(*run.problem, index)),
                place = static_cast<typename A::Int>(place_of_query(*run.problem, index));
     const Real positive = run.positives[pair], bias = run.positive_bias[pair], factor = run.factors[index],
                scale = run.scales[index], loss = static_cast<Real>(run.problem->losses[index]),
                rest = static_cast<Real>(run.problem->losses[index] - static_cast<double>(loss));
-    Vec moment = load_as<Vec>(tile.row_sums + row * A::kLanes);
+    Vec moment = load_as<Vec>(tile.row_sums + (first + row) * A::kLanes);
     for (int64_t at = tile.begin; at < tile.end; at += A::kLanes) {
       const Vec plain = similarity(tile, products, at, scale);
       const Vec value = kIsMasked ? plain + load_as<Vec>(tile.biases + at) : plain;
@@ -316,7 +375,7 @@ void gradient_stripe(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t ro
       store_as(products + at - tile.begin,
                kIsScaled<A> ? both * scale * load_as<Vec>(tile.scales + at) : both);
     }
-    store_as(tile.row_sums + row * A::kLanes, moment);
+    store_as(tile.row_sums + (first + row) * A::kLanes, moment);
   }
 }
 
@@ -324,13 +383,13 @@ void gradient_stripe(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t ro
 template <class A>
 void round_gradients(Tile<A>& tile, int64_t rows) {
   if (rows % 2 == 1)
-    for (int64_t at = 0; at < tile.end - tile.begin; ++at) tile.products[rows * kTileStride + at] = 0;
+    for (int64_t at = 0; at < tile.end - tile.begin; ++at) tile.products[rows * kTileStride<A> + at] = 0;
   for (int64_t row = 0; row < rows; row += 2)
     for (int64_t at = 0; at < tile.end - tile.begin; at += A::kLanes) {
-      const typename A::Real* even = tile.products + row * kTileStride + at;
-      uint32_t* across = tile.across + (row * kTileStride + at) / 2;
-      A::round_pairs(load_as<typename A::Vec>(even), load_as<typename A::Vec>(even + kTileStride), across,
-                     across + kTileStride / 2, tile.down + row / 2 * kTileStride + at);
+      const typename A::Real* even = tile.products + row * kTileStride<A> + at;
+      uint32_t* across = tile.across + (row * kTileStride<A> + at) / 2;
+      A::round_pairs(load_as<typename A::Vec>(even), load_as<typename A::Vec>(even + kTileStride<A>), across,
+                     across + kTileStride<A> / 2, tile.down + row / 2 * kTileStride<A> + at);
     }
 }
 
@@ -342,67 +401,81 @@ struct Far : A {
 
 // dA += G B and, unless the columns repeat the rows, dB += G^T A.
 template <class A>
-void add_gradients(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t rows) {
+void add_gradients(const Run<A>& run, Tile<A>& tile, int64_t first, int64_t rows, Prefetch& prefetch) {
   const Side<A>&a = run.row_side, &b = run.column_side;
   const int64_t stride = a.step_stride, width = round_up(run.problem->width, A::kLanes),
                 row = tile.first_row + first;
   Operand<A> across, down;
   if constexpr (kIsScaled<A>) {
     round_gradients(tile, rows);
-    across = {tile.across, kTileStride / 2};
-    down = {tile.down, kTileStride};
+    across = {tile.across, kTileStride<A> / 2};
+    down = {tile.down, kTileStride<A>};
   } else {
-    across = down = {tile.products, kTileStride};
+    across = down = {tile.products, kTileStride<A>};
   }
   const int64_t column = tile.first_column + tile.begin,
                 columns = smaller(tile.end, tile.columns) - tile.begin;
   multiply<Far<A>, false>(a.grad + row * stride, stride, {across.data, across.stride},
                           {b.steps + column / A::kPair * stride, stride}, rows, width,
-                          ceil_div(columns, A::kPair), true);
+                          ceil_div(columns, A::kPair), true, &prefetch);
   if (!tile.is_diagonal)
     multiply<Far<A>, true>(b.grad + column * stride, stride, {down.data, down.stride},
                            {a.steps + row / A::kPair * stride, stride}, columns, width,
-                           ceil_div(rows, A::kPair), true);
+                           ceil_div(rows, A::kPair), true, &prefetch);
 }
 
 template <class A>
-void backward_tile(const Run<A>& run, Tile<A>& tile, int64_t row_group) {
+void backward_tile(const Run<A>& run, Tile<A>& tile, TilePlace next, int64_t row_group) {
+  each_part(run, tile, next, [&](int64_t first, int64_t rows, Prefetch& prefetch) {
+    multiply_stripe(run, tile, first, rows, prefetch);
+    if (run.is_shared)
+      tile.is_masked ? gradient_stripe<A, true, true>(run, tile, first, rows)
+                     : gradient_stripe<A, true, false>(run, tile, first, rows);
+    else
+      tile.is_masked ? gradient_stripe<A, false, true>(run, tile, first, rows)
+                     : gradient_stripe<A, false, false>(run, tile, first, rows);
+    add_gradients(run, tile, first, rows, prefetch);
+  });
   double moment = 0;
-  for (int64_t first = 0; first < tile.rows; first += kStripe) {
-    const int64_t rows = smaller(kStripe, tile.rows - first);
-    each_span(tile, [&] {
-      multiply_stripe(run, tile, first, rows);
-      if (run.is_shared)
-        tile.is_masked ? gradient_stripe<A, true, true>(run, tile, first, rows)
-                       : gradient_stripe<A, true, false>(run, tile, first, rows);
-      else
-        tile.is_masked ? gradient_stripe<A, false, true>(run, tile, first, rows)
-                       : gradient_stripe<A, false, false>(run, tile, first, rows);
-      add_gradients(run, tile, first, rows);
-    });
-    for (int64_t row = 0; row < rows; ++row) moment += row_sum(tile, row);
-  }
+  for (int64_t row = 0; row < tile.rows; ++row) moment += row_sum(tile, row);
   run.moments[row_group] += tile.is_diagonal ? moment / 2 : moment;  // such a tile holds each pair twice
 }
 
-// The tiles of a group of rows and a group of columns.
+// A group of rows and a group of columns, and how often each has had its turn before.
+struct Meeting {
+  int64_t row, column, row_turn, column_turn;
+};
+
+// The tiles of a meeting in their order; returns how many.
 template <class A>
-void run_tiles(const Run<A>& run, int64_t row_group, int64_t column_group) {
+int64_t list_tiles(const Run<A>& run, const Meeting& meeting, TilePlace* places) {
   const auto blocks_of = [&](const Side<A>& side, int64_t group) {
     return smaller((group + 1) * run.group, ceil_div(side.count, run.block));
   };
   const bool is_simclr = run.problem->form == NTXentForm::kSimclr;
-  for (int64_t row = row_group * run.group; row < blocks_of(run.row_side, row_group); ++row) {
-    const int64_t first = column_group * run.group;
+  int64_t count = 0;
+  for (int64_t row = meeting.row * run.group; row < blocks_of(run.row_side, meeting.row); ++row) {
+    const int64_t first = meeting.column * run.group;
     for (int64_t column = is_simclr ? larger(first, row) : first;
-         column < blocks_of(run.column_side, column_group); ++column) {
-      Tile<A> tile;
-      place_tile(run, row, column, tile);
-      if (run.is_backward)
-        backward_tile(run, tile, row_group);
-      else
-        forward_tile(run, tile);
-    }
+         column < blocks_of(run.column_side, meeting.column); ++column)
+      places[count++] = {row, column};
+  }
+  return count;
+}
+
+template <class A>
+void run_tiles(const Run<A>& run, const Meeting& here, const Meeting& next) {
+  TilePlace places[2 * kMaxGroup * kMaxGroup];
+  const int64_t count = list_tiles(run, here, places);
+  if (count == 0) return;
+  if (list_tiles(run, next, places + count) == 0) places[count] = {-1, -1};
+  for (int64_t at = 0; at < count; ++at) {
+    Tile<A> tile;
+    place_tile(run, places[at].row, places[at].column, tile);
+    if (run.is_backward)
+      backward_tile(run, tile, places[at + 1], here.row);
+    else
+      forward_tile(run, tile, places[at + 1]);
   }
 }
 
@@ -419,37 +492,37 @@ int64_t items_of_phase(const Run<A>& run) {
   return is_simclr ? (run.row_groups | 1) / 2 + 1 : smaller(run.row_groups, run.column_groups);
 }
 
-// One group of rows and one of columns, when both have had their turns in all phases before. Items are taken
-// in their order, so that a thread waits for items that others are at.
 template <class A>
-void run_item(void* context, int64_t item, int) {
-  const Run<A>& run = *static_cast<Run<A>*>(context);
+Meeting meeting_of(const Run<A>& run, int64_t item) {
   const int64_t items = items_of_phase(run), phase = item / items, place = item % items;
   if (run.problem->form == NTXentForm::kSimclr) {
-    // Groups i and j with i + j = 2 phase modulo an odd number: each has one other, and one itself.
-    const int64_t odd = run.row_groups | 1, one = (phase + place) % odd, other = (phase - place + odd) % odd,
-                  row = smaller(one, other), column = larger(one, other);
-    if (row >= run.row_groups) return;
-    wait_for_turn(run.row_turns[row], phase);
-    if (column < run.row_groups) {
-      wait_for_turn(run.row_turns[column], phase);
-      run_tiles(run, row, column);
-      end_turn(run.row_turns[column], phase);
-    }
-    end_turn(run.row_turns[row], phase);
-    return;
+    // Groups i and j with i + j = 2 phase modulo an odd number: each has one other, and one itself. Where the
+    // number of groups is even, the last one of these has no rows.
+    const int64_t odd = run.row_groups | 1, one = (phase + place) % odd, other = (phase - place + odd) % odd;
+    return {smaller(one, other), larger(one, other), phase, phase};
   }
   // Groups of the shorter side meet those of the longer one in rotation; these sit out some phases.
   const bool is_tall = run.row_groups > run.column_groups;
   const int64_t rotated = (place + phase) % larger(run.row_groups, run.column_groups),
                 rotated_turn = (smaller(rotated, items - 1) - place + items) % items;
-  const int64_t row = is_tall ? rotated : place, row_turn = is_tall ? rotated_turn : phase,
-                column = is_tall ? place : rotated, column_turn = is_tall ? phase : rotated_turn;
-  wait_for_turn(run.row_turns[row], row_turn);
-  wait_for_turn(run.column_turns[column], column_turn);
-  run_tiles(run, row, column);
-  end_turn(run.row_turns[row], row_turn);
-  end_turn(run.column_turns[column], column_turn);
+  return is_tall ? Meeting{rotated, place, rotated_turn, phase}
+                 : Meeting{place, rotated, phase, rotated_turn};
+}
+
+// One group of rows and one of columns, when both have had their turns in all phases before. Items are taken
+// in their order, so that a thread waits for items that others are at.
+template <class A>
+void run_item(void* context, int64_t item, int) {
+  const Run<A>& run = *static_cast<Run<A>*>(context);
+  const Meeting here = meeting_of(run, item), next = meeting_of(run, item + run.problem->threads);
+  if (here.row >= run.row_groups) return;
+  wait_for_turn(run.row_turns[here.row], here.row_turn);
+  if (here.column < run.column_groups) {
+    wait_for_turn(run.column_turns[here.column], here.column_turn);
+    run_tiles(run, here, next);
+    end_turn(run.column_turns[here.column], here.column_turn);
+  }
+  end_turn(run.row_turns[here.row], here.row_turn);
 }
 
 template <class A>
@@ -457,13 +530,13 @@ void run_phases(Run<A>& run, Memory& memory) {
   const bool is_simclr = run.problem->form == NTXentForm::kSimclr;
   const int64_t more = larger(run.row_groups, run.column_groups), phases = is_simclr ? more | 1 : more;
   run.row_turns = memory.take_zeros<int64_t>(run.row_groups);
-  if (!is_simclr) run.column_turns = memory.take_zeros<int64_t>(run.column_groups);
+  run.column_turns = is_simclr ? run.row_turns : memory.take_zeros<int64_t>(run.column_groups);
   parallel_for(phases * items_of_phase(run), run.problem->threads, &run_item<A>, &run);
 }
 
 // Large groups read less, small ones keep more threads busy: 32 of them wherever there are 2,048 rows.
 int64_t group_rows(int64_t rows) {
-  const int64_t wanted = larger(smaller(rows / 32, kMaxGroupRows) / 64 * 64, 64);
+  const int64_t wanted = larger(smaller(rows / 32, kMaxGroup * kMaxBlock) / 64 * 64, 64);
   return wanted <= kMaxBlock ? wanted : wanted / kMaxBlock * kMaxBlock;
 }
 
@@ -531,7 +604,7 @@ void start(Run<A>& run, Memory& memory, double exponent) {
   run.column_groups = ceil_div(run.column_side.count, rows_of_group);
   prepare_sides(run);
   run.is_shared = exponent <= kLargestShared<A>;
-  positive_products(run);
+  parallel_for(ceil_div(problem.left_count, kChunk), problem.threads, &positive_products<A>, &run);
 }
 
 // exp of one number, exactly as the tiles compute it: equal products must give equal exponentials.

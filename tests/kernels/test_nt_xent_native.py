@@ -146,6 +146,13 @@ def test_every_isa_and_thread_count(
             assert all(map(torch.equal, found[0], other))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tiles_in_parts(dtype: torch.dtype) -> None:
+    """From 4,096 rows on a side tiles are too large to be worked on at once."""
+    left, right = (side.to(dtype) for side in pair(2061, 24))
+    assert_native_is_close(left, right, 0.1, "tiles in parts", negatives="simclr")
+
+
 def test_small_problems_on_every_isa(every_isa: list[str]) -> None:
     left, right = pair(65, 59, torch.float32)
     for isa in every_isa:
