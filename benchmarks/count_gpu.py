@@ -36,9 +36,12 @@ SM_90 = ("sm_90",)
 # Bytes and instructions for each pair of a pack with a time_bias: its bucket, the number that belongs to it; in
 # backward also its place in the order of the buckets, to change places and to add up (ptxas, sm_90).
 PAIRS = {"short_forward": (1, 4), "short_backward": (3, 13)}
-# Without packs: the bucket of each pair and its number, in every kernel; in "dq" also the bit that tells which buckets
-# a tile has, and a round for each of these.
-PAIR_OF_LONG, BIT_OF_PAIR, ROUND_OF_PAIR = 24, 5, 3
+# Without packs: instructions of a thread for a tile, (per pair, others), read from what ptxas makes for sm_90. In every
+# kernel which buckets there may be, and then for one bucket, each further one of few, or any number of them; in "dq"
+# sums as well, with many buckets a round for each that the tile has.
+SPAN, ONE, FURTHER, MANY = (0, 60), (0, 8), (3, 15), (15, 0)
+SUM_OF_ONE, SUM_OF_FURTHER, SUMS_OF_MANY, ROUND = (2, 25), (4, 37), (17, 40), (3, 30)
+FEW_BUCKETS, FAR_S = 5, 2**30  # as in the kernels
 
 
 # Operations that launch nothing: they make room, look at memory in another way, or happen on the host.
@@ -130,37 +133,52 @@ def attention_work(lengths: Sequence[int], heads: int, width: int, kind: str = "
             for name in longs:
                 # A time_bias alone has tiles of its own there.
                 of_long = "timed" if kind == "options" else kind
-                m, n, *_ = tile_table.choose(attention.TABLE, SM_90, name, of_long, width, max(mean, block + 1))
+                m, n, warps, _ = tile_table.choose(attention.TABLE, SM_90, name, of_long, width, max(mean, block + 1))
                 places = sum(math.ceil(length / m) * m * math.ceil(length / n) * n for length in long)
                 moved = heads * sum(long) * (tensors[name] * width * ITEM + 4 * numbers[name])
                 own = n if name == "dkv" else m  # rows that a tile keeps, while two tensors of the others pass by
                 passing = heads * places / own * 2 * width * ITEM
                 each = 0.0
                 if kind == "options" and long:
-                    each = PAIR_OF_LONG + (name == "dq") * (BIT_OF_PAIR + ROUND_OF_PAIR * rounds_of(long, m, n))
+                    each = instructions_of_pair(long, m, n, warps, name == "dq")
                 flop = heads * products[name] * 2 * places * width
                 found[name] = Work(flop, moved, moved + passing, 1, heads * places * each)
     return found
 
 
-def rounds_of(lengths: Sequence[int], m: int, n: int, sequences: int = 12) -> float:
-    """Buckets that a pair's tile has, on average over the pairs of some of these sequences.
+def instructions_of_pair(
+    lengths: Sequence[int], m: int, n: int, warps: int, has_sums: bool, sequences: int = 12
+) -> float:
+    """Instructions for the time_bias of a pair in tiles of m x n, on average over some of these sequences.
 
     Three of four events follow the one before after a minute, the others after two days, at random.
     """
     generator = torch.Generator().manual_seed(0)
-    found = pairs = 0
+    of_thread, of_tiles, tiles = m * n / (32 * warps), 0.0, 0
+
+    def number(parts: Iterable[tuple[float, tuple[int, int]]]) -> float:
+        return sum(times * (of_pair * of_thread + others) for times, (of_pair, others) in parts)
+
     for length in lengths[:: -(-len(lengths) // sequences)]:
         is_same_visit = torch.rand(length, generator=generator) < 0.75
         soon = torch.empty(length).exponential_(1 / 60, generator=generator)
         late = 172_800 * torch.randn(length, generator=generator).mul(1.2).exp()
         times = torch.where(is_same_visit, soon, late).double().cumsum(0).long()
-        bucket = time_buckets(times[:, None] - times[None, :], 64)
+        gap = (times[:, None] - times[None, :]).abs()
+        bucket = time_buckets(gap, 64)
         for row, column in itertools.product(range(0, length, m), range(0, length, n)):
             tile = bucket[row : row + m, column : column + n]
-            found += len(tile.unique()) * tile.numel()
-            pairs += tile.numel()
-    return found / pairs
+            further, has = int(tile.max() - tile.min()), len(tile.unique())
+            is_far = int(gap[row : row + m, column : column + n].max()) >= FAR_S
+            if is_far or further >= FEW_BUCKETS:
+                parts, sums = [(1.0, MANY)], [(1.0, SUMS_OF_MANY), (has, ROUND)]
+            else:
+                # Where there are two and more, a copy of the scores and the times in their places, once.
+                parts = [(1.0, ONE), (further, FURTHER), (further > 0, (2, 50))]
+                sums = [(1.0, SUM_OF_ONE), (further, SUM_OF_FURTHER)]
+            of_tiles += number([(1.0, SPAN), *parts, *(sums if has_sums else [])])
+            tiles += 1
+    return of_tiles / tiles / of_thread
 
 
 def five_products(lengths: Sequence[int], heads: int, width: int) -> Work:

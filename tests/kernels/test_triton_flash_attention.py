@@ -18,7 +18,7 @@ from torch.nn import functional
 from ubp_fast.kernels import BackendUnavailable, flash_attention
 from ubp_fast.kernels.flash_attention import _triton, _triton_kernels
 from ubp_fast.kernels.flash_attention.api import _backward_op, _bounds, _forward_op
-from ubp_fast.kernels.flash_attention.reference import Problem
+from ubp_fast.kernels.flash_attention.reference import Problem, time_buckets
 
 require_triton_device()
 
@@ -167,7 +167,7 @@ def _sums_of_tile(grad_ptr, bucket_ptr, sums_ptr, M: tl.constexpr, N: tl.constex
     lanes = tl.arange(0, 128)
     sums = tl.load(sums_ptr + lanes)
     grad, bucket = tl.load(grad_ptr + at), tl.load(bucket_ptr + at)
-    tl.store(sums_ptr + lanes, _triton_kernels._bucket_sums(sums, grad, bucket, lanes, BUCKETS))
+    tl.store(sums_ptr + lanes, _triton_kernels._many_sums(sums, grad, bucket, lanes, BUCKETS))
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (64, 32)])
@@ -175,18 +175,112 @@ def test_sums_of_a_tile_in_any_buckets(shape: tuple[int, int]) -> None:
     """Beside pairs that see nothing; those from the 62nd bucket on share a bit."""
     generator = torch.Generator().manual_seed(0)
     for used in ((), (0,), (3, 61), (62,), (62, 63, 105), tuple(range(106))):
-        bucket = torch.tensor([-1, *used])[torch.randint(0, 1 + len(used), shape, generator=generator)]
+        bucket = torch.tensor([0, *used])[torch.randint(0, 1 + len(used), shape, generator=generator)]
         grad = torch.randn(shape, generator=generator)
+        grad[torch.rand(shape, generator=generator) < 0.3] = 0.0
         before = torch.randn(128, generator=generator)
         found = before.clone().to(DEVICE)
         _sums_of_tile[(1,)](grad.to(DEVICE), bucket.int().to(DEVICE), found, M=shape[0], N=shape[1], BUCKETS=106)
-        truth, seen = before.double(), bucket >= 0
+        truth, seen = before.double(), grad != 0.0
         truth.index_add_(0, bucket[seen], grad[seen].double())
         torch.testing.assert_close(
             found.cpu().double(), truth, rtol=0, atol=2e-5, msg=lambda text, used=used: f"{used}: {text}"
         )
         untouched = [at for at in range(128) if at not in bucket[seen]]
         assert torch.equal(found.cpu()[untouched], before[untouched])
+
+
+@triton.jit
+def _buckets_of_gaps(gap_ptr, bucket_ptr, NUMBER: tl.constexpr, BUCKETS: tl.constexpr):
+    at = tl.arange(0, NUMBER)
+    tl.store(bucket_ptr + at, _triton_kernels._buckets(tl.load(gap_ptr + at), BUCKETS))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_buckets_at_the_edges_of_octaves(dtype: torch.dtype) -> None:
+    """Where float32 would round up to the next octave, too, and what int64 holds no more."""
+    octave = torch.arange(31 if dtype == torch.int32 else 63)
+    edges = torch.cat([2**octave, 2**octave // 2 * 3]) - 1
+    gap = torch.cat([edges, edges - 1, edges + 1, edges - 2**20]).clamp(0, 2**31 - 2 if dtype == torch.int32 else None)
+    gap = functional.pad(gap, (0, 256 - len(gap)), value=int(gap.max())).to(dtype)
+    found = torch.empty(256, dtype=torch.int32)
+    if dtype == torch.int64:
+        gap[-2:] = torch.tensor([2**63 - 1, -(2**63)])
+    moved = found.to(DEVICE)
+    _buckets_of_gaps[(1,)](gap.to(DEVICE), moved, NUMBER=256, BUCKETS=106)
+    assert torch.equal(moved.cpu().long(), time_buckets(gap, 106))
+
+
+@triton.jit
+def _tile_of_times(
+    time_ptr, other_ptr, s_ptr, grad_ptr, bias_ptr, out_ptr, sums_ptr, span_ptr, rows, others, BUCKETS: tl.constexpr,
+    N: tl.constexpr,
+):  # fmt: skip
+    """One tile, as the kernels meet it."""
+    lane = tl.arange(0, N)
+    origin, at = tl.load(time_ptr), lane[:, None] * N + lane[None, :]
+    time = _triton_kernels._after(time_ptr, lane, rows, origin)
+    other = _triton_kernels._after(other_ptr, lane, others, origin)
+    first, last, is_far = _triton_kernels._span(tl.min(time, 0), tl.max(time, 0), other, BUCKETS)
+    tl.store(span_ptr, first)
+    tl.store(span_ptr + 1, last)
+    tl.store(span_ptr + 2, is_far.to(tl.int32))
+    s = _triton_kernels._with_bias(
+        tl.load(s_ptr + at), bias_ptr, first, last, is_far, time, other, time_ptr, lane, rows, other_ptr, lane, others,
+        BUCKETS, True,
+    )  # fmt: skip
+    tl.store(out_ptr + at, s)
+    lanes = tl.arange(0, 128)
+    sums = _triton_kernels._with_sums(
+        tl.zeros([128], tl.float32), tl.load(grad_ptr + at), lanes, first, last, is_far, time, other, time_ptr, lane,
+        rows, other_ptr, lane, others, BUCKETS, True,
+    )  # fmt: skip
+    tl.store(sums_ptr + lanes, sums)
+
+
+DAY, YEAR = 86_400, 365 * 86_400
+TIMES = {  # of the rows, of the others, buckets, and which kind of tile that is
+    "one-bucket": (range(16), range(100 * DAY, 100 * DAY + 16), 64, "one"),
+    "after-the-rows": (range(100 * DAY, 100 * DAY + 16), range(16), 64, "one"),
+    "two-buckets": (range(0, 16 * DAY, DAY), range(85 * DAY, 101 * DAY, DAY), 64, "few"),
+    "four-buckets": (range(0, 16 * DAY, DAY), range(40 * DAY, 56 * DAY, DAY), 64, "few"),
+    "at-an-edge": (range(16), range(2**20 - 2, 2**20 + 14), 64, "few"),
+    "seconds": ([0, 1], [0, 1], 64, "few"),
+    "cut-at-the-last": (range(16), range(90, 106), 6, "one"),
+    "many-buckets": (range(0, 16 * 3600, 3600), range(0, 16 * 3600, 3600), 64, "many"),
+    "few-rows": (range(0, 5 * DAY, DAY), range(44 * DAY, 51 * DAY, DAY), 64, "few"),
+    "in-no-order": ([3, 90, 4, 88, 0, 7] + 10 * [50], [*range(4000, 4008), *range(3000, 3008)], 64, "few"),
+    "just-not-far": ([2**29, 0, 9], [2**29 + 2**30 - 1, 2**30 + 5], 64, "few"),
+    "far": ([0, 5, 9], [2**30, 2**30 - 2], 64, "far"),
+    "centuries": (range(0, 16 * 40 * YEAR, 40 * YEAR), range(-9 * YEAR, 7 * YEAR, YEAR), 106, "far"),
+    "ends-of-int64": ([-(2**63), 0, 2**62], [2**63 - 1, -5], 106, "far"),
+}
+
+
+@pytest.mark.parametrize("name", TIMES)
+def test_every_kind_of_tile_finds_its_buckets(name: str) -> None:
+    """One bucket, some that follow each other, many, and times that int32 does not hold: biases and sums are exact."""
+    *sides, buckets, kind = TIMES[name]
+    time, other = (torch.tensor(list(side), dtype=torch.int64) for side in sides)
+    bucket = time_buckets(time[:, None] - other[None, :], buckets)
+    generator = torch.Generator().manual_seed(0)
+    bias = torch.randn(buckets, generator=generator)
+    bias[bucket[0, 0]] = -torch.inf
+    s, grad = torch.randn(2, 16, 16, generator=generator)
+    is_pair = torch.zeros(16, 16, dtype=torch.bool)
+    is_pair[: len(time), : len(other)] = True
+    grad[~is_pair] = 0.0
+    given = [part.to(DEVICE) for part in (time, other, s, grad, bias)]
+    out, sums, found = (torch.empty(shape, device=DEVICE) for shape in ((16, 16), 128, 3))
+    found = found.int()
+    _tile_of_times[(1,)](*given, out, sums, found, len(time), len(other), BUCKETS=buckets, N=16)
+    first, last, is_far = found.tolist()
+    assert kind == ("far" if is_far else "one" if last == first else "few" if last - first < 5 else "many")
+    assert is_far or (first <= bucket.min() and bucket.max() <= last)
+    wanted = s[: len(time), : len(other)] + bias[bucket] * 1.4426950408889634
+    torch.testing.assert_close(out.cpu()[is_pair], wanted.flatten(), rtol=1e-6, atol=1e-6)
+    truth = torch.zeros(128, dtype=torch.float64).index_add_(0, bucket.flatten(), grad[is_pair].double())
+    torch.testing.assert_close(sums.cpu().double(), truth, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("seed", [0, -5, 2**63 - 1])

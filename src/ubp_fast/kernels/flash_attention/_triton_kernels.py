@@ -27,6 +27,8 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 FAN = tl.constexpr(128)
 LAST_BIT = tl.constexpr(62)
+FAR = tl.constexpr(2**30)  # seconds, 34 years: between times that are nearer differences stay within int32
+FEW = tl.constexpr(5)  # buckets of a tile
 VARYING = ("sequences", "slots", "left", "right", "threshold")
 
 
@@ -74,10 +76,130 @@ def _seen(query_at, key_at, queries, keys, left, right, HAS_LEFT: tl.constexpr, 
 
 
 @triton.jit
-def _buckets(time, key_time, BUCKETS: tl.constexpr):
-    """Two per octave of |seconds| + 1: exponent and first digit of the float64, read from its bits."""
-    bits = (tl.abs(time - key_time) + 1).to(tl.float64).to(tl.int64, bitcast=True)
-    return tl.minimum((bits >> 51) - 2046, BUCKETS - 1).to(tl.int32)
+def _buckets(gap, BUCKETS: tl.constexpr):
+    """Two per octave of seconds + 1, int32 or int64: exponent and first digit of the float32.
+
+    Without the bits two places below set ones no number is rounded up to the next octave or to its upper half.
+    """
+    x = gap + 1
+    if gap.dtype == tl.int64:
+        x = x.to(tl.uint64)  # between the two ends of int64 there is more than it holds
+    bits = (x ^ (x & (x >> 2))).to(tl.float32).to(tl.int32, bitcast=True)
+    return tl.minimum((bits >> 22) - 254, BUCKETS - 1)
+
+
+@triton.jit
+def _least_gap(bucket):
+    """The smallest gap that is in this bucket of _buckets, or in one after it."""
+    octave = 1 << (bucket >> 1)
+    return octave - 1 + (bucket & 1) * ((octave + 1) >> 1)
+
+
+@triton.jit
+def _after(time_ptr, at, rows, origin):
+    """Seconds from `origin` to the times of rows as int32, cut at FAR; the last row stands for those past the end."""
+    after = tl.load(time_ptr + tl.minimum(at, rows - 1)) - origin
+    return tl.minimum(tl.maximum(after, -FAR), FAR).to(tl.int32)
+
+
+@triton.jit
+def _span(low, high, other, BUCKETS: tl.constexpr):
+    """First and last bucket of the pairs between times low .. high and others, and whether some are FAR away."""
+    other_low, other_high = tl.min(other, 0), tl.max(other, 0)
+    nearest = tl.maximum(tl.maximum(low - other_high, other_low - high), 0)
+    furthest = tl.maximum(high - other_low, other_high - low)
+    is_far = (tl.minimum(low, other_low) == -FAR) | (tl.maximum(high, other_high) == FAR)
+    return _buckets(nearest, BUCKETS), _buckets(furthest, BUCKETS), is_far
+
+
+@triton.jit
+def _gaps(time, other):
+    return tl.abs(time[:, None] - other[None, :])
+
+
+@triton.jit
+def _whole_gaps(time_ptr, at, rows, other_ptr, other_at, others):
+    """Gaps of any length, by the times in memory."""
+    time = tl.load(time_ptr + tl.minimum(at, rows - 1))
+    return _gaps(time, tl.load(other_ptr + tl.minimum(other_at, others - 1)))
+
+
+@triton.jit
+def _with_bias(
+    s, bias_ptr, first, last, is_far, time, other, time_ptr, at, rows, other_ptr, other_at, others,
+    BUCKETS: tl.constexpr, IS_BRANCHING: tl.constexpr,
+):  # fmt: skip
+    """Scores of a tile and their time_bias; where there are few buckets a comparison for each after the first.
+
+    Products of float32 do without: Triton 3.6 does not compile branches behind them.
+    """
+    if not IS_BRANCHING:
+        bucket = _buckets(_whole_gaps(time_ptr, at, rows, other_ptr, other_at, others), BUCKETS)
+        s += tl.load(bias_ptr + bucket) * LOG2E
+    elif is_far | (last - first >= FEW):
+        if is_far:
+            bucket = _buckets(_whole_gaps(time_ptr, at, rows, other_ptr, other_at, others), BUCKETS)
+        else:
+            bucket = _buckets(_gaps(time, other), BUCKETS)
+        s += tl.load(bias_ptr + bucket) * LOG2E
+    else:
+        plain = s
+        s += tl.load(bias_ptr + first) * LOG2E
+        for here in range(first + 1, last + 1):
+            s = tl.where(_gaps(time, other) >= _least_gap(here), plain + tl.load(bias_ptr + here) * LOG2E, s)
+    return s
+
+
+@triton.jit
+def _with_sums(
+    sums, grad, lanes, first, last, is_far, time, other, time_ptr, at, rows, other_ptr, other_at, others,
+    BUCKETS: tl.constexpr, IS_BRANCHING: tl.constexpr,
+):  # fmt: skip
+    """Sums of buckets and the gradients of a tile's scores, which are 0 where a query does not see a key."""
+    if not IS_BRANCHING:
+        bucket = _buckets(_whole_gaps(time_ptr, at, rows, other_ptr, other_at, others), BUCKETS)
+        sums = _many_sums(sums, grad, bucket, lanes, BUCKETS)
+    elif is_far | (last - first >= FEW):
+        if is_far:
+            bucket = _buckets(_whole_gaps(time_ptr, at, rows, other_ptr, other_at, others), BUCKETS)
+        else:
+            bucket = _buckets(_gaps(time, other), BUCKETS)
+        sums = _many_sums(sums, grad, bucket, lanes, BUCKETS)
+    else:
+        # From the last bucket down: all that are at least so far apart, without those of the buckets after it.
+        beyond = 0.0
+        for back in range(0, last - first):
+            here = last - back
+            part = tl.sum(tl.where(_gaps(time, other) >= _least_gap(here), grad, 0.0))
+            sums += tl.where(lanes == here, part - beyond, 0.0)
+            beyond = part
+        sums += tl.where(lanes == first, tl.sum(grad) - beyond, 0.0)
+    return sums
+
+
+@triton.jit
+def _either(left, right):
+    return left | right
+
+
+@triton.jit
+def _many_sums(sums, grad, bucket, lanes, BUCKETS: tl.constexpr):
+    """A round for each bucket that has a gradient.
+
+    Times of a history come in bursts: of the buckets between a tile's first and last one about half have none.
+    """
+    # A bit for each, those from LAST_BIT on share one.
+    bits = tl.where(grad == 0.0, 0, tl.full(bucket.shape, 1, tl.int64) << tl.minimum(bucket, LAST_BIT))
+    there = tl.reduce(bits, None, _either)
+    while there != 0:
+        low = there & -there
+        there ^= low
+        first = ((low.to(tl.float64).to(tl.int64, bitcast=True) >> 52) - 1023).to(tl.int32)  # the exponent of 2^first
+        end = tl.where(first == LAST_BIT, BUCKETS, first + 1)
+        for here in range(first, end):
+            part = tl.sum(tl.where(bucket == here, grad, 0.0))
+            sums += tl.where(lanes == here, part, 0.0)
+    return sums
 
 
 @triton.jit
@@ -124,7 +246,10 @@ def forward_kernel(
     query_at = tile + tl.arange(0, BLOCK_M)
     q = _load(q_ptr + row * q_stride + head * q_stride_h, q_stride, queries - tile, WIDTH, BLOCK_M, BLOCK_D)
     if BUCKETS > 0:
-        time = tl.load(time_ptr + start + query_at, mask=query_at < queries, other=0)[:, None]
+        bias_ptr, time_ptr, key_time_ptr = bias_ptr + head * BUCKETS, time_ptr + start, key_time_ptr + key_start
+        origin = tl.load(time_ptr + tile)
+        time = _after(time_ptr, query_at, queries, origin)
+        low, high = tl.min(time, 0), tl.max(time, 0)
 
     output = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -136,8 +261,12 @@ def forward_kernel(
         k = _load(k_ptr + there * k_stride, k_stride, keys - at, WIDTH, BLOCK_N, BLOCK_D)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
         if BUCKETS > 0:
-            key_time = tl.load(key_time_ptr + key_start + key_at, mask=key_at < keys, other=0)[None, :]
-            s += tl.load(bias_ptr + head * BUCKETS + _buckets(time, key_time, BUCKETS)) * LOG2E
+            key_time = _after(key_time_ptr, key_at, keys, origin)
+            near, far, is_far = _span(low, high, key_time, BUCKETS)
+            s = _with_bias(
+                s, bias_ptr, near, far, is_far, time, key_time, time_ptr, query_at, queries, key_time_ptr, key_at, keys,
+                BUCKETS, PRECISION != "ieee",
+            )  # fmt: skip
         if (at < free_first) | (at + BLOCK_N > free_end):
             seen = _seen(query_at[:, None], key_at[None, :], queries, keys, left, right, HAS_LEFT, HAS_RIGHT)
             s = tl.where(seen, s, float("-inf"))
@@ -160,31 +289,6 @@ def forward_kernel(
     _store(out_ptr, heads * WIDTH, output, queries - tile, WIDTH, BLOCK_M, BLOCK_D)
     at_lse = row * heads + head + tl.arange(0, BLOCK_M) * heads
     tl.store(lse_ptr + at_lse, lse, mask=query_at < queries)
-
-
-@triton.jit
-def _either(left, right):
-    return left | right
-
-
-@triton.jit
-def _bucket_sums(sums, grad, bucket, lanes, BUCKETS: tl.constexpr):
-    """Adds the gradients of a tile to the sums of their buckets, -1 being none: a round for each that has a pair.
-
-    Times of a history come in bursts: of the buckets between a tile's first and last one about half have none.
-    """
-    # A bit for each, those from LAST_BIT on share one.
-    bits = tl.where(bucket < 0, 0, tl.full(bucket.shape, 1, tl.int64) << tl.minimum(tl.maximum(bucket, 0), LAST_BIT))
-    there = tl.reduce(tl.reduce(bits, 1, _either), 0, _either)
-    while there != 0:
-        low = there & -there
-        there ^= low
-        first = ((low.to(tl.float64).to(tl.int64, bitcast=True) >> 52) - 1023).to(tl.int32)  # the exponent of 2^first
-        end = tl.where(first == LAST_BIT, BUCKETS, first + 1)
-        for here in range(first, end):
-            part = tl.sum(tl.sum(tl.where(bucket == here, grad, 0.0), 1), 0)
-            sums += tl.where(lanes == here, part, 0.0)
-    return sums
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -222,7 +326,10 @@ def backward_dq_kernel(
     lse = tl.load(lse_ptr + at_lse, mask=query_at < queries, other=float("-inf"))
     lse = tl.where(lse == float("-inf"), float("inf"), lse)  # rows that see nothing: all weights 0
     if BUCKETS > 0:
-        time = tl.load(time_ptr + start + query_at, mask=query_at < queries, other=0)[:, None]
+        bias_ptr, time_ptr, key_time_ptr = bias_ptr + head * BUCKETS, time_ptr + start, key_time_ptr + key_start
+        origin = tl.load(time_ptr + tile)
+        time = _after(time_ptr, query_at, queries, origin)
+        low, high = tl.min(time, 0), tl.max(time, 0)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     place = tile + keys - queries
@@ -233,9 +340,12 @@ def backward_dq_kernel(
         v = _load(v_ptr + there * v_stride, v_stride, keys - at, WIDTH, BLOCK_N, BLOCK_D)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
         if BUCKETS > 0:
-            key_time = tl.load(key_time_ptr + key_start + key_at, mask=key_at < keys, other=0)[None, :]
-            bucket = _buckets(time, key_time, BUCKETS)
-            s += tl.load(bias_ptr + head * BUCKETS + bucket) * LOG2E
+            key_time = _after(key_time_ptr, key_at, keys, origin)
+            near, far, is_far = _span(low, high, key_time, BUCKETS)
+            s = _with_bias(
+                s, bias_ptr, near, far, is_far, time, key_time, time_ptr, query_at, queries, key_time_ptr, key_at, keys,
+                BUCKETS, PRECISION != "ieee",
+            )  # fmt: skip
         p = tl.exp2(s - lse[:, None])
         if (at < free_first) | (at + BLOCK_N > free_end):
             seen = _seen(query_at[:, None], key_at[None, :], queries, keys, left, right, HAS_LEFT, HAS_RIGHT)
@@ -246,8 +356,10 @@ def backward_dq_kernel(
             dp = tl.where(kept, dp * keep_scale, 0.0)
         ds = p * (dp - delta[:, None])
         if BUCKETS > 0:
-            seen = _seen(query_at[:, None], key_at[None, :], queries, keys, left, right, HAS_LEFT, HAS_RIGHT)
-            sums = _bucket_sums(sums, ds, tl.where(seen, bucket, -1), lanes, BUCKETS)
+            sums = _with_sums(
+                sums, ds, lanes, near, far, is_far, time, key_time, time_ptr, query_at, queries, key_time_ptr, key_at,
+                keys, BUCKETS, PRECISION != "ieee",
+            )  # fmt: skip
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
     _store(dq_ptr + packed, packed_stride, dq * scale, queries - tile, WIDTH, BLOCK_M, BLOCK_D)
@@ -298,7 +410,10 @@ def backward_dkv_kernel(
     k = _load(k_ptr, k_stride, keys - tile, WIDTH, BLOCK_N, BLOCK_D)
     v = _load(v_ptr, v_stride, keys - tile, WIDTH, BLOCK_N, BLOCK_D)
     if BUCKETS > 0:
-        key_time = tl.load(key_time_ptr + key_start + key_at, mask=key_at < keys, other=0)[:, None]
+        bias_ptr, time_ptr, key_time_ptr = bias_ptr + head * BUCKETS, time_ptr + start, key_time_ptr + key_start
+        origin = tl.load(key_time_ptr + tile)
+        key_time = _after(key_time_ptr, key_at, keys, origin)
+        low, high = tl.min(key_time, 0), tl.max(key_time, 0)
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -313,8 +428,12 @@ def backward_dkv_kernel(
         delta = tl.load(delta_ptr + at_lse, mask=query_at < queries, other=0.0)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
         if BUCKETS > 0:
-            time = tl.load(time_ptr + start + query_at, mask=query_at < queries, other=0)[None, :]
-            s += tl.load(bias_ptr + head * BUCKETS + _buckets(time, key_time, BUCKETS)) * LOG2E
+            time = _after(time_ptr, query_at, queries, origin)
+            near, far, is_far = _span(low, high, time, BUCKETS)
+            s = _with_bias(
+                s, bias_ptr, near, far, is_far, key_time, time, key_time_ptr, key_at, keys, time_ptr, query_at, queries,
+                BUCKETS, PRECISION != "ieee",
+            )  # fmt: skip
         p = tl.exp2(s - lse[None, :])
         if (at < free_first) | (at + BLOCK_M > free_end):
             seen = _seen(query_at[None, :], key_at[:, None], queries, keys, left, right, HAS_LEFT, HAS_RIGHT)

@@ -121,7 +121,7 @@ def pair_kernel(
             start + lane, key_start + lane, sequence, key_sequence, cu_ptr, cu_key_ptr, left, right, HAS_LEFT,
             HAS_RIGHT, True,
         )  # fmt: skip
-        bucket = tl.where(seen, _buckets(time, key_time, BUCKETS), bucket)
+        bucket = tl.where(seen, _buckets(tl.abs(time - key_time), BUCKETS), bucket)
     tl.store(bucket_ptr + place, bucket.to(tl.uint8))
 
 
