@@ -86,10 +86,11 @@ def diagnose(
     steps = Steps(progress, each * len(groups) * len(components))
     for name, profiles in components.items():
         vectors = torch.from_numpy(profiles.align(shuffled).embeddings)
+        forecasts = None if profiles.layout is None else profiles.layout.forecasts
         for group in groups:
             rows = np.flatnonzero(group[0].included)
             train = [task.train.take(rows) for task in group]
-            regression, columns = _regression(vectors, rows, train)
+            regression, columns = _regression(vectors, rows, train, forecasts)
             known = [(choices or {}).get(name, {}).get(task.task.name) for task in group]
             options = [option for option in known if option is not None]
             if len(options) < len(group):
@@ -107,8 +108,8 @@ def diagnose(
                 if profiles is first and profiles.layout is not None:
                     parts = _parts(regression, option, own, vectors, rows, profiles)
                     found["blocks"][key] = _occluded(predicted, parts, labels)
-            found["sizes"][name] |= _sizes(vectors, rows, group, options, steps)
-            found["age"][name] |= _ages(vectors, rows, group, options, events, shuffled, steps)
+            found["sizes"][name] |= _sizes(vectors, rows, group, options, forecasts, steps)
+            found["age"][name] |= _ages(vectors, rows, group, options, forecasts, events, shuffled, steps)
     return found
 
 
@@ -143,12 +144,12 @@ def activity(events: EventDirectory, client_ids: np.ndarray) -> tuple[np.ndarray
 
 
 def _regression(
-    vectors: torch.Tensor, rows: np.ndarray, labels: Sequence[LabelMatrix]
+    vectors: torch.Tensor, rows: np.ndarray, labels: Sequence[LabelMatrix], forecasts: np.ndarray | None
 ) -> tuple[Regression, list[slice]]:
     """The regression of some clients, rows of `labels`, and the columns of each matrix among its labels."""
     bounds = np.cumsum([0, *(one.num_labels for one in labels)])
     columns = [slice(int(first), int(last)) for first, last in pairwise(bounds)]
-    return Regression(vectors, rows, np.concatenate([one.dense() for one in labels], axis=1)), columns
+    return Regression(vectors, rows, np.concatenate([one.dense() for one in labels], axis=1), forecasts), columns
 
 
 def _scored(labels: LabelMatrix, least: int = 1) -> np.ndarray:
@@ -278,6 +279,7 @@ def _sizes(
     rows: np.ndarray,
     tasks: Sequence[TaskTargets],
     options: Sequence[Option],
+    forecasts: np.ndarray | None,
     steps: Steps,
 ) -> dict[str, list[list[float | None]]]:
     """Task -> [clients learned from, AUROC of the other half of the clients, its error], ascending.
@@ -289,7 +291,7 @@ def _sizes(
     for share in SIZES:
         some = learners[: round(share * len(learners))]
         if len(some) >= 2 * FOLDS:
-            regression, columns = _regression(vectors, some, [task.train.take(some) for task in tasks])
+            regression, columns = _regression(vectors, some, [task.train.take(some) for task in tasks], forecasts)
             for task, (scaling, penalty), own in zip(tasks, options, columns, strict=True):
                 option = (scaling, penalty * len(rows) / len(some))
                 predicted = regression.predicted(option, vectors, scored, own)
@@ -305,6 +307,7 @@ def _ages(
     rows: np.ndarray,
     tasks: Sequence[TaskTargets],
     options: Sequence[Option],
+    forecasts: np.ndarray | None,
     events: EventDirectory,
     client_ids: np.ndarray,
     steps: Steps,
@@ -327,7 +330,7 @@ def _ages(
         np.flatnonzero(np.logical_and.reduce([_is_in(part[position], LEAST_CLIENTS) for part in labels]))
         for position in range(len(names))
     ]
-    regression, columns = _regression(vectors, rows, [one for part in labels for one in part])
+    regression, columns = _regression(vectors, rows, [one for part in labels for one in part], forecasts)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for number, part in enumerate(labels):
         days = [float(bounds_s[number + one] - start_s) / DAY_S for one in (0, 1)]

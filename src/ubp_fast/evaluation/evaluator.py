@@ -129,7 +129,8 @@ def _read_data(
     vectors = _to_device((aligned if has_units else aligned.to_float16()).embeddings, torch.device(device))
     others_read = None if read is None else _to_device(read.align(targets.client_ids).embeddings, torch.device(device))
     orders, shuffle = row_orders(targets.client_ids, config), _shuffle(targets.client_ids, config, 0)
-    return ReaderData(vectors, tuple(orders), shuffle, has_units, others_read)
+    forecasts = None if aligned.layout is None else aligned.layout.forecasts
+    return ReaderData(vectors, tuple(orders), shuffle, has_units, others_read, forecasts)
 
 
 def _asked(targets: Targets, config: EvaluationConfig) -> tuple[list[TaskTargets], list[int]]:

@@ -14,6 +14,8 @@ the strong block may be large. Readers that bring columns to one scale (regressi
 by it: at a deviation of .0001 float16 still tells apart what differs by .0006 deviations. Distances are ruled by the
 strong block: a search for neighbours takes `Profiles.select("near")` and the cosine.
 
+A regression on few buyers of a listed label does best on `Profiles.select("strong", "scores")`, standardised.
+
 `profile.json` beside the vectors describes the blocks; `Profiles.select` gives some of them.
 """
 
@@ -32,6 +34,8 @@ from ubp_fast.features.scaling import ROWS_AT_ONCE, DayStatistics, Rows, standar
 MAX_DIM = 2048
 # The block that a search for neighbours takes.
 NEAR = "near"
+# Those that a regression on few buyers takes: what was learned from many past windows, without the rest.
+FORECASTS = ("strong", "scores")
 FORMAT = 1
 # The bits of a float16 that are all set in what is not finite; NumPy computes with float16 one by one.
 HALF_INFINITY = np.uint16(0x7C00)
@@ -130,6 +134,11 @@ class Layout:
             raise UserError(f"profiles: blocks must be among {known}, got {list(names)}")
         chosen = np.concatenate([np.full(len(block.columns), block.name in names) for block in self.blocks])
         return np.flatnonzero(chosen)
+
+    @property
+    def forecasts(self) -> np.ndarray | None:
+        """Positions i64 of the columns of `FORECASTS`; None where a block of them is missing."""
+        return self.columns_of(*FORECASTS) if {*FORECASTS} <= {block.name for block in self.blocks} else None
 
     def select(self, *names: str) -> Layout:
         """The layout of these blocks alone, in the profile's order."""

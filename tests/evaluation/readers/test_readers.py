@@ -18,6 +18,7 @@ from ubp_fast.evaluation.readers import boosting, linear, neighbours, reader_nam
 from ubp_fast.events.labels import LabelMatrix
 from ubp_fast.events.schema import UserError
 from ubp_fast.profiles import Profiles
+from ubp_fast.profiles.blocks import Block, Layout
 
 OTHERS = tuple(name for name in READERS if name != "network")
 CLIENTS, WIDTH, LABELS = 300, 12, 20
@@ -144,6 +145,39 @@ def test_folds_choose_the_scale_that_the_labels_follow(faint, scaling):
     (sample,) = scores_of("linear", shop).others["linear"]["conversion"].samples
     assert sample.choice.startswith(scaling)
     assert sample.auroc > (0.9 if scaling == "absolute" else 0.75)
+
+
+def laid_out(profiles: Profiles, **columns: int) -> Profiles:
+    """The same vectors as blocks of so many columns, from left to right."""
+    blocks = (Block(name, 1.0, "", "", tuple(map(str, range(width)))) for name, width in columns.items())
+    return replace(profiles, layout=Layout(tuple(blocks)))
+
+
+def test_a_regression_may_look_at_the_forecasts_of_a_profile_alone():
+    """200 columns of noise beside them cost more than any penalty takes back; without a layout nobody knows."""
+    profiles, targets = make_shop()
+    noise = np.random.default_rng(1).normal(size=(CLIENTS, 200)).astype(np.float16)
+    vectors = np.concatenate([profiles.embeddings[:, :4], noise, profiles.embeddings[:, 4:]], axis=1)
+    bare = Profiles(profiles.client_ids, vectors)
+    known = laid_out(bare, strong=4, own=200, scores=WIDTH - 4)
+    plain, told = (scores_of("linear", (one, targets)).others["linear"]["propensity_sku"] for one in (bare, known))
+    assert told.samples[0].choice.startswith(linear.FORECASTS)
+    assert not plain.samples[0].choice.startswith(linear.FORECASTS)
+    assert told.aurocs[0] > plain.aurocs[0] + 0.02
+    train = targets.tasks["propensity_sku"].train.dense()
+    rows = np.arange(CLIENTS)
+    whole, part = (torch.from_numpy(one.embeddings) for one in (known, known.select("strong", "scores")))
+    mine = linear.Regression(whole, rows, train, known.layout.forecasts)
+    alone = linear.Regression(part, rows, train)
+    option, same = (linear.FORECASTS, 0.1), ("standardised", 0.1)
+    np.testing.assert_allclose(
+        mine.predicted(option, whole, rows), alone.predicted(same, part, rows), rtol=0, atol=1e-6
+    )
+    np.testing.assert_allclose(mine.held_out(option), alone.held_out(same), rtol=0, atol=1e-6)
+    assert linear.option_of(linear.choice_text(option)) == option
+    with pytest.raises(ValueError, match="without forecasts, got 'forecasts standardised'"):
+        alone.predicted(option, part, rows)
+    assert laid_out(bare, strong=4, own=200, other=WIDTH - 4).layout.forecasts is None
 
 
 def test_constant_columns_and_few_clients_are_no_trouble_to_ridge():

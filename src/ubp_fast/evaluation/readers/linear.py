@@ -1,8 +1,10 @@
 """Ridge regression of all labels at once, in closed form; scaling and penalty of a task chosen by folds.
 
 With columns and labels centred, W(p) = (X'X + p n S)^-1 X'Y. S is the identity times the mean variance (columns as they
-are: their scale says how much each may say) or the diagonal of the variances (columns standardised). Five folds of the
-clients in the train window choose S and p of each task by the mean AUROC of what is predicted for clients that were
+are: their scale says how much each may say) or the diagonal of the variances (columns standardised). Of a profile with
+blocks, the columns that forecast (`ReaderData.forecasts`) are a third choice, standardised and without the others: each
+further column that says nothing of a rare label costs some of what its few buyers tell. Five folds of the clients in
+the train window choose S, p and the columns of each task by the mean AUROC of what is predicted for clients that were
 held out; the labels of the validation window are used for the score alone.
 
 Sums are float64. Memory is [D, D] per fold, and the vectors a few rows at a time.
@@ -30,8 +32,10 @@ PENALTIES = {
     "absolute": tuple(10.0 ** (exponent / 2) for exponent in range(-14, 5)),
     "standardised": tuple(10.0 ** (exponent / 2) for exponent in range(-6, 5)),
 }
+FORECASTS = "forecasts standardised"
 Option = tuple[str, float]
 OPTIONS: tuple[Option, ...] = tuple((scaling, one) for scaling, penalties in PENALTIES.items() for one in penalties)
+OF_FORECASTS: tuple[Option, ...] = tuple((FORECASTS, penalty) for penalty in PENALTIES["standardised"])
 
 
 def choice_text(option: Option) -> str:
@@ -41,12 +45,16 @@ def choice_text(option: Option) -> str:
 
 def option_of(text: str) -> Option | None:
     """The option that `choice_text` tells; None where nothing was chosen."""
-    return next((option for option in OPTIONS if choice_text(option) == text), None)
+    return next((option for option in OPTIONS + OF_FORECASTS if choice_text(option) == text), None)
 
 
 def cost(data: ReaderData, tasks: Sequence[TaskTargets], config: EvaluationConfig) -> int:
     """Steps that `read` reports: one per system of equations."""
-    return len(by_clients(tasks)) * FOLDS * len(OPTIONS)
+    return len(by_clients(tasks)) * FOLDS * len(_options(data))
+
+
+def _options(data: ReaderData) -> tuple[Option, ...]:
+    return OPTIONS if data.forecasts is None else OPTIONS + OF_FORECASTS
 
 
 def read(
@@ -88,6 +96,11 @@ class Sums:
         """The sums of some labels alone."""
         return replace(self, labels=self.labels[labels], cross=self.cross[:, labels])
 
+    def of_columns(self, columns: torch.Tensor) -> Sums:
+        """The sums of some columns of the vectors alone."""
+        products = self.products[columns][:, columns]
+        return replace(self, vectors=self.vectors[columns], products=products, cross=self.cross[columns])
+
 
 class Regression:
     """Ridge regressions of one set of clients and labels, with any option: the sums are taken once.
@@ -96,10 +109,14 @@ class Regression:
         vectors: [U, D] on the device.
         rows: i64 [n], the clients to learn from, in the order that folds are dealt in; at least 2 * `FOLDS`.
         labels: float32 [n, L].
+        forecasts: i64, columns that an option of `OF_FORECASTS` looks at; None where there is no such option.
     """
 
-    def __init__(self, vectors: torch.Tensor, rows: np.ndarray, labels: np.ndarray) -> None:
+    def __init__(
+        self, vectors: torch.Tensor, rows: np.ndarray, labels: np.ndarray, forecasts: np.ndarray | None = None
+    ) -> None:
         self._vectors, self._rows, self._num_labels = vectors, rows, labels.shape[1]
+        self._forecasts = None if forecasts is None else torch.from_numpy(forecasts).to(vectors.device)
         self._shift = _mean(vectors, rows)
         self._folds = [np.arange(fold, len(rows), FOLDS) for fold in range(FOLDS)]
         parts = [_sums(vectors, rows[fold], labels[fold], self._shift) for fold in self._folds]
@@ -113,7 +130,7 @@ class Regression:
         predicted = np.empty((len(self._rows), self._width(labels)), np.float32)
         for fold, rest in zip(self._folds, self._rests, strict=True):
             rest = rest.of_labels(labels)
-            for at, values in _predict(self._vectors, self._rows[fold], self._shift, rest, *_fit(rest, *option)):
+            for at, values in _predict(self._vectors, self._rows[fold], self._shift, rest, *self._fit(rest, option)):
                 predicted[fold[at]] = values
             if report is not None:
                 report(1)
@@ -125,14 +142,25 @@ class Regression:
         """What all clients predict for some rows of some vectors, float32 [len(rows), labels]."""
         predicted = np.empty((len(rows), self._width(labels)), np.float32)
         whole = self._whole.of_labels(labels)
-        for at, values in _predict(vectors, rows, self._shift, whole, *_fit(whole, *option)):
+        for at, values in _predict(vectors, rows, self._shift, whole, *self._fit(whole, option)):
             predicted[at] = values
         return predicted
 
     def weights(self, option: Option, labels: slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights f64 [D, labels], and the means f64 [D] that they are of."""
-        weight, mean = _fit(self._whole.of_labels(labels), *option)
+        weight, mean = self._fit(self._whole.of_labels(labels), option)
         return weight, mean + self._shift
+
+    def _fit(self, sums: Sums, option: Option) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights f64 [D, L], 0 for columns that are not looked at, and the means f64 [D]."""
+        scaling, penalty = option
+        if scaling != FORECASTS:
+            return _fit(sums, scaling, penalty)
+        if self._forecasts is None:
+            raise ValueError(f"Regression: option must be among {list(PENALTIES)} without forecasts, got '{scaling}'")
+        weight = torch.zeros_like(sums.cross)
+        weight[self._forecasts] = _fit(sums.of_columns(self._forecasts), "standardised", penalty)[0]
+        return weight, sums.vectors / sums.count
 
     def _width(self, labels: slice) -> int:
         return len(range(*labels.indices(self._num_labels)))
@@ -167,12 +195,13 @@ def _read_together(
 ) -> list[LabelScores]:
     """Tasks of the same clients; `rows` in the order that folds are dealt in."""
     if len(rows) < 2 * FOLDS:
-        report(FOLDS * len(OPTIONS))
+        report(FOLDS * len(_options(data)))
         return [LabelScores((Sample((), ()),), task.train.num_labels, task.train.num_labels) for task in tasks]
     train = [task.train.take(rows) for task in tasks]
     bounds = np.cumsum([0, *(labels.num_labels for labels in train)])
-    regression = Regression(data.vectors, rows, np.concatenate([labels.dense() for labels in train], axis=1))
-    options = regression.choose(train, report)
+    dense = np.concatenate([labels.dense() for labels in train], axis=1)
+    regression = Regression(data.vectors, rows, dense, data.forecasts)
+    options = regression.choose(train, report, _options(data))
     read_vectors = data.vectors if data.read is None else data.read
     predictions = {option: regression.predicted(option, read_vectors, rows) for option in dict.fromkeys(options)}
     found = []

@@ -37,6 +37,7 @@ class ReaderData:
             they are standardised.
         read: float16 or float32 [U, D] on the device, which `linear` and `boosting` read after they have learned from
             `vectors`; None: the same.
+        forecasts: i64, columns of the blocks `profiles.blocks.FORECASTS`; None where the vectors have no such blocks.
     """
 
     vectors: torch.Tensor
@@ -44,6 +45,7 @@ class ReaderData:
     shuffle: np.ndarray
     has_units: bool = False
     read: torch.Tensor | None = None
+    forecasts: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
