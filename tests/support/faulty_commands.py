@@ -41,7 +41,7 @@ LEFT = (".tmp", ".partial", ".before", ".doomed", ".everybody")
 Units = dict[str, dict[str, bytes]]
 
 # Tables of so few clients are in parts.
-bulk.BLOCK_ROWS = matrix.BLOCK_ROWS = 16
+bulk.BLOCK_ROWS = matrix.BLOCK_ROWS = matrix.PART_ROWS = 16
 
 
 class Trial(NamedTuple):
