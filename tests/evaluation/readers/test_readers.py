@@ -153,7 +153,7 @@ def laid_out(profiles: Profiles, **columns: int) -> Profiles:
     return replace(profiles, layout=Layout(tuple(blocks)))
 
 
-def test_a_regression_may_look_at_the_forecasts_of_a_profile_alone():
+def test_a_regression_may_look_at_the_forecasts_of_a_profile_first():
     """200 columns of noise beside them cost more than any penalty takes back; without a layout nobody knows."""
     profiles, targets = make_shop()
     noise = np.random.default_rng(1).normal(size=(CLIENTS, 200)).astype(np.float16)
@@ -165,18 +165,15 @@ def test_a_regression_may_look_at_the_forecasts_of_a_profile_alone():
     assert not plain.samples[0].choice.startswith(linear.FORECASTS)
     assert told.aurocs[0] > plain.aurocs[0] + 0.02
     train = targets.tasks["propensity_sku"].train.dense()
-    rows = np.arange(CLIENTS)
-    whole, part = (torch.from_numpy(one.embeddings) for one in (known, known.select("strong", "scores")))
-    mine = linear.Regression(whole, rows, train, known.layout.forecasts)
-    alone = linear.Regression(part, rows, train)
-    option, same = (linear.FORECASTS, 0.1), ("standardised", 0.1)
-    np.testing.assert_allclose(
-        mine.predicted(option, whole, rows), alone.predicted(same, part, rows), rtol=0, atol=1e-6
-    )
-    np.testing.assert_allclose(mine.held_out(option), alone.held_out(same), rtol=0, atol=1e-6)
+    rows, whole = np.arange(CLIENTS), torch.from_numpy(known.embeddings)
+    regression, option = linear.Regression(whole, rows, train, known.layout.forecasts), (linear.FORECASTS, 0.1)
+    scaled = vectors.astype(float) / vectors.astype(float).std(axis=0)
+    scaled[:, 4:204] /= np.sqrt(linear.OTHERS)
+    expected = Ridge(alpha=0.1 * CLIENTS).fit(scaled, train).predict(scaled)
+    np.testing.assert_allclose(regression.predicted(option, whole, rows), expected, rtol=0, atol=1e-5)
     assert linear.option_of(linear.choice_text(option)) == option
-    with pytest.raises(ValueError, match="without forecasts, got 'forecasts standardised'"):
-        alone.predicted(option, part, rows)
+    with pytest.raises(ValueError, match="without forecasts, got 'forecasts first'"):
+        linear.Regression(whole, rows, train).predicted(option, whole, rows)
     assert laid_out(bare, strong=4, own=200, other=WIDTH - 4).layout.forecasts is None
 
 
