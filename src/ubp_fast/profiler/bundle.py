@@ -53,7 +53,7 @@ from ubp_fast.store.in_memory import Vocabulary
 
 BUNDLE_FILE, DAYS, MAPS = "bundle.json", "days", "maps"
 MODEL_FOLDER = "model"
-FORMAT = 4
+FORMAT = 5
 WIDE = "wide.weight"
 PACKAGES = ("ubp_fast", "torch", "numpy", "numba", "polars", "safetensors")
 
