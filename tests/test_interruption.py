@@ -51,9 +51,9 @@ STAGES = """
     print(len(stages), counts[143], counts[130], slowest, [moment[0] for moment in waiting])
 """
 
-# Compiled code that does not let go: the handler of Python never runs.
+# Compiled code that does not let go: the handler of Python never runs. It says that it is ready from within.
 HELD = """
-    import signal, sys
+    import signal, sys, threading
     from numba import njit
     from ubp_fast.interruption import run_interruptibly
 
@@ -66,7 +66,7 @@ HELD = """
 
     held(10)
     def work():
-        print("ready", flush=True)
+        threading.Timer(0.3, print, ["ready"], {"flush": True}).start()
         held(1 << 50)
         return 0
     sys.exit(run_interruptibly(work))
@@ -143,6 +143,33 @@ def test_a_second_signal_ends_at_once() -> None:
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == "ending\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == "interrupted; the same command continues from here\n"
+
+
+def test_a_second_signal_waits_for_the_sentence() -> None:
+    slowly = """
+        class Slowly:
+            def write(self, text):
+                sys.__stderr__.write(text)
+                sys.__stderr__.flush()
+                print("writing", flush=True)
+                time.sleep(1)
+
+            def flush(self):
+                sys.__stderr__.flush()
+
+        sys.stderr = Slowly()
+        sys.exit(run_interruptibly(work))
+    """
+    process = started(SLOW.replace("sys.exit(run_interruptibly(work))", textwrap.dedent(slowly).replace("\n", "\n    ")))
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "ending\n"
+    assert process.stdout.readline() == "writing\n"
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -18,6 +18,8 @@ from types import FrameType
 
 GRACE_S = 3.0
 SENTENCE = "the same command continues from here"
+_saying = threading.Lock()  # whoever ends the process waits until the sentence stands there whole
+_raised = threading.Event()
 _said = threading.Event()
 _WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
@@ -43,6 +45,7 @@ def run_interruptibly(work: Callable[[], int]) -> int:
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or any(signal.getsignal(number) is _raise for number in _WORDS):
         return work()
+    _raised.clear()
     _said.clear()
     heeded = [number for number in _WORDS if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, _raise) for number in heeded}
@@ -66,7 +69,10 @@ def run_interruptibly(work: Callable[[], int]) -> int:
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
-    raise Interrupted(number)
+    """Raises once: what ends the work is not cut off by a second signal, with which `_watch` ends the process."""
+    if not _raised.is_set():
+        _raised.set()
+        raise Interrupted(number)
 
 
 def _watch(read: int) -> None:
@@ -94,7 +100,7 @@ def _die(number: int) -> None:
 
 
 def _say(number: int) -> None:
-    if _said.is_set():
-        return
-    _said.set()
-    print(f"{_WORDS[signal.Signals(number)]}; {SENTENCE}", file=sys.stderr, flush=True)
+    with _saying:
+        if not _said.is_set():
+            _said.set()
+            print(f"{_WORDS[signal.Signals(number)]}; {SENTENCE}", file=sys.stderr, flush=True)
