@@ -164,7 +164,8 @@ def test_a_second_signal_waits_for_the_sentence() -> None:
         sys.stderr = Slowly()
         sys.exit(run_interruptibly(work))
     """
-    process = started(SLOW.replace("sys.exit(run_interruptibly(work))", textwrap.dedent(slowly).replace("\n", "\n    ")))
+    slow = textwrap.dedent(SLOW)
+    process = started(slow.replace("sys.exit(run_interruptibly(work))", textwrap.dedent(slowly)))
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
