@@ -9,15 +9,18 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils import estimator_checks
+from sklearn.utils.estimator_checks import parametrize_with_checks
 from support.runs import TINY
 
-from ubp_fast import Profiler, ProfileTransformer, run
+from ubp_fast import Profiler, ProfileTransformer, RelevanceScaler, run
+from ubp_fast.evaluation.readers.linear import FEW_FIRST, Regression
 from ubp_fast.events.schema import DataError, UserError
 
 DAY = datetime(2026, 10, 15)
@@ -105,6 +108,43 @@ def test_a_step_of_a_pipeline() -> None:
 def test_habits_of_scikit_learn(check: Any) -> None:
     """The checks that need no matrix of numbers as input."""
     check("ProfileTransformer", ProfileTransformer())
+
+
+@pytest.mark.parametrize("candidates", [None, np.array([9, 3, 4, 30])])
+def test_a_scaler_before_a_ridge_is_the_linear_reader(candidates: np.ndarray | None) -> None:
+    state = np.random.default_rng(0)
+    vectors = (state.normal(size=(300, 40)) * 10.0 ** state.integers(-4, 3, 40)).astype(np.float32)
+    vectors[:, 7] = 5.0
+    label = vectors[:, 3] * 2 / vectors[:, 3].std() + state.normal(size=300) > 1
+    regression = Regression(torch.from_numpy(vectors), np.arange(300), label[:, None].astype(np.float32), candidates)
+    wanted = regression.predicted((FEW_FIRST, 0.1), torch.from_numpy(vectors), np.arange(300))[:, 0]
+    scaler = RelevanceScaler(candidates)
+    found = make_pipeline(scaler, Ridge(alpha=0.1 * 300)).fit(vectors, label).predict(vectors)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+    assert 3 in scaler.first_ and len(scaler.first_) == 3
+    named = RelevanceScaler(candidates).fit(vectors, np.where(label, "stays", "goes"))
+    np.testing.assert_array_equal(named.scale_, scaler.scale_)
+
+
+@parametrize_with_checks([RelevanceScaler()])
+def test_the_scaler_has_all_habits_of_scikit_learn(estimator: Any, check: Any) -> None:
+    check(estimator)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "labels", "words"),
+    [
+        ([0, 40], [0, 1, 1], r"candidates must be positions in 0\.\.3, got \[ 0 40\]"),
+        ([0.5], [0, 1, 1], "candidates must be positions"),
+        (None, ["a", "b", "c"], "y must be numbers or two classes, got 3 classes"),
+        (None, [[0, 1], [1, 0], [1, 1]], "y should be a 1d array"),
+        (None, None, "requires y to be passed"),
+    ],
+)
+def test_mistakes_of_the_scaler(candidates: Any, labels: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        RelevanceScaler(candidates).fit(np.zeros((3, 4)), labels)
+    assert len(RelevanceScaler([]).fit(np.eye(4), [0, 1, 0, 1]).first_) == 0
 
 
 def test_mistakes() -> None:

@@ -5,6 +5,7 @@ Profiler   vectors of any moment from the model of a run
 Profiles   vectors of clients, their blocks and files
 evaluate   scores of vectors
 ProfileTransformer   events to vectors as a step of a scikit-learn pipeline
+RelevanceScaler      vectors to the columns that a linear model of one label wants
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ _HOMES = {
     "Profiles": "ubp_fast.profiles",
     "evaluate": "ubp_fast.evaluation",
     "ProfileTransformer": "ubp_fast.transformer",
+    "RelevanceScaler": "ubp_fast.transformer",
 }
 
-__all__ = ["ProfileTransformer", "Profiler", "Profiles", "evaluate", "run"]
+__all__ = ["ProfileTransformer", "Profiler", "Profiles", "RelevanceScaler", "evaluate", "run"]
 
 
 def __getattr__(name: str) -> Any:

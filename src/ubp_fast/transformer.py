@@ -1,4 +1,4 @@
-"""scikit-learn's habits: fitted on a table of events, a transformer of such tables into one vector per client."""
+"""Steps of scikit-learn pipelines: events to vectors, and vectors to the columns that a linear model wants."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from typing import Any
 
 import numpy as np
 
+from ubp_fast.evaluation.readers.linear import FIRST, FIRST_COLUMNS, OTHERS
 from ubp_fast.files import save_table
 from ubp_fast.pipeline.command import run
 from ubp_fast.profiler import Profiler
 from ubp_fast.profiler.reading import frame_of, seconds_of
 
 try:
-    from sklearn.base import BaseEstimator, TransformerMixin
-    from sklearn.utils.validation import check_is_fitted
+    from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
+    from sklearn.utils.validation import check_is_fitted, validate_data
 except ImportError as error:
-    raise ImportError(f"ProfileTransformer needs scikit-learn ({error}): pip install 'ubp_fast[sklearn]'") from error
+    raise ImportError(f"ubp_fast.transformer needs scikit-learn ({error}): pip install 'ubp_fast[sklearn]'") from error
 
 
 # Tables that scikit-learn wraps around results would have a row per event.
@@ -128,6 +129,72 @@ class ProfileTransformer(TransformerMixin, BaseEstimator, auto_wrap_output_keys=
         layout = self.profiler_.layout
         chosen = layout if self.blocks is None else layout.select(*self.blocks)
         return np.array([f"{block.name}: {name}" for block in chosen.blocks for name in block.columns], dtype=object)
+
+
+class RelevanceScaler(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
+    """Standardised columns, of which a penalty spares the three that correlate most with the labels.
+
+    For a linear model with a penalty behind vectors of hundreds of columns. A label that few clients have tells next to
+    nothing of most columns; a penalty that holds those holds the telling ones as well, unless they are larger. The
+    three are ten times as large as a standardised column, as the evaluation's linear reader has them.
+
+    Args:
+        candidates: positions of the columns among which the three are chosen, all others are made smaller by the root
+            of 20: of profiles `profiles.layout.forecasts`; None: all columns, and none is made smaller.
+
+    Attributes:
+        mean_, scale_: float64 [columns], what is subtracted, and what then divides.
+        first_: positions of the columns that come first.
+    """
+
+    def __init__(self, candidates: Any = None) -> None:
+        self.candidates = candidates
+
+    def fit(self, X: Any, y: Any) -> RelevanceScaler:
+        """Learns means, scales and which columns come first.
+
+        Args:
+            X: [clients, columns].
+            y: one number per client, or one of two classes; one label at a time.
+
+        Raises:
+            ValueError: X or y is no such table, y has more than two classes that are no numbers, or a candidate is no
+                position of a column.
+        """
+        X, y = validate_data(self, X, y, dtype=np.float64)
+        try:
+            y = y.astype(np.float64)
+        except ValueError:
+            classes, y = np.unique(y, return_inverse=True)
+            if len(classes) > 2:
+                raise ValueError(
+                    f"RelevanceScaler: y must be numbers or two classes, got {len(classes)} classes"
+                ) from None
+        self.mean_ = X.mean(axis=0)
+        deviation = X.std(axis=0)
+        # Of a column that is constant only roundings are left.
+        is_constant = deviation <= 1e-6 * np.sqrt(np.mean(X**2, axis=0)) + 1e-15
+        self.scale_ = np.where(is_constant, 1.0, deviation)
+        relevance = np.abs((X - self.mean_).T @ (y - y.mean())) / self.scale_
+        everything = np.arange(X.shape[1])
+        candidates = everything if self.candidates is None else np.unique(self.candidates)
+        if not np.isin(candidates, everything).all():
+            raise ValueError(f"RelevanceScaler: candidates must be positions in 0..{everything[-1]}, got {candidates}")
+        candidates = candidates.astype(np.int64)
+        self.scale_[np.setdiff1d(everything, candidates)] *= OTHERS**0.5
+        self.first_ = candidates[np.argsort(-relevance[candidates], kind="stable")[:FIRST_COLUMNS]]
+        self.scale_[self.first_] *= FIRST**0.5
+        return self
+
+    def transform(self, X: Any) -> np.ndarray:
+        """float64 [clients, columns]: X less the means, by the scales."""
+        check_is_fitted(self)
+        return (validate_data(self, X, dtype=np.float64, reset=False) - self.mean_) / self.scale_
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.required = True
+        return tags
 
 
 def _written(moment: int | str | date | datetime) -> str:

@@ -153,28 +153,46 @@ def laid_out(profiles: Profiles, **columns: int) -> Profiles:
     return replace(profiles, layout=Layout(tuple(blocks)))
 
 
-def test_a_regression_may_look_at_the_forecasts_of_a_profile_first():
-    """200 columns of noise beside them cost more than any penalty takes back; without a layout nobody knows."""
+def test_a_regression_may_believe_few_columns_of_a_label_first():
+    """Among 200 columns of noise; those that a layout calls forecasts alone, where there is one."""
     profiles, targets = make_shop()
     noise = np.random.default_rng(1).normal(size=(CLIENTS, 200)).astype(np.float16)
     vectors = np.concatenate([profiles.embeddings[:, :4], noise, profiles.embeddings[:, 4:]], axis=1)
     bare = Profiles(profiles.client_ids, vectors)
     known = laid_out(bare, strong=4, own=200, scores=WIDTH - 4)
     plain, told = (scores_of("linear", (one, targets)).others["linear"]["propensity_sku"] for one in (bare, known))
-    assert told.samples[0].choice.startswith(linear.FORECASTS)
-    assert not plain.samples[0].choice.startswith(linear.FORECASTS)
-    assert told.aurocs[0] > plain.aurocs[0] + 0.02
-    train = targets.tasks["propensity_sku"].train.dense()
-    rows, whole = np.arange(CLIENTS), torch.from_numpy(known.embeddings)
-    regression, option = linear.Regression(whole, rows, train, known.layout.forecasts), (linear.FORECASTS, 0.1)
-    scaled = vectors.astype(float) / vectors.astype(float).std(axis=0)
-    scaled[:, 4:204] /= np.sqrt(linear.OTHERS)
-    expected = Ridge(alpha=0.1 * CLIENTS).fit(scaled, train).predict(scaled)
-    np.testing.assert_allclose(regression.predicted(option, whole, rows), expected, rtol=0, atol=1e-5)
-    assert linear.option_of(linear.choice_text(option)) == option
-    with pytest.raises(ValueError, match="without forecasts, got 'forecasts first'"):
-        linear.Regression(whole, rows, train).predicted(option, whole, rows)
+    assert plain.samples[0].choice.startswith(linear.FEW_FIRST)
+    assert told.samples[0].choice.startswith(linear.FEW_FIRST)
+    assert told.aurocs[0] > plain.aurocs[0] + 0.01
     assert laid_out(bare, strong=4, own=200, other=WIDTH - 4).layout.forecasts is None
+
+
+@pytest.mark.parametrize(
+    "blocks", [{"strong": 4, "own": 200, "scores": WIDTH - 4}, {"strong": 1, "own": 200 + WIDTH - 2, "scores": 1}, None]
+)
+def test_few_columns_first_is_a_ridge_of_its_own_for_every_label(blocks):
+    profiles, targets = make_shop()
+    random = np.random.default_rng(1)
+    vectors = np.concatenate([profiles.embeddings, random.normal(size=(CLIENTS, 200)) * 7], axis=1).astype(np.float16)
+    vectors[:, 5] = 3.0  # says nothing, of any label
+    known = Profiles(profiles.client_ids, vectors)
+    forecasts = None if blocks is None else laid_out(known, **blocks).layout.forecasts
+    train = targets.tasks["propensity_sku"].train.dense()
+    rows, option = np.arange(CLIENTS), (linear.FEW_FIRST, 0.1)
+    whole = torch.from_numpy(known.embeddings)
+    found = linear.Regression(whole, rows, train, forecasts).predicted(option, whole, rows)
+    scaled = vectors.astype(float) - vectors.astype(float).mean(axis=0)
+    scaled /= np.where(scaled.std(axis=0) > 0, scaled.std(axis=0), 1.0)
+    candidates = np.arange(scaled.shape[1]) if forecasts is None else forecasts
+    others = np.setdiff1d(np.arange(scaled.shape[1]), candidates)
+    for label, wanted in enumerate(train.T):
+        relevance = np.abs(scaled[:, candidates].T @ (wanted - wanted.mean()))
+        own = scaled.copy()
+        own[:, others] /= np.sqrt(linear.OTHERS)
+        own[:, candidates[np.argsort(-relevance)[: linear.FIRST_COLUMNS]]] /= np.sqrt(linear.FIRST)
+        expected = Ridge(alpha=0.1 * CLIENTS).fit(own, wanted).predict(own)
+        np.testing.assert_allclose(found[:, label], expected, rtol=0, atol=1e-5)
+    assert linear.option_of(linear.choice_text(option)) == option
 
 
 def test_constant_columns_and_few_clients_are_no_trouble_to_ridge():
