@@ -78,8 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = report["readers"]["linear"]
     for name, columns in _rows(whole.layout).items():
         if name not in found:
-            read = Profiles(whole.client_ids, whole.embeddings[:, columns])
-            found[name] = _tasks(evaluate(read, targets, config).aurocs()["linear"])
+            found[name] = _tasks(evaluate(_part(whole, columns), targets, config).aurocs()["linear"])
             write_json(options.output, report)
             print(f"{name}: {json.dumps(found[name])}", flush=True)
     if BASELINE not in found:
@@ -111,6 +110,7 @@ def _rows(layout: Layout) -> dict[str, np.ndarray]:
     }
     parts = {name: columns for name, columns in parts.items() if len(columns)}
     features, everything = layout.columns_of("own"), np.arange(layout.width)
+    without = np.flatnonzero(~np.isin(of_block, LEARNED_BLOCKS))
     stack = np.sort(np.concatenate([features, *parts.values()]))
     return {
         EVERYTHING: everything,
@@ -119,7 +119,20 @@ def _rows(layout: Layout) -> dict[str, np.ndarray]:
         **{f"features + {name}": np.sort(np.concatenate([features, columns])) for name, columns in parts.items()},
         f"features + {' + '.join(parts)}": stack,
         **{f"profile without {name}": np.setdiff1d(everything, columns) for name, columns in parts.items()},
+        WITHOUT: without,
     }
+
+
+def _part(whole: Profiles, columns: np.ndarray) -> Profiles:
+    """Some columns i64, ascending, of a profile; what is left of its blocks tells the reader what forecasts."""
+    assert whole.layout is not None
+    starts = np.cumsum([0, *(len(block.columns) for block in whole.layout.blocks)])
+    blocks = []
+    for block, start in zip(whole.layout.blocks, starts, strict=False):
+        kept = [name for place, name in enumerate(block.columns, start) if place in columns]
+        if kept:
+            blocks.append(replace(block, columns=tuple(kept)))
+    return Profiles(whole.client_ids, whole.embeddings[:, columns], Layout(tuple(blocks)))
 
 
 def _of_lengths(
@@ -127,19 +140,18 @@ def _of_lengths(
 ) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """Vectors -> task -> groups of `by_length`, read by the regression that `evaluate` has chosen."""
     assert whole.layout is not None
-    of_block = np.array([block.name for block in whole.layout.blocks for _ in block.columns])
-    without = np.flatnonzero(~np.isin(of_block, LEARNED_BLOCKS))
-    rows = {EVERYTHING: np.arange(whole.layout.width), WITHOUT: without, FEATURES: whole.layout.columns_of("own")}
+    rows = {name: _rows(whole.layout)[name] for name in (EVERYTHING, WITHOUT, FEATURES)}
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for name, columns in rows.items():
-        read = Profiles(whole.client_ids, whole.embeddings[:, columns])
+        read = _part(whole, columns)
+        forecasts = None if read.layout is None else read.layout.forecasts
         vectors, scores = torch.from_numpy(read.embeddings), evaluate(read, targets, config).others["linear"]
         found[name] = {}
         for task, one in targets.tasks.items():
             option = option_of(scores[task].samples[0].choice)
             if option is not None:
                 clients = np.flatnonzero(one.included)
-                regression = Regression(vectors, clients, one.train.take(clients).dense())
+                regression = Regression(vectors, clients, one.train.take(clients).dense(), forecasts)
                 predicted = regression.predicted(option, vectors, clients)
                 found[name][task] = by_length(predicted, one.validation.take(clients), lengths[clients])
                 print(f"{name}, {task}: {json.dumps(found[name][task])}", flush=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ubp_fast.evaluation.readers.linear import FIRST, FIRST_COLUMNS, OTHERS
+from ubp_fast.evaluation.readers.linear import FIRST, FIRST_COLUMNS, FIRST_FORECASTS, OTHERS
 from ubp_fast.files import save_table
 from ubp_fast.pipeline.command import run
 from ubp_fast.profiler import Profiler
@@ -132,15 +132,16 @@ class ProfileTransformer(TransformerMixin, BaseEstimator, auto_wrap_output_keys=
 
 
 class RelevanceScaler(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
-    """Standardised columns, of which a penalty spares the three that correlate most with the labels.
+    """Standardised columns, of which a penalty spares those that correlate most with the labels.
 
     For a linear model with a penalty behind vectors of hundreds of columns. A label that few clients have tells next to
-    nothing of most columns; a penalty that holds those holds the telling ones as well, unless they are larger. The
-    three are ten times as large as a standardised column, as the evaluation's linear reader has them.
+    nothing of most columns; a penalty that holds those holds the telling ones as well, unless they are larger. They are
+    ten times as large as a standardised column, as the evaluation's linear reader has them.
 
     Args:
-        candidates: positions of the columns among which the three are chosen, all others are made smaller by the root
-            of 20: of profiles `profiles.layout.forecasts`; None: all columns, and none is made smaller.
+        candidates: positions of columns that forecast, of profiles `profiles.layout.forecasts`: the one that correlates
+            most comes first, and columns that do not forecast are made smaller by the root of 20. None: three of all
+            columns come first, and none is made smaller.
 
     Attributes:
         mean_, scale_: float64 [columns], what is subtracted, and what then divides.
@@ -182,7 +183,8 @@ class RelevanceScaler(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             raise ValueError(f"RelevanceScaler: candidates must be positions in 0..{everything[-1]}, got {candidates}")
         candidates = candidates.astype(np.int64)
         self.scale_[np.setdiff1d(everything, candidates)] *= OTHERS**0.5
-        self.first_ = candidates[np.argsort(-relevance[candidates], kind="stable")[:FIRST_COLUMNS]]
+        count = FIRST_COLUMNS if self.candidates is None else FIRST_FORECASTS
+        self.first_ = candidates[np.argsort(-relevance[candidates], kind="stable")[:count]]
         self.scale_[self.first_] *= FIRST**0.5
         return self
 

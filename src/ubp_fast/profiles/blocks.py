@@ -35,7 +35,7 @@ MAX_DIM = 2048
 # The block that a search for neighbours takes.
 NEAR = "near"
 # Those that a regression on few buyers believes first: what was learned from many past windows.
-FORECASTS = ("strong", "scores")
+FORECASTS = ("scores",)
 FORMAT = 1
 # The bits of a float16 that are all set in what is not finite; NumPy computes with float16 one by one.
 HALF_INFINITY = np.uint16(0x7C00)

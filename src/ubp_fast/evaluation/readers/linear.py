@@ -4,9 +4,10 @@ With columns and labels centred, W(p) = (X'X + p n S)^-1 X'Y. S is the identity 
 are: their scale says how much each may say), the diagonal of the variances (columns standardised), or, a label at a
 time, those variances with a hundredth for the three columns that correlate most with the label. A penalty that holds
 hundreds of columns of which a rare label's few buyers tell next to nothing holds the few that do tell as well. Of a
-profile with blocks the three are among those that forecast (`ReaderData.forecasts`), and the variances of all others
-count 20 times. Five folds of the clients in the train window choose S and p of each task by the mean AUROC of what is
-predicted for clients that were held out; the labels of the validation window are used for the score alone.
+profile with blocks it is one column, of those that forecast (`ReaderData.forecasts`), and the variances of columns that
+do not forecast count 20 times. Five folds of the clients in the train window choose S and p of each task by the mean
+AUROC of what is predicted for clients that were held out; the labels of the validation window are used for the score
+alone.
 
 Sums are float64. Memory is [D, D] per fold, and the vectors a few rows at a time.
 """
@@ -29,16 +30,16 @@ from ubp_fast.events.labels import LabelMatrix
 FOLDS = 5
 BLOCK_VALUES = 1 << 23
 FEW_FIRST = "standardised, few first"
-# How many columns come first, their penalty and that of columns that do not forecast, in that of a forecast. Tried on
-# two windows each of two shops: 1 to 10 columns, a tenth to a thousandth; 5 to 100.
-FIRST_COLUMNS = 3
+# How many columns come first, of all and of forecasts, their penalty and that of columns that do not forecast, in that
+# of a forecast. Tried on two windows each of two shops: 1 to 10 columns, a tenth to a thousandth; 5 to 100.
+FIRST_COLUMNS, FIRST_FORECASTS = 3, 1
 FIRST = 0.01
 OTHERS = 20.0
 # Half decades. Columns as they are may differ in scale by many decades; standardised ones do not.
 PENALTIES = {
     "absolute": tuple(10.0 ** (exponent / 2) for exponent in range(-14, 5)),
     "standardised": tuple(10.0 ** (exponent / 2) for exponent in range(-6, 5)),
-    FEW_FIRST: tuple(10.0 ** (exponent / 2) for exponent in range(-6, 5)),
+    FEW_FIRST: tuple(10.0 ** (exponent / 2) for exponent in range(-2, 6)),
 }
 Option = tuple[str, float]
 OPTIONS: tuple[Option, ...] = tuple((scaling, one) for scaling, penalties in PENALTIES.items() for one in penalties)
@@ -106,7 +107,7 @@ class Regression:
         vectors: [U, D] on the device.
         rows: i64 [n], the clients to learn from, in the order that folds are dealt in; at least 2 * `FOLDS`.
         labels: float32 [n, L].
-        forecasts: i64, the columns among which those that come first are chosen; None: all.
+        forecasts: i64, the columns among which that which comes first is chosen; None: three of all.
     """
 
     def __init__(
@@ -225,14 +226,14 @@ def _fit_few_first(sums: Sums, penalty: float, forecasts: torch.Tensor | None) -
     matrix, cross, mean, scale = _centred(sums)
     relevance = cross.abs() / scale.sqrt()[:, None]
     ridge = penalty * sums.count * scale
-    candidates = len(mean)
+    count = min(FIRST_COLUMNS, len(mean))
     if forecasts is not None:
-        candidates = len(forecasts)
+        count = min(FIRST_FORECASTS, len(forecasts))
         is_other = torch.ones_like(mean, dtype=torch.bool)
         is_other[forecasts] = False
         ridge[is_other] *= OTHERS
         relevance[is_other] = -1.0
-    first = relevance.topk(min(FIRST_COLUMNS, candidates), dim=0).indices.t()
+    first = relevance.topk(count, dim=0).indices.t()
     matrix.diagonal().add_(ridge)
     factor = torch.linalg.cholesky(matrix)
     weight = torch.cholesky_solve(cross, factor)
