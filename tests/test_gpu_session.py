@@ -73,6 +73,22 @@ def test_a_failure_and_a_time_out_lose_nothing_else(
     assert "before it hung" in (tmp_path / "out" / "logs" / "hangs.log").read_text(encoding="utf-8")
 
 
+def test_a_command_ends_in_time(driver: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step gets what is left, and one that gets too little is told, not started."""
+    for name, seconds in (("COMMAND_S", 3), ("LEAST_S", 2), ("REHEARSAL", 1)):
+        monkeypatch.setattr(driver, name, seconds)
+
+    def sleeping(session: object) -> list[str]:
+        return [sys.executable, "-c", "import time; time.sleep(60)"]
+
+    steps = tuple(driver.Step(name, "first", 60, sleeping) for name in ("long", "late"))
+    monkeypatch.setattr(driver, "STEPS", steps)
+    assert driver.main([str(tmp_path / "out"), "first"]) == 1
+    long, late = (tmp_path / "out" / "summary.txt").read_text(encoding="utf-8").splitlines()[1:3]
+    assert long.startswith("long") and "FAILED (time-out)" in long
+    assert late.startswith("late") and "not run" in late
+
+
 def test_plan_fits_two_commands() -> None:
     """8 and 6 minutes, from cases that are collected as a device would run them."""
     command = [str(ROOT / "benchmarks" / "gpu_session.sh"), "/nowhere", "plan"]

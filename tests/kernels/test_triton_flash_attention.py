@@ -172,9 +172,9 @@ def _sums_of_tile(grad_ptr, bucket_ptr, sums_ptr, M: tl.constexpr, N: tl.constex
 
 @pytest.mark.parametrize("shape", [(16, 16), (64, 32)])
 def test_sums_of_a_tile_in_any_buckets(shape: tuple[int, int]) -> None:
-    """Beside pairs that see nothing; those from the 62nd bucket on share a bit."""
+    """Beside pairs that see nothing; the first 64 buckets are found by their bits, then the others."""
     generator = torch.Generator().manual_seed(0)
-    for used in ((), (0,), (3, 61), (62,), (62, 63, 105), tuple(range(106))):
+    for used in ((), (0,), (3, 61), (62,), (62, 63, 105), (64,), (63, 64, 65), tuple(range(106))):
         bucket = torch.tensor([0, *used])[torch.randint(0, 1 + len(used), shape, generator=generator)]
         grad = torch.randn(shape, generator=generator)
         grad[torch.rand(shape, generator=generator) < 0.3] = 0.0
@@ -218,23 +218,17 @@ def _tile_of_times(
 ):  # fmt: skip
     """One tile, as the kernels meet it."""
     lane = tl.arange(0, N)
-    origin, at = tl.load(time_ptr), lane[:, None] * N + lane[None, :]
-    time = _triton_kernels._after(time_ptr, lane, rows, origin)
-    other = _triton_kernels._after(other_ptr, lane, others, origin)
-    first, last, is_far = _triton_kernels._span(tl.min(time, 0), tl.max(time, 0), other, BUCKETS)
+    at = lane[:, None] * N + lane[None, :]
+    own = _triton_kernels._times_of(time_ptr, 0, lane, rows)
+    times = _triton_kernels._times_of_both(own, other_ptr, lane, others, BUCKETS)
+    first, last, is_far, _, _, _, _, _, _, _, _ = times
     tl.store(span_ptr, first)
     tl.store(span_ptr + 1, last)
     tl.store(span_ptr + 2, is_far.to(tl.int32))
-    s = _triton_kernels._with_bias(
-        tl.load(s_ptr + at), bias_ptr, first, last, is_far, time, other, time_ptr, lane, rows, other_ptr, lane, others,
-        BUCKETS, True,
-    )  # fmt: skip
-    tl.store(out_ptr + at, s)
+    tl.store(out_ptr + at, _triton_kernels._with_bias(tl.load(s_ptr + at), bias_ptr, times, BUCKETS, True))
     lanes = tl.arange(0, 128)
-    sums = _triton_kernels._with_sums(
-        tl.zeros([128], tl.float32), tl.load(grad_ptr + at), lanes, first, last, is_far, time, other, time_ptr, lane,
-        rows, other_ptr, lane, others, BUCKETS, True,
-    )  # fmt: skip
+    sums = tl.zeros([128], tl.float32)
+    sums = _triton_kernels._with_sums(sums, tl.load(grad_ptr + at), lanes, times, BUCKETS, True)
     tl.store(sums_ptr + lanes, sums)
 
 

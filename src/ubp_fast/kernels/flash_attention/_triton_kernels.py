@@ -26,7 +26,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 FAN = tl.constexpr(128)
-LAST_BIT = tl.constexpr(62)
+BITS = tl.constexpr(64)
 FAR = tl.constexpr(2**30)  # seconds, 34 years: between times that are nearer differences stay within int32
 FEW = tl.constexpr(5)  # buckets of a tile
 VARYING = ("sequences", "slots", "left", "right", "threshold")
@@ -113,35 +113,58 @@ def _span(low, high, other, BUCKETS: tl.constexpr):
 
 
 @triton.jit
+def _times_of(time_ptr, tile, at, rows):
+    """The times of a tile's own rows, from that of the first one on, and where they and their limits come from."""
+    origin = tl.load(time_ptr + tile)
+    time = _after(time_ptr, at, rows, origin)
+    return time, tl.min(time, 0), tl.max(time, 0), origin, time_ptr, at, rows
+
+
+@triton.jit
+def _times_of_both(own, other_ptr, other_at, others, BUCKETS: tl.constexpr):
+    """What is known of a tile's times: its _span, the times of both sides, and where they are in memory."""
+    time, low, high, origin, time_ptr, at, rows = own
+    other = _after(other_ptr, other_at, others, origin)
+    first, last, is_far = _span(low, high, other, BUCKETS)
+    return first, last, is_far, time, other, time_ptr, at, rows, other_ptr, other_at, others
+
+
+@triton.jit
 def _gaps(time, other):
     return tl.abs(time[:, None] - other[None, :])
 
 
 @triton.jit
+def _buckets_of_pairs(times, BUCKETS: tl.constexpr, IS_BRANCHING: tl.constexpr):
+    """The bucket of each pair of a tile; by the times in memory where gaps may be of any length."""
+    _, _, is_far, time, other, time_ptr, at, rows, other_ptr, other_at, others = times
+    if IS_BRANCHING:
+        if is_far:
+            bucket = _buckets(_whole_gaps(time_ptr, at, rows, other_ptr, other_at, others), BUCKETS)
+        else:
+            bucket = _buckets(_gaps(time, other), BUCKETS)
+    else:
+        bucket = _buckets(_whole_gaps(time_ptr, at, rows, other_ptr, other_at, others), BUCKETS)
+    return bucket
+
+
+@triton.jit
 def _whole_gaps(time_ptr, at, rows, other_ptr, other_at, others):
-    """Gaps of any length, by the times in memory."""
     time = tl.load(time_ptr + tl.minimum(at, rows - 1))
     return _gaps(time, tl.load(other_ptr + tl.minimum(other_at, others - 1)))
 
 
 @triton.jit
-def _with_bias(
-    s, bias_ptr, first, last, is_far, time, other, time_ptr, at, rows, other_ptr, other_at, others,
-    BUCKETS: tl.constexpr, IS_BRANCHING: tl.constexpr,
-):  # fmt: skip
+def _with_bias(s, bias_ptr, times, BUCKETS: tl.constexpr, IS_BRANCHING: tl.constexpr):
     """Scores of a tile and their time_bias; where there are few buckets a comparison for each after the first.
 
     Products of float32 do without: Triton 3.6 does not compile branches behind them.
     """
-    if not IS_BRANCHING:
-        bucket = _buckets(_whole_gaps(time_ptr, at, rows, other_ptr, other_at, others), BUCKETS)
-        s += tl.load(bias_ptr + bucket) * LOG2E
+    first, last, is_far, time, other, _, _, _, _, _, _ = times
+    if not IS_BRANCHING:  # noqa: SIM114 (known when it is compiled, the other condition is not)
+        s += tl.load(bias_ptr + _buckets_of_pairs(times, BUCKETS, IS_BRANCHING)) * LOG2E
     elif is_far | (last - first >= FEW):
-        if is_far:
-            bucket = _buckets(_whole_gaps(time_ptr, at, rows, other_ptr, other_at, others), BUCKETS)
-        else:
-            bucket = _buckets(_gaps(time, other), BUCKETS)
-        s += tl.load(bias_ptr + bucket) * LOG2E
+        s += tl.load(bias_ptr + _buckets_of_pairs(times, BUCKETS, IS_BRANCHING)) * LOG2E
     else:
         plain = s
         s += tl.load(bias_ptr + first) * LOG2E
@@ -151,20 +174,13 @@ def _with_bias(
 
 
 @triton.jit
-def _with_sums(
-    sums, grad, lanes, first, last, is_far, time, other, time_ptr, at, rows, other_ptr, other_at, others,
-    BUCKETS: tl.constexpr, IS_BRANCHING: tl.constexpr,
-):  # fmt: skip
+def _with_sums(sums, grad, lanes, times, BUCKETS: tl.constexpr, IS_BRANCHING: tl.constexpr):
     """Sums of buckets and the gradients of a tile's scores, which are 0 where a query does not see a key."""
-    if not IS_BRANCHING:
-        bucket = _buckets(_whole_gaps(time_ptr, at, rows, other_ptr, other_at, others), BUCKETS)
-        sums = _many_sums(sums, grad, bucket, lanes, BUCKETS)
+    first, last, is_far, time, other, _, _, _, _, _, _ = times
+    if not IS_BRANCHING:  # noqa: SIM114
+        sums = _many_sums(sums, grad, _buckets_of_pairs(times, BUCKETS, IS_BRANCHING), lanes, BUCKETS)
     elif is_far | (last - first >= FEW):
-        if is_far:
-            bucket = _buckets(_whole_gaps(time_ptr, at, rows, other_ptr, other_at, others), BUCKETS)
-        else:
-            bucket = _buckets(_gaps(time, other), BUCKETS)
-        sums = _many_sums(sums, grad, bucket, lanes, BUCKETS)
+        sums = _many_sums(sums, grad, _buckets_of_pairs(times, BUCKETS, IS_BRANCHING), lanes, BUCKETS)
     else:
         # From the last bucket down: all that are at least so far apart, without those of the buckets after it.
         beyond = 0.0
@@ -188,18 +204,32 @@ def _many_sums(sums, grad, bucket, lanes, BUCKETS: tl.constexpr):
 
     Times of a history come in bursts: of the buckets between a tile's first and last one about half have none.
     """
-    # A bit for each, those from LAST_BIT on share one.
-    bits = tl.where(grad == 0.0, 0, tl.full(bucket.shape, 1, tl.int64) << tl.minimum(bucket, LAST_BIT))
-    there = tl.reduce(bits, None, _either)
-    while there != 0:
-        low = there & -there
-        there ^= low
-        first = ((low.to(tl.float64).to(tl.int64, bitcast=True) >> 52) - 1023).to(tl.int32)  # the exponent of 2^first
-        end = tl.where(first == LAST_BIT, BUCKETS, first + 1)
-        for here in range(first, end):
-            part = tl.sum(tl.where(bucket == here, grad, 0.0))
-            sums += tl.where(lanes == here, part, 0.0)
+    for begin in tl.static_range(0, BUCKETS, BITS):
+        is_there = grad != 0.0
+        if BUCKETS > BITS:
+            is_there &= (bucket >= begin) & (bucket < begin + BITS)
+        bits = tl.where(is_there, tl.full(bucket.shape, 1, tl.uint64) << (bucket - begin), 0)
+        there = tl.reduce(bits, None, _either)
+        while there != 0:
+            rest = there & (there - 1)
+            exponent = (there ^ rest).to(tl.float64).to(tl.int64, bitcast=True) >> 52  # of the lowest bit
+            here = begin + exponent.to(tl.int32) - 1023
+            sums += tl.where(lanes == here, tl.sum(tl.where(bucket == here, grad, 0.0)), 0.0)
+            there = rest
     return sums
+
+
+@triton.jit
+def _scores(
+    own, other, scale, bias_ptr, own_times, other_ptr, other_at, others, BUCKETS: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Scores [own, other] in units of log 2, with their time_bias if there is one, and what is known of the times."""
+    s = tl.dot(own, tl.trans(other), input_precision=PRECISION) * (scale * LOG2E)
+    times = own_times
+    if BUCKETS > 0:
+        times = _times_of_both(own_times, other_ptr, other_at, others, BUCKETS)
+        s = _with_bias(s, bias_ptr, times, BUCKETS, PRECISION != "ieee")
+    return s, times
 
 
 @triton.jit
@@ -245,11 +275,10 @@ def forward_kernel(
     v_ptr += key_row * v_stride + head // SHARED_BY * v_stride_h
     query_at = tile + tl.arange(0, BLOCK_M)
     q = _load(q_ptr + row * q_stride + head * q_stride_h, q_stride, queries - tile, WIDTH, BLOCK_M, BLOCK_D)
+    own_times = tile
     if BUCKETS > 0:
         bias_ptr, time_ptr, key_time_ptr = bias_ptr + head * BUCKETS, time_ptr + start, key_time_ptr + key_start
-        origin = tl.load(time_ptr + tile)
-        time = _after(time_ptr, query_at, queries, origin)
-        low, high = tl.min(time, 0), tl.max(time, 0)
+        own_times = _times_of(time_ptr, tile, query_at, queries)
 
     output = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -259,14 +288,7 @@ def forward_kernel(
     for at in range(first, end, BLOCK_N):
         key_at, there = at + tl.arange(0, BLOCK_N), tl.cast(at, tl.int64)
         k = _load(k_ptr + there * k_stride, k_stride, keys - at, WIDTH, BLOCK_N, BLOCK_D)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
-        if BUCKETS > 0:
-            key_time = _after(key_time_ptr, key_at, keys, origin)
-            near, far, is_far = _span(low, high, key_time, BUCKETS)
-            s = _with_bias(
-                s, bias_ptr, near, far, is_far, time, key_time, time_ptr, query_at, queries, key_time_ptr, key_at, keys,
-                BUCKETS, PRECISION != "ieee",
-            )  # fmt: skip
+        s, _ = _scores(q, k, scale, bias_ptr, own_times, key_time_ptr, key_at, keys, BUCKETS, PRECISION)
         if (at < free_first) | (at + BLOCK_N > free_end):
             seen = _seen(query_at[:, None], key_at[None, :], queries, keys, left, right, HAS_LEFT, HAS_RIGHT)
             s = tl.where(seen, s, float("-inf"))
@@ -325,11 +347,10 @@ def backward_dq_kernel(
     tl.store(delta_ptr + at_lse, delta, mask=query_at < queries)
     lse = tl.load(lse_ptr + at_lse, mask=query_at < queries, other=float("-inf"))
     lse = tl.where(lse == float("-inf"), float("inf"), lse)  # rows that see nothing: all weights 0
+    own_times = tile
     if BUCKETS > 0:
         bias_ptr, time_ptr, key_time_ptr = bias_ptr + head * BUCKETS, time_ptr + start, key_time_ptr + key_start
-        origin = tl.load(time_ptr + tile)
-        time = _after(time_ptr, query_at, queries, origin)
-        low, high = tl.min(time, 0), tl.max(time, 0)
+        own_times = _times_of(time_ptr, tile, query_at, queries)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     place = tile + keys - queries
@@ -338,14 +359,7 @@ def backward_dq_kernel(
         key_at, there = at + tl.arange(0, BLOCK_N), tl.cast(at, tl.int64)
         k = _load(k_ptr + there * k_stride, k_stride, keys - at, WIDTH, BLOCK_N, BLOCK_D)
         v = _load(v_ptr + there * v_stride, v_stride, keys - at, WIDTH, BLOCK_N, BLOCK_D)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
-        if BUCKETS > 0:
-            key_time = _after(key_time_ptr, key_at, keys, origin)
-            near, far, is_far = _span(low, high, key_time, BUCKETS)
-            s = _with_bias(
-                s, bias_ptr, near, far, is_far, time, key_time, time_ptr, query_at, queries, key_time_ptr, key_at, keys,
-                BUCKETS, PRECISION != "ieee",
-            )  # fmt: skip
+        s, times = _scores(q, k, scale, bias_ptr, own_times, key_time_ptr, key_at, keys, BUCKETS, PRECISION)
         p = tl.exp2(s - lse[:, None])
         if (at < free_first) | (at + BLOCK_N > free_end):
             seen = _seen(query_at[:, None], key_at[None, :], queries, keys, left, right, HAS_LEFT, HAS_RIGHT)
@@ -356,10 +370,7 @@ def backward_dq_kernel(
             dp = tl.where(kept, dp * keep_scale, 0.0)
         ds = p * (dp - delta[:, None])
         if BUCKETS > 0:
-            sums = _with_sums(
-                sums, ds, lanes, near, far, is_far, time, key_time, time_ptr, query_at, queries, key_time_ptr, key_at,
-                keys, BUCKETS, PRECISION != "ieee",
-            )  # fmt: skip
+            sums = _with_sums(sums, ds, lanes, times, BUCKETS, PRECISION != "ieee")
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
     _store(dq_ptr + packed, packed_stride, dq * scale, queries - tile, WIDTH, BLOCK_M, BLOCK_D)
@@ -409,11 +420,10 @@ def backward_dkv_kernel(
     v_ptr += key_row * v_stride + head // SHARED_BY * v_stride_h
     k = _load(k_ptr, k_stride, keys - tile, WIDTH, BLOCK_N, BLOCK_D)
     v = _load(v_ptr, v_stride, keys - tile, WIDTH, BLOCK_N, BLOCK_D)
+    own_times = tile
     if BUCKETS > 0:
         bias_ptr, time_ptr, key_time_ptr = bias_ptr + head * BUCKETS, time_ptr + start, key_time_ptr + key_start
-        origin = tl.load(key_time_ptr + tile)
-        key_time = _after(key_time_ptr, key_at, keys, origin)
-        low, high = tl.min(key_time, 0), tl.max(key_time, 0)
+        own_times = _times_of(key_time_ptr, tile, key_at, keys)
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -426,14 +436,7 @@ def backward_dkv_kernel(
         lse = tl.load(lse_ptr + at_lse, mask=query_at < queries, other=float("-inf"))
         lse = tl.where(lse == float("-inf"), float("inf"), lse)
         delta = tl.load(delta_ptr + at_lse, mask=query_at < queries, other=0.0)
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
-        if BUCKETS > 0:
-            time = _after(time_ptr, query_at, queries, origin)
-            near, far, is_far = _span(low, high, time, BUCKETS)
-            s = _with_bias(
-                s, bias_ptr, near, far, is_far, key_time, time, key_time_ptr, key_at, keys, time_ptr, query_at, queries,
-                BUCKETS, PRECISION != "ieee",
-            )  # fmt: skip
+        s, _ = _scores(k, q, scale, bias_ptr, own_times, time_ptr, query_at, queries, BUCKETS, PRECISION)
         p = tl.exp2(s - lse[None, :])
         if (at < free_first) | (at + BLOCK_M > free_end):
             seen = _seen(query_at[None, :], key_at[:, None], queries, keys, left, right, HAS_LEFT, HAS_RIGHT)
