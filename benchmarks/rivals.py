@@ -5,11 +5,11 @@
 
 Words with "=" are overrides of the run's configuration (`data=synthetic data.clients=5000`). The rivals read the store,
 the views, the cutoffs and, with `wide`, the features of that experiment's contrastive model; its optimizer and batches
-are theirs, too, and they take six epochs, about the minutes of the multi-task model. No label is shown to them. Each of
-the vectors is read alone, beside the features, beside the profile of the demo, which has no networks, and those of the
-rivals beside the profile of `best`. CPU minutes are those of training and vectors where they were not there yet. The
-file is written after every row, and what it holds is not made again. `python benchmarks/bars.py` makes the table of the
-documentation from it.
+are theirs, too, and they take six epochs, about the minutes of the multi-task model; no list of labels is shown to
+them. Each of the vectors is read alone, beside the features, beside the profile of the demo, which has no networks, and
+those of the rivals beside the profile of `best`. CPU minutes are those of training and vectors where they were not
+there yet. The file is written after every row, and what it holds is not made again. `python benchmarks/bars.py` makes
+the table of the documentation from it.
 
     autoencoder   GRU over event vectors; its last state, 64 columns, is what another GRU tells the newest events from,
                   newest first: kind, category, hashed item, price, and time to the one after; and the wide features
@@ -399,6 +399,7 @@ def _read_seed(seed: int, options: argparse.Namespace, report: dict[str, Any]) -
     run = run_to_profiles(best, minutes)
     whole = {BEST: Profiles.load(run / "profiles")}
     whole[PROFILE] = Profiles.load(run_to_profiles(_settings("demo", seed, options), {}) / "profiles")
+    write_json(options.output, report)  # the minutes: the next time what they were spent on is there
     trained_there = [name for name in NETWORKS if name in best.stacking_blocks]
     vectors = {name: Profiles.load(run / "stages" / name / name) for name in trained_there}
     inputs, client_ids = inputs_of(run, best), whole[PROFILE].client_ids
@@ -410,6 +411,7 @@ def _read_seed(seed: int, options: argparse.Namespace, report: dict[str, Any]) -
         vectors[name] = Profiles(np.asarray(inputs.store.client_ids)[np.asarray(inputs.store.is_relevant)], found)
         if (spent_s := time.process_time() - before_s) > CACHED_S:
             minutes[name] = round(spent_s / 60, 2)
+            write_json(options.output, report)
         print(f"{name}, seed {seed}: {minutes.get(name)} CPU minutes", flush=True)
     targets = build_targets(EventDirectory.open(run / "stages" / "events"), client_ids)
     parts = {name: _part(name, one.align(client_ids).embeddings) for name, one in vectors.items()}

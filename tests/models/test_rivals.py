@@ -116,11 +116,13 @@ def test_the_file_writes_every_row_and_goes_on(rivals: Any, monkeypatch: pytest.
     command = ["--output", str(tmp_path / "r.json"), "--data", "a shop", "--root", str(tmp_path / "runs")]
     overrides = [word for word in (*TINY, *NARROW) if not word.startswith("evaluation.")]
     monkeypatch.setattr(rivals, "EPOCHS", 1)
+    monkeypatch.setattr(rivals, "CACHED_S", 0.0)
     monkeypatch.setattr(linear, "_options", lambda data: linear.OPTIONS[-2:])  # which penalty wins is not asked here
     rows = ["features", "next event, wide", "features + next event", "profile + autoencoder", "profile of best"]
     rivals.main([*command, *overrides, "--rows", *rows[:2]])
     first = json.loads((tmp_path / "r.json").read_text())
     assert {*first["rivals"]["linear"]} == {*rows[:2]}
+    assert {*NAMES} <= {*first["cpu_minutes"]["0"]}
     rivals.main([*command, *overrides, "--rows", *rows])
     report = json.loads((tmp_path / "r.json").read_text())
     assert {*report["rivals"]["linear"]} == {*rows}
