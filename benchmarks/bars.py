@@ -200,6 +200,36 @@ def readers_markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def rivals_markdown(report: dict[str, Any]) -> str:
+    """What `rivals.py` wrote as a table: mean AUROC of the tasks, alone and as what is added to features and profiles.
+
+    After several seeds mean and standard error; what is added is paired seed by seed.
+    """
+    heads = "reader | vectors | columns | CPU minutes | alone | beside features | beside profile | beside that of best"
+    lines = [f"| {heads} |", "|---" * 8 + "|"]
+    for reader, rows in report["rivals"].items():
+        first = rows["features"][0]
+        tasks = [task for task in first if task != "conversion" or first["churn"] != first["conversion"]]
+        means = {name: np.array([[seed[task] for task in tasks] for seed in row]).mean(1) for name, row in rows.items()}
+        bases = ("features", "profile", "profile of best")
+        cells = [_of_seeds(means[name], ".4f") if name in means else "" for name in bases]
+        lines.append(f"| {reader} | none |  |  |  | {' | '.join(cells)} |")
+        for name in dict.fromkeys(name.rpartition(" + ")[2] for name in rows if name not in bases):
+            minutes = [seed[name] for seed in report["cpu_minutes"].values() if name in seed]
+            cells = [str(report["width"].get(name, "")), f"{np.mean(minutes):.1f}" if minutes else ""]
+            cells.append(_of_seeds(means[name], ".4f") if name in means else "")
+            for base in bases:
+                both = means.get(f"{base} + {name}")
+                cells.append("" if both is None else _of_seeds(both - means[base][: len(both)], "+.4f"))
+            lines.append(f"| {reader} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _of_seeds(values: np.ndarray, digits: str) -> str:
+    error = f" ± {values.std(ddof=1) / len(values) ** 0.5:.4f}" if len(values) > 1 else ""
+    return f"{values.mean():{digits}}{error}"
+
+
 def variations_markdown(report: dict[str, Any]) -> str:
     """What `constants.py` wrote as a table: AUROC of the unvaried vectors, and how far each variation is from them."""
     found = report["variations"]
@@ -315,6 +345,7 @@ def rewrite(text: str, root: Path) -> str:
                 "lengths": lengths_markdown,
                 "readers": readers_markdown,
                 "rows": components_markdown,
+                "rivals": rivals_markdown,
                 "variations": variations_markdown,
                 "possible": possible_markdown,
                 "run": shards_markdown,

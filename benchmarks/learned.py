@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "overrides": [word for word in overrides if not word.startswith(("data.path=", "data.dir="))],
         "machine": machine(),
     }
-    run = _run(settings, report["cpu_minutes"])
+    run = run_to_profiles(settings, report["cpu_minutes"])
     whole = Profiles.load(run / "profiles")
     assert whole.layout is not None
     events = EventDirectory.open(run / "stages" / "events")
@@ -78,16 +78,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = report["readers"]["linear"]
     for name, columns in _rows(whole.layout).items():
         if name not in found:
-            found[name] = _tasks(evaluate(_part(whole, columns), targets, config).aurocs()["linear"])
+            found[name] = of_tasks(evaluate(_part(whole, columns), targets, config).aurocs()["linear"])
             write_json(options.output, report)
             print(f"{name}: {json.dumps(found[name])}", flush=True)
     if BASELINE not in found:
         baseline = Profiles.load(run / "stages" / "baselines" / "baseline_log1p").align(whole.client_ids)
-        found[BASELINE] = _tasks(evaluate(baseline, targets, config).aurocs()["linear"])
+        found[BASELINE] = of_tasks(evaluate(baseline, targets, config).aurocs()["linear"])
     write_json(options.output, report)
 
 
-def _run(settings: Settings, minutes: dict[str, float]) -> Path:
+def run_to_profiles(settings: Settings, minutes: dict[str, float]) -> Path:
     """Makes one stage after another, and adds the CPU time of those that were not there."""
     console = Console(quiet=True)
     run_stages(replace(settings, stages=("store",)), console)
@@ -158,7 +158,7 @@ def _of_lengths(
     return found
 
 
-def _tasks(aurocs: dict[str, tuple[float, float | None]]) -> dict[str, Any]:
+def of_tasks(aurocs: dict[str, tuple[float, float | None]]) -> dict[str, Any]:
     return {task: {"mean": mean} for task, (mean, _) in aurocs.items()}
 
 

@@ -168,6 +168,27 @@ def test_variations_stand_beside_what_they_vary_seed_by_seed(bars: Any, tmp_path
     assert "| vectors | once | +0.0100 | +0.0000 | +0.0050 |" in lines
 
 
+def test_rivals_stand_beside_what_they_are_added_to_seed_by_seed(bars: Any, tmp_path: Path) -> None:
+    aurocs = {
+        "features": [0.70, 0.72],
+        "profile": [0.80, 0.80],
+        "scores": [0.75],
+        "a, wide": [0.60, 0.64],
+        "features + a, wide": [0.71, 0.75],
+        "profile + a, wide": [0.79],
+    }
+    rows = {
+        name: [{"churn": auroc, "conversion": auroc, "propensity_sku": 0.6} for auroc in seeds]
+        for name, seeds in aurocs.items()
+    }
+    report = {"rivals": {"linear": rows}, "cpu_minutes": {"0": {"a, wide": 1.0}, "1": {"a, wide": 2.0}}}
+    (tmp_path / "r.json").write_text(json.dumps(report | {"width": {"a, wide": 64}}), encoding="utf-8")
+    lines = bars.rewrite("<!-- benchmarks: r.json -->\n<!-- end -->", tmp_path).splitlines()
+    assert "| linear | none |  |  |  | 0.6550 ± 0.0050 | 0.7000 ± 0.0000 |  |" in lines
+    assert "| linear | scores |  |  | 0.6750 |  |  |  |" in lines
+    assert "| linear | a, wide | 64 | 1.5 | 0.6100 ± 0.0100 | +0.0100 ± 0.0050 | -0.0050 |  |" in lines
+
+
 def test_bold_is_what_the_row_orders_do_not_separate_from_the_best(bars: Any) -> None:
     draws = {
         "best": [[0.80, 0.82, 0.84]],
