@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -129,12 +130,12 @@ def every_isa() -> Iterator[list[str]]:
 
 @FORMS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("temperature", [0.1, 0.01])
+@pytest.mark.parametrize(("count", "width", "temperature"), [(1200, 59, 0.1), (1200, 59, 0.01), (500, 300, 0.1)])
 def test_every_isa_and_thread_count(
-    temperature: float, dtype: torch.dtype, negatives: str, every_isa: list[str]
+    count: int, width: int, temperature: float, dtype: torch.dtype, negatives: str, every_isa: list[str]
 ) -> None:
-    left, right = pair(600, 59, dtype)
-    chosen = {"negatives": negatives, **options(600)}
+    left, right = pair(count, width, dtype)
+    chosen = {"negatives": negatives, **options(count)}
     for isa in every_isa:
         _core.set_isa(isa)
         assert_native_is_close(left, right, temperature, f"{isa} {negatives}", **chosen)
@@ -144,6 +145,17 @@ def test_every_isa_and_thread_count(
             found.append(results(left, right, temperature, dtype, backend="native", **chosen))
         for other in found[1:]:
             assert all(map(torch.equal, found[0], other))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [59, 300])
+def test_equal_rows_have_no_gap(width: int, dtype: torch.dtype, every_isa: list[str]) -> None:
+    """A positive is summed as the negatives are: 1,000 equal candidates are a loss of log 1,000, to the last digit."""
+    row = pair(1, width, dtype)[0].repeat(1000, 1)
+    for isa in every_isa:
+        _core.set_isa(isa)
+        loss = nt_xent(row, row, temperature=0.005, negatives="cross", backend="native")
+        assert abs(loss.item() - math.log(1000)) < 1e-6, isa
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
