@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -170,6 +173,26 @@ def test_small_problems_on_every_isa(every_isa: list[str]) -> None:
     for isa in every_isa:
         _core.set_isa(isa)
         assert_native_is_close(left, right, 0.005, isa, negatives="simclr", **options(65))
+
+
+@pytest.fixture(scope="module")
+def schedule_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    program, kernels = tmp_path_factory.mktemp("model") / "nt_xent_schedule", Path(__file__).parents[2] / "csrc"
+    source = Path(__file__).with_name("nt_xent_schedule.cpp")
+    compiler = os.environ.get("CXX", "c++")  # what the kernels are built with
+    subprocess.run([compiler, "-std=c++17", "-w", f"-I{kernels}", str(source), "-o", str(program)], check=True)
+    return program
+
+
+@FORMS
+@pytest.mark.parametrize(
+    ("count", "threads", "least"), [(1024, 16, 14), (1024, 2, 1.95), (1000, 16, 14), (1031, 16, 14), (4096, 16, 14)]
+)
+def test_all_threads_have_work(count: int, threads: int, least: float, negatives: str, schedule_model: Path) -> None:
+    """A model: the kernel's own items, each as long as its products. How long they really take is a benchmark's."""
+    arguments = [str(number) for number in (NEGATIVES.index(negatives), count, 128, threads)]
+    told = subprocess.run([schedule_model, *arguments], capture_output=True, text=True, check=True)
+    assert least <= float(told.stdout) <= threads
 
 
 WRONG_NUMBERS = {
