@@ -130,7 +130,7 @@ void positive_products(void* context, int64_t chunk, int) {
   for (int64_t row = chunk * kChunk; row < end; ++row) {
     const int64_t partner = partner_of(run, row), column = partner - b.first, lane = column % kPanel<A>;
     const typename A::Element* panel = b.panels + (column - lane) * b.width + lane / A::kLanes * A::kLanes;
-    alignas(64) typename A::Real products[A::kLanes];
+    alignas(64) typename A::Real products[A::kLanes] = {};
     for (int64_t part = 0; part < a.width; part += A::kPart)
       multiply<A, false>(products, 0, {a.rows + row * a.stride + part, a.stride},
                          {panel + part * kPanel<A>, kPanel<A>}, 1, A::kLanes,
