@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from contest import Contest, flushing_denormals, peak_extra_bytes
+from contest import CONTENDER, Contest, flushing_denormals, peak_extra_bytes
 from reference_pytorch.nt_xent import chunked_symmetric, plain
 from torch import Tensor
 
@@ -83,6 +83,23 @@ def bench_simclr(contest: Contest, dtype: torch.dtype, width: int, plain_bar: fl
             "flop_plain": 6 * (2 * count) ** 2 * width,
         },
         share=(dtype, None),
+    )
+
+
+def bench_two_threads(contest: Contest) -> None:
+    """Few rows, which a schedule by phases could not divide evenly. Needs two cores for itself."""
+    ours = competitors(views(1024, 128), torch.float32)[0]
+
+    def check(_: str, mine: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> None:
+        assert all(map(torch.equal, mine, theirs)), "results depend on the number of threads"
+
+    contest.run(
+        "nt_xent simclr float32 N=1024 E=128 f+b, 2 threads",
+        ours,
+        {"one thread": (ours, 1.85)},
+        check,
+        facts={"rows": 2048, "width": 128, "temperature": TEMPERATURE},
+        threads={CONTENDER: 2},
     )
 
 

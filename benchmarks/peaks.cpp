@@ -1,6 +1,6 @@
 // Loops that do nothing but multiply and add, in the kernels' own vectors: what a core can reach.
 // benchmarks/peaks.py compiles them for the machine at hand.
-#include "common/gemm.h"
+#include "common/tiles.h"
 
 // Keeps a vector in a register and tells the compiler nothing about it.
 #if defined(__aarch64__)
@@ -47,7 +47,22 @@ float multiply_adds(int64_t steps, float number) {
   return ubp::loop<ubp::FloatArithmetic>(steps, ubp::broadcast(number), ubp::broadcast(number));
 }
 
-#if defined(UBP_HAS_PAIRS)
+#if defined(UBP_HAS_TILES)
+int dot_product_flop() { return 4 * 4 * ubp::kTile * ubp::kTile * ubp::kTile; }
+float dot_products(int64_t steps, float) {
+  float sums[ubp::kTile * ubp::kTile];
+  ubp::TileArithmetic::begin_products();  // all registers hold zeros then
+  for (int64_t step = 0; step < steps; ++step) {
+    ubp::multiply_tiles<0, 4, 6>();
+    ubp::multiply_tiles<1, 4, 7>();
+    ubp::multiply_tiles<2, 5, 6>();
+    ubp::multiply_tiles<3, 5, 7>();
+  }
+  ubp::store_tile<0>(sums, ubp::kTile * sizeof(float));
+  ubp::TileArithmetic::end_products();
+  return sums[0];
+}
+#elif defined(UBP_HAS_PAIRS)
 int dot_product_flop() { return 4 * ubp::kSums * ubp::kWidth; }
 float dot_products(int64_t steps, float) {
   const ubp::PairArithmetic::Elements ones = ubp::PairArithmetic::Elements{} + 0x3f803f80u;

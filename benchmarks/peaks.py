@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ubp_fast import _core
+
 HERE = Path(__file__).parent
 OF_LOOP = {torch.float32: "multiply-adds", torch.bfloat16: "dot products"}
 SIZE = 1024  # of the libraries' products
@@ -83,6 +85,8 @@ def _library() -> dict[torch.dtype, tuple[Callable[[int, float], float], int]] |
     flags = ["-std=c++17", "-O3", machine, "-mprefer-vector-width=512", "-ffp-contract=fast", "-w", "-shared", "-fPIC"]
     if platform.machine() != "x86_64":
         flags.remove("-mprefer-vector-width=512")
+    elif _core.isa() != "amx_bf16":
+        flags.append("-mno-amx-bf16")  # tile registers belong to who has asked for them, as the kernels then have
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "peaks.so"
         command = [compiler, *flags, f"-I{HERE.parent / 'csrc'}", str(HERE / "peaks.cpp"), "-o", str(target)]

@@ -11,6 +11,7 @@ namespace {
 // kPart: steps summed one after the other; the sums of the parts are added up. kAddsLast: what C held is
 // added to the sums at the end, so that long ones are sums of short ones; else the sums go on from it.
 // kIsFar: C is then asked for at the start, because it lies beyond the first-level cache.
+// kHasTiles: products are those of tiles.h, between begin_products and end_products of the same thread.
 struct DoubleArithmetic {
   using Real = double;
   using Vec = DoubleVec;
@@ -20,7 +21,9 @@ struct DoubleArithmetic {
   using Elements = DoubleVec;
   static constexpr int kLanes = kWidth / 2, kPair = 1;
   static constexpr int64_t kPart = 4096;
-  static constexpr bool kAddsLast = true, kIsFar = false;
+  static constexpr bool kAddsLast = true, kIsFar = false, kHasTiles = false;
+  UBP_INLINE void begin_products() {}
+  UBP_INLINE void end_products() {}
   UBP_INLINE Vec multiply_add(Elements a, Elements b, Vec sum) { return sum + a * b; }
 };
 
@@ -33,7 +36,9 @@ struct FloatArithmetic {
   using Elements = ubp::Vec;
   static constexpr int kLanes = kWidth, kPair = 1;
   static constexpr int64_t kPart = 64;
-  static constexpr bool kAddsLast = true, kIsFar = false;
+  static constexpr bool kAddsLast = true, kIsFar = false, kHasTiles = false;
+  UBP_INLINE void begin_products() {}
+  UBP_INLINE void end_products() {}
   UBP_INLINE Vec multiply_add(Elements a, Elements b, Vec sum) { return sum + a * b; }
 };
 
@@ -282,18 +287,24 @@ void column_strip_of(int64_t columns, typename A::Real* c, int64_t c_stride, Ope
 template <class A, bool kIsTransposed>
 void multiply(typename A::Real* c, int64_t c_stride, Operand<A> a, Operand<A> b, int64_t m, int64_t n,
               int64_t k, bool adds, Prefetch* prefetch = nullptr) {
-  const int64_t vectors = n / A::kLanes;
-  for (int64_t strips = ceil_div(vectors, kRegisterColumns), vector = 0; strips > 0; --strips) {
-    const int64_t columns = ceil_div(vectors - vector, strips), at = vector * A::kLanes;
-    column_strip_of<A, kIsTransposed, kRegisterColumns>(columns, c + at, c_stride, a, {b.data + at, b.stride},
-                                                        m, k, adds, prefetch);
-    vector += columns;
+  if constexpr (A::kHasTiles) {
+    A::template product<kIsTransposed>(c, c_stride, a.data, a.stride, b.data, b.stride, m, n, k, adds,
+                                       prefetch);
+  } else {
+    const int64_t vectors = n / A::kLanes;
+    for (int64_t strips = ceil_div(vectors, kRegisterColumns), vector = 0; strips > 0; --strips) {
+      const int64_t columns = ceil_div(vectors - vector, strips), at = vector * A::kLanes;
+      column_strip_of<A, kIsTransposed, kRegisterColumns>(columns, c + at, c_stride, a,
+                                                          {b.data + at, b.stride}, m, k, adds, prefetch);
+      vector += columns;
+    }
   }
 }
 
 // Register tiles of a product.
 template <class A>
 int64_t count_tiles(int64_t m, int64_t n) {
+  if constexpr (A::kHasTiles) return ceil_div(m, A::kBlock) * ceil_div(n, A::kBlock);
   int64_t tiles = 0;
   for (int64_t vectors = ceil_div(n, A::kLanes), strips = ceil_div(vectors, kRegisterColumns); strips > 0;
        --strips) {

@@ -19,6 +19,7 @@ constexpr int kForwardFloats = 24 * kKeyBlock;   // S of a block: 24 KiB
 constexpr int kBackwardFloats = 48 * kKeyBlock;  // P and dS of a block: 48 KiB each
 constexpr int kMaxRows = 192;                    // queries of a block
 constexpr int kMaxThreads = 256;
+constexpr int64_t kMostSteps = 128;  // pairs of a row
 
 // Queries of a block: the fewer keys, the more.
 int64_t block_rows(int64_t floats, int64_t stride, int64_t queries) {
@@ -124,12 +125,24 @@ template <class A>
 void row_products(float* result, Operand<A> a, Operand<A> b, int64_t rows, int64_t steps) {
   for (int64_t first = 0; first < rows; first += kWidth) {
     Vec sums = {};
+    [[maybe_unused]] alignas(64) typename A::Element columns[A::kHasTiles ? kMostSteps * kWidth : 1];
     for (int64_t column = 0; column < steps; column += kWidth) {
       Vec left[kWidth], right[kWidth];
-      load_transposed(a.data + first * a.stride + column, a.stride, rows - first, left);
       load_transposed(b.data + first * b.stride + column, b.stride, rows - first, right);
+      if constexpr (A::kHasTiles) {
+        for (int at = 0; at < kWidth; ++at) store_as(columns + (column + at) * kWidth, right[at]);
+        continue;
+      }
+      load_transposed(a.data + first * a.stride + column, a.stride, rows - first, left);
       for (int64_t step = 0; step < smaller(kWidth, steps - column); ++step)
         sums = A::multiply_add((typename A::Elements)left[step], (typename A::Elements)right[step], sums);
+    }
+    if constexpr (A::kHasTiles) {  // all products of some rows, of which the diagonal is wanted
+      alignas(64) float products[kWidth * kWidth];
+      const int64_t count = smaller(kWidth, rows - first);
+      multiply<A, false>(products, kWidth, {a.data + first * a.stride, a.stride}, {columns, kWidth}, count,
+                         kWidth, steps, false);
+      for (int at = 0; at < count; ++at) sums[at] = products[at * kWidth + at];
     }
     store(result + first, sums);
   }
@@ -333,9 +346,11 @@ void run_item(void* context, int64_t index, int worker) {
   Prefetch prefetch = make_prefetch<A, T, kIsForward>(problem, task, index + problem.threads);
   float* bias_part = nullptr;
   if (run.bias_parts != nullptr) bias_part = run.bias_parts + item.sequence * problem.heads * problem.buckets;
+  A::begin_products();
   const bool is_done = kIsForward
                            ? forward_item<A, T, kIsPlain>(problem, task, workspace, prefetch)
                            : backward_item<A, T, kIsPlain>(problem, task, workspace, prefetch, bias_part);
+  A::end_products();
   if (!is_done) __atomic_store_n(&run.is_out_of_memory, true, __ATOMIC_RELAXED);
 }
 

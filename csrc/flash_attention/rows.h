@@ -6,7 +6,7 @@
 #include <type_traits>
 
 #include "common/convert.h"
-#include "common/gemm.h"
+#include "common/tiles.h"
 #include "flash_attention/flash_attention.h"
 
 namespace ubp {
@@ -19,7 +19,7 @@ struct Continued : A {
 };
 using Floats = Continued<FloatArithmetic>;
 #if defined(UBP_HAS_PAIRS)
-using Pairs = Continued<PairArithmetic>;
+using Pairs = Continued<BFloat16Arithmetic>;
 #endif
 
 template <class A>

@@ -126,19 +126,21 @@ void positive_products(void* context, int64_t chunk, int) {
   const Side<A>&a = run.row_side, &b = run.positive_side;
   const double* biases = run.problem->positive_bias;
   const int64_t end = smaller((chunk + 1) * kChunk, run.problem->left_count);
+  A::begin_products();
   for (int64_t row = chunk * kChunk; row < end; ++row) {
     const int64_t partner = partner_of(run, row), column = partner - b.first, lane = column % kPanel<A>;
     const typename A::Element* panel = b.panels + (column - lane) * b.width + lane / A::kLanes * A::kLanes;
-    alignas(64) typename A::Real products[A::kLanes];
+    alignas(64) typename A::Real products[A::kLanes] = {};
     for (int64_t part = 0; part < a.width; part += A::kPart)
-      register_tile<A, false, 1, 1>(products, 0, {a.rows + row * a.stride + part, a.stride},
-                                    {panel + part * kPanel<A>, kPanel<A>}, smaller(A::kPart, a.width - part),
-                                    part > 0);
+      multiply<A, false>(products, 0, {a.rows + row * a.stride + part, a.stride},
+                         {panel + part * kPanel<A>, kPanel<A>}, 1, A::kLanes,
+                         smaller(A::kPart, a.width - part), part > 0);
     typename A::Real positive = products[lane % A::kLanes];
     if (kIsScaled<A>) positive = positive * run.scales[row] * run.column_scales[partner];
     run.positive_bias[row] = biases == nullptr ? 0 : static_cast<typename A::Real>(biases[row]);
     run.positives[row] = positive + run.positive_bias[row];
   }
+  A::end_products();
 }
 
 template <class A>
@@ -469,6 +471,7 @@ void run_tiles(const Run<A>& run, const Meeting& here, const Meeting& next) {
   const int64_t count = list_tiles(run, here, places);
   if (count == 0) return;
   if (list_tiles(run, next, places + count) == 0) places[count] = {-1, -1};
+  A::begin_products();
   for (int64_t at = 0; at < count; ++at) {
     Tile<A> tile;
     place_tile(run, places[at].row, places[at].column, tile);
@@ -477,6 +480,7 @@ void run_tiles(const Run<A>& run, const Meeting& here, const Meeting& next) {
     else
       forward_tile(run, tile, places[at + 1]);
   }
+  A::end_products();
 }
 
 void wait_for_turn(const int64_t& turns, int64_t turn) {
@@ -676,7 +680,7 @@ void run(const NTXentProblem& problem) {
   };
   if (is_small(problem)) return with(DoubleArithmetic{});
 #if defined(UBP_HAS_PAIRS)
-  if (problem.dtype == DType::kBFloat16) return with(PairArithmetic{});
+  if (problem.dtype == DType::kBFloat16) return with(BFloat16Arithmetic{});
 #endif
   if (exponent <= kLargestShared<FloatArithmetic>) return with(FloatArithmetic{});
   with(DoubleArithmetic{});

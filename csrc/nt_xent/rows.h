@@ -5,8 +5,8 @@
 #include <cstdlib>
 
 #include "common/convert.h"
-#include "common/gemm.h"
 #include "common/threads.h"
+#include "common/tiles.h"
 #include "nt_xent/nt_xent.h"
 
 namespace ubp {

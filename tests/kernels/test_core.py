@@ -40,14 +40,42 @@ def test_best_isa_is_chosen() -> None:
     assert _core.isa() == _core.usable_isas()[-1]
 
 
-def test_every_isa_agrees() -> None:
-    inputs = packed_inputs(CASE, torch.float32)
-    truth = flash_attention(*(part.double() for part in inputs[:3]), *inputs[3:])
-    reference = flash_attention(*inputs, backend="reference")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("width", [32, 59, 256])
+def test_every_isa_agrees(width: int, dtype: torch.dtype) -> None:
+    *inputs, cu_query, cu_key = packed_inputs(PackedCase("mixed", (40, 0, 7, 65, 300), width=width), dtype)
+    weight = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def results(kind: torch.dtype, backend: str) -> list[torch.Tensor]:
+        leaves = [part.to(kind, copy=True).requires_grad_() for part in inputs]
+        output = flash_attention(*leaves, cu_query, cu_key, backend=backend)
+        return [output.detach(), *torch.autograd.grad(output, leaves, weight.to(dtype).to(kind))]
+
+    reference, truth = results(dtype, "reference"), results(torch.float64, "reference")
     for isa in _core.usable_isas():
         _core.set_isa(isa)
         assert _core.isa() == isa
-        assert_matches_reference(result(), reference, truth, "flash_attention", isa)
+        for name, mine, same, exact in zip(("output", *"qkv"), results(dtype, "native"), reference, truth, strict=True):
+            assert_matches_reference(mine, same, exact, f"flash_attention {name}", f"{isa} D={width}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [32, 59, 256])
+def test_a_single_key_leaves_nothing_for_its_score(width: int, dtype: torch.dtype) -> None:
+    """<dO, V> - <dO, O> is of equal rows there: 0 on every instruction set, in whatever order it sums."""
+    query, key, value = torch.randn(3, 40, 2, width).to(dtype).requires_grad_().unbind()
+    for isa in _core.usable_isas():
+        _core.set_isa(isa)
+        output = flash_attention(query, key, value, torch.arange(41), backend="native")
+        found = torch.autograd.grad(output, (query, key), torch.randn(output.shape).to(dtype), retain_graph=True)
+        assert not any(part.any() for part in found), isa
+
+
+def test_amx_is_emulated_where_it_does_not_run() -> None:
+    """What `make .venv/installed` builds. The emulation is never chosen by itself."""
+    if "avx512_bf16" not in _core.usable_isas():
+        pytest.skip("this processor lacks AVX-512 with bfloat16, which AMX is used beside")
+    assert "amx_emulated" in _core.usable_isas()[:-1]
 
 
 @pytest.mark.parametrize("name", ["", "sse9", "AVX2"])
@@ -59,7 +87,7 @@ def test_unknown_isa(name: str) -> None:
 
 
 def test_unusable_isa() -> None:
-    unusable = {"avx2", "avx512", "avx512_bf16"} - set(_core.usable_isas())
+    unusable = {"avx2", "avx512", "avx512_bf16", "amx_bf16"} - set(_core.usable_isas())
     if not unusable:
         pytest.skip("this processor has every instruction set of the build")
     for name in unusable:

@@ -330,6 +330,11 @@ WRONG = [
         ValueError,
         "right must be finite .* row 0",
     ),
+    (
+        {"left": torch.ones(1000, 128), "right": torch.ones(1000, 128).index_fill(0, torch.tensor([997]), math.nan)},
+        ValueError,
+        "right must be finite .* row 997",
+    ),
     ({"left": GOOD.double(), "right": GOOD.double(), "backend": "native"}, BackendUnavailable, "float64"),
     ({"backend": "triton"}, BackendUnavailable, "triton"),
     ({"backend": "numpy"}, ValueError, "numpy"),

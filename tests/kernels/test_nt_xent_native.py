@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
+import os
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,12 +133,12 @@ def every_isa() -> Iterator[list[str]]:
 
 @FORMS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("temperature", [0.1, 0.01])
+@pytest.mark.parametrize(("count", "width", "temperature"), [(1200, 59, 0.1), (1200, 59, 0.01), (500, 300, 0.1)])
 def test_every_isa_and_thread_count(
-    temperature: float, dtype: torch.dtype, negatives: str, every_isa: list[str]
+    count: int, width: int, temperature: float, dtype: torch.dtype, negatives: str, every_isa: list[str]
 ) -> None:
-    left, right = pair(600, 59, dtype)
-    chosen = {"negatives": negatives, **options(600)}
+    left, right = pair(count, width, dtype)
+    chosen = {"negatives": negatives, **options(count)}
     for isa in every_isa:
         _core.set_isa(isa)
         assert_native_is_close(left, right, temperature, f"{isa} {negatives}", **chosen)
@@ -144,6 +148,17 @@ def test_every_isa_and_thread_count(
             found.append(results(left, right, temperature, dtype, backend="native", **chosen))
         for other in found[1:]:
             assert all(map(torch.equal, found[0], other))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [59, 300])
+def test_equal_rows_have_no_gap(width: int, dtype: torch.dtype, every_isa: list[str]) -> None:
+    """A positive is summed as the negatives are: 1,000 equal candidates are a loss of log 1,000, to the last digit."""
+    row = pair(1, width, dtype)[0].repeat(1000, 1)
+    for isa in every_isa:
+        _core.set_isa(isa)
+        loss = nt_xent(row, row, temperature=0.005, negatives="cross", backend="native")
+        assert abs(loss.item() - math.log(1000)) < 1e-6, isa
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -158,6 +173,26 @@ def test_small_problems_on_every_isa(every_isa: list[str]) -> None:
     for isa in every_isa:
         _core.set_isa(isa)
         assert_native_is_close(left, right, 0.005, isa, negatives="simclr", **options(65))
+
+
+@pytest.fixture(scope="module")
+def schedule_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    program, kernels = tmp_path_factory.mktemp("model") / "nt_xent_schedule", Path(__file__).parents[2] / "csrc"
+    source = Path(__file__).with_name("nt_xent_schedule.cpp")
+    compiler = os.environ.get("CXX", "c++")  # what the kernels are built with
+    subprocess.run([compiler, "-std=c++17", "-w", f"-I{kernels}", str(source), "-o", str(program)], check=True)
+    return program
+
+
+@FORMS
+@pytest.mark.parametrize(
+    ("count", "threads", "least"), [(1024, 16, 14), (1024, 2, 1.95), (1000, 16, 14), (1031, 16, 14), (4096, 16, 14)]
+)
+def test_all_threads_have_work(count: int, threads: int, least: float, negatives: str, schedule_model: Path) -> None:
+    """A model: the kernel's own items, each as long as its products. How long they really take is a benchmark's."""
+    arguments = [str(number) for number in (NEGATIVES.index(negatives), count, 128, threads)]
+    told = subprocess.run([schedule_model, *arguments], capture_output=True, text=True, check=True)
+    assert least <= float(told.stdout) <= threads
 
 
 WRONG_NUMBERS = {

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 NEGATIVES = ("cross", "symmetric", "simclr")
 REDUCTIONS = ("mean", "sum", "none")
 MAX_WIDTH = 2048
+LARGEST_SERIAL_SUM = 32_767  # PyTorch divides larger ones among its threads
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 IMPLEMENTATIONS: dict[str, ModuleType] = {"native": _native, "triton": _triton, "reference": reference}
 ORDER = ("native", "triton", "reference")
@@ -393,8 +394,8 @@ def check_values(
     right_valid = valid if positive is None else right_valid
     own = positive if places is None else None
     for name, rows, kept in (("left", left, valid), ("right", right, right_valid), ("positive", own, valid)):
-        # The quick look: a finite sum has finite parts. Rows that are not valid may hold anything.
-        if rows is None or (not is_deferred and math.isfinite(rows.sum(dtype=torch.float64).item())):
+        # Rows that are not valid may hold anything.
+        if rows is None or (not is_deferred and _has_finite_sum(rows)):
             continue
         bad = ~torch.isfinite(rows).all(dim=1)
         _raise_bad_rows(name, "be finite in every valid row", bad, kept, "mark such rows in `valid` or repair them")
@@ -403,6 +404,16 @@ def check_values(
     if weight is not None:
         bad = ~(torch.isfinite(weight) & (weight >= 0))
         _raise_bad_rows("weight", "be finite and >= 0", bad, valid, "clip the weights", weight)
+
+
+def _has_finite_sum(rows: Tensor) -> bool:
+    """The quick look: a finite sum has finite parts.
+
+    On a CPU in pieces that PyTorch sums on the thread that calls. Its helpers, once awake, keep cores busy for
+    milliseconds in which they wait for more, and the kernel's threads need those cores.
+    """
+    pieces = rows.detach().reshape(-1).split(LARGEST_SERIAL_SUM if rows.is_cpu else max(1, rows.numel()))
+    return math.isfinite(sum(piece.sum(dtype=torch.float64).item() for piece in pieces))
 
 
 def _raise_bad_rows(
