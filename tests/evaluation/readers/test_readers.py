@@ -255,7 +255,7 @@ def test_trees_start_at_the_forecast_that_correlates_most(rows, monkeypatch):
     column = StandardScaler().fit_transform(read[:, [2]].astype(float))
     start = LogisticRegression(C=1 / boosting.START_PENALTY).fit(column, labels[order, 0]).decision_function(column)
     data = lightgbm.Dataset(read, labels[order, 0].astype(np.float32), init_score=start)
-    model = lightgbm.train(boosting.PARAMETERS | {"num_threads": 1, "seed": 0}, data, boosting.TREES)
+    model = lightgbm.train(boosting.PARAMETERS | {"num_threads": 1, "seed": 0}, data, boosting.STARTED_TREES)
     expected = roc_auc_score(labels[order, 1], start + model.predict(read, raw_score=True))
     assert started.aurocs[0] == pytest.approx(expected, abs=1e-6)
     assert abs(started.aurocs[0] - plain.aurocs[0]) > 1e-4
