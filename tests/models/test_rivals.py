@@ -117,7 +117,8 @@ def test_the_file_writes_every_row_and_goes_on(rivals: Any, monkeypatch: pytest.
     overrides = [word for word in (*TINY, *NARROW) if not word.startswith("evaluation.")]
     monkeypatch.setattr(rivals, "EPOCHS", 1)
     monkeypatch.setattr(rivals, "CACHED_S", 0.0)
-    monkeypatch.setattr(linear, "_options", lambda data: linear.OPTIONS[-2:])  # which penalty wins is not asked here
+    # Which penalty wins is not asked here.
+    monkeypatch.setattr(linear.Regression, "choose", lambda self, train, *_: [linear.OPTIONS[-1]] * len(train))
     rows = ["features", "next event, wide", "features + next event", "profile + autoencoder", "profile of best"]
     rivals.main([*command, *overrides, "--rows", *rows[:2]])
     first = json.loads((tmp_path / "r.json").read_text())
