@@ -134,8 +134,9 @@ def test_the_scaler_has_all_habits_of_scikit_learn(estimator: Any, check: Any) -
 @pytest.mark.parametrize(
     ("candidates", "labels", "words"),
     [
-        ([0, 40], [0, 1, 1], r"candidates must be positions in 0\.\.3, got \[ 0 40\]"),
+        ([0, 40], [0, 1, 1], r"candidates must be positions in 0\.\.3, got \[0, 40\]"),
         ([0.5], [0, 1, 1], "candidates must be positions"),
+        ([True, False, True, False], [0, 1, 1], "candidates must be positions"),  # a mask would be columns 0 and 1
         (None, ["a", "b", "c"], "y must be numbers or two classes, got 3 classes"),
         (None, [[0, 1], [1, 0], [1, 1]], "y should be a 1d array"),
         (None, None, "requires y to be passed"),

@@ -179,8 +179,9 @@ class RelevanceScaler(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         relevance = np.abs((X - self.mean_).T @ (y - y.mean())) / self.scale_
         everything = np.arange(X.shape[1])
         candidates = everything if self.candidates is None else np.unique(self.candidates)
-        if not np.isin(candidates, everything).all():
-            raise ValueError(f"RelevanceScaler: candidates must be positions in 0..{everything[-1]}, got {candidates}")
+        if candidates.dtype == bool or not np.isin(candidates, everything).all():
+            last = everything[-1]
+            raise ValueError(f"RelevanceScaler: candidates must be positions in 0..{last}, got {self.candidates}")
         candidates = candidates.astype(np.int64)
         self.scale_[np.setdiff1d(everything, candidates)] *= OTHERS**0.5
         count = FIRST_COLUMNS if self.candidates is None else FIRST_FORECASTS

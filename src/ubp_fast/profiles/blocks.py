@@ -14,7 +14,7 @@ the strong block may be large. Readers that bring columns to one scale (regressi
 by it: at a deviation of .0001 float16 still tells apart what differs by .0006 deviations. Distances are ruled by the
 strong block: a search for neighbours takes `Profiles.select("near")` and the cosine.
 
-A regression on few buyers of a listed label does best where it believes the columns of strong and scores first.
+A model of a label that few clients have does best where it believes the label's own forecast, of scores, first.
 
 `profile.json` beside the vectors describes the blocks; `Profiles.select` gives some of them.
 """
@@ -34,7 +34,7 @@ from ubp_fast.features.scaling import ROWS_AT_ONCE, DayStatistics, Rows, standar
 MAX_DIM = 2048
 # The block that a search for neighbours takes.
 NEAR = "near"
-# Those that a regression on few buyers believes first: what was learned from many past windows.
+# Those whose columns forecast labels: what models of few buyers believe first.
 FORECASTS = ("scores",)
 FORMAT = 1
 # The bits of a float16 that are all set in what is not finite; NumPy computes with float16 one by one.
