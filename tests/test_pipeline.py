@@ -90,6 +90,27 @@ def test_profiles_pass_the_organisers_rules(synthetic_run: Path) -> None:
     )
 
 
+def test_the_most_bought_skus_are_scored_beside_the_lists(tmp_path: Path) -> None:
+    source = (*(part for part in SYNTHETIC if part != ALL_BLOCKS), "windows.labels=5", "stages=[profiles]")
+    code, run, printed = run_tiny(tmp_path, *source, "features.pairs.most_bought=12")
+    assert code == 0, printed
+    events, stage = EventDirectory.open(run / "stages" / "events"), run / "stages" / "features"
+    end_s = events.split.input_end_s
+    ranked = (
+        events.purchases(end_s - 14 * DAY_S, end_s).group_by("sku").len().sort(["len", "sku"], descending=[True, False])
+    )
+    listed = [np.load(stage / f"propensity_{name}.npy").tolist() for name in ("sku", "new_sku")]
+    wanted = {*ranked["sku"].head(12).to_list(), *listed[0], *listed[1]}
+    layout = Profiles.load(run / "profiles").layout
+    assert layout is not None
+    (block,) = layout.select("scores").blocks
+    scored = [name for name in block.columns if name.startswith("propensity_sku_")]
+    assert sorted(scored) == sorted(f"propensity_sku_{sku}" for sku in wanted) and len(wanted) > 12
+    (own,) = layout.select("own").blocks
+    counted = {name for name in own.columns if "decayed_propensity_sku_" in name}
+    assert len({name.split("_")[-1] for name in counted}) == 5, "what is counted is what the lists name"
+
+
 def test_second_run_takes_everything_from_the_cache(synthetic_run: Path) -> None:
     before = contents(synthetic_run / "profiles")
     started_s = time.monotonic()

@@ -11,7 +11,9 @@ from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 import numpy as np
+import torch
 
+from ubp_fast.evaluation.readers.forecasts import evidence, log_means
 from ubp_fast.evaluation.readers.linear import FIRST, FIRST_COLUMNS, FIRST_FORECASTS, OTHERS
 from ubp_fast.files import save_table
 from ubp_fast.pipeline.command import run
@@ -139,9 +141,9 @@ class RelevanceScaler(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     ten times as large as a standardised column, as the evaluation's linear reader has them.
 
     Args:
-        candidates: positions of columns that forecast, of profiles `profiles.layout.forecasts`: the one that correlates
-            most comes first, and columns that do not forecast are made smaller by the root of 20. None: three of all
-            columns come first, and none is made smaller.
+        candidates: positions of columns that forecast, of profiles `profiles.layout.forecasts`: the one that says most
+            of two classes, or correlates most with numbers, comes first, and columns that do not forecast are made
+            smaller by the root of 20. None: three of all columns come first, and none is made smaller.
 
     Attributes:
         mean_, scale_: float64 [columns], what is subtracted, and what then divides.
@@ -176,16 +178,22 @@ class RelevanceScaler(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         # Of a column that is constant only roundings are left.
         is_constant = deviation <= 1e-6 * np.sqrt(np.mean(X**2, axis=0)) + 1e-15
         self.scale_ = np.where(is_constant, 1.0, deviation)
-        relevance = np.abs((X - self.mean_).T @ (y - y.mean())) / self.scale_
+        standard = (X - self.mean_) / self.scale_
+        relevance = standard.T @ (y - y.mean())
         everything = np.arange(X.shape[1])
         candidates = everything if self.candidates is None else np.unique(self.candidates)
         if candidates.dtype == bool or not np.isin(candidates, everything).all():
             last = everything[-1]
             raise ValueError(f"RelevanceScaler: candidates must be positions in 0..{last}, got {self.candidates}")
         candidates = candidates.astype(np.int64)
+        says = np.abs(relevance[candidates])
+        if self.candidates is not None and len(np.unique(y)) == 2:
+            has = torch.from_numpy((y == y.max()).astype(np.float64))
+            forecasts = torch.from_numpy(standard[:, candidates])
+            says = evidence(forecasts.T @ has[:, None], has.sum()[None], len(y), log_means([forecasts]))[:, 0].numpy()
         self.scale_[np.setdiff1d(everything, candidates)] *= OTHERS**0.5
         count = FIRST_COLUMNS if self.candidates is None else FIRST_FORECASTS
-        self.first_ = candidates[np.argsort(-relevance[candidates], kind="stable")[:count]]
+        self.first_ = candidates[np.argsort(-says, kind="stable")[:count]]
         self.scale_[self.first_] *= FIRST**0.5
         return self
 

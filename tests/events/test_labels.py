@@ -6,7 +6,14 @@ import numpy as np
 import polars as pl
 import pytest
 
-from ubp_fast.events.labels import ClientRows, LabelMatrix, label_lists, label_matrices, make_label_lists
+from ubp_fast.events.labels import (
+    ClientRows,
+    LabelMatrix,
+    label_lists,
+    label_matrices,
+    make_label_lists,
+    scored_skus,
+)
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import DataError
 from ubp_fast.events.sources.challenge import Challenge
@@ -147,6 +154,16 @@ def test_new_skus_are_those_bought_more_often_than_ever_before(small):
     assert ids.tolist() == (new + fill)[:10]
     assert ids.tolist() != top["propensity_new_sku"][0].tolist()
     np.testing.assert_allclose(popularity, [counts[sku] / len(window) for sku in ids.tolist()])
+
+
+def test_scored_skus_are_those_of_the_lists_and_the_most_bought():
+    purchases = pl.DataFrame({"sku": [7, 7, 7, 2, 2, 9, 9, 5, 4]})
+    lists = {"propensity_sku": (np.array([9, 3]), np.zeros(2)), "propensity_new_sku": (np.array([5, 9]), np.zeros(2))}
+    ids, popularity = scored_skus(purchases, {**lists, "propensity_price": (np.array([1]), np.zeros(1))}, 3)
+    assert ids.tolist() == [9, 3, 5, 7, 2], "lists first; of equally bought ones the smaller id"
+    np.testing.assert_allclose(popularity * 9, [2, 0, 1, 3, 2])
+    assert scored_skus(purchases, lists, 0)[0].tolist() == [9, 3, 5]
+    assert scored_skus(purchases, {}, 99)[0].tolist() == [7, 2, 9, 4, 5]
 
 
 def test_label_lists_need_purchases(small):

@@ -94,6 +94,24 @@ def make_label_lists(directory: EventDirectory, start_s: int, end_s: int, num_la
     return label_lists(window, before, num_labels)
 
 
+def scored_skus(purchases: pl.DataFrame, lists: LabelLists, most_bought: int) -> tuple[np.ndarray, np.ndarray]:
+    """The skus of all lists, and the most bought ones of a window: ids i64 [n] and popularity f64 [n] of each once.
+
+    Args:
+        purchases: rows of the window with a column sku.
+        lists: those whose skus come first, in their order: propensity_sku, propensity_new_sku.
+        most_bought: how many of the window's skus are there in any case, ties by smaller id.
+    """
+    import polars as pl
+
+    ranked = _ranked(purchases, "sku")
+    named = [lists[name][0] for name in ("propensity_sku", "propensity_new_sku") if name in lists]
+    ids = np.concatenate([*named, ranked["sku"].head(most_bought).to_numpy()]).astype(np.int64)
+    wanted = pl.DataFrame({"sku": ids}).unique(maintain_order=True)
+    counts = wanted.join(ranked, on="sku", how="left", maintain_order="left")["len"].fill_null(0)
+    return wanted["sku"].to_numpy(), counts.to_numpy() / max(len(purchases), 1)
+
+
 def positions_in(ids: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Position i64 [N] of each value in `ids` (of the first one, when it stands there twice), -1 where it does not."""
     different, first = np.unique(ids, return_index=True)

@@ -84,6 +84,7 @@ class PairScorerConfig:
         activity_half_lives_days: of the client's activity.
         tastes: numbers of factors whose products are compared, ascending; none: own counts alone.
         taste_half_life_days: of the counts that are factorised.
+        most_bought: skus of the newest window that are scored, the most bought ones, beside those of the label lists.
         windows: past windows at most that the scorer learns from.
         clients: drawn in every window at most.
         pairs: of a list, that the network learns from, at most those there are; a third as many of them bought, where
@@ -103,6 +104,7 @@ class PairScorerConfig:
     activity_half_lives_days: tuple[float, ...] = (2.0, 5.0, 10.0, 20.0, 60.0, 180.0)
     tastes: tuple[int, ...] = (8, 16)
     taste_half_life_days: float = 120.0
+    most_bought: int = 400
     windows: int = 6
     clients: int = 8192
     pairs: int = 150_000
@@ -127,6 +129,8 @@ class PairScorerConfig:
             raise UserError(f"PairScorerConfig: half_lives_days must be > 0, got {list(days)}")
         if list(self.tastes) != sorted({*self.tastes}) or min(self.tastes, default=1) < 1:
             raise UserError(f"PairScorerConfig: tastes must be ascending numbers >= 1, got {list(self.tastes)}")
+        if self.most_bought < 0:
+            raise UserError(f"PairScorerConfig: most_bought must be >= 0, got {self.most_bought}")
         if len(self.hidden) != 2 or min(self.hidden) < 1:
             raise UserError(f"PairScorerConfig: hidden must be two numbers >= 1, got {list(self.hidden)}")
 

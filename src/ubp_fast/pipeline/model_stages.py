@@ -78,6 +78,7 @@ INFERENCE_BATCH = 512
 SCALER, OUTPUTS_FILE, TASTE_WEIGHTS = "scaler", "outputs.json", "taste_weights.safetensors"
 # What stands beside vectors that were turned: those of the earlier model, and the new ones as they were.
 OLD, UNALIGNED, EXPLAINED_FILE = "old_model", "unaligned", "explained_variance.json"
+SCORED_SKUS = "scored_skus"
 DAY_FILE, PAIRS_FILE, PROFILE_TABLE = "day.safetensors", "pairs.safetensors", "profiles.parquet"
 Inputs = Mapping[str, Path]
 
@@ -367,6 +368,7 @@ def shared_by_tasks(settings: Settings, inputs: Inputs, models: Path) -> Shared:
         settings.recipe,
         cutoffs_of(store, settings)[1],
         load_lists(inputs["features"]),
+        load_scored_lists(inputs["features"]),
         lists_of_kinds(store, store.cutoff_s, settings.recipe.aggregated.top_values),
         settings.seed,
     )
@@ -507,6 +509,15 @@ def load_lists(features: Path) -> LabelLists:
         path.stem: (load_array(path), load_array(path.with_name(f"popularity_{path.name}")))
         for path in sorted(features.glob("propensity_*.npy"))
     }
+
+
+def load_scored_lists(features: Path) -> LabelLists:
+    """The lists whose labels the scorer of pairs predicts: those of `load_lists`, with more skus."""
+    skus = features / f"{SCORED_SKUS}.npy"
+    if not skus.exists():
+        return load_lists(features)
+    scored = load_array(skus), load_array(skus.with_name(f"popularity_{skus.name}"))
+    return {**load_lists(features), "propensity_sku": scored}
 
 
 def _widths(labels: Mapping[str, Any]) -> dict[str, int]:

@@ -25,7 +25,7 @@ from ubp_fast.evaluation import Scores, Targets, build_targets, evaluate
 from ubp_fast.evaluation.diagnostics import diagnose
 from ubp_fast.evaluation.evaluator import keep_share
 from ubp_fast.evaluation.readers.linear import option_of
-from ubp_fast.events.labels import make_label_lists
+from ubp_fast.events.labels import make_label_lists, scored_skus
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import DataError, LabelLists, UserError
 from ubp_fast.events.sources.challenge import Challenge
@@ -55,6 +55,7 @@ from ubp_fast.pipeline.model_stages import (
     EXPLAINED_FILE,
     OLD,
     PAIRS_FILE,
+    SCORED_SKUS,
     TASTE_WEIGHTS,
     TRAINING,
     UNALIGNED,
@@ -64,6 +65,7 @@ from ubp_fast.pipeline.model_stages import (
     deals_out,
     engine_of,
     load_lists,
+    load_scored_lists,
     make_contrastive,
     make_multitask,
     make_sharded_stacking,
@@ -428,7 +430,7 @@ def make_features(settings: Settings, inputs: Inputs, directory: Path, progress:
         weights = weights_of_arrays(load_arrays(directory / TASTE_WEIGHTS, memory_map=True))
         make["tastes"] = partial(make["tastes"], weights=weights)
     if "scores" in (*feature_sets(settings), *profile_sets(settings)):
-        scorer = _fit_scorer(settings, store, lists, directory / LEARNED)
+        scorer = _fit_scorer(settings, store, load_scored_lists(directory), directory / LEARNED)
         write_arrays(directory / PAIRS_FILE, scorer.arrays)
         make["scores"] = scorer.transform
     of_networks = network_sets(settings)
@@ -457,7 +459,11 @@ def _label_lists(settings: Settings, inputs: Inputs, store: EventStore, director
     lists = make_label_lists(events, start_s, store.cutoff_s, settings.windows.labels)
     if settings.windows.given_lists:
         lists |= _given_lists(settings, events)
-    for name, (ids, popularity) in lists.items():
+    saved = dict(lists)
+    if "propensity_sku" in lists:
+        window = events.purchases(start_s, store.cutoff_s)
+        saved[SCORED_SKUS] = scored_skus(window, lists, settings.pairs.most_bought)
+    for name, (ids, popularity) in saved.items():
         save_array(directory / f"{name}.npy", ids)
         save_array(directory / f"popularity_{name}.npy", popularity)
     return load_lists(directory)  # in one order wherever columns are made of them

@@ -120,7 +120,7 @@ def make_features(shared: Shared, wanted: Sequence[tuple[str, int]], engine: Eng
         sample = EventStore.open(directory / work.SAMPLE)
         days = {cutoff_s: DayStatistics(shared.known_at(cutoff_s)) for cutoff_s in shared.scorer_cutoffs()}
         cutoffs, folder = shared.scorer_cutoffs(), directory / work.LEARNED
-        PairScorer.fit(sample, cutoffs, shared.lists, recipe.pairs, shared.seed, folder, days)
+        PairScorer.fit(sample, cutoffs, shared.scored, recipe.pairs, shared.seed, folder, days)
     _measure(shared, engine, work.FEATURES, work.features, (wanted,), directory, steps)
     first = directory / work.FEATURES / f"{0:05d}"
     lacking = [

@@ -67,6 +67,7 @@ class Shared:
         recipe: the configuration.
         cutoffs: past ones that the regression learns from.
         lists: label lists.
+        scored: those whose labels the scorer of pairs predicts.
         popular: kind -> frequent values.
         seed: of the scorer of pairs.
     """
@@ -77,6 +78,7 @@ class Shared:
     recipe: Recipe
     cutoffs: tuple[int, ...]
     lists: LabelLists
+    scored: LabelLists
     popular: Mapping[str, PopularLists]
     seed: int
 
@@ -125,7 +127,7 @@ class Shared:
             return None
         sample = EventStore.open(self.features / SAMPLE)
         config = self.recipe.pairs
-        return PairScorer.fit(sample, self.scorer_cutoffs(), self.lists, config, self.seed, folder)
+        return PairScorer.fit(sample, self.scorer_cutoffs(), self.scored, config, self.seed, folder)
 
     def graded_config(self) -> ReducedRankConfig:
         """Of the graded directions."""
@@ -164,7 +166,7 @@ def popularity(shared: Shared, number: int, folder: Path) -> None:
     """How popular labels are at every cutoff at which pairs are scored or learned."""
     store = shared.shard(number)
     found: Measured = {}
-    lists = scored_lists(store, shared.lists)
+    lists = scored_lists(store, shared.scored)
     for cutoff_s in sorted({*shared.scorer_cutoffs(), *shared.cutoffs, store.cutoff_s}):
         day = shared.day(number, cutoff_s)
         with suppress(NotYetKnown):

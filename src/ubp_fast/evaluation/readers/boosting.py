@@ -7,14 +7,14 @@ where a task has a hundred: `labels_per_task` evenly spaced labels of each task 
 Columns are binned once for all labels of the same clients. Deterministic, whatever the number of threads.
 
 Of a profile with blocks the trees of a label start where a logistic regression on one column ends: on that one of its
-forecasts (`ReaderData.forecasts`) which correlates most with the label. Then half of them are enough: a hundred small
-steps through hundreds of columns find less of a label that few clients have than its own forecast says.
+forecasts (`ReaderData.forecasts`) which says most of the label (`readers.forecasts`). Then half of them are enough: a
+hundred small steps through hundreds of columns find less of a label that few clients have than its own forecast says.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import lightgbm
 import numpy as np
@@ -22,6 +22,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from ubp_fast.evaluation.readers.config import EvaluationConfig
+from ubp_fast.evaluation.readers.forecasts import evidence, log_means
 from ubp_fast.evaluation.readers.reader import LabelScores, ReaderData, Sample, by_clients, label_samples, scorable
 from ubp_fast.evaluation.tasks import TaskTargets
 
@@ -102,6 +103,14 @@ class _Trees:
             self._mean = self._learned.mean(axis=0, dtype=np.float64)
             deviation = self._learned.std(axis=0, dtype=np.float64)
             self._deviation = np.where(deviation > 0, deviation, np.inf)
+            self._log_means = log_means(
+                torch.from_numpy((self._learned[rows] - self._mean) / self._deviation) for rows in self._blocks
+            )
+
+    @property
+    def _blocks(self) -> Iterator[slice]:
+        """Rows a few at a time."""
+        return (slice(first, first + BLOCK_ROWS) for first in range(0, len(self._learned), BLOCK_ROWS))
 
     def read(self, known: np.ndarray, seed: int) -> np.ndarray:
         """Predicted scores f64 [n] of one label, float [n] of 0 and 1."""
@@ -114,12 +123,10 @@ class _Trees:
 
     def _start(self, known: np.ndarray) -> np.ndarray:
         """Where the trees of a label start, f64 [n] of what is read; of what is learned from, in the data."""
-        away = known.astype(np.float64) - known.mean(dtype=np.float64)
-        relevance = np.zeros(len(self._forecasts))
-        for first in range(0, len(away), BLOCK_ROWS):
-            rows = slice(first, first + BLOCK_ROWS)
-            relevance += away[rows] @ (self._learned[rows] - self._mean)
-        best = int(np.argmax(np.abs(relevance) / self._deviation))
+        away = sum(known[rows].astype(np.float64) @ (self._learned[rows] - self._mean) for rows in self._blocks)
+        of_label = torch.from_numpy(away / self._deviation)[:, None]
+        with_label = torch.tensor([float(known.sum(dtype=np.float64))], dtype=torch.float64)
+        best = int(evidence(of_label, with_label, len(known), self._log_means).argmax())
 
         def standard(column: np.ndarray) -> np.ndarray:
             return (column[:, None].astype(np.float64) - self._mean[best]) / self._deviation[best]

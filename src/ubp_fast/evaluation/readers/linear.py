@@ -4,10 +4,10 @@ With columns and labels centred, W(p) = (X'X + p n S)^-1 X'Y. S is the identity 
 are: their scale says how much each may say), the diagonal of the variances (columns standardised), or, a label at a
 time, those variances with a hundredth for the three columns that correlate most with the label. A penalty that holds
 hundreds of columns of which a rare label's few buyers tell next to nothing holds the few that do tell as well. Of a
-profile with blocks it is one column, of those that forecast (`ReaderData.forecasts`), and the variances of columns that
-do not forecast count 20 times. Five folds of the clients in the train window choose S and p of each task by the mean
-AUROC of what is predicted for clients that were held out; the labels of the validation window are used for the score
-alone.
+profile with blocks it is one column, that of those that forecast (`ReaderData.forecasts`) which says most of the label
+(`readers.forecasts`), and the variances of columns that do not forecast count 20 times. Five folds of the clients in
+the train window choose S and p of each task by the mean AUROC of what is predicted for clients that were held out; the
+labels of the validation window are used for the score alone.
 
 Sums are float64. Memory is [D, D] per fold, and the vectors a few rows at a time.
 """
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from ubp_fast.evaluation.readers.config import EvaluationConfig
+from ubp_fast.evaluation.readers.forecasts import evidence, log_means
 from ubp_fast.evaluation.readers.reader import LabelScores, ReaderData, Sample, by_clients, label_samples, scorable
 from ubp_fast.evaluation.tasks import TaskTargets
 from ubp_fast.evaluation.tasks.metrics import auroc_per_label
@@ -120,6 +121,7 @@ class Regression:
         parts = [_sums(vectors, rows[fold], labels[fold], self._shift) for fold in self._folds]
         self._whole = reduce(Sums.plus, parts)
         self._rests = [self._whole.minus(part) for part in parts]
+        self._logarithms: torch.Tensor | None = None
 
     def held_out(
         self, option: Option, labels: slice = slice(None), report: Callable[[int], None] | None = None
@@ -154,7 +156,17 @@ class Regression:
         scaling, penalty = option
         if scaling != FEW_FIRST:
             return _fit(sums, scaling, penalty)
-        return _fit_few_first(sums, penalty, self._forecasts)
+        return _fit_few_first(sums, penalty, self._forecasts, self._log_means())
+
+    def _log_means(self) -> torch.Tensor | None:
+        """Of the forecasts; they know no labels, so those of all clients are as good as those of some folds."""
+        if self._forecasts is not None and self._logarithms is None:
+            _, _, mean, scale = _centred(self._whole)
+            mean, deviation = (mean + self._shift)[self._forecasts], scale.sqrt()[self._forecasts]
+            columns = self._vectors.index_select(1, self._forecasts)
+            blocks = _blocks(columns, self._rows)
+            self._logarithms = log_means((block - mean) / deviation for _, block in blocks)
+        return self._logarithms
 
     def _width(self, labels: slice) -> int:
         return len(range(*labels.indices(self._num_labels)))
@@ -218,22 +230,24 @@ def _fit(sums: Sums, scaling: str, penalty: float) -> tuple[torch.Tensor, torch.
     return torch.cholesky_solve(cross, torch.linalg.cholesky(matrix)), mean
 
 
-def _fit_few_first(sums: Sums, penalty: float, forecasts: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _fit_few_first(
+    sums: Sums, penalty: float, forecasts: torch.Tensor | None, logarithms: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The same where each label has a matrix of its own: A less E R E' of its few columns E, whose penalty is R less.
 
     One factor of A serves all: (A - E R E')^-1 = A^-1 + A^-1 E (R^-1 - E' A^-1 E)^-1 E' A^-1.
     """
     matrix, cross, mean, scale = _centred(sums)
-    relevance = cross.abs() / scale.sqrt()[:, None]
+    relevance = cross / scale.sqrt()[:, None]
     ridge = penalty * sums.count * scale
-    count = min(FIRST_COLUMNS, len(mean))
-    if forecasts is not None:
-        count = min(FIRST_FORECASTS, len(forecasts))
+    if forecasts is None or logarithms is None:
+        first = relevance.abs().topk(min(FIRST_COLUMNS, len(mean)), dim=0).indices.t()
+    else:
+        says = evidence(relevance[forecasts], sums.labels, sums.count, logarithms)
+        first = forecasts[says.topk(min(FIRST_FORECASTS, len(forecasts)), dim=0).indices.t()]
         is_other = torch.ones_like(mean, dtype=torch.bool)
         is_other[forecasts] = False
         ridge[is_other] *= OTHERS
-        relevance[is_other] = -1.0
-    first = relevance.topk(count, dim=0).indices.t()
     matrix.diagonal().add_(ridge)
     factor = torch.linalg.cholesky(matrix)
     weight = torch.cholesky_solve(cross, factor)
