@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -33,6 +36,10 @@ from ubp_fast.models.multitask import MultitaskConfig, MultitaskModel
 
 ITEM = 2  # bytes of a 16-bit number
 SM_90 = ("sm_90",)
+# Tensors [T, H, D] that a kernel of attention reads or writes, numbers per row (lse and delta), and its products.
+TENSORS = {"short_forward": 4, "short_backward": 8, "forward": 4, "dq": 6, "dkv": 6}
+NUMBERS = {"short_forward": 1, "short_backward": 1, "forward": 1, "dq": 2, "dkv": 2}
+PRODUCTS = {"short_forward": 2, "short_backward": 5, "forward": 2, "dq": 3, "dkv": 4}
 # Bytes and instructions for each pair of a pack with a time_bias: its bucket, the number that belongs to it; in
 # backward also its place in the order of the buckets, to change places and to add up (ptxas, sm_90).
 PAIRS = {"short_forward": (1, 4), "short_backward": (3, 13)}
@@ -118,9 +125,6 @@ def attention_work(lengths: Sequence[int], heads: int, width: int, kind: str = "
     """
     mean, rows = sum(lengths) / len(lengths), sum(lengths)
     found: dict[str, Work] = {}
-    tensors = {"short_forward": 4, "short_backward": 8, "forward": 4, "dq": 6, "dkv": 6}
-    products = {"short_forward": 2, "short_backward": 5, "forward": 2, "dq": 3, "dkv": 4}
-    numbers = {"short_forward": 1, "short_backward": 1, "forward": 1, "dq": 2, "dkv": 2}  # lse and delta, per row
     for short, longs in (("short_forward", ("forward",)), ("short_backward", ("dq", "dkv"))):
         chosen = tile_table.find(attention.TABLE, SM_90, short, kind, width, mean)
         block = 0 if chosen is None else chosen[0]
@@ -128,27 +132,38 @@ def attention_work(lengths: Sequence[int], heads: int, width: int, kind: str = "
         long = [length for length in lengths if length > block]
         if block:
             packed = sum(map(sum, packs))
-            moved = heads * packed * (tensors[short] * width * ITEM + 4 * numbers[short]) + 4 * packed
+            moved = heads * packed * (TENSORS[short] * width * ITEM + 4 * NUMBERS[short]) + 4 * packed
             places = heads * len(packs) * block**2
             of_pairs, instructions = PAIRS[short] if kind == "options" else (0, 0)
             loaded = moved + places * of_pairs
             moved += places / heads * of_pairs
-            found[short] = Work(places * products[short] * 2 * width, moved, loaded, 1, places * instructions)
+            found[short] = Work(places * PRODUCTS[short] * 2 * width, moved, loaded, 1, places * instructions)
         if rows > block:  # launched wherever shapes do not rule long ones out
             for name in longs:
-                # A time_bias alone has tiles of its own there.
-                of_long = "timed" if kind == "options" else kind
-                m, n, warps, _ = tile_table.choose(attention.TABLE, SM_90, name, of_long, width, max(mean, block + 1))
-                places = sum(math.ceil(length / m) * m * math.ceil(length / n) * n for length in long)
-                moved = heads * sum(long) * (tensors[name] * width * ITEM + 4 * numbers[name])
-                own = n if name == "dkv" else m  # rows that a tile keeps, while two tensors of the others pass by
-                passing = heads * places / own * 2 * width * ITEM
+                m, n, warps = long_tiles(name, width, max(mean, block + 1), kind)
                 each = 0.0
                 if kind == "options" and long:
                     each = instructions_of_pair(long, m, n, warps, name == "dq")
-                flop = heads * products[name] * 2 * places * width
-                found[name] = Work(flop, moved, moved + passing, 1, heads * places * each)
+                work = long_work(name, long, heads, width, m, n)
+                found[name] = work._replace(instructions=each * work.instructions)
     return found
+
+
+def long_work(kernel: str, lengths: Sequence[int], heads: int, width: int, m: int, n: int) -> Work:
+    """One kernel without packs, in tiles of m queries and n keys; its instructions are the pairs of all tiles."""
+    places = heads * sum(math.ceil(length / m) * m * math.ceil(length / n) * n for length in lengths)
+    moved = heads * sum(lengths) * (TENSORS[kernel] * width * ITEM + 4 * NUMBERS[kernel])
+    own = n if kernel == "dkv" else m  # rows that a tile keeps, while two tensors of the others pass by
+    passing = places / own * 2 * width * ITEM
+    return Work(PRODUCTS[kernel] * 2 * places * width, moved, moved + passing, 1, places)
+
+
+def long_tiles(kernel: str, width: int, mean_length: float, kind: str) -> tuple[int, int, int]:
+    """Queries, keys and warps of a tile without packs: of a time_bias alone, or of rows that a descriptor can cover."""
+    special = "timed" if kind == "options" else "aligned"
+    found = tile_table.find(attention.TABLE, SM_90, kernel, special, width, mean_length)
+    m, n, warps, *_ = found or tile_table.choose(attention.TABLE, SM_90, kernel, "plain", width, mean_length)
+    return m, n, warps
 
 
 def instructions_of_pair(
@@ -186,14 +201,57 @@ def instructions_of_pair(
     return of_tiles / tiles / of_thread
 
 
+# Tiles of long sequences that were weighed, those in use first: queries, keys, warps, stages, by descriptors.
+LARGE = ((128, 128, 8, 2, 1), (128, 128, 8, 2, 0), (128, 64, 8, 3, 0))
+LONG_CANDIDATES = {
+    ("forward", 64): ((256, 64, 8, 2, 1), (256, 64, 8, 2, 0), *LARGE),
+    ("forward", 128): ((256, 64, 16, 2, 1), (256, 64, 16, 2, 0), *LARGE),
+    ("dq", 64): ((256, 64, 8, 2, 0), (128, 128, 8, 2, 0), (128, 64, 8, 2, 0)),
+    ("dq", 128): ((256, 32, 8, 2, 0), (128, 128, 8, 2, 0), (128, 64, 8, 2, 0)),
+    ("dkv", 64): ((32, 256, 8, 2, 0), (64, 128, 8, 2, 0)),
+    ("dkv", 128): ((32, 128, 8, 2, 0),),
+}
+
+
+def turn(assembly: str) -> int:
+    """Instructions of a thread for a turn of the loop over tiles, where all rows see all columns.
+
+    Args:
+        assembly: what nvdisasm prints. The loop is the shortest that multiplies and has exponentials; of its pieces
+            between labels and branches those that mask, comparisons and selections almost alone, are left out.
+    """
+    lines = re.findall(r"^(?:(\.L_\w+):|\s+/\*[0-9a-f]+\*/\s+(.*?);)", assembly, re.MULTILINE)
+    places = {label: at for at, (label, _) in enumerate(lines) if label}
+    found = []
+    for at, (_, text) in enumerate(lines):
+        goal = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", text)
+        if goal is None or places[goal[1]] > at:
+            continue
+        pieces: list[list[str]] = [[]]
+        for label, instruction in lines[places[goal[1]] : at + 1]:
+            if instruction:
+                pieces[-1].append(re.sub(r"^@\S+\s+", "", instruction).split(".")[0].split()[0])
+            if label or pieces[-1][-1:] == ["BRA"]:
+                pieces.append([])
+        every = [name for piece in pieces for name in piece]
+        masking = [
+            piece
+            for piece in pieces
+            if len(piece) > 40 and sum(name in ("FSEL", "ISETP") for name in piece) > 0.7 * len(piece)
+        ]
+        if "HGMMA" in every and every.count("MUFU") >= 8:
+            found.append(len(every) - sum(map(len, masking)))
+    return min(found)
+
+
 def five_products(lengths: Sequence[int], heads: int, width: int) -> Work:
     """What "dq" and "dkv" do, by one kernel in the tiles of "dkv": it computes scores once and passes dq on.
 
     Each tile of keys reads and writes the float32 dq of all queries that see it, one after the other: so sums keep
-    their order, and the same bits come out of every run.
+    their order, and the same bits come out of every run. Beside a fifth product registers hold no more than 128 keys.
     """
-    mean, rows = sum(lengths) / len(lengths), sum(lengths)
-    m, n, *_ = tile_table.choose(attention.TABLE, SM_90, "dkv", "plain", width, mean)
+    rows = sum(lengths)
+    m, n, _ = long_tiles("dkv", width, 384, "plain")
     places = sum(math.ceil(length / m) * m * math.ceil(length / n) * n for length in lengths)
     moved = heads * rows * (8 * width * ITEM + 4 * width + 4 * 2)
     passing = heads * places / n * (2 * width * ITEM + 2 * 4 * width)
@@ -345,6 +403,33 @@ def _print_occupancy(device: Device) -> None:
             _row(build.name, warps, found.registers, found.shared_bytes, held)
 
 
+def _print_long(device: Device) -> None:
+    """16 of 2,048, H=4, each candidate with its instructions beside products and copies."""
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "kernels"))
+    from compile_triton import PTXAS, attention_build, compiled, kernel_of
+
+    _row(
+        "kernel", "tile", "by", "warps", "registers", "spilled bytes", "instructions of a pair", "at best, µs", "apart"
+    )
+    print("|---" * 9 + "|")
+    for (kernel, width), candidates in LONG_CANDIDATES.items():
+        for m, n, warps, stages, is_described in candidates:
+            chosen = attention.Tiles(m, n, warps, stages, bool(is_described))
+            build = attention_build("sm_90", kernel, torch.bfloat16, width, 2048, {"right": 0}, True, chosen)
+            found = compiled(build)
+            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                file.write(kernel_of(build).asm["cubin"])
+                file.flush()
+                call = [str(PTXAS / "nvdisasm"), "-c", file.name]
+                said = subprocess.run(call, capture_output=True, text=True, check=True).stdout
+            each = turn(said) * 32 * warps / (m * n)
+            work = long_work(kernel, [2048] * 16, 4, width, m, n)
+            best, apart = work._replace(instructions=each * work.instructions).seconds(device)
+            by = "descriptors" if is_described else "pointers"
+            cells = (found.registers, found.spilled_bytes, f"{each:.1f}", f"{best * 1e6:,.0f}", f"{apart * 1e6:,.0f}")
+            _row(f"{kernel} D={width}", f"{m} x {n}", by, warps, *cells)
+
+
 def main() -> int:
     device = Device()
     print("| case | kernel | GFLOP | MB | MB of tiles | launches | at best, µs | apart, µs | share of the peak, % |")
@@ -370,6 +455,8 @@ def main() -> int:
     print("\n| forward and backward of the multi-task step | launches |\n|---|---|")
     for name, count in multitask_launches().items():
         _row(name, f"{count:,}")
+    print()
+    _print_long(device)
     print("\n| kernel | warps | registers | shared bytes | programs of a multiprocessor |\n|---|---|---|---|---|")
     _print_occupancy(device)
     return 0
