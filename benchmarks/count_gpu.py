@@ -32,6 +32,7 @@ from ubp_fast.kernels import tiles as tile_table
 from ubp_fast.kernels.flash_attention import _triton as attention
 from ubp_fast.kernels.flash_attention.reference import time_buckets
 from ubp_fast.kernels.nt_xent import _triton as contrastive
+from ubp_fast.kernels.row_sparse import _triton as row_sparse
 from ubp_fast.models.multitask import MultitaskConfig, MultitaskModel
 
 ITEM = 2  # bytes of a 16-bit number
@@ -302,6 +303,46 @@ def nt_xent_work(rows: int, width: int) -> dict[str, Work]:
     }
 
 
+def nt_xent_bytes(rows: int, width: int) -> int:
+    """Memory of forward and backward in chunks, inputs included: 16 bits, and float32 sums of gradients.
+
+    Inputs, their copy in one matrix, what adds up the gradients, the gradients; a chunk of similarities in float32 and
+    its pulls for both sides, and what they give one side. Numbers of a row are not counted.
+    """
+    high, wide = contrastive.CHUNK
+    return 2 * rows * width * (ITEM + ITEM + 4 + ITEM) + high * wide * (4 + 2 * ITEM) + 4 * max(high, wide) * width
+
+
+def row_sparse_work(entries: int, distinct: int, width: int, is_adam: bool) -> dict[str, Work]:
+    """Lookup, sums of equal ids and update of a float32 table; sorting the ids belongs to PyTorch and is not in it.
+
+    Args:
+        entries: ids of a batch.
+        distinct: how many different ones. The sums have a row for each entry, 0 beyond them.
+        width: columns of the table.
+        is_adam: rows behind the present are read with both moments, else with one state.
+    """
+    row, parts = 4 * width, max(0, -(-entries // row_sparse.part_of(entries)) - 1)
+    found = {
+        "gather": Work(0, entries * (row * (4 if is_adam else 3) + 16), 0),
+        "sums": Work(0, 2 * entries * row + 2 * parts * row + 16 * entries, 0, 2 if parts else 1),
+        "mark and commit": Work(0, 32 * entries, 0, 2),
+        "update": Work(0, distinct * (7 * row + 24), 0),
+    }
+    return {name: work._replace(tile_bytes=work.bytes) for name, work in found.items()}
+
+
+def distinct_ids(rows: int, entries: int) -> int:
+    """Of entries whose popularity falls with their rank, as in `bench_training_gpu.py`."""
+    shares = torch.rand(entries, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return len((rows**shares).long().clamp(max=rows - 1).unique())
+
+
+def dropout_work(values: int) -> Work:
+    """One direction: 16-bit values are read and written once, their draws are nowhere in memory."""
+    return Work(0, 2 * ITEM * values, 2 * ITEM * values)
+
+
 class Launches(TorchDispatchMode):
     """Counts operations by name, those of a device that launch a kernel at least: many launch one, sorts several."""
 
@@ -394,9 +435,9 @@ def _print_work(name: str, found: dict[str, Work], device: Device) -> None:
 
 def _print_occupancy(device: Device) -> None:
     sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "kernels"))
-    from compile_triton import attention_builds, compiled, contrastive_builds
+    from compile_triton import attention_builds, compiled, contrastive_builds, dropout_builds, row_sparse_builds
 
-    for build in (*attention_builds(), *contrastive_builds()):
+    for build in (*attention_builds(), *contrastive_builds(), *row_sparse_builds(SM_90), *dropout_builds(SM_90)):
         if build.capability == 90 and "fp32" not in build.name:
             found, warps = compiled(build), build.options["num_warps"]
             held = blocks_per_multiprocessor(found.registers, found.shared_bytes, warps, device)
@@ -447,6 +488,14 @@ def main() -> int:
         found = nt_xent_work(rows, width)
         _print_work(f"nt_xent {rows:,} x {width}", found, device)
         print(f"at half of the peak: {1e3 * sum(work.at_half(device) for work in found.values()):,.1f} ms")
+        if "pull" in found:
+            print(f"memory: {nt_xent_bytes(rows, width) / 1e9:,.1f} GB")
+    entries, table_rows = 8192, 1_260_000
+    distinct = distinct_ids(table_rows, entries)
+    for name, is_adam in (("schedule-free", False), ("Adam", True)):
+        work = row_sparse_work(entries, distinct, 384, is_adam)
+        _print_work(f"row_sparse {name}, {entries:,} ids, {distinct:,} distinct, 384 columns", work, device)
+    _print_work(f"dropout of {sum(lengths):,} x 412", {"one direction": dropout_work(sum(lengths) * 412)}, device)
     print(
         "\n| with a time_bias, times as long | D=64, at best | apart | D=128, at best | apart |\n|---|---|---|---|---|"
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import weakref
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,22 @@ import pytest
 import torch
 from support.cases import cumulative
 from support.gpu import DEVICE, require_triton_device
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ubp_fast.kernels.flash_attention import _triton, _triton_kernels
 from ubp_fast.kernels.flash_attention.reference import Problem
+from ubp_fast.kernels.nt_xent.reference import Problem as ContrastiveProblem
+from ubp_fast.kernels.row_sparse import (
+    Adam,
+    AdamStep,
+    RowTable,
+    ScheduleFree,
+    ScheduleFreeStep,
+    gather,
+    reduce_padded,
+    update,
+)
+from ubp_fast.kernels.row_sparse import _triton as row_sparse
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import count_gpu
@@ -153,3 +168,95 @@ def test_programs_of_a_multiprocessor() -> None:
         (32, 80_000, 4, 2),
     ):
         assert count_gpu.blocks_per_multiprocessor(registers, shared, warps, device) == held
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most bytes of tensors that were made inside and lived at the same time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for part in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(part, torch.Tensor) and part.untyped_storage().data_ptr() not in self.known:
+                self.add(part.untyped_storage())
+        return made
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        place, size = storage.data_ptr(), storage.nbytes()
+        self.known.add(place)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.remove, place, size)
+
+    def remove(self, place: int, size: int) -> None:
+        self.known.discard(place)
+        self.now -= size
+
+
+def test_memory_of_nt_xent_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A million pairs of 512 columns below 16 GB; the same count for small chunks is what the backend holds.
+
+    Its kernels do nothing here: they allocate nothing either.
+    """
+
+    class Idle:
+        def __getattr__(self, name: str) -> Any:
+            return defaultdict(lambda: lambda *arguments, **constants: None)
+
+    assert count_gpu.nt_xent_bytes(2**20, 512) < 16e9
+    monkeypatch.setattr(count_gpu.contrastive, "_kernels", Idle)
+    monkeypatch.setattr(count_gpu.contrastive, "CHUNK", (64, 64))
+    monkeypatch.setattr(count_gpu.contrastive, "LEAST_CHUNKED", (1, 1))
+    rows, width = 1024, 512
+    sides = [torch.randn(rows, width, dtype=torch.float16, device=DEVICE) for _ in range(2)]
+    weight, tau = (torch.full(shape, 0.1, device=DEVICE, dtype=torch.float64) for shape in ((rows,), ()))
+    problem = ContrastiveProblem(*sides, None, tau, "cross", *[None] * 7, True)
+    with PeakBytes() as peak:
+        losses = count_gpu.contrastive.forward(problem)
+        gradients = count_gpu.contrastive.backward(problem, weight, tau, losses, losses)
+    assert gradients[0].shape == sides[0].shape
+    held = peak.peak + sum(side.nbytes for side in sides)
+    assert 1.0 <= held / count_gpu.nt_xent_bytes(rows, width) < 1.1  # numbers of a row, and a CPU's float32 copies
+
+
+@pytest.mark.parametrize(("entries", "is_adam"), [(300, False), (300, True), (9, False)])
+def test_counted_launches_of_row_sparse(entries: int, is_adam: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a lookup, sums and an update, which a small table shows as well as a large one."""
+    launched: list[str] = []
+    launch = row_sparse._launch
+
+    def counted(name: str, *arguments: Any, **constants: Any) -> None:
+        launched.append(name.removesuffix("_kernel"))
+        launch(name, *arguments, **constants)
+
+    monkeypatch.setattr(row_sparse, "_launch", counted)
+    ids = torch.arange(entries, device=DEVICE) % 50
+    gradient, weight = torch.ones(entries, 16, device=DEVICE), torch.zeros(50, 16, device=DEVICE)
+    facts = RowTable(
+        weight=weight,
+        state=torch.zeros(50, 2, 16, device=DEVICE),
+        slot=torch.full((50,), -1, dtype=torch.int32, device=DEVICE),
+        used=torch.zeros(1, dtype=torch.int64, device=DEVICE),
+        last_step=torch.full((50,), -1, dtype=torch.int32, device=DEVICE),
+        history=torch.ones((1, 3) if is_adam else (1,), dtype=torch.float64, device=DEVICE),
+    )
+    rule = Adam(0.9, 0.999, 1e-8) if is_adam else ScheduleFree(0.999, 1e-8)
+    step = AdamStep(0.01, 1.5, 0.99) if is_adam else ScheduleFreeStep(0.01, 0.1, 0.05, 0.1, True)
+    gather(facts, rule, ids, backend="triton")
+    distinct, sums, count = reduce_padded(ids, gradient, backend="triton")
+    update(facts, rule, distinct, sums, step, count=count, backend="triton")
+    found = count_gpu.row_sparse_work(entries, 50, 16, is_adam)
+    assert len(launched) == sum(work.launches for work in found.values())
+    assert launched.count("part") + launched.count("reduce") == found["sums"].launches
+
+
+def test_an_update_moves_what_its_kernel_reads_and_writes() -> None:
+    """Of a row the weights and both states twice, and its gradient once; places and steps beside them."""
+    found = count_gpu.row_sparse_work(8192, 1000, 384, False)
+    assert found["update"].bytes == pytest.approx(1000 * 7 * 384 * 4, rel=0.01)
+    assert found["gather"].bytes < count_gpu.row_sparse_work(8192, 1000, 384, True)["gather"].bytes
+    assert count_gpu.distinct_ids(1_260_000, 8192) < 8192
