@@ -245,6 +245,26 @@ def turn(assembly: str) -> int:
     return min(found)
 
 
+def order_of_long_pairs(length: int, heads: int, layers: int, device: Device) -> tuple[float, float]:
+    """Seconds for the sums of a time_bias in "dq" of 32,768 rows, D=64: as they are, and by an order of pairs in tiles.
+
+    Apart, products left out. The order, as packs have it: per pair a bucket and a place to load, 13 instructions, and
+    what it costs to make once per batch, 21 bytes. Tiles become those without a time_bias.
+    """
+    lengths = [length] * (32_768 // length)
+    m, n, warps = long_tiles("dq", 64, length, "options")
+    own = long_work("dq", lengths, heads, 64, m, n)
+    each = instructions_of_pair(lengths, m, n, warps, True)
+    now = own.tile_bytes / device.l2_bytes_per_s + each * own.instructions / device.instructions_per_s
+    m, n, _ = long_tiles("dq", 64, length, "plain")
+    other = long_work("dq", lengths, heads, 64, m, n)
+    of_pairs, instructions = PAIRS["short_backward"]
+    by_order = (other.tile_bytes + of_pairs * other.instructions) / device.l2_bytes_per_s
+    by_order += instructions * other.instructions / device.instructions_per_s
+    once = 21 * other.instructions / heads / device.bytes_per_s
+    return layers * now, layers * by_order + once
+
+
 def five_products(lengths: Sequence[int], heads: int, width: int) -> Work:
     """What "dq" and "dkv" do, by one kernel in the tiles of "dkv": it computes scores once and passes dq on.
 
@@ -501,6 +521,11 @@ def main() -> int:
     )
     for name, case in time_bias_cases().items():
         _row(name, *(f"{ratio:.2f}" for width in (64, 128) for ratio in time_bias_ratios(case, width, device)))
+    print(
+        "\n| sums of a time_bias in dq, 8 heads | layers | as they are, µs | by an order of pairs |\n|---|---|---|---|"
+    )
+    for length, layers in itertools.product((128, 256, 512), (1, 2, 4)):
+        _row(length, layers, *(f"{1e6 * time:,.0f}" for time in order_of_long_pairs(length, 8, layers, device)))
     print("\n| forward and backward of the multi-task step | launches |\n|---|---|")
     for name, count in multitask_launches().items():
         _row(name, f"{count:,}")
