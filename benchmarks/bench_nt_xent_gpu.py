@@ -1,4 +1,4 @@
-"""nt_xent on a CUDA device, forward and backward through autograd, against the plain loss under torch.compile."""
+"""nt_xent on a CUDA device, forward and backward, against the plain and the chunked loss under torch.compile."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from contest import Contest
-from reference_pytorch.nt_xent import plain
+from reference_pytorch.nt_xent import chunk_loss, chunked, plain
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
@@ -53,12 +53,18 @@ def bench_nt_xent_gpu(gpu_contest: Contest, count: int, form: str) -> None:
             error, scale = (one.float() - other.float()).abs().max(), other.float().abs().max()
             assert error <= 32 * torch.finfo(DTYPE).eps * scale, f"{error:.2e} of {scale:.2e}"
 
+    compiled_part = torch.compile(chunk_loss)
+
+    def in_chunks(left: Tensor, right: Tensor) -> Tensor:
+        return chunked(left, right, TEMPERATURE, form, compiled_part)
+
     rows = count if form == "cross" else 2 * count
     gpu_contest.run(
         f"nt_xent triton {form} bfloat16 N={count} E={WIDTH} f+b",
         trained(ours, sides),
         {
             "compiled plain loss": (trained(torch.compile(loss), sides), 1.0),
+            "compiled chunks": (trained(in_chunks, sides), 1.0),
             "plain loss": (trained(loss, sides), None),
         },
         check,

@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -29,10 +32,15 @@ from ubp_fast.kernels import tiles as tile_table
 from ubp_fast.kernels.flash_attention import _triton as attention
 from ubp_fast.kernels.flash_attention.reference import time_buckets
 from ubp_fast.kernels.nt_xent import _triton as contrastive
+from ubp_fast.kernels.row_sparse import _triton as row_sparse
 from ubp_fast.models.multitask import MultitaskConfig, MultitaskModel
 
 ITEM = 2  # bytes of a 16-bit number
 SM_90 = ("sm_90",)
+# Tensors [T, H, D] that a kernel of attention reads or writes, numbers per row (lse and delta), and its products.
+TENSORS = {"short_forward": 4, "short_backward": 8, "forward": 4, "dq": 6, "dkv": 6}
+NUMBERS = {"short_forward": 1, "short_backward": 1, "forward": 1, "dq": 2, "dkv": 2}
+PRODUCTS = {"short_forward": 2, "short_backward": 5, "forward": 2, "dq": 3, "dkv": 4}
 # Bytes and instructions for each pair of a pack with a time_bias: its bucket, the number that belongs to it; in
 # backward also its place in the order of the buckets, to change places and to add up (ptxas, sm_90).
 PAIRS = {"short_forward": (1, 4), "short_backward": (3, 13)}
@@ -118,9 +126,6 @@ def attention_work(lengths: Sequence[int], heads: int, width: int, kind: str = "
     """
     mean, rows = sum(lengths) / len(lengths), sum(lengths)
     found: dict[str, Work] = {}
-    tensors = {"short_forward": 4, "short_backward": 8, "forward": 4, "dq": 6, "dkv": 6}
-    products = {"short_forward": 2, "short_backward": 5, "forward": 2, "dq": 3, "dkv": 4}
-    numbers = {"short_forward": 1, "short_backward": 1, "forward": 1, "dq": 2, "dkv": 2}  # lse and delta, per row
     for short, longs in (("short_forward", ("forward",)), ("short_backward", ("dq", "dkv"))):
         chosen = tile_table.find(attention.TABLE, SM_90, short, kind, width, mean)
         block = 0 if chosen is None else chosen[0]
@@ -128,27 +133,38 @@ def attention_work(lengths: Sequence[int], heads: int, width: int, kind: str = "
         long = [length for length in lengths if length > block]
         if block:
             packed = sum(map(sum, packs))
-            moved = heads * packed * (tensors[short] * width * ITEM + 4 * numbers[short]) + 4 * packed
+            moved = heads * packed * (TENSORS[short] * width * ITEM + 4 * NUMBERS[short]) + 4 * packed
             places = heads * len(packs) * block**2
             of_pairs, instructions = PAIRS[short] if kind == "options" else (0, 0)
             loaded = moved + places * of_pairs
             moved += places / heads * of_pairs
-            found[short] = Work(places * products[short] * 2 * width, moved, loaded, 1, places * instructions)
+            found[short] = Work(places * PRODUCTS[short] * 2 * width, moved, loaded, 1, places * instructions)
         if rows > block:  # launched wherever shapes do not rule long ones out
             for name in longs:
-                # A time_bias alone has tiles of its own there.
-                of_long = "timed" if kind == "options" else kind
-                m, n, warps, _ = tile_table.choose(attention.TABLE, SM_90, name, of_long, width, max(mean, block + 1))
-                places = sum(math.ceil(length / m) * m * math.ceil(length / n) * n for length in long)
-                moved = heads * sum(long) * (tensors[name] * width * ITEM + 4 * numbers[name])
-                own = n if name == "dkv" else m  # rows that a tile keeps, while two tensors of the others pass by
-                passing = heads * places / own * 2 * width * ITEM
+                m, n, warps = long_tiles(name, width, max(mean, block + 1), kind)
                 each = 0.0
                 if kind == "options" and long:
                     each = instructions_of_pair(long, m, n, warps, name == "dq")
-                flop = heads * products[name] * 2 * places * width
-                found[name] = Work(flop, moved, moved + passing, 1, heads * places * each)
+                work = long_work(name, long, heads, width, m, n)
+                found[name] = work._replace(instructions=each * work.instructions)
     return found
+
+
+def long_work(kernel: str, lengths: Sequence[int], heads: int, width: int, m: int, n: int) -> Work:
+    """One kernel without packs, in tiles of m queries and n keys; its instructions are the pairs of all tiles."""
+    places = heads * sum(math.ceil(length / m) * m * math.ceil(length / n) * n for length in lengths)
+    moved = heads * sum(lengths) * (TENSORS[kernel] * width * ITEM + 4 * NUMBERS[kernel])
+    own = n if kernel == "dkv" else m  # rows that a tile keeps, while two tensors of the others pass by
+    passing = places / own * 2 * width * ITEM
+    return Work(PRODUCTS[kernel] * 2 * places * width, moved, moved + passing, 1, places)
+
+
+def long_tiles(kernel: str, width: int, mean_length: float, kind: str) -> tuple[int, int, int]:
+    """Queries, keys and warps of a tile without packs: of a time_bias alone, or of rows that a descriptor can cover."""
+    special = "timed" if kind == "options" else "aligned"
+    found = tile_table.find(attention.TABLE, SM_90, kernel, special, width, mean_length)
+    m, n, warps, *_ = found or tile_table.choose(attention.TABLE, SM_90, kernel, "plain", width, mean_length)
+    return m, n, warps
 
 
 def instructions_of_pair(
@@ -186,14 +202,77 @@ def instructions_of_pair(
     return of_tiles / tiles / of_thread
 
 
+# Tiles of long sequences that were weighed, those in use first: queries, keys, warps, stages, by descriptors.
+LARGE = ((128, 128, 8, 2, 1), (128, 128, 8, 2, 0), (128, 64, 8, 3, 0))
+LONG_CANDIDATES = {
+    ("forward", 64): ((256, 64, 8, 2, 1), (256, 64, 8, 2, 0), *LARGE),
+    ("forward", 128): ((256, 64, 16, 2, 1), (256, 64, 16, 2, 0), *LARGE),
+    ("dq", 64): ((256, 64, 8, 2, 0), (128, 128, 8, 2, 0), (128, 64, 8, 2, 0)),
+    ("dq", 128): ((256, 32, 8, 2, 0), (128, 128, 8, 2, 0), (128, 64, 8, 2, 0)),
+    ("dkv", 64): ((32, 256, 8, 2, 0), (64, 128, 8, 2, 0)),
+    ("dkv", 128): ((32, 128, 8, 2, 0),),
+}
+
+
+def turn(assembly: str) -> int:
+    """Instructions of a thread for a turn of the loop over tiles, where all rows see all columns.
+
+    Args:
+        assembly: what nvdisasm prints. The loop is the shortest that multiplies and has exponentials; of its pieces
+            between labels and branches those that mask, comparisons and selections almost alone, are left out.
+    """
+    lines = re.findall(r"^(?:(\.L_\w+):|\s+/\*[0-9a-f]+\*/\s+(.*?);)", assembly, re.MULTILINE)
+    places = {label: at for at, (label, _) in enumerate(lines) if label}
+    found = []
+    for at, (_, text) in enumerate(lines):
+        goal = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", text)
+        if goal is None or places[goal[1]] > at:
+            continue
+        pieces: list[list[str]] = [[]]
+        for label, instruction in lines[places[goal[1]] : at + 1]:
+            if instruction:
+                pieces[-1].append(re.sub(r"^@\S+\s+", "", instruction).split(".")[0].split()[0])
+            if label or pieces[-1][-1:] == ["BRA"]:
+                pieces.append([])
+        every = [name for piece in pieces for name in piece]
+        masking = [
+            piece
+            for piece in pieces
+            if len(piece) > 40 and sum(name in ("FSEL", "ISETP") for name in piece) > 0.7 * len(piece)
+        ]
+        if "HGMMA" in every and every.count("MUFU") >= 8:
+            found.append(len(every) - sum(map(len, masking)))
+    return min(found)
+
+
+def order_of_long_pairs(length: int, heads: int, layers: int, device: Device) -> tuple[float, float]:
+    """Seconds for the sums of a time_bias in "dq" of 32,768 rows, D=64: as they are, and by an order of pairs in tiles.
+
+    Apart, products left out. The order, as packs have it: per pair a bucket and a place to load, 13 instructions, and
+    what it costs to make once per batch, 21 bytes. Tiles become those without a time_bias.
+    """
+    lengths = [length] * (32_768 // length)
+    m, n, warps = long_tiles("dq", 64, length, "options")
+    own = long_work("dq", lengths, heads, 64, m, n)
+    each = instructions_of_pair(lengths, m, n, warps, True)
+    now = own.tile_bytes / device.l2_bytes_per_s + each * own.instructions / device.instructions_per_s
+    m, n, _ = long_tiles("dq", 64, length, "plain")
+    other = long_work("dq", lengths, heads, 64, m, n)
+    of_pairs, instructions = PAIRS["short_backward"]
+    by_order = (other.tile_bytes + of_pairs * other.instructions) / device.l2_bytes_per_s
+    by_order += instructions * other.instructions / device.instructions_per_s
+    once = 21 * other.instructions / heads / device.bytes_per_s
+    return layers * now, layers * by_order + once
+
+
 def five_products(lengths: Sequence[int], heads: int, width: int) -> Work:
     """What "dq" and "dkv" do, by one kernel in the tiles of "dkv": it computes scores once and passes dq on.
 
     Each tile of keys reads and writes the float32 dq of all queries that see it, one after the other: so sums keep
-    their order, and the same bits come out of every run.
+    their order, and the same bits come out of every run. Beside a fifth product registers hold no more than 128 keys.
     """
-    mean, rows = sum(lengths) / len(lengths), sum(lengths)
-    m, n, *_ = tile_table.choose(attention.TABLE, SM_90, "dkv", "plain", width, mean)
+    rows = sum(lengths)
+    m, n, _ = long_tiles("dkv", width, 384, "plain")
     places = sum(math.ceil(length / m) * m * math.ceil(length / n) * n for length in lengths)
     moved = heads * rows * (8 * width * ITEM + 4 * width + 4 * 2)
     passing = heads * places / n * (2 * width * ITEM + 2 * 4 * width)
@@ -242,6 +321,46 @@ def nt_xent_work(rows: int, width: int) -> dict[str, Work]:
             2 * (1 + again) * product, 2 * (2 + again + 1) * matrix, 2 * (again * passing(gradient) + of_sum), 2
         ),
     }
+
+
+def nt_xent_bytes(rows: int, width: int) -> int:
+    """Memory of forward and backward in chunks, inputs included: 16 bits, and float32 sums of gradients.
+
+    Inputs, their copy in one matrix, what adds up the gradients, the gradients; a chunk of similarities in float32 and
+    its pulls for both sides, and what they give one side. Numbers of a row are not counted.
+    """
+    high, wide = contrastive.CHUNK
+    return 2 * rows * width * (ITEM + ITEM + 4 + ITEM) + high * wide * (4 + 2 * ITEM) + 4 * max(high, wide) * width
+
+
+def row_sparse_work(entries: int, distinct: int, width: int, is_adam: bool) -> dict[str, Work]:
+    """Lookup, sums of equal ids and update of a float32 table; sorting the ids belongs to PyTorch and is not in it.
+
+    Args:
+        entries: ids of a batch.
+        distinct: how many different ones. The sums have a row for each entry, 0 beyond them.
+        width: columns of the table.
+        is_adam: rows behind the present are read with both moments, else with one state.
+    """
+    row, parts = 4 * width, max(0, -(-entries // row_sparse.part_of(entries)) - 1)
+    found = {
+        "gather": Work(0, entries * (row * (4 if is_adam else 3) + 16), 0),
+        "sums": Work(0, 2 * entries * row + 2 * parts * row + 16 * entries, 0, 2 if parts else 1),
+        "mark and commit": Work(0, 32 * entries, 0, 2),
+        "update": Work(0, distinct * (7 * row + 24), 0),
+    }
+    return {name: work._replace(tile_bytes=work.bytes) for name, work in found.items()}
+
+
+def distinct_ids(rows: int, entries: int) -> int:
+    """Of entries whose popularity falls with their rank, as in `bench_training_gpu.py`."""
+    shares = torch.rand(entries, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return len((rows**shares).long().clamp(max=rows - 1).unique())
+
+
+def dropout_work(values: int) -> Work:
+    """One direction: 16-bit values are read and written once, their draws are nowhere in memory."""
+    return Work(0, 2 * ITEM * values, 2 * ITEM * values)
 
 
 class Launches(TorchDispatchMode):
@@ -336,13 +455,40 @@ def _print_work(name: str, found: dict[str, Work], device: Device) -> None:
 
 def _print_occupancy(device: Device) -> None:
     sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "kernels"))
-    from compile_triton import attention_builds, compiled, contrastive_builds
+    from compile_triton import attention_builds, compiled, contrastive_builds, dropout_builds, row_sparse_builds
 
-    for build in (*attention_builds(), *contrastive_builds()):
+    for build in (*attention_builds(), *contrastive_builds(), *row_sparse_builds(SM_90), *dropout_builds(SM_90)):
         if build.capability == 90 and "fp32" not in build.name:
             found, warps = compiled(build), build.options["num_warps"]
             held = blocks_per_multiprocessor(found.registers, found.shared_bytes, warps, device)
             _row(build.name, warps, found.registers, found.shared_bytes, held)
+
+
+def _print_long(device: Device) -> None:
+    """16 of 2,048, H=4, each candidate with its instructions beside products and copies."""
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "kernels"))
+    from compile_triton import PTXAS, attention_build, compiled, kernel_of
+
+    _row(
+        "kernel", "tile", "by", "warps", "registers", "spilled bytes", "instructions of a pair", "at best, µs", "apart"
+    )
+    print("|---" * 9 + "|")
+    for (kernel, width), candidates in LONG_CANDIDATES.items():
+        for m, n, warps, stages, is_described in candidates:
+            chosen = attention.Tiles(m, n, warps, stages, bool(is_described))
+            build = attention_build("sm_90", kernel, torch.bfloat16, width, 2048, {"right": 0}, True, chosen)
+            found = compiled(build)
+            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                file.write(kernel_of(build).asm["cubin"])
+                file.flush()
+                call = [str(PTXAS / "nvdisasm"), "-c", file.name]
+                said = subprocess.run(call, capture_output=True, text=True, check=True).stdout
+            each = turn(said) * 32 * warps / (m * n)
+            work = long_work(kernel, [2048] * 16, 4, width, m, n)
+            best, apart = work._replace(instructions=each * work.instructions).seconds(device)
+            by = "descriptors" if is_described else "pointers"
+            cells = (found.registers, found.spilled_bytes, f"{each:.1f}", f"{best * 1e6:,.0f}", f"{apart * 1e6:,.0f}")
+            _row(f"{kernel} D={width}", f"{m} x {n}", by, warps, *cells)
 
 
 def main() -> int:
@@ -362,14 +508,29 @@ def main() -> int:
         found = nt_xent_work(rows, width)
         _print_work(f"nt_xent {rows:,} x {width}", found, device)
         print(f"at half of the peak: {1e3 * sum(work.at_half(device) for work in found.values()):,.1f} ms")
+        if "pull" in found:
+            print(f"memory: {nt_xent_bytes(rows, width) / 1e9:,.1f} GB")
+    entries, table_rows = 8192, 1_260_000
+    distinct = distinct_ids(table_rows, entries)
+    for name, is_adam in (("schedule-free", False), ("Adam", True)):
+        work = row_sparse_work(entries, distinct, 384, is_adam)
+        _print_work(f"row_sparse {name}, {entries:,} ids, {distinct:,} distinct, 384 columns", work, device)
+    _print_work(f"dropout of {sum(lengths):,} x 412", {"one direction": dropout_work(sum(lengths) * 412)}, device)
     print(
         "\n| with a time_bias, times as long | D=64, at best | apart | D=128, at best | apart |\n|---|---|---|---|---|"
     )
     for name, case in time_bias_cases().items():
         _row(name, *(f"{ratio:.2f}" for width in (64, 128) for ratio in time_bias_ratios(case, width, device)))
+    print(
+        "\n| sums of a time_bias in dq, 8 heads | layers | as they are, µs | by an order of pairs |\n|---|---|---|---|"
+    )
+    for length, layers in itertools.product((128, 256, 512), (1, 2, 4)):
+        _row(length, layers, *(f"{1e6 * time:,.0f}" for time in order_of_long_pairs(length, 8, layers, device)))
     print("\n| forward and backward of the multi-task step | launches |\n|---|---|")
     for name, count in multitask_launches().items():
         _row(name, f"{count:,}")
+    print()
+    _print_long(device)
     print("\n| kernel | warps | registers | shared bytes | programs of a multiprocessor |\n|---|---|---|---|---|")
     _print_occupancy(device)
     return 0

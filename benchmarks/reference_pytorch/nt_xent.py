@@ -5,11 +5,13 @@ Both take left and right [N, E] of one dtype and compute in it; row i of left be
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
+from torch.utils.checkpoint import checkpoint
 
 CHUNK = 512
 
@@ -22,6 +24,35 @@ def plain(left: Tensor, right: Tensor, temperature: float) -> Tensor:
     own = torch.arange(count, device=rows.device)
     partner = torch.cat((own + count, own))
     return cross_entropy(similarity, partner)
+
+
+def chunked(left: Tensor, right: Tensor, temperature: float, form: str, part: Callable[..., Tensor]) -> Tensor:
+    """0-d loss in chunks of 4,096 rows, "cross" or "simclr"; backward computes each of them again.
+
+    `part` is `chunk_loss`, or what a compiler makes of it.
+    """
+    rows, columns = normalize(left), normalize(right)
+    own = torch.arange(len(left), device=left.device)
+    partner, hidden = own, None
+    if form == "simclr":
+        rows = columns = torch.cat((rows, columns))
+        partner, hidden = torch.cat((own + len(left), own)), torch.arange(2 * len(left), device=left.device)
+    total = rows.new_zeros((), dtype=torch.promote_types(rows.dtype, torch.float32))
+    for start in range(0, len(rows), 8 * CHUNK):
+        chunk = slice(start, start + 8 * CHUNK)
+        given = (rows[chunk], columns, partner[chunk], None if hidden is None else hidden[chunk], temperature)
+        total = total + checkpoint(part, *given, use_reentrant=False)
+    return total / len(rows)
+
+
+def chunk_loss(rows: Tensor, columns: Tensor, partner: Tensor, hidden: Tensor | None, temperature: float) -> Tensor:
+    """Sum of the cross-entropies of some rows, to whom the column `hidden` is no negative."""
+    similarity = rows @ columns.T / temperature
+    similarity = similarity.to(torch.promote_types(similarity.dtype, torch.float32))
+    if hidden is not None:
+        places = torch.arange(len(columns), device=rows.device)
+        similarity = similarity.masked_fill(places == hidden[:, None], float("-inf"))
+    return cross_entropy(similarity, partner, reduction="sum")
 
 
 def chunked_symmetric(left: Tensor, right: Tensor, temperature: float) -> Tensor:

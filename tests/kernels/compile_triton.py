@@ -68,7 +68,8 @@ class Result(NamedTuple):
     tensor_core: str
 
 
-def compiled(build: Build) -> Result:
+def kernel_of(build: Build) -> Any:
+    """What Triton makes of it, with its `asm`."""
     names, capability = build.function.arg_names, build.capability
     missing = [name for name in names if name.endswith("_ptr") and name not in {**build.types, **build.constants}]
     assert not missing, f"{build.name}: no type for {missing}"
@@ -80,7 +81,11 @@ def compiled(build: Build) -> Result:
         constexprs={(names.index(name),): value for name, value in build.constants.items()},
         attrs={(at,): [["tt.divisibility", 16]] for at in aligned if signature[names[at]] != "constexpr"},
     )
-    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=build.options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=build.options)
+
+
+def compiled(build: Build) -> Result:
+    kernel, capability = kernel_of(build), build.capability
     ptx = kernel.asm["ptx"]
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
@@ -115,13 +120,13 @@ def attention_builds(devices: Sequence[str] = DEVICES) -> Iterator[Build]:
     everything = {"left": 70, "right": 0, "buckets": 64, "dropout_p": 0.1}
     for device, kernel, kind, width, length in all_rows(attention.TABLE, devices):
         dtype = torch.float32 if kind == "float32" else torch.bfloat16
-        extras = {"right": 0} if kind == "plain" else everything
+        extras = {"right": 0} if kind in ("plain", "aligned") else everything
         if kind == "timed":
             extras = {name: value for name, value in everything.items() if name != "dropout_p"}
         if kind == "dropout":
             extras = {name: value for name, value in everything.items() if name != "buckets"}
         width = 64 if dtype == torch.float32 else width  # wider float32 spills in dq
-        yield attention_build(device, kernel, dtype, width, length or 1000, extras)
+        yield attention_build(device, kernel, dtype, width, length or 1000, extras, kind == "aligned")
     offsets = {"cu_ptr": "*i32", "cu_key_ptr": "*i32", "pack_ptr": "*i32"}
     for capability in _capabilities(devices):
         constants, options = {"IS_SELF": False, "BLOCK": 128}, {"num_warps": 1}
@@ -133,9 +138,18 @@ def attention_builds(devices: Sequence[str] = DEVICES) -> Iterator[Build]:
 
 
 def attention_build(
-    device: str, kernel: str, dtype: torch.dtype, width: int, length: int, extras: dict[str, Any]
+    device: str,
+    kernel: str,
+    dtype: torch.dtype,
+    width: int,
+    length: int,
+    extras: dict[str, Any],
+    is_aligned: bool,
+    chosen: attention.Tiles | None = None,
 ) -> Build:
-    query = torch.empty(8 * length, 4, width, dtype=dtype, device="meta")
+    """Of the table's tiles, or of other ones."""
+    # Rows that begin anywhere, and have their neighbours beside them all the same.
+    query = torch.empty(8 * length, 4, width + (not is_aligned), dtype=dtype, device="meta")[..., :width]
     offsets = torch.empty(9, dtype=torch.int32, device="meta")
     bias = torch.empty(4, extras["buckets"], device="meta") if "buckets" in extras else None
     seed = torch.zeros(3, dtype=torch.int64, device="meta") if "dropout_p" in extras else None
@@ -152,11 +166,11 @@ def attention_build(
     tensors |= {"scale": "fp32", "keep_scale": "fp32", "threshold": "i64"}
     if kernel.startswith("short"):
         function = getattr(short_kernels, f"{kernel}_kernel")
-        chosen = attention.short_tiles(kernel, problem, length, NAMES[device])
+        chosen = chosen or attention.short_tiles(kernel, problem, length, NAMES[device])
         assert chosen is not None
     else:
         function = getattr(attention_kernels, f"{'backward_' * (kernel != 'forward')}{kernel}_kernel")
-        chosen = attention.tiles(kernel, problem, length, NAMES[device])
+        chosen = chosen or attention.tiles(kernel, problem, length, NAMES[device])
     constants = attention.constants(kernel, problem, chosen)
     options = {name: constants[name] for name in ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")}
     constants = {name: value for name, value in constants.items() if name.isupper()}
@@ -168,6 +182,7 @@ def attention_build(
     absent += [] if seed is not None else ["seed_ptr"]
     constants |= {name: None for name in absent if name in function.arg_names}
     name = f"attention {kernel} {item} D={width} {chosen.block_m}x{chosen.block_n} {'+'.join(extras)}"
+    name += " described" * chosen.is_described
     return Build(name, CAPABILITY[device], function, tensors, constants, options, dtype != torch.float32)
 
 

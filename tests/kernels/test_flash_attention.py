@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from support.attention import NAMES, expected, leaves, with_gradients, with_lse_gradients
+from support.attention import (
+    NAMES,
+    attention_of_pytorch,
+    expected,
+    leaves,
+    with_gradients,
+    with_lse_gradients,
+)
 from support.cases import ATTENTION_CASES, PackedCase, case_options, cumulative, packed_inputs
 from support.closeness import assert_matches_reference
 from torch import Tensor
@@ -53,6 +60,16 @@ def test_reference_matches_pytorch(is_causal: bool) -> None:
         parts = (part[start:end].transpose(0, 1) for part in (query, key, value))
         wanted = functional.scaled_dot_product_attention(*parts, is_causal=is_causal, scale=0.3)
         torch.testing.assert_close(found[start:end], wanted.transpose(0, 1))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_auto_never_hands_over_to_pytorch(dtype: torch.dtype) -> None:
+    """Whose attention gives other bits in every run of a GPU: not for long sequences, nor where no kernel computes."""
+    case = PackedCase("long", (700, 3), heads=1, is_causal=True)
+    tensors = list(packed_inputs(case, dtype))
+    assert not attention_of_pytorch(lambda: with_gradients(case, tensors, "auto"))
+    rows = tensors[0][None].transpose(1, 2)
+    assert attention_of_pytorch(lambda: functional.scaled_dot_product_attention(rows, rows, rows))
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])

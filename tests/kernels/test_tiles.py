@@ -26,7 +26,7 @@ def test_every_problem_has_tiles_on_every_device(capability: tuple[int, int]) ->
     kinds, lengths = ("plain", "options", "float32"), (0.0, 1.5, 12.0, 12.5, 48.0, 160.0, 161.0, 1e6)
     for kernel, kind, width, length in itertools.product(("forward", "dq", "dkv"), kinds, range(1, 257), lengths):
         found = attention.Tiles(*tiles.choose(attention.TABLE, names, kernel, kind, width, length))
-        assert min(found) >= 1 and found.block_m % 16 == found.block_n % 16 == 0
+        assert min(found[:4]) >= 1 and found.block_m % 16 == found.block_n % 16 == 0
     for kernel, dtype, width in itertools.product(
         ("statistics", "gradient"), (torch.float32, torch.float16), (1, 16, 64, 65, 128, 129, 256, 257, 2048)
     ):

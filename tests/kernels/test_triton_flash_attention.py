@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.attention import NAMES, expected, leaves, with_gradients, with_lse_gradients
+from support.attention import NAMES, attention_of_pytorch, expected, leaves, with_gradients, with_lse_gradients
 from support.cases import ATTENTION_CASES, PackedCase, case_options, cumulative, packed_inputs
 from support.closeness import assert_matches_reference
 from support.gpu import DEVICE, DTYPES, HAS_GPU, require_triton_device
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ubp_fast.kernels import BackendUnavailable, flash_attention
-from ubp_fast.kernels.flash_attention import _triton, _triton_kernels
+from ubp_fast.kernels.flash_attention import _native, _triton, _triton_kernels
 from ubp_fast.kernels.flash_attention.api import _backward_op, _bounds, _forward_op
 from ubp_fast.kernels.flash_attention.reference import Problem, time_buckets
 
@@ -24,6 +24,7 @@ require_triton_device()
 
 import triton  # noqa: E402
 from triton import language as tl  # noqa: E402
+from triton.runtime import _allocation  # noqa: E402
 
 # Around packs of 32, 64 and 128 rows (16-bit types; the mean length chooses), with sequences that fit in none, and
 # inside of long ones.
@@ -161,6 +162,68 @@ def test_tiles_of_a_time_bias_alone(
         assert_matches_reference(mine.cpu(), plain, wanted, f"flash_attention {name}", f"{case}, tiles of sm_90")
 
 
+LONG_CASES = (  # tiles of 256 rows; the ends of sequences lie inside of them
+    PackedCase("causal", (300, 480), heads=1, width=40, is_causal=True),
+    PackedCase("cross-window", (20, 790), (290, 400), heads=2, key_heads=1, window=(150, 30)),
+    PackedCase("no-keys", (400, 390), (0, 70), heads=1),
+    PackedCase("wide", (390,), heads=1, width=72),
+    PackedCase("peaked", (390,), kind="peaked", heads=1, width=64),
+    PackedCase("unaligned", (390,), heads=1, width=20),
+)
+
+
+@pytest.fixture
+def described(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """The tiles of sm_90, and an entry for each launch whose rows come through descriptors."""
+    if HAS_GPU and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("descriptors need sm_90")
+    launched: list[bool] = []
+    with_memory = _triton._with_memory
+
+    def counted(*arguments: Any) -> None:
+        launched.append(True)
+        with_memory(*arguments)
+
+    monkeypatch.setattr(_triton, "_with_memory", counted)
+    monkeypatch.setattr(_triton.tile_table, "device_names", lambda device: ("sm_90",))
+    return launched
+
+
+@pytest.mark.parametrize("case", LONG_CASES, ids=str)
+def test_tiles_of_long_sequences(case: PackedCase, described: list[bool]) -> None:
+    reference, truth = expected(case, torch.float16)
+    found = with_gradients(case, inputs(case, torch.float16), "triton")
+    assert described == ([] if case.name == "unaligned" else [True])
+    for name, mine, plain, wanted in zip(NAMES, found, reference, truth, strict=False):
+        assert_matches_reference(mine.cpu(), plain, wanted, f"flash_attention {name}", f"{case}, tiles of sm_90")
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["aligned", "at-an-odd-address"])
+def test_long_sequences_see_nothing_of_the_next(first: int, described: list[bool]) -> None:
+    """NaN behind a sequence's end, in the same tile of keys: times a weight of 0 it would still be there."""
+    made = torch.randn(2, first + 800 * 16, dtype=torch.float16)
+    key, value = (part.to(DEVICE)[first:].view(800, 1, 16) for part in made)
+    query, offsets = key.clone(), torch.tensor([0, 410, 800], dtype=torch.int32, device=DEVICE)
+    alone = flash_attention(query[:410], key[:410], value[:410], offsets[:2].contiguous(), backend="triton")
+    key[411], value[410:] = torch.nan, torch.nan
+    together = flash_attention(query, key, value, offsets, backend="triton")
+    assert torch.equal(together[:410], alone)
+    assert len(described) == 2 * (1 - first)
+
+
+@pytest.mark.parametrize(("scale", "dtype"), [(-0.4, torch.float16), (-0.4, torch.float32), (0.0, torch.float16)])
+def test_scores_that_are_turned_round(scale: float, dtype: torch.dtype) -> None:
+    """The kernel scales after it has found the largest score: a scale that is not positive goes into the queries."""
+    case = PackedCase("turned", (7, 0, 130), heads=1, is_causal=True)
+    tensors = packed_inputs(case, dtype)[:4]
+    doubled = (*(part.double() for part in tensors[:3]), tensors[3])
+    truth, reference = (
+        flash_attention(*given, scale=scale, causal=True, backend="reference") for given in (doubled, tensors)
+    )
+    found = flash_attention(*(part.to(DEVICE) for part in tensors), scale=scale, causal=True, backend="triton")
+    assert_matches_reference(found.cpu(), reference, truth, "flash_attention", f"scale {scale}, triton")
+
+
 @triton.jit
 def _sums_of_tile(grad_ptr, bucket_ptr, sums_ptr, M: tl.constexpr, N: tl.constexpr, BUCKETS: tl.constexpr):
     at = tl.arange(0, M)[:, None] * N + tl.arange(0, N)[None, :]
@@ -287,6 +350,39 @@ def test_dropout_mask_is_that_of_the_reference(seed: int) -> None:
     wanted = flash_attention(*tensors, **options, backend="reference")
     found = flash_attention(*(part.to(DEVICE) for part in tensors), **options, backend="triton")
     assert torch.equal(found.cpu() > 0, wanted > 0)
+
+
+def test_auto_never_hands_over_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native, "unsupported", lambda problem: "as on a GPU")
+    case, launched = PackedCase("auto", (20, 400), heads=1), []
+    launch = _triton._launch
+    monkeypatch.setattr(_triton, "_launch", lambda *given: launched.append(given[0]) or launch(*given))
+    assert not attention_of_pytorch(lambda: with_gradients(case, inputs(case, torch.float16), "auto"))
+    assert launched == ["forward", "dq", "dkv"]
+
+
+@triton.jit
+def _add_one(out_ptr, N: tl.constexpr):
+    tl.store(out_ptr + tl.arange(0, N), tl.load(out_ptr + tl.arange(0, N)) + 1)
+
+
+def test_memory_of_descriptors_is_given_for_one_launch() -> None:
+    """Of the size that Triton asks for; an allocator that somebody else set is his again afterwards."""
+    out, given = torch.zeros(16, device=DEVICE), []
+    other = lambda size, alignment, stream: None  # noqa: E731
+    before = _allocation._allocator.get()
+    triton.set_allocator(other)
+    try:
+
+        def launch() -> None:
+            given.append(_allocation._allocator.get()(384, 128, None))
+            _add_one[(1,)](out, N=16)
+
+        _triton._with_memory(out.device, launch)
+        assert given[0].nbytes == 384 and given[0].device == out.device and out.eq(1).all()
+        assert _allocation._allocator.get() is other
+    finally:
+        triton.set_allocator(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

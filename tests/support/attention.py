@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,6 +55,15 @@ def with_lse_gradients(case: PackedCase, tensors: list[Tensor], backend: str) ->
     output, lse = flash_attention(*inputs[:3], *tensors[3:], backend=backend, return_lse=True, **options)
     grads = [noise_like(part, tensors[0].dtype) for part in (output, lse)]
     return [lse, *torch.autograd.grad((output, lse), inputs, grads)]
+
+
+def attention_of_pytorch(call: Callable[[], object]) -> set[str]:
+    """Which of PyTorch's own attentions ran in a call, at whatever depth."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    names = {event.name for event in profile.events() if event.name.startswith("aten::")}
+    assert names  # else nothing was recorded
+    return {name for name in names if "attention" in name}
 
 
 def truth_of(case: PackedCase, tensors: list[Tensor]) -> list[Tensor]:

@@ -5,12 +5,14 @@ launch forward, one backward (dq, dk and dv), over packs that are made once per 
 Sequences that no pack can hold, and batches of long ones, take the other kernels: one launch forward, two backward (dq,
 which also leaves delta, then dk and dv). Grids follow from shapes alone, so no launch waits for the device; tiles
 without rows end at once. Deterministic, no atomic additions. Memory beyond inputs and outputs: lse and delta, a float
-per query and head; packs, two numbers per half tile and one per row; with a time_bias also sums [tiles, H, buckets],
-and once per batch a byte for each pair of places of a pack, two more for backward (and eight while they are sorted).
+per query and head; packs, two numbers per half tile and one per row; while a forward runs that takes its rows through
+tensor descriptors, 256 bytes per tile and head; with a time_bias also sums [tiles, H, buckets], and once per batch a
+byte for each pair of places of a pack, two more for backward (and eight while they are sorted).
 """
 
 from __future__ import annotations
 
+import contextvars
 import math
 import operator
 from collections.abc import Callable
@@ -34,12 +36,13 @@ GROUP = 128  # sequences of which one program makes packs
 
 
 class Tiles(NamedTuple):
-    """Queries and keys of a block, and how Triton runs it."""
+    """Queries and keys of a block, how Triton runs it, and whether keys and values come through descriptors."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    is_described: bool = False
 
 
 TABLE = Path(__file__).with_name("tiles.json")
@@ -69,14 +72,22 @@ def tiles(kernel: str, problem: Problem, mean_length: float, device: tuple[str, 
     """The tiles of a kernel; `mean_length` is that of the side whose rows a tile owns.
 
     A tile should be about as long as a sequence: 64 rows to 160, else large ones, at which the tensor cores wait
-    neither for memory nor for the exponential. A time_bias without dropout, "timed", leaves room for larger ones than
-    both, where the table has a row for it.
+    neither for memory nor for the exponential. Where the table has a row for it, a time_bias without dropout, "timed",
+    has larger ones than both, and so have plain problems of which a descriptor could cover keys and values, "aligned".
     """
     which, width = kind(problem), problem.query.shape[2]
-    found = None
-    if which == "options" and problem.seed is None:
-        found = tile_table.find(TABLE, device, kernel, "timed", width, mean_length)
+    special = "timed" if which == "options" and problem.seed is None else None
+    if which == "plain" and is_aligned(problem.key) and is_aligned(problem.value):
+        special = "aligned"
+    found = special and tile_table.find(TABLE, device, kernel, special, width, mean_length)
     return Tiles(*(found or tile_table.choose(TABLE, device, kernel, which, width, mean_length)))
+
+
+def is_aligned(part: Tensor) -> bool:
+    """Whether all rows and heads begin at multiples of 16 bytes, as tensor descriptors ask for."""
+    _, heads, width = part.shape
+    strides = part.stride()[:2] if _is_plain(part) else (heads * width, width)
+    return all(stride * part.itemsize % 16 == 0 for stride in strides) and part.data_ptr() % 16 == 0
 
 
 def short_tiles(kernel: str, problem: Problem, mean_length: float, device: tuple[str, ...]) -> Tiles | None:
@@ -191,6 +202,9 @@ def _sequence_of_rows(offsets: Tensor, rows: int) -> Tensor:
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """Output [T, H, D] in the dtype of the inputs, and the log-sum-exp in units of log 2, float32 [T, H]."""
     tokens, heads, width = problem.query.shape
+    if problem.scale <= 0.0:  # the kernel finds the largest score before it scales it
+        sign, scale = (-1.0, -problem.scale) if problem.scale else (0.0, 1.0)
+        problem = problem._replace(query=problem.query * sign, scale=scale)
     output = problem.query.new_empty((tokens, heads, width))
     lse = problem.query.new_empty((tokens, heads), dtype=torch.float32)
     if tokens and heads:
@@ -284,9 +298,24 @@ def _launch(name: str, problem: Problem, short: Tiles | None, *tensors: Tensor) 
     sides, strides = _sides(problem)
     given = (*sides, problem.cu_seqlens, problem.cu_seqlens_key, *_times(problem), problem.seed)
     options = constants(name, problem, chosen, longest)
+    arguments = (*given, *outputs, *strides, len(owner) - 1, slots)
     with on_device(problem.query.device):
-        function[(slots, heads)](*given, *outputs, *strides, len(owner) - 1, slots, **options)
+        if chosen.is_described:
+            _with_memory(problem.query.device, lambda: function[(slots, heads)](*arguments, **options))
+        else:
+            function[(slots, heads)](*arguments, **options)
     return sums
+
+
+def _with_memory(device: torch.device, launch: Callable[[], object]) -> None:
+    """A launch that needs memory for its descriptors: PyTorch's. Whoever gave Triton an allocator keeps his own."""
+    import triton
+
+    def allocated_launch() -> None:
+        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
+        launch()
+
+    contextvars.copy_context().run(allocated_launch)
 
 
 def _bucket_sums(problem: Problem, slots: int) -> Tensor | None:
@@ -345,6 +374,8 @@ def constants(name: str, problem: Problem, chosen: Tiles, longest_packed: int = 
     if not name.startswith("short"):
         levels = _levels(len(problem.cu_seqlens) - 1)
         found |= {"BLOCK_N": chosen.block_n, "LEVELS": levels, "LONGEST_PACKED": longest_packed}
+    if name == "forward":
+        found["DESCRIBED"] = chosen.is_described
     if name in ("dq", "short_backward"):
         found["BLOCK_BUCKETS"] = _power_of_two(buckets)
     return found
@@ -364,8 +395,11 @@ def _levels(sequences: int) -> int:
 
 def _unit_rows(part: Tensor) -> Tensor:
     """Rows whose elements are neighbours, and strides that stay within int32 inside a tile."""
-    is_plain = part.stride(2) == 1 and all(0 <= stride < 2**24 for stride in part.stride())
-    return part if is_plain else part.contiguous()
+    return part if _is_plain(part) else part.contiguous()
+
+
+def _is_plain(part: Tensor) -> bool:
+    return part.stride(2) == 1 and all(0 <= stride < 2**24 for stride in part.stride())
 
 
 def _kernels() -> ModuleType:

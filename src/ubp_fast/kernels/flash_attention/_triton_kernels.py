@@ -17,6 +17,10 @@ Nobody writes what another program writes, so results are the same in every run.
 float32. Scores and the saved log-sum-exp are in units of log 2: where one key outweighs all others both are the same
 number, and its weight is exactly 1. Products of float32 take full float32 precision, never TF32. Blocks in which all
 rows see all keys skip the mask. Offsets of rows are int64, offsets inside a tile int32.
+
+Where its tiles are DESCRIBED, forward takes keys and values through tensor descriptors (sm_90 and newer copy them
+without a thread's registers). A descriptor covers one sequence and head, and gives 0 past its end: rows of the next
+sequence, which may hold infinities, never enter a product.
 """
 
 from __future__ import annotations
@@ -54,6 +58,31 @@ def _load(ptr, stride, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: 
     if WIDTH < BLOCK_D:
         mask &= (column < WIDTH)[None, :]
     return tl.load(ptr + at[:, None] * stride + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _passing(
+    ptr, stride, rows, DESCRIBED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """What _rows takes tiles from: a descriptor of all rows, or where they begin."""
+    if DESCRIBED:
+        # No descriptor is of no rows; nobody takes any of them then.
+        source = tl.make_tensor_descriptor(ptr, [tl.maximum(rows, 1), WIDTH], [stride, 1], [BLOCK, BLOCK_D])
+    else:
+        source = ptr
+    return source
+
+
+@triton.jit
+def _rows(
+    source, at, stride, rows, DESCRIBED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Rows at .. at + BLOCK - 1 of `rows`, as _load gives them."""
+    if DESCRIBED:
+        tile = source.load([at, 0])
+    else:
+        tile = _load(source + tl.cast(at, tl.int64) * stride, stride, rows - at, WIDTH, BLOCK, BLOCK_D)
+    return tile
 
 
 @triton.jit
@@ -259,7 +288,7 @@ def forward_kernel(
     q_stride_h, k_stride, k_stride_h, v_stride, v_stride_h, sequences, slots, left, right, scale, threshold, keep_scale,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_DROPOUT: tl.constexpr, BUCKETS: tl.constexpr,
     SHARED_BY: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    LEVELS: tl.constexpr, LONGEST_PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    LEVELS: tl.constexpr, LONGEST_PACKED: tl.constexpr, PRECISION: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     # The last tiles of a causal sequence are the longest: they start first.
     head, heads = tl.program_id(1), tl.num_programs(1)
@@ -273,10 +302,13 @@ def forward_kernel(
     row, key_row = tl.cast(start + tile, tl.int64), tl.cast(key_start, tl.int64)
     k_ptr += key_row * k_stride + head // SHARED_BY * k_stride_h
     v_ptr += key_row * v_stride + head // SHARED_BY * v_stride_h
+    k_rows = _passing(k_ptr, k_stride, keys, DESCRIBED, WIDTH, BLOCK_N, BLOCK_D)
+    v_rows = _passing(v_ptr, v_stride, keys, DESCRIBED, WIDTH, BLOCK_N, BLOCK_D)
     query_at = tile + tl.arange(0, BLOCK_M)
     q = _load(q_ptr + row * q_stride + head * q_stride_h, q_stride, queries - tile, WIDTH, BLOCK_M, BLOCK_D)
-    own_times = tile
+    own_times, unit = tile, scale * LOG2E
     if BUCKETS > 0:
+        unit = 1.0  # the time_bias is added to scores that have theirs
         bias_ptr, time_ptr, key_time_ptr = bias_ptr + head * BUCKETS, time_ptr + start, key_time_ptr + key_start
         own_times = _times_of(time_ptr, tile, query_at, queries)
 
@@ -286,22 +318,26 @@ def forward_kernel(
     place = tile + keys - queries
     first, end, free_first, free_end = _keys_seen(place, keys, left, right, BLOCK_M, HAS_LEFT, HAS_RIGHT)
     for at in range(first, end, BLOCK_N):
-        key_at, there = at + tl.arange(0, BLOCK_N), tl.cast(at, tl.int64)
-        k = _load(k_ptr + there * k_stride, k_stride, keys - at, WIDTH, BLOCK_N, BLOCK_D)
-        s, _ = _scores(q, k, scale, bias_ptr, own_times, key_time_ptr, key_at, keys, BUCKETS, PRECISION)
+        key_at = at + tl.arange(0, BLOCK_N)
+        k = _rows(k_rows, at, k_stride, keys, DESCRIBED, WIDTH, BLOCK_N, BLOCK_D)
+        if BUCKETS > 0:
+            s, _ = _scores(q, k, scale, bias_ptr, own_times, key_time_ptr, key_at, keys, BUCKETS, PRECISION)
+        else:
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if (at < free_first) | (at + BLOCK_N > free_end):
             seen = _seen(query_at[:, None], key_at[None, :], queries, keys, left, right, HAS_LEFT, HAS_RIGHT)
             s = tl.where(seen, s, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(s, 1))
+        # The unit is positive (_triton.py sees to it), so that it can wait: it is part of the subtraction then.
+        new_peak = tl.maximum(peak, tl.max(s, 1) * unit)
         # A row that has seen nothing yet: 0 in place of -infinity makes its weights exp2(-inf) = 0 instead of NaN.
         base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        p = tl.exp2(s - base[:, None])
+        p = tl.exp2(s * unit - base[:, None])
         fade = tl.exp2(peak - base)
         total = total * fade + tl.sum(p, 1)
         if HAS_DROPOUT:
             kept = _kept(seed_ptr, (key_start + key_at)[None, :], (start + query_at)[:, None], head, threshold)
             p = tl.where(kept, p, 0.0)
-        v = _load(v_ptr + there * v_stride, v_stride, keys - at, WIDTH, BLOCK_N, BLOCK_D)
+        v = _rows(v_rows, at, v_stride, keys, DESCRIBED, WIDTH, BLOCK_N, BLOCK_D)
         output = tl.dot(p.to(v.dtype), v, output * fade[:, None], input_precision=PRECISION)
         peak = new_peak
 
