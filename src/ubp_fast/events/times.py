@@ -57,6 +57,9 @@ _UNUSUAL = (
     (r"\[([\w/+\-]+)\]$", " ${1}"),
 )
 _NUMBER = r"^[+-]?\d+(?:\.\d*)?(?:[eE][+-]?\d+)?$"
+# A zone behind a clock: an offset, or a name.
+_OFFSET = r"Z|[+\-]\d\d(?::?\d\d)?"
+_ZONE_BEHIND = rf"(:\d\d(?:[.,]\d+)?(?: ?[AaPp][Mm])?)( ?(?:{_OFFSET}|[A-Za-z][A-Za-z_/+\-0-9]*))$"
 
 
 @dataclass(frozen=True)
@@ -351,11 +354,31 @@ def _of_text(file: str, text: pl.Series, form: TimeForm) -> Times:
     left = (seconds.is_null() & text.is_not_null()).arg_true()
     rest = text.gather(left)
     two_ways = rest.str.contains(_TWO_WAYS)
-    if two_ways.any():
-        read, note = _two_ways(file, rest, two_ways)
-        seconds = seconds.scatter(left, read)
     are_instants = any(zone is not None or _has_offset(pattern) for pattern, zone in tried)
+    if two_ways.any():
+        bare, zones = _without_zones(rest)
+        read, note = _two_ways(file, bare, two_ways, zones)
+        if zones.null_count() < len(zones):
+            # Whatever zones there may be behind a date in the usual order are read there.
+            clocks = (read * 1_000_000).cast(pl.Datetime("us")).dt.strftime("%Y-%m-%d %H:%M:%S")
+            usual = _of_text(file, pl.select(clocks + zones.fill_null("")).to_series().alias(text.name), form)
+            read, are_instants = usual.seconds, are_instants or usual.are_instants
+        seconds = seconds.scatter(left, read)
     return Times(_named(seconds), note=note, are_instants=are_instants)
+
+
+def _without_zones(text: pl.Series) -> tuple[pl.Series, pl.Series]:
+    """Texts without the zone behind the clock, and that zone, null where there is none."""
+    zones = text.str.extract(_ZONE_BEHIND, 2)
+    known = {
+        zone: bool(re.fullmatch(_OFFSET, zone.strip())) or zone.strip() in _zone_names()
+        for zone in zones.drop_nulls().unique().to_list()
+    }
+    zones = zones.replace_strict(
+        {zone: zone if is_zone else None for zone, is_zone in known.items()}, default=None, return_dtype=pl.String
+    )
+    bare = pl.select(pl.when(zones.is_null()).then(text).otherwise(text.str.replace(_ZONE_BEHIND, "${1}")))
+    return bare.to_series().alias(text.name), zones
 
 
 def _form_of(value: str) -> tuple[str, str | None] | None:
@@ -402,8 +425,14 @@ def _read_as(text: pl.Series, pattern: str, zone: str | None, clock: str | None)
     return _zoned(read, clock) if _has_offset(pattern) else read
 
 
-def _two_ways(file: str, text: pl.Series, two_ways: pl.Series) -> tuple[pl.Series, str]:
+def _two_ways(file: str, text: pl.Series, two_ways: pl.Series, zones: pl.Series) -> tuple[pl.Series, str]:
     """Dates such as 12/1/2010: the column must leave one reading.
+
+    Args:
+        file: for messages.
+        text: without zones.
+        two_ways: rows that hold such a date.
+        zones: what stood behind the clock, or null.
 
     Returns:
         Seconds of every row, null where it is no such date, and what decided.
@@ -430,13 +459,18 @@ def _two_ways(file: str, text: pl.Series, two_ways: pl.Series) -> tuple[pl.Serie
         )
         note = f"read as {forms[best[0]]}, {best[0]}, as '{text[row]}' leaves no other way"
         return read[best[0]], note if max(fitting.values()) else ""
-    example = text[int(read[best[0]].is_not_null().arg_true()[0])]
+    row = int(read[best[0]].is_not_null().arg_true()[0])
+    example, zone = text[row], zones[row] or ""
     seconds = [_strptime(pl.Series([example]), forms[order])[0] for order in best]
     readings = ["no date" if second is None else utc_text(second) for second in seconds]
-    settings = [f"data.timestamp_format='{forms[order]}' ({order})" for order in best]
+    offset = re.sub(_OFFSET, "%#z", zone)
+    settings = [f"data.timestamp_format='{forms[order]}{offset}' ({order})" for order in best]
+    remedy = f"set {' or '.join(settings)}"
+    if zone.strip() in _zone_names():
+        remedy = "no format holds the name of a zone: write the year first, such as 2024-01-31"
     raise DataError(
-        f"{file}: column '{text.name}' must hold times that can be read in one way, got '{example}', which is"
-        f" {' or '.join(readings)}; set {' or '.join(settings)}"
+        f"{file}: column '{text.name}' must hold times that can be read in one way, got '{example}{zone}', which is"
+        f" {' or '.join(readings)}; {remedy}"
     )
 
 
