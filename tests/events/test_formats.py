@@ -239,3 +239,4 @@ def test_text_is_a_number_where_it_says_the_same(texts: list, expected: list) ->
 
 def test_decimals_of_text() -> None:
     assert natural(pl.Series(["1.5", "2", " .5"])).to_list() == [1.5, 2.0, 0.5]
+    assert natural(pl.Series(["00017", "00018"])).to_list() == ["00017", "00018"]

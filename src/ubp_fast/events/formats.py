@@ -72,7 +72,7 @@ _UNREAD = {
 }
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _WHOLE = r"^(?:0|-?[1-9]\d*)(?:\.0+)?$"
-_DECIMAL = r"^\s*[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?\s*$"
+_DECIMAL = r"^\s*[+-]?(?:(?:0|[1-9]\d*)(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?\s*$"
 
 
 # Names of all columns of a file -> those to read; raises a DataError when they are not there.

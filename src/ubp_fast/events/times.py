@@ -361,8 +361,8 @@ def _of_text(file: str, text: pl.Series, form: TimeForm) -> Times:
         if zones.null_count() < len(zones):
             # Whatever zones there may be behind a date in the usual order are read there.
             clocks = (read * 1_000_000).cast(pl.Datetime("us")).dt.strftime("%Y-%m-%d %H:%M:%S")
-            usual = _of_text(file, pl.select(clocks + zones.fill_null("")).to_series().alias(text.name), form)
-            read, are_instants = usual.seconds, are_instants or usual.are_instants
+            zoned = _of_text(file, pl.select(clocks + zones.fill_null("")).to_series().alias(text.name), form)
+            read, are_instants = zoned.seconds, are_instants or zoned.are_instants
         seconds = seconds.scatter(left, read)
     return Times(_named(seconds), note=note, are_instants=are_instants)
 
@@ -370,12 +370,9 @@ def _of_text(file: str, text: pl.Series, form: TimeForm) -> Times:
 def _without_zones(text: pl.Series) -> tuple[pl.Series, pl.Series]:
     """Texts without the zone behind the clock, and that zone, null where there is none."""
     zones = text.str.extract(_ZONE_BEHIND, 2)
-    known = {
-        zone: bool(re.fullmatch(_OFFSET, zone.strip())) or zone.strip() in _zone_names()
-        for zone in zones.drop_nulls().unique().to_list()
-    }
+    known = {zone: is_zone(zone.strip()) for zone in zones.drop_nulls().unique().to_list()}
     zones = zones.replace_strict(
-        {zone: zone if is_zone else None for zone, is_zone in known.items()}, default=None, return_dtype=pl.String
+        {zone: zone if names_one else None for zone, names_one in known.items()}, default=None, return_dtype=pl.String
     )
     bare = pl.select(pl.when(zones.is_null()).then(text).otherwise(text.str.replace(_ZONE_BEHIND, "${1}")))
     return bare.to_series().alias(text.name), zones
@@ -407,6 +404,11 @@ def _could_fit(value: str, pattern: str) -> bool:
 @cache
 def _zone_names() -> frozenset[str]:
     return frozenset(available_timezones())
+
+
+def is_zone(text: str) -> bool:
+    """True for an offset such as +01:00 and for the name of a zone such as Europe/Warsaw."""
+    return bool(re.fullmatch(_OFFSET, text)) or text in _zone_names()
 
 
 def _read_as(text: pl.Series, pattern: str, zone: str | None, clock: str | None) -> pl.Series:
