@@ -131,6 +131,20 @@ def test_a_column_of_zones_behind_dates_that_one_row_decides() -> None:
     assert times.are_instants and "day first, as '31/1/2024 11:30' leaves no other way" in times.note
 
 
+def test_dates_are_read_as_in_the_log_that_they_belong_to() -> None:
+    assert seconds(["31/1/2024", "1/2/2024"]).order == "day first"
+    assert seconds(["2024-01-31"]).order == ""
+    for order, days in (("day first", 1), ("month first", -29)):
+        times = seconds(["1/2/2024"], order=order)
+        assert times.seconds.to_list() == [MIDNIGHT_S + days * 86_400] and times.order == order and not times.note
+    with pytest.raises(
+        DataError, match="must hold dates written month first as in the log of the run, got '31/1/2024'"
+    ):
+        seconds(["1/2/2024", "31/1/2024"], order="month first")
+    with pytest.raises(DataError, match="must hold dates written year first as in the log of the run, got '1/2/2024'"):
+        seconds(["1/2/2024"], order="year first")
+
+
 def test_dates_of_two_readings_with_a_zone_say_what_can_be_done() -> None:
     with pytest.raises(
         DataError, match=r"got '1/2/2024 10:30 \+01:00'.* set .*'%d/%m/%Y %H:%M %#z' \(day first\)"

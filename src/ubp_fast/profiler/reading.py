@@ -32,7 +32,7 @@ from ubp_fast.events.read import (
     read_table,
 )
 from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, NUM_CODES, PRODUCT_TABLE, DataError, UserError
-from ubp_fast.events.sources.table import PRICE_EDGES, EventRows, Table
+from ubp_fast.events.sources.table import DATE_ORDER, PRICE_EDGES, EventRows, Table
 from ubp_fast.events.sources.table_products import buckets, money
 from ubp_fast.events.write import end_seconds
 from ubp_fast.store.event_store import rows_before
@@ -116,7 +116,8 @@ def read_new_events(
     Args:
         events: see the module.
         table: how the run's own table names its columns, None where the run had another source.
-        maps: how the run numbered text: "sku", "url", "category" -> (value, id); "price_edges" -> (edge,).
+        maps: how the run numbered text: "sku", "url", "category" -> (value, id); "price_edges" -> (edge,), and
+            "date_order" -> (order,), where its dates could be read in two ways.
         before_s: rows of a table from this second on say nothing about items.
         known: clients whose text ids have numbers already.
 
@@ -293,7 +294,8 @@ def _of_table(
         f"{name}_column": None for name in OPTIONAL_COLUMNS if getattr(table, f"{name}_column") not in columns
     }
     file = table.name
-    rows = replace(table, end=None, **absent).rows_of(raw)
+    order = maps[DATE_ORDER]["order"][0] if DATE_ORDER in maps else None
+    rows = replace(table, end=None, **absent).rows_of(raw, order)
     own = _canonical_ids(rows["client_id"])
     clients = ClientIds.of(own, known)
     rows = rows.with_columns(pl.Series("client_id", clients.find(own), dtype=pl.Int64))
