@@ -314,12 +314,15 @@ def test_what_is_known_of_a_new_item_counts(table_run: tuple[Path, pl.DataFrame]
     assert np.array_equal(with_order(article="OTHER", department="D3"), known), "its own name is nothing yet"
 
 
-def test_empty_and_incomplete_tables(table_run: tuple[Path, pl.DataFrame]) -> None:
+def test_empty_and_incomplete_tables(table_run: tuple[Path, pl.DataFrame], tmp_path: Path) -> None:
     run, frame = table_run
     profiler = Profiler.load(run)
     nobody = profiler.embed(frame.head(0), "2022-12-01", ["a", "b"])
     assert nobody.num_clients == 2 and np.array_equal(nobody.embeddings[0], nobody.embeddings[1])
     assert profiler.embed(frame.head(0)).num_clients == 0
+    frame.rename({"customer": "who"}).write_csv(tmp_path / "day.csv")
+    with pytest.raises(DataError, match=r"column 'customer' must exist, got .*; rename the columns to those of .*log$"):
+        profiler.embed(tmp_path / "day.csv")
     with pytest.raises(DataError, match="column 'time' must exist"):
         profiler.embed(frame.drop("time"))
     with pytest.raises(DataError, match="column 'event' must exist"):
@@ -332,6 +335,10 @@ def test_empty_and_incomplete_tables(table_run: tuple[Path, pl.DataFrame]) -> No
         profiler.embed(frame.with_columns(pl.lit(5).alias("article")))
     with pytest.raises(UserError, match="ids must be String as in the events, got Int64"):
         profiler.embed(frame, clients=[1, 2])
+    with pytest.raises(
+        UserError, match=r"at: must be a date or a date-time like '2026-11-28 12:00:00', got '9/12/2022'"
+    ):
+        Profiler.load(run).embed({}, "9/12/2022")
     with pytest.raises(UserError, match="at: must be seconds"):
         profiler.embed(frame, at=3.5)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="events: must be a polars"):

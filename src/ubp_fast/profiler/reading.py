@@ -9,7 +9,6 @@ a source       anything that writes an event directory
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import date, datetime
 from pathlib import Path
@@ -34,7 +33,7 @@ from ubp_fast.events.read import (
 from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, NUM_CODES, PRODUCT_TABLE, DataError, UserError
 from ubp_fast.events.sources.table import DATE_ORDER, PRICE_EDGES, EventRows, Table
 from ubp_fast.events.sources.table_products import buckets, money
-from ubp_fast.events.write import end_seconds
+from ubp_fast.events.times import iso_seconds
 from ubp_fast.store.event_store import rows_before
 from ubp_fast.store.in_memory import Histories
 
@@ -204,13 +203,13 @@ def seconds_of(moment: int | str | date | datetime, zone: str | None = None) -> 
     if isinstance(moment, int | np.integer):
         return int(moment)
     if isinstance(moment, str):
-        with suppress(ValueError):  # other texts are read, or refused, below
+        try:
             moment = datetime.fromisoformat(moment)
+        except ValueError as error:
+            raise UserError(f"at: must be a date or a date-time like '2026-11-28 12:00:00', got '{moment}'") from error
     if isinstance(moment, datetime) and moment.tzinfo is not None:
         moment = moment.astimezone(ZoneInfo(zone or "UTC")).replace(tzinfo=None)
-    found = end_seconds(moment if isinstance(moment, str) else moment.isoformat())
-    assert found is not None
-    return found
+    return iso_seconds("at", moment.isoformat())
 
 
 def own_ids(values: Sequence[Any] | np.ndarray | pl.Series, like: pl.Series) -> pl.Series:

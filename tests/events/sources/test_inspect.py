@@ -195,6 +195,16 @@ def test_a_wrong_column_ends_with_the_command(tmp_path: Path) -> None:
     assert config["client_column"] == "user_id" and config["price_column"] == "brand"
 
 
+def test_no_command_is_offered_that_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / "1.csv").write_text("user,time,item\n" + "".join(f"7,{day},cup\n" for day in DAYS))
+    (tmp_path / "log" / "2.csv").write_text("")
+    table = Table(str(tmp_path / "log"), client_column="user", timestamp_column="time", sku_column="item")
+    with pytest.raises(DataError, match=r"2\.csv: file must hold a table") as caught:
+        table.prepare(tmp_path / "events")
+    assert "perhaps" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
     [

@@ -342,7 +342,7 @@ def quoted(value: Any) -> str:
 
 
 def suggestion(path: str | Sequence[str], form: FileForm, given: Mapping[str, str | None]) -> str:
-    """Remarks and the command for a table that was named wrongly; "" where the file says too little.
+    """Remarks and the command for a table that was named wrongly; "" where the file says too little, or nothing new.
 
     Args:
         path: see `inspect`.
@@ -360,6 +360,8 @@ def suggestion(path: str | Sequence[str], form: FileForm, given: Mapping[str, st
             finding.columns[role] = column
             finding.options.pop(f"{role}_column", None)
     if not {"client", "timestamp"} <= finding.columns.keys():
+        return ""
+    if not finding.options and all(column in raw.frame.columns for column in given.values() if column is not None):
         return ""
     remarks = f" ({'; '.join(finding.remarks)})" if finding.remarks else ""
     return f"perhaps{remarks}: {command(path, finding)}"

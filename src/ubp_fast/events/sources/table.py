@@ -481,18 +481,25 @@ class Table(EventRows):
     def name(self) -> str:
         return self.path if isinstance(self.path, str) else str(next(iter(self.path), "table"))
 
-    def raw(self, optional: Collection[str] = ()) -> RawTable:
-        """As `EventRows.raw`; columns that are `optional` may be missing."""
-        columns = self._wanted()
+    def raw(self, optional: Collection[str] | None = None) -> RawTable:
+        """As `EventRows.raw`.
+
+        Args:
+            optional: columns that may be missing, in events that are brought to the model of a run; None in its log.
+        """
+        columns, is_log = self._wanted(), optional is None
+        remedy = "name the column in the configuration" if is_log else "rename the columns to those of the run's log"
 
         def wanted(names: list[str]) -> list[str]:
-            present = [name for name in columns if name in names or name not in optional]
-            require_columns(str(self.path), names, present, "name the column in the configuration")
+            present = [name for name in columns if name in names or name not in (optional or ())]
+            require_columns(str(self.path), names, present, remedy)
             return present
 
         try:
             return read_files(self.path, self._file_form(), wanted, self.on_bad_rows == "drop")
         except DataError as error:
+            if not is_log:
+                raise
             roles = {role: getattr(self, f"{role}_column") for role in OF_COMMAND}
             roles["timestamp"] = self._time_columns()[0]
             typed = suggestion(self.path, self._file_form(), roles)
