@@ -96,11 +96,16 @@ class NewEvents:
         """Own ids, ascending, of the clients that the source names, else of all with an event before a moment."""
         if self.relevant is not None:
             return pl.Series("client_id", np.sort(self.relevant))
-        has = np.zeros(len(self.histories.client_ids), bool)
-        for offsets, timestamp_s, *_ in self.histories.kinds.values():
-            has |= rows_before(offsets, timestamp_s, cutoff_s) > offsets[:-1]
-        place = np.isin(self.clients.numbers, self.histories.client_ids[has])
-        return self.clients.own.filter(pl.Series(place))
+        active = np.isin(self.clients.numbers, active_before(self.histories, cutoff_s))
+        return self.clients.own.filter(pl.Series(active))
+
+
+def active_before(histories: Histories, cutoff_s: int) -> np.ndarray:
+    """Numbers i64 of the clients with an event before a moment."""
+    has = np.zeros(len(histories.client_ids), bool)
+    for offsets, timestamp_s, *_ in histories.kinds.values():
+        has |= rows_before(offsets, timestamp_s, cutoff_s) > offsets[:-1]
+    return histories.client_ids[has]
 
 
 def read_new_events(
