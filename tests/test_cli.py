@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -39,10 +40,33 @@ def test_embed_gives_the_vectors_of_the_run(run: Path, tmp_path: Path, capsys: p
     (tmp_path / "clients.txt").write_text("".join(f"{client}\n" for client in wanted.client_ids[[7, 3]]))
     more = ["--clients", str(tmp_path / "clients.txt"), "--blocks", "strong", "--column-per-block"]
     assert main(["embed", str(run), *events, *more, "--output", str(tmp_path / "two.parquet")]) == 0
+    assert "note" not in capsys.readouterr().out
     table = pl.read_parquet(tmp_path / "two.parquet")
     assert table.columns == ["client_id", "strong"]
     assert table["client_id"].to_list() == wanted.client_ids[[7, 3]].tolist()
     assert np.array_equal(pl.read_parquet(run / "latest.parquet")["client_id"].to_numpy(), wanted.client_ids)
+
+
+@pytest.mark.parametrize("is_json", [False, True])
+def test_clients_who_did_nothing_are_told(
+    is_json: bool, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An id that is written otherwise, or a moment before the log, gives vectors, too: of somebody without events."""
+    log = ["--log=json"] if is_json else []
+
+    def told(*options: str) -> list[str]:
+        events = ["--events", str(run / "stages" / "events"), "--output", str(tmp_path / "out.parquet")]
+        assert main(["embed", str(run), *events, *options, *log]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        if is_json:
+            return [line["text"] for line in map(json.loads, lines) if line["event"] == "note"]
+        return [line.removeprefix("note  ") for line in lines if line.startswith("note")]
+
+    (tmp_path / "clients.txt").write_text(f"{Profiles.load(run / 'latest').client_ids[0]}\n987654321\n")
+    (one,) = told("--clients", str(tmp_path / "clients.txt"))
+    assert one.startswith("client 987654321 has no event before 2022-")
+    (two,) = told("--clients", str(tmp_path / "clients.txt"), "--at", "2001-02-03")
+    assert re.match(r"2 clients, \d+ first, have no event before 2001-02-03 00:00:00: ", two)
 
 
 def test_log_for_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,7 +151,10 @@ def test_validate_and_evaluate(run: Path, tmp_path: Path, capsys: pytest.Capture
     [
         (["embed", "RUN", "--events", "nothing.csv", "--output", "OUT"], "nothing.csv: table must exist"),
         (["embed", "nowhere", "--events", "x", "--output", "OUT"], "a model must hold a complete bundle.json"),
-        (["embed", "RUN", "--events", "RUN/stages/events", "--output", "OUT", "--at", "soon"], "must be a date-time"),
+        (
+            ["embed", "RUN", "--events", "RUN/stages/events", "--output", "OUT", "--at", "soon"],
+            "at: must be a date or a date-time like",
+        ),
         (["embed", "RUN", "--events", "RUN/stages/events", "--output", "OUT", "--blocks", "x"], "blocks must be among"),
         (
             ["embed", "RUN", "--events", "RUN/stages/events", "--output", "OUT", "--clients", "no.txt"],

@@ -141,6 +141,18 @@ def test_errors_about_other_files_stay_what_they_are(tmp_path: Path) -> None:
         (Path(tmp_path.anchor) / "no" / "such" / "input").read_text()
 
 
+def test_a_broken_link_in_the_way_is_named(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("nowhere")
+    for path in (tmp_path / "link", tmp_path / "link" / "run"):
+        with pytest.raises(OutputDirectoryError, match=r"remove the file or the broken link that stands at .*/link\b"):
+            writable_directory(path, "the run directory")
+
+
+def test_a_place_where_nothing_can_be_made_is_named() -> None:
+    with pytest.raises(OutputDirectoryError, match=r"No such file.*; make the directory above it, or choose"):
+        writable_directory(Path("/proc/run"), "the run directory")
+
+
 def test_unwritable_directory_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputDirectoryError, match="must be a writable directory"):

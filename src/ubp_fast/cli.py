@@ -256,12 +256,26 @@ def _embed(options: argparse.Namespace) -> int:
         raise UserError("embed: --output must name a new directory, a table or a folder in a bucket, got none")
     clients = None if options.clients is None else _clients(options.clients)
     blocks = None if options.blocks is None else options.blocks.split(",")
+    notes: list[str] = []
     progress = RunProgress(Console(), [("embed", 1.0)], options.log)
     with progress.display(), progress.stage("embed") as update:
         given = (options.output, options.events, options.at, clients, blocks, options.column_per_block)
-        number = profiler.embed_to(*given, update, options.everybody)
+        number = profiler.embed_to(*given, update, options.everybody, notes.append)
+    for note in notes:
+        _tell_note(note, options.log)
     _tell_profiles(number, options.output, options.log)
     return 0
+
+
+def _tell_note(text: str, log: str) -> None:
+    from rich.console import Console
+
+    from ubp_fast.progress import print_json
+
+    if log == "json":
+        print_json(Console(), "note", text=text)
+    else:
+        print(f"note  {text}")
 
 
 def _tell_profiles(number: int, place: Path | str, log: str) -> None:

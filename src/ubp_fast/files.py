@@ -32,7 +32,7 @@ NO_REASON = "a write that failed, of which is said no more than"
 _HALF = ".*.tmp"
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 _OF_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-_IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR)
+_IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR, errno.ENOENT, errno.ELOOP)
 # What tells versions of an object apart, by the names that stores give it.
 _VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "mtime", "LastModified", "created")
 
@@ -412,11 +412,17 @@ def writing_to(path: Path, purpose: str, partial: Path | None = None) -> Iterato
         places = {place for one in (path, partial or path) for place in (one, *one.parents)}
         is_above = not files or bool(places & {*files})
         is_below = any({path, partial} & {*file.parents} for file in files)
-        if not ((error.errno in _REFUSALS and (is_above or is_below)) or (error.errno in _IN_THE_WAY and is_above)):
+        is_refused = error.errno in _REFUSALS and (is_above or is_below)
+        if not is_refused and not (error.errno in _IN_THE_WAY and files and is_above):
             raise
+        remedy = "free some space, change its permissions"
+        if error.errno == errno.ENOENT:
+            remedy = "make the directory above it"
+        elif error.errno in _IN_THE_WAY:
+            remedy = f"remove the file or the broken link that stands at {files[0] if files else path}"
         raise OutputDirectoryError(
             f"{path}: {purpose} must be a writable directory with free space, got {error.strerror or error};"
-            " free some space, change its permissions, or choose another place"
+            f" {remedy}, or choose another place"
         ) from error
 
 

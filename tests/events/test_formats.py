@@ -204,6 +204,27 @@ def test_parts(tmp_path: Path) -> None:
         read(tmp_path / "log")
 
 
+@pytest.mark.parametrize("nothing", [b"", b"\xef\xbb\xbf", b" \r\n\n", gzip.compress(b"")])
+def test_an_empty_file_among_the_days(tmp_path: Path, nothing: bytes) -> None:
+    """The file of a day on which the shop was closed, or one that was not copied: the user has to say."""
+    for day in (1, 3):
+        written(tmp_path / "log" / f"{day}.csv", TEXT)
+    for day in (0, 2):
+        (tmp_path / "log" / f"{day}.csv").write_bytes(nothing)
+    with pytest.raises(DataError, match=r"0.csv: file must hold a table, got \d+ bytes .*data.on_bad_rows=drop"):
+        read(tmp_path / "log")
+    raw = read_files(str(tmp_path / "log"), FileForm(), lambda names: names, drop_bad_lines=True)
+    assert len(raw.frame) == 4 and raw.place(2)[0].endswith("3.csv")
+    assert [(Path(line.file).name, line.reason) for line in raw.bad_lines] == [
+        (f"{day}.csv", "nothing, the file is empty") for day in (0, 2)
+    ]
+    assert len(read_files(str(tmp_path / "log"), FileForm(), lambda names: names, rows=9).frame) == 2
+    for day in (1, 3):
+        (tmp_path / "log" / f"{day}.csv").write_bytes(nothing)
+    with pytest.raises(DataError, match="files must hold a table, got 4 empty ones"):
+        read_files(str(tmp_path / "log"), FileForm(), lambda names: names, drop_bad_lines=True)
+
+
 def test_parts_of_different_dtypes(tmp_path: Path) -> None:
     """Widths of integers may differ, text and numbers may not, and a column that a part lacks is named with it."""
     parts = [tmp_path / f"when=2024-01-0{day}" / "part.parquet" for day in (1, 2)]
@@ -239,3 +260,4 @@ def test_text_is_a_number_where_it_says_the_same(texts: list, expected: list) ->
 
 def test_decimals_of_text() -> None:
     assert natural(pl.Series(["1.5", "2", " .5"])).to_list() == [1.5, 2.0, 0.5]
+    assert natural(pl.Series(["00017", "00018"])).to_list() == ["00017", "00018"]

@@ -115,10 +115,45 @@ MIDNIGHT_S = 1_706_659_200
         ("20240131103000", HALF_PAST_S),
         ("31/1/2024 10:30", HALF_PAST_S),
         ("1/31/24", MIDNIGHT_S),
+        ("31/1/2024 11:30 Europe/Warsaw", HALF_PAST_S),
+        ("31.01.2024 11:30:00 +01:00", HALF_PAST_S),
+        ("1/31/2024 10:30 AM UTC", HALF_PAST_S),
+        ("31-01-24 10:30Z", HALF_PAST_S),
     ],
 )
 def test_forms_of_text(text: str, expected: int) -> None:
     assert seconds([text, None, f" {text} "]).seconds.to_list() == [expected, None, expected]
+
+
+def test_a_column_of_zones_behind_dates_that_one_row_decides() -> None:
+    times = seconds(["1/2/2024 10:30 Europe/Warsaw", "31/1/2024 11:30 +01:00", "31/1/2024 10:30", "soon", None])
+    assert times.seconds.to_list() == [HALF_PAST_S + 86_400 - 3600, HALF_PAST_S, HALF_PAST_S, None, None]
+    assert times.are_instants and "day first, as '31/1/2024 11:30' leaves no other way" in times.note
+
+
+def test_dates_are_read_as_in_the_log_that_they_belong_to() -> None:
+    assert seconds(["31/1/2024", "1/2/2024"]).order == "day first"
+    assert seconds(["2024-01-31"]).order == ""
+    for order, days in (("day first", 1), ("month first", -29)):
+        times = seconds(["1/2/2024"], order=order)
+        assert times.seconds.to_list() == [MIDNIGHT_S + days * 86_400] and times.order == order and not times.note
+    with pytest.raises(
+        DataError, match="must hold dates written month first as in the log of the run, got '31/1/2024'"
+    ):
+        seconds(["1/2/2024", "31/1/2024"], order="month first")
+    with pytest.raises(DataError, match="must hold dates written year first as in the log of the run, got '1/2/2024'"):
+        seconds(["1/2/2024"], order="year first")
+
+
+def test_dates_of_two_readings_with_a_zone_say_what_can_be_done() -> None:
+    with pytest.raises(
+        DataError, match=r"got '1/2/2024 10:30 \+01:00'.* set .*'%d/%m/%Y %H:%M %#z' \(day first\)"
+    ) as no:
+        seconds(["1/2/2024 10:30 +01:00"])
+    pattern = str(no.value).split("data.timestamp_format='")[1].split("'")[0]
+    assert seconds(["1/2/2024 10:30 +01:00"], format=pattern).seconds.to_list() == [HALF_PAST_S + 86_400 - 3600]
+    with pytest.raises(DataError, match="no format holds the name of a zone: write the year first"):
+        seconds(["1/2/2024 10:30 Europe/Warsaw"])
 
 
 @pytest.mark.parametrize(

@@ -243,6 +243,24 @@ def test_zones_of_events_and_moments(table_run: tuple[Path, pl.DataFrame], tmp_p
     assert not same(shop.embed(local, "2022-11-20 12:00:00", ids), clock), "the moment alone decides ages"
 
 
+def test_a_day_of_dates_is_read_as_the_log_was(tmp_path: Path) -> None:
+    """A month decides that the day comes first; the file of one day cannot, and means the same."""
+    frame = text_events().with_columns(pl.col("time").dt.convert_time_zone("UTC").dt.replace_time_zone(None))
+    written = frame.with_columns(pl.col("time").dt.strftime("%d/%m/%Y %H:%M:%S"))
+    (tmp_path / "log.csv").write_text(written.write_csv())
+    code, made, printed = run_tiny(tmp_path / "runs", *TABLE, f"data.path={tmp_path / 'log.csv'}", "profiles.at=end")
+    assert code == 0, printed
+    day = written.head(20).with_columns(time=pl.lit("05/12/2022 10:00:00"))
+    (tmp_path / "day.csv").write_text(day.write_csv())
+    wanted = Profiler.load(made).embed(frame.head(20).with_columns(time=pl.lit("2022-12-05 10:00:00")))
+    assert same(Profiler.load(made).embed(tmp_path / "day.csv"), wanted)
+    assert same(Profiler.load(made).embed(day), wanted)
+    Profiler.load(made).append(tmp_path / "day.csv")
+    Profiler.load(made).append(day.with_columns(time=pl.lit("06/12/2022 10:00:00")))
+    days = {int(path.stem) // DAY_S for path in (made / "model" / "days").glob("*.safetensors")}
+    assert {datetime(2022, 12, one, tzinfo=timezone.utc).timestamp() // DAY_S for one in (5, 6)} <= days
+
+
 def test_tables_of_the_organisers_in_a_directory(run: Path, tmp_path: Path) -> None:
     events = EventDirectory.open(run / "stages" / "events")
     for kind in events.kinds:
@@ -296,12 +314,15 @@ def test_what_is_known_of_a_new_item_counts(table_run: tuple[Path, pl.DataFrame]
     assert np.array_equal(with_order(article="OTHER", department="D3"), known), "its own name is nothing yet"
 
 
-def test_empty_and_incomplete_tables(table_run: tuple[Path, pl.DataFrame]) -> None:
+def test_empty_and_incomplete_tables(table_run: tuple[Path, pl.DataFrame], tmp_path: Path) -> None:
     run, frame = table_run
     profiler = Profiler.load(run)
     nobody = profiler.embed(frame.head(0), "2022-12-01", ["a", "b"])
     assert nobody.num_clients == 2 and np.array_equal(nobody.embeddings[0], nobody.embeddings[1])
     assert profiler.embed(frame.head(0)).num_clients == 0
+    frame.rename({"customer": "who"}).write_csv(tmp_path / "day.csv")
+    with pytest.raises(DataError, match=r"column 'customer' must exist, got .*; rename the columns to those of .*log$"):
+        profiler.embed(tmp_path / "day.csv")
     with pytest.raises(DataError, match="column 'time' must exist"):
         profiler.embed(frame.drop("time"))
     with pytest.raises(DataError, match="column 'event' must exist"):
@@ -314,6 +335,10 @@ def test_empty_and_incomplete_tables(table_run: tuple[Path, pl.DataFrame]) -> No
         profiler.embed(frame.with_columns(pl.lit(5).alias("article")))
     with pytest.raises(UserError, match="ids must be String as in the events, got Int64"):
         profiler.embed(frame, clients=[1, 2])
+    with pytest.raises(
+        UserError, match=r"at: must be a date or a date-time like '2026-11-28 12:00:00', got '9/12/2022'"
+    ):
+        Profiler.load(run).embed({}, "9/12/2022")
     with pytest.raises(UserError, match="at: must be seconds"):
         profiler.embed(frame, at=3.5)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="events: must be a polars"):

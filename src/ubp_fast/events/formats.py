@@ -16,6 +16,7 @@ import csv
 import glob
 import gzip
 import io
+import itertools
 import json
 import mmap
 import re
@@ -50,6 +51,8 @@ _DATA_NAME = re.compile(
 )
 _SAMPLE_BYTES = 1 << 20
 _SAMPLE_LINES = 200
+# Of blank lines, or of a packed file without content.
+_MOST_BYTES_OF_NOTHING = 1024
 # A quoted text that spans more lines was not closed.
 _MOST_LINES_OF_A_ROW = 100
 OPEN_QUOTE = "a quote that does not close"
@@ -72,7 +75,7 @@ _UNREAD = {
 }
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _WHOLE = r"^(?:0|-?[1-9]\d*)(?:\.0+)?$"
-_DECIMAL = r"^\s*[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?\s*$"
+_DECIMAL = r"^\s*[+-]?(?:(?:0|[1-9]\d*)(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?\s*$"
 
 
 # Names of all columns of a file -> those to read; raises a DataError when they are not there.
@@ -242,17 +245,29 @@ def read_files(
     Raises:
         DataError: no such file, one that cannot be read, a column that is missing, or parts whose columns do not fit.
     """
-    found = find_files(paths)[: None if rows is None else 1]
+    found = find_files(paths)
+    if rows is not None:
+        found = list(itertools.islice((one for one in found if not _is_empty(one[0])), 1)) or found[:1]
     frames: list[pl.DataFrame] = []
     bad_lines: list[BadLine] = []
-    kinds = []
+    kinds, names = [], []
     for file, given in found:
         with _at_hand(file) as path:
+            if len(found) > 1 and _is_empty(path):
+                if not drop_bad_lines:
+                    raise DataError(
+                        f"{file}: file must hold a table, got {path.stat().st_size} bytes without one; remove it or"
+                        " copy it again, or leave such files out with data.on_bad_rows=drop"
+                    )
+                bad_lines.append(BadLine(str(file), 1, "", "nothing, the file is empty"))
+                continue
+            names.append(str(file))
             kinds.append(form.format or content_of(path))
             bad: list[BadLine] = []
             frames.append(_read_file(path, kinds[-1], form, given, wanted, drop_bad_lines, bad, rows))
             bad_lines += [line._replace(file=str(file)) for line in bad]
-    names = [str(file) for file, _ in found]
+    if not names:
+        raise DataError(f"{paths}: files must hold a table, got {len(found)} empty ones; check the files")
     frame = frames[0] if len(frames) == 1 else _joined(names, frames)
     files = tuple((name, len(part)) for name, part in zip(names, frames, strict=True))
     name = paths if isinstance(paths, str) else names[0]
@@ -374,6 +389,14 @@ def _head(path: Path) -> bytes:
         if start.startswith(_ZSTD):
             return _lines_of(path, _SAMPLE_LINES)
         return file.read(_SAMPLE_BYTES)
+
+
+def _is_empty(file: Path | str) -> bool:
+    """Whether a file holds nothing but blanks, packed or not; objects of a bucket are looked at when they are read."""
+    if isinstance(file, str) or file.stat().st_size > _MOST_BYTES_OF_NOTHING:
+        return False
+    with readable(file, "table"):
+        return not _decoded(file, _head(file), None).strip("\ufeff \t\r\n")
 
 
 def _is_packed(path: Path) -> bool:

@@ -57,6 +57,9 @@ _UNUSUAL = (
     (r"\[([\w/+\-]+)\]$", " ${1}"),
 )
 _NUMBER = r"^[+-]?\d+(?:\.\d*)?(?:[eE][+-]?\d+)?$"
+# A zone behind a clock: an offset, or a name.
+_OFFSET = r"Z|[+\-]\d\d(?::?\d\d)?"
+_ZONE_BEHIND = rf"(:\d\d(?:[.,]\d+)?(?: ?[AaPp][Mm])?)( ?(?:{_OFFSET}|[A-Za-z][A-Za-z_/+\-0-9]*))$"
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class TimeForm:
         format: of text, with the codes of strftime, such as "%d/%m/%Y %H:%M"; None: see the module's text.
         timezone: name of the zone whose clock times are kept on, such as "Europe/Warsaw"; None: UTC.
         origin: ISO date-time from which numbers count instead of 1970; needs a unit.
+        order: how dates such as 12/1/2010 were read in the log that these belong to, see `Times`; None: the column
+            has to decide.
 
     Raises:
         UserError: an unknown unit or zone, or an origin that is no date-time or comes without a unit.
@@ -77,6 +82,7 @@ class TimeForm:
     format: str | None = None
     timezone: str | None = None
     origin: str | None = None
+    order: str | None = None
 
     def __post_init__(self) -> None:
         if self.unit is not None and self.unit not in UNITS:
@@ -103,6 +109,7 @@ class Times:
         rule, remedy, detail: what every row must do, what to do about those that do not, and why (or ""), for messages.
         note: what was guessed, or "".
         are_instants: they are moments, which clocks of other zones show otherwise; False: what a clock showed.
+        order: of dates such as 12/1/2010: "day first", "month first", "year first"; "" where there are none.
     """
 
     seconds: pl.Series
@@ -111,6 +118,7 @@ class Times:
     detail: str = ""
     note: str = ""
     are_instants: bool = False
+    order: str = ""
 
 
 def iso_seconds(name: str, text: str) -> int:
@@ -337,7 +345,7 @@ def _of_text(file: str, text: pl.Series, form: TimeForm) -> Times:
     seconds = _strptime(text, _formats()[0])
     if seconds.null_count() == text.null_count():
         return Times(_named(seconds))
-    note, tried = "", set[tuple[str, str | None]]()
+    note, order, tried = "", "", set[tuple[str, str | None]]()
     while len(left := (seconds.is_null() & text.is_not_null()).arg_true()):
         rest = text.gather(left)
         for pattern, usual in _UNUSUAL:
@@ -351,11 +359,28 @@ def _of_text(file: str, text: pl.Series, form: TimeForm) -> Times:
     left = (seconds.is_null() & text.is_not_null()).arg_true()
     rest = text.gather(left)
     two_ways = rest.str.contains(_TWO_WAYS)
-    if two_ways.any():
-        read, note = _two_ways(file, rest, two_ways)
-        seconds = seconds.scatter(left, read)
     are_instants = any(zone is not None or _has_offset(pattern) for pattern, zone in tried)
-    return Times(_named(seconds), note=note, are_instants=are_instants)
+    if two_ways.any():
+        bare, zones = _without_zones(rest)
+        read, order, note = _two_ways(file, bare, two_ways, zones, form.order)
+        if zones.null_count() < len(zones):
+            # Whatever zones there may be behind a date in the usual order are read there.
+            clocks = (read * 1_000_000).cast(pl.Datetime("us")).dt.strftime("%Y-%m-%d %H:%M:%S")
+            zoned = _of_text(file, pl.select(clocks + zones.fill_null("")).to_series().alias(text.name), form)
+            read, are_instants = zoned.seconds, are_instants or zoned.are_instants
+        seconds = seconds.scatter(left, read)
+    return Times(_named(seconds), note=note, are_instants=are_instants, order=order)
+
+
+def _without_zones(text: pl.Series) -> tuple[pl.Series, pl.Series]:
+    """Texts without the zone behind the clock, and that zone, null where there is none."""
+    zones = text.str.extract(_ZONE_BEHIND, 2)
+    known = {zone: is_zone(zone.strip()) for zone in zones.drop_nulls().unique().to_list()}
+    zones = zones.replace_strict(
+        {zone: zone if names_one else None for zone, names_one in known.items()}, default=None, return_dtype=pl.String
+    )
+    bare = pl.select(pl.when(zones.is_null()).then(text).otherwise(text.str.replace(_ZONE_BEHIND, "${1}")))
+    return bare.to_series().alias(text.name), zones
 
 
 def _form_of(value: str) -> tuple[str, str | None] | None:
@@ -386,6 +411,11 @@ def _zone_names() -> frozenset[str]:
     return frozenset(available_timezones())
 
 
+def is_zone(text: str) -> bool:
+    """True for an offset such as +01:00 and for the name of a zone such as Europe/Warsaw."""
+    return bool(re.fullmatch(_OFFSET, text)) or text in _zone_names()
+
+
 def _read_as(text: pl.Series, pattern: str, zone: str | None, clock: str | None) -> pl.Series:
     """Seconds of the texts of one form; those that name another zone stay null."""
     if zone is not None:
@@ -402,14 +432,23 @@ def _read_as(text: pl.Series, pattern: str, zone: str | None, clock: str | None)
     return _zoned(read, clock) if _has_offset(pattern) else read
 
 
-def _two_ways(file: str, text: pl.Series, two_ways: pl.Series) -> tuple[pl.Series, str]:
-    """Dates such as 12/1/2010: the column must leave one reading.
+def _two_ways(
+    file: str, text: pl.Series, two_ways: pl.Series, zones: pl.Series, known: str | None
+) -> tuple[pl.Series, str, str]:
+    """Dates such as 12/1/2010: the column must leave one reading, or that of the log it belongs to.
+
+    Args:
+        file: for messages.
+        text: without zones.
+        two_ways: rows that hold such a date.
+        zones: what stood behind the clock, or null.
+        known: order of the log that these dates belong to, None where they are the log.
 
     Returns:
-        Seconds of every row, null where it is no such date, and what decided.
+        Seconds of every row, null where it is no such date; the order, and what decided.
 
     Raises:
-        DataError: several readings fit; names them.
+        DataError: several readings fit, or another than that of the log; names them.
     """
     shown = text.filter(two_ways)
     first = re.match(_TWO_WAYS, shown[0])
@@ -423,20 +462,33 @@ def _two_ways(file: str, text: pl.Series, two_ways: pl.Series) -> tuple[pl.Serie
     read = {order: _in_years(_strptime(text, form), year) for order, form in forms.items()}
     fitting = {order: len(text) - seconds.null_count() for order, seconds in read.items()}
     best = [order for order in read if fitting[order] == max(fitting.values())]
+    if known in best:
+        return read[known], known, ""
+    if known is not None and max(fitting.values()):
+        row = int((read[best[0]].is_not_null() & read[known].is_null() if known in read else two_ways).arg_true()[0])
+        raise DataError(
+            f"{file}: column '{text.name}' must hold dates written {known} as in the log of the run, got '{text[row]}';"
+            " write them like that, or with the year first, such as 2024-01-31"
+        )
     if len(best) == 1 or not max(fitting.values()):
         others = [read[order] for order in read if order != best[0]]
         row = next(
             (row for row in read[best[0]].is_not_null().arg_true() if any(one[row] is None for one in others)), 0
         )
         note = f"read as {forms[best[0]]}, {best[0]}, as '{text[row]}' leaves no other way"
-        return read[best[0]], note if max(fitting.values()) else ""
-    example = text[int(read[best[0]].is_not_null().arg_true()[0])]
+        return read[best[0]], *((best[0], note) if max(fitting.values()) else ("", ""))
+    row = int(read[best[0]].is_not_null().arg_true()[0])
+    example, zone = text[row], zones[row] or ""
     seconds = [_strptime(pl.Series([example]), forms[order])[0] for order in best]
     readings = ["no date" if second is None else utc_text(second) for second in seconds]
-    settings = [f"data.timestamp_format='{forms[order]}' ({order})" for order in best]
+    offset = re.sub(_OFFSET, "%#z", zone)
+    settings = [f"data.timestamp_format='{forms[order]}{offset}' ({order})" for order in best]
+    remedy = f"set {' or '.join(settings)}"
+    if zone.strip() in _zone_names():
+        remedy = "no format holds the name of a zone: write the year first, such as 2024-01-31"
     raise DataError(
-        f"{file}: column '{text.name}' must hold times that can be read in one way, got '{example}', which is"
-        f" {' or '.join(readings)}; set {' or '.join(settings)}"
+        f"{file}: column '{text.name}' must hold times that can be read in one way, got '{example}{zone}', which is"
+        f" {' or '.join(readings)}; {remedy}"
     )
 
 

@@ -6,7 +6,7 @@
     tastes.safetensors         weights of the items, where a block needs them
     pairs.safetensors          scorer of pairs, where a block needs it
     strong.safetensors, graded.safetensors, near.safetensors, contrastive.safetensors, multitask.safetensors
-    maps/<column>.parquet      how text ids of items were numbered, edges of the price buckets
+    maps/<column>.parquet      how text ids of items were numbered, edges of the price buckets, order of dates
     alignment.safetensors      what turns the vectors into those of an earlier run, where asked for
     days/<seconds>.safetensors means and deviations among all clients, and how many, one file per day
 
@@ -168,7 +168,10 @@ def load_bundle(directory: Path) -> tuple[Fitted, Layout]:
 
 
 def load_maps(directory: Path) -> dict[str, pl.DataFrame]:
-    """How the run numbered text ids: "sku", "url", "category" -> (value, id); "price_edges" -> (edge,)."""
+    """How the run numbered text ids: "sku", "url", "category" -> (value, id); "price_edges" -> (edge,).
+
+    "date_order" -> (order,) is there where dates of the log could be read in two ways.
+    """
     return {path.stem: pl.read_parquet(path) for path in sorted((directory / MAPS).glob("*.parquet"))}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import date, datetime
@@ -31,7 +31,7 @@ from ubp_fast.profiler.bundle import (
 )
 from ubp_fast.profiler.history import History
 from ubp_fast.profiler.parts import Blocks, Fitted, Made, features_and_networks, measure, rows_of, vectors_of
-from ubp_fast.profiler.reading import own_ids, read_new_events, seconds_of
+from ubp_fast.profiler.reading import active_before, own_ids, read_new_events, seconds_of
 from ubp_fast.profiles import Profiles
 from ubp_fast.profiles.blocks import Layout
 from ubp_fast.profiles.publishing import objects_there, publish
@@ -134,6 +134,7 @@ class Profiler:
         per_block: bool = False,
         progress: Progress | None = None,
         everybody: bool = False,
+        told: Callable[[str], None] | None = None,
     ) -> int:
         """`embed` straight into files, see `write_in_parts`; returns the number of clients.
 
@@ -147,6 +148,7 @@ class Profiler:
             events, at, clients, blocks, everybody: as of `embed`.
             per_block: a column of the table per block.
             progress: called with (steps done, steps in all).
+            told: called with a sentence where clients, or all, have no event before the moment.
 
         Raises:
             ObjectError: the store says no, or the folder of the URL holds something else.
@@ -157,12 +159,15 @@ class Profiler:
             with TemporaryDirectory(prefix="ubp_fast-") as folder:
                 table = Path(folder) / "profiles.parquet"
                 made = _share(report, 0.0, BEFORE_SENDING)
-                number = self.embed_to(table, events, at, clients, blocks, per_block, made, everybody)
+                number = self.embed_to(table, events, at, clients, blocks, per_block, made, everybody, told)
                 publish(table, table.with_suffix(".json"), url, _share(report, BEFORE_SENDING, 1.0))
             return number
         job, target = self._job(events, at, clients, blocks), Path(output)
         if len(job.numbers) != len(np.unique(job.numbers)):
             raise UserError("clients: ids must be named once to be written, got some twice; remove the repeats")
+        if told is not None:
+            for sentence in job.without_events():
+                told(sentence)
         report = progress or _silent
         scratch = target.with_name(f".{target.name}.everybody")
         with writing_to(target, "the output", scratch), scratch_directory(scratch) if everybody else nullcontext():
@@ -299,6 +304,17 @@ class _Job:
             if end < last:
                 progress(end, len(self.numbers))
         return vectors
+
+    def without_events(self) -> Iterator[str]:
+        """What is said of clients who did nothing before the moment: a wrong id or moment looks like that."""
+        moment = utc_text(self.at_s)
+        if not len(self.numbers):
+            yield f"no client has an event before {moment}; check the events and the moment"
+        idle = ~np.isin(self.numbers, active_before(self.histories, self.at_s))
+        if idle.any():
+            first, count = self.own_ids[int(np.argmax(idle))], int(idle.sum())
+            who = f"client {first!r} has" if count == 1 else f"{count} clients, {first!r} first, have"
+            yield f"{who} no event before {moment}: a vector of somebody who did nothing; check ids and moment"
 
     def measured(self, folder: Path, progress: Progress) -> _Job:
         """The job with the means and deviations among all its clients, and with their features in a folder."""

@@ -9,7 +9,6 @@ a source       anything that writes an event directory
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import date, datetime
 from pathlib import Path
@@ -32,9 +31,9 @@ from ubp_fast.events.read import (
     read_table,
 )
 from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, NUM_CODES, PRODUCT_TABLE, DataError, UserError
-from ubp_fast.events.sources.table import PRICE_EDGES, EventRows, Table
+from ubp_fast.events.sources.table import DATE_ORDER, PRICE_EDGES, EventRows, Table
 from ubp_fast.events.sources.table_products import buckets, money
-from ubp_fast.events.write import end_seconds
+from ubp_fast.events.times import iso_seconds
 from ubp_fast.store.event_store import rows_before
 from ubp_fast.store.in_memory import Histories
 
@@ -97,11 +96,16 @@ class NewEvents:
         """Own ids, ascending, of the clients that the source names, else of all with an event before a moment."""
         if self.relevant is not None:
             return pl.Series("client_id", np.sort(self.relevant))
-        has = np.zeros(len(self.histories.client_ids), bool)
-        for offsets, timestamp_s, *_ in self.histories.kinds.values():
-            has |= rows_before(offsets, timestamp_s, cutoff_s) > offsets[:-1]
-        place = np.isin(self.clients.numbers, self.histories.client_ids[has])
-        return self.clients.own.filter(pl.Series(place))
+        active = np.isin(self.clients.numbers, active_before(self.histories, cutoff_s))
+        return self.clients.own.filter(pl.Series(active))
+
+
+def active_before(histories: Histories, cutoff_s: int) -> np.ndarray:
+    """Numbers i64 of the clients with an event before a moment."""
+    has = np.zeros(len(histories.client_ids), bool)
+    for offsets, timestamp_s, *_ in histories.kinds.values():
+        has |= rows_before(offsets, timestamp_s, cutoff_s) > offsets[:-1]
+    return histories.client_ids[has]
 
 
 def read_new_events(
@@ -116,7 +120,8 @@ def read_new_events(
     Args:
         events: see the module.
         table: how the run's own table names its columns, None where the run had another source.
-        maps: how the run numbered text: "sku", "url", "category" -> (value, id); "price_edges" -> (edge,).
+        maps: how the run numbered text: "sku", "url", "category" -> (value, id); "price_edges" -> (edge,), and
+            "date_order" -> (order,), where its dates could be read in two ways.
         before_s: rows of a table from this second on say nothing about items.
         known: clients whose text ids have numbers already.
 
@@ -203,13 +208,13 @@ def seconds_of(moment: int | str | date | datetime, zone: str | None = None) -> 
     if isinstance(moment, int | np.integer):
         return int(moment)
     if isinstance(moment, str):
-        with suppress(ValueError):  # other texts are read, or refused, below
+        try:
             moment = datetime.fromisoformat(moment)
+        except ValueError as error:
+            raise UserError(f"at: must be a date or a date-time like '2026-11-28 12:00:00', got '{moment}'") from error
     if isinstance(moment, datetime) and moment.tzinfo is not None:
         moment = moment.astimezone(ZoneInfo(zone or "UTC")).replace(tzinfo=None)
-    found = end_seconds(moment if isinstance(moment, str) else moment.isoformat())
-    assert found is not None
-    return found
+    return iso_seconds("at", moment.isoformat())
 
 
 def own_ids(values: Sequence[Any] | np.ndarray | pl.Series, like: pl.Series) -> pl.Series:
@@ -293,7 +298,8 @@ def _of_table(
         f"{name}_column": None for name in OPTIONAL_COLUMNS if getattr(table, f"{name}_column") not in columns
     }
     file = table.name
-    rows = replace(table, end=None, **absent).rows_of(raw)
+    order = maps[DATE_ORDER]["order"][0] if DATE_ORDER in maps else None
+    rows = replace(table, end=None, **absent).rows_of(raw, order)
     own = _canonical_ids(rows["client_id"])
     clients = ClientIds.of(own, known)
     rows = rows.with_columns(pl.Series("client_id", clients.find(own), dtype=pl.Int64))

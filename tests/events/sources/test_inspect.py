@@ -103,6 +103,26 @@ FILES: dict[str, tuple[str, dict[str, Any]]] = {
             "sku_column": None,
         },
     ),
+    # A first day whose date can be read in two ways, and numbers of clients that may be days since 1970.
+    "day first, decided late": (
+        "Kunde;Datum;Artikel\n"
+        + "".join(f"1{n % 7 + 3085};01/12/2023 {n // 60:02}:{n % 60:02};A\n" for n in range(1100))
+        + "".join(f"13086;{day}/{month}/2024 10:00;A\n" for day, month in ((31, "01"), (2, "03"), (30, "04"))),
+        {"client_column": "Kunde", "timestamp_column": "Datum", "sku_column": "Artikel"},
+    ),
+    "an index without a name": (
+        ",user,time,item\n" + "".join(f"{n},u{n},{day},cup\n" for n, day in enumerate(DAYS)),
+        {"client_column": "user", "timestamp_column": "time", "sku_column": "item"},
+    ),
+    "days spelled as numbers, without a header": (
+        "".join(f"1{n}085,1193,{day.replace('-', '')}\n" for n, day in enumerate(DAYS)),
+        {
+            "client_column": "column_1",
+            "sku_column": "column_2",
+            "timestamp_column": "column_3",
+            "columns": ["column_1", "column_2", "column_3"],
+        },
+    ),
     "German words": (
         "Käufer|Datum|Artikel\n" + "".join(f"7|{day}|5\n" for day in DAYS),
         {"client_column": "Käufer", "timestamp_column": "Datum", "sku_column": "Artikel"},
@@ -147,6 +167,23 @@ def test_numbers_that_count_from_a_day_of_their_own(tmp_path: Path) -> None:
     assert offered(text)["timestamp_unit"] == "d"
 
 
+def test_ids_are_no_times_where_no_column_is_named_so(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("wer,wann,was\n" + "".join(f"1{n}085,neulich,cup\n" for n in range(3)))
+    text = inspect(str(tmp_path / "log.csv"))
+    assert "no column looks like a timestamp; name it with data.timestamp_column" in text
+
+
+def test_a_column_of_zones_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text("user,time,tz,item\n" + "".join(f"7,{day} 10:00,Europe/Warsaw,cup\n" for day in DAYS))
+    told = re.search(r'column \'tz\' holds zones: "data.(\w+)=(.*)" reads each', inspect(str(path)))
+    assert told is not None and told[1] == "timestamp_column"
+    Table(str(path), client_column="user", timestamp_column=told[2][1:-1].split(", "), sku_column="item").prepare(
+        tmp_path / "events"
+    )
+    assert EventDirectory.open(tmp_path / "events").info["rows"]["product_buy"] == 3
+
+
 def test_a_wrong_column_ends_with_the_command(tmp_path: Path) -> None:
     path = tmp_path / "log.csv"
     path.write_text(FILES["web shop"][0])
@@ -156,6 +193,16 @@ def test_a_wrong_column_ends_with_the_command(tmp_path: Path) -> None:
     assert "\n" not in command
     config = offered(f"command:\n{command}")
     assert config["client_column"] == "user_id" and config["price_column"] == "brand"
+
+
+def test_no_command_is_offered_that_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / "1.csv").write_text("user,time,item\n" + "".join(f"7,{day},cup\n" for day in DAYS))
+    (tmp_path / "log" / "2.csv").write_text("")
+    table = Table(str(tmp_path / "log"), client_column="user", timestamp_column="time", sku_column="item")
+    with pytest.raises(DataError, match=r"2\.csv: file must hold a table") as caught:
+        table.prepare(tmp_path / "events")
+    assert "perhaps" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

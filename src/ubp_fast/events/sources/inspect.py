@@ -13,13 +13,15 @@ import polars as pl
 from ubp_fast.events.formats import FileForm, RawTable, find_files, natural, read_files
 from ubp_fast.events.schema import DataError, UserError
 from ubp_fast.events.sources.table_rows import numbers
-from ubp_fast.events.times import TimeForm, read_times
+from ubp_fast.events.times import TimeForm, is_zone, read_times
 
 SAMPLE_ROWS = 100_000
 # What text that is not UTF-8 is taken for.
 OTHER_ENCODING = "cp1252"
 MOST_KINDS = 30
 NO_TIME = "no time"
+# The beginning of 1990, spelled: times in numbers from here on are taken for nothing else.
+_FIRST_SPELLED = 19_900_101
 # Role -> names of columns that speak for it, the strongest first. Roles that come first choose first.
 _ID = r"(?:[_ ]?(?:unique[_ ]?)?(?:id|no|nr|num|number|key|code))?"
 ROLES: dict[str, tuple[str, ...]] = {
@@ -140,7 +142,8 @@ def _sample(path: str | Sequence[str], form: FileForm) -> tuple[RawTable, FileFo
     if not raw.is_text or form.columns is not None:
         return raw, form
     header = raw.frame.columns
-    if not any(re.match(r"^-?\d+(?:[.,:/\- ]\d+)*$", name) for name in header) and "" not in header:
+    # The first of the names is missing where a table was written with its index.
+    if not any(re.match(r"^-?\d+(?:[.,:/\- ]\d+)*$", name) for name in header) and "" not in header[1:]:
         return raw, form
     names = [f"column_{place}" for place in range(1, len(header) + 1)]
     form = replace(form, columns=names)
@@ -195,10 +198,11 @@ def _best(role: str, patterns: Sequence[str], free: Sequence[str], raw: RawTable
     named = [name for pattern in patterns for name in free if re.search(pattern, name, re.IGNORECASE)]
     if role == "timestamp":
         problems = {name: _time_problem(_typed(raw, name)) for name in (*named, *free)}
-        clear = (name for name, problem in problems.items() if not problem)
+        clear = (name for name in named if not problems[name])
         asking = [name for name in named if problems[name] not in ("", NO_TIME)]
         days = (name for name in asking if re.search("day|date", name, re.IGNORECASE))
-        return next(itertools.chain(clear, days, asking), None)
+        others = (name for name in free if not problems[name] and _cannot_be_ids(_typed(raw, name)))
+        return next(itertools.chain(clear, days, asking, others), None)
     return next((name for name in named if _suits(role, _typed(raw, name))), None)
 
 
@@ -216,20 +220,29 @@ def _suits(role: str, column: pl.Series) -> bool:
     return not dtype.is_nested() and dtype not in (pl.Date, pl.Datetime)
 
 
-def _time_problem(column: pl.Series) -> str:
+def _cannot_be_ids(times: pl.Series) -> bool:
+    """False for numbers that may be days since 1970 or dates of six digits: ids and amounts look like them."""
+    return not times.dtype.is_numeric() or bool((times.drop_nulls() >= _FIRST_SPELLED).all())
+
+
+def _time_problem(column: pl.Series, looked_at: int = 1000) -> str:
     """NO_TIME where a column holds no times, "" where it does, or the question that it leaves."""
-    some = column.drop_nulls().head(1000)
+    some = column.drop_nulls().head(looked_at)
     try:
         times = read_times("", some, TimeForm())
     except DataError as error:
-        return str(error) if "one way" in str(error) or some.dtype.is_numeric() else NO_TIME
+        has_two_readings = "one way" in str(error)
+        if has_two_readings and looked_at < len(column):
+            return _time_problem(column, len(column))  # a log begins with one day: a later row may decide
+        return str(error) if has_two_readings or some.dtype.is_numeric() else NO_TIME
     return "" if len(some) and times.seconds.null_count() * 2 <= len(some) else NO_TIME
 
 
 def _by_place(raw: RawTable, finding: Finding) -> None:
     """Roles of columns without names: the first that holds times, then client and product in their order."""
     names = list(raw.frame.columns)
-    time = next((name for name in names if _time_problem(_typed(raw, name)) == ""), None)
+    times = [name for name in names if _time_problem(_typed(raw, name)) == ""]
+    time = next((name for name in times if _cannot_be_ids(_typed(raw, name))), next(iter(times), None))
     kind = next((name for name in names if "product_buy" in map(_kind_of, _values(raw, name))), None)
     others = [name for name in names if name not in (time, kind)]
     finding.columns = {role: name for role, name in (("timestamp", time), ("kind", kind)) if name is not None}
@@ -254,6 +267,11 @@ def _times(raw: RawTable, finding: Finding) -> None:
             f"column '{name}' holds numbers that are no times since 1970: set their unit (s, ms, us, ns, d) and the day"
             " they count from"
         )
+    others = ((other, _values(raw, other)) for other in raw.frame.columns if other != name)
+    zones = next((other for other, values in others if values and all(map(is_zone, values))), None)
+    if zones is not None:
+        columns = f"data.timestamp_column=[{quoted(name)}, {quoted(zones)}]"
+        finding.remarks.append(f"column '{zones}' holds zones: \"{columns}\" reads each time by its own")
 
 
 def _kinds(raw: RawTable, finding: Finding) -> None:
@@ -324,7 +342,7 @@ def quoted(value: Any) -> str:
 
 
 def suggestion(path: str | Sequence[str], form: FileForm, given: Mapping[str, str | None]) -> str:
-    """Remarks and the command for a table that was named wrongly; "" where the file says too little.
+    """Remarks and the command for a table that was named wrongly; "" where the file says too little, or nothing new.
 
     Args:
         path: see `inspect`.
@@ -342,6 +360,8 @@ def suggestion(path: str | Sequence[str], form: FileForm, given: Mapping[str, st
             finding.columns[role] = column
             finding.options.pop(f"{role}_column", None)
     if not {"client", "timestamp"} <= finding.columns.keys():
+        return ""
+    if not finding.options and all(column in raw.frame.columns for column in given.values() if column is not None):
         return ""
     remarks = f" ({'; '.join(finding.remarks)})" if finding.remarks else ""
     return f"perhaps{remarks}: {command(path, finding)}"

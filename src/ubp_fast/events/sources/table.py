@@ -17,13 +17,13 @@ from ubp_fast.events.sources.inspect import OF_COMMAND, suggestion
 from ubp_fast.events.sources.table_products import product_table
 from ubp_fast.events.sources.table_rows import RowChecks, check_outliers, duplicate_note, numbers, whole_ids
 from ubp_fast.events.split import TARGET_DAYS, fitting_days, split_at, utc_text
-from ubp_fast.events.times import TimeForm, outside_years, read_times
+from ubp_fast.events.times import TimeForm, Times, outside_years, read_times
 from ubp_fast.events.write import EventWriter, end_seconds, event_writer
 from ubp_fast.files import file_digest, find_objects, is_url
 from ubp_fast.progress import Progress, Steps
 
 IGNORE = "ignore"
-PRICE_EDGES = "price_edges"
+PRICE_EDGES, DATE_ORDER = "price_edges", "date_order"
 TEXT_FORMATS = ("words", "codes")
 ZERO_CODES = f"[{' '.join(['0'] * NUM_CODES)}]"
 # A cart event with a negative quantity is one of these.
@@ -110,9 +110,11 @@ class EventRows:
         steps = Steps(progress, 3 + len(EVENT_KINDS))
         with event_writer(directory, "table", self.end, target_days) as writer:
             raw = self.raw()
-            rows, checks = self._checked(raw, writer.notes, is_log=True)
+            rows, checks, order = self._checked(raw, writer.notes, is_log=True)
             if checks.count:
                 writer.write_bad_rows(checks.first())
+            if order:
+                writer.write_map(DATE_ORDER, pl.DataFrame({"order": [order]}))
             steps.done()
             input_end_s = self._input_end_s(rows, target_days)
             rows = self._number(rows, writer)
@@ -135,11 +137,12 @@ class EventRows:
         """The columns that are asked for, as they are in the files or the database."""
         raise NotImplementedError
 
-    def rows_of(self, raw: RawTable | pl.DataFrame) -> pl.DataFrame:
+    def rows_of(self, raw: RawTable | pl.DataFrame, order: str | None = None) -> pl.DataFrame:
         """Checked rows under our names: kind, client_id, timestamp_s, and sku, url, query, category, price, name.
 
         Args:
             raw: a table with the columns that this one names.
+            order: of dates such as 12/1/2010, as the log was read that these rows are added to.
 
         Raises:
             DataError: a row breaks a rule, or a column is missing.
@@ -147,10 +150,10 @@ class EventRows:
         if isinstance(raw, pl.DataFrame):
             require_columns(self.name, raw.columns, self._wanted(), "rename the column or name it in data.*_column")
             raw = RawTable(self.name, raw, ((self.name, len(raw)),))
-        return self._checked(raw, [], is_log=False)[0]
+        return self._checked(raw, [], is_log=False, order=order)[0]
 
-    def _time_form(self) -> TimeForm:
-        return TimeForm(self.timestamp_unit, self.timestamp_format, self.timezone, self.timestamp_origin)
+    def _time_form(self, order: str | None = None) -> TimeForm:
+        return TimeForm(self.timestamp_unit, self.timestamp_format, self.timezone, self.timestamp_origin, order)
 
     def _time_columns(self) -> list[str]:
         return [self.timestamp_column] if isinstance(self.timestamp_column, str) else list(self.timestamp_column)
@@ -186,8 +189,13 @@ class EventRows:
         ]
         return list(dict.fromkeys(name for name in named if name is not None))
 
-    def _checked(self, raw: RawTable, notes: list[str], is_log: bool) -> tuple[pl.DataFrame, RowChecks]:
-        """Rows under our names, and what was found; a whole log is looked at for lone outliers and copies of rows."""
+    def _checked(
+        self, raw: RawTable, notes: list[str], is_log: bool, order: str | None = None
+    ) -> tuple[pl.DataFrame, RowChecks, str]:
+        """Rows under our names, what was found, and the order of dates that can be read in two ways.
+
+        A whole log is looked at for lone outliers and copies of rows.
+        """
         if is_log and not len(raw.frame):
             raise DataError(f"{raw.name}: table must hold events, got 0 rows; check the file")
         frame = self._filtered(raw, notes)
@@ -195,7 +203,8 @@ class EventRows:
             raise DataError(f"{raw.name}: table must hold events, got none that data.filter lets through; correct it")
         checks = RowChecks(raw, frame["_row"], self.on_bad_rows == "drop")
         kind = self._kinds(frame, checks)
-        seconds = self._seconds(frame, kind != IGNORE, checks, notes, is_log)
+        times = self._times(frame, kind != IGNORE, checks, notes, is_log, order)
+        seconds = times.seconds.fill_null(0)
         columns: dict[str, pl.Series] = {}
         columns["client_id"] = whole_ids(checks, frame[self.client_column], raw.is_text)
         self._require(self.client_column, kind != IGNORE, columns["client_id"], checks)
@@ -224,7 +233,8 @@ class EventRows:
         keep = ~checks.bad & (kind != IGNORE)
         keep = keep if end_s is None else keep & (seconds <= end_s)
         rows = rows.filter(keep)
-        return self._without_copies(rows, frame.drop("_row").filter(keep), notes) if is_log else rows, checks
+        rows = self._without_copies(rows, frame.drop("_row").filter(keep), notes) if is_log else rows
+        return rows, checks, times.order
 
     def _filtered(self, raw: RawTable, notes: list[str]) -> pl.DataFrame:
         """The rows that the condition lets through, with their numbers."""
@@ -267,13 +277,19 @@ class EventRows:
         joined = pl.concat_str([pl.col(name).cast(pl.String) for name in names], separator=" ")
         return frame.select(joined.alias("+".join(names))).to_series()
 
-    def _seconds(
-        self, frame: pl.DataFrame, kept: pl.Series, checks: RowChecks, notes: list[str], is_log: bool
-    ) -> pl.Series:
-        """Seconds of every row that counts, 0 of the others."""
+    def _times(
+        self,
+        frame: pl.DataFrame,
+        kept: pl.Series,
+        checks: RowChecks,
+        notes: list[str],
+        is_log: bool,
+        order: str | None,
+    ) -> Times:
+        """Times of every row that counts, null of the others."""
         time = self._time(frame)
         chosen = pl.select(pl.when(kept).then(time)).to_series().alias(time.name)
-        times = read_times(self.name, chosen, self._time_form())
+        times = read_times(self.name, chosen, self._time_form(order))
         checks.check(time.name, times.rule, times.seconds.is_null() & kept, time, times.remedy, times.detail)
         outside = outside_years(times.seconds)
         remedy = "check data.timestamp_unit" if time.dtype.is_numeric() else "correct the rows"
@@ -286,7 +302,7 @@ class EventRows:
                 f"{self.name}: column '{time.name}' holds moments, taken as the clock in UTC shows them: days and weeks"
                 " begin at its midnight; data.timezone names the shop's own, or UTC"
             )
-        return times.seconds.fill_null(0)
+        return times
 
     def _returns(self, frame: pl.DataFrame, kind: pl.Series, checks: RowChecks, notes: list[str]) -> pl.Series:
         """Kinds, with rows of no or negative quantity as removals from the cart, or to be ignored."""
@@ -465,18 +481,25 @@ class Table(EventRows):
     def name(self) -> str:
         return self.path if isinstance(self.path, str) else str(next(iter(self.path), "table"))
 
-    def raw(self, optional: Collection[str] = ()) -> RawTable:
-        """As `EventRows.raw`; columns that are `optional` may be missing."""
-        columns = self._wanted()
+    def raw(self, optional: Collection[str] | None = None) -> RawTable:
+        """As `EventRows.raw`.
+
+        Args:
+            optional: columns that may be missing, in events that are brought to the model of a run; None in its log.
+        """
+        columns, is_log = self._wanted(), optional is None
+        remedy = "name the column in the configuration" if is_log else "rename the columns to those of the run's log"
 
         def wanted(names: list[str]) -> list[str]:
-            present = [name for name in columns if name in names or name not in optional]
-            require_columns(str(self.path), names, present, "name the column in the configuration")
+            present = [name for name in columns if name in names or name not in (optional or ())]
+            require_columns(str(self.path), names, present, remedy)
             return present
 
         try:
             return read_files(self.path, self._file_form(), wanted, self.on_bad_rows == "drop")
         except DataError as error:
+            if not is_log:
+                raise
             roles = {role: getattr(self, f"{role}_column") for role in OF_COMMAND}
             roles["timestamp"] = self._time_columns()[0]
             typed = suggestion(self.path, self._file_form(), roles)
