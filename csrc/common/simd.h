@@ -69,6 +69,18 @@ UBP_INLINE void store(float* target, Vec value) { store_as(target, value); }
 
 UBP_INLINE Vec broadcast(float value) { return Vec{} + value; }
 
+// The number itself, of which the compiler knows nothing: no product becomes part of an FMA.
+UBP_INLINE Vec rounded_by_itself(Vec value) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(value));
+#elif defined(__aarch64__)
+  asm("" : "+w"(value));
+#else
+  asm("" : "+x"(value));
+#endif
+  return value;
+}
+
 UBP_INLINE Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
 
 // Lane numbers. Written out: GCC builds vectors that a loop fills lane by lane when it runs, not before.

@@ -119,6 +119,22 @@ bool forward_item(const FlashAttentionProblem& problem, Task task, Workspace& wo
   return true;
 }
 
+// Whether rows see keys of several blocks, or drop some: else <dO, O> is the sum of P <dO, V>, of weights
+// that are all at hand.
+inline bool are_partial(const FlashAttentionProblem& problem, const Task& task) {
+  return task.keys > kKeyBlock || problem.threshold > 0;
+}
+
+// Values that are all 0 say nothing of the output. The gradient of the log-sum-exp comes with such, and with
+// an output that is not theirs.
+template <class A>
+bool are_zeros(Operand<A> rows, int64_t count, const Task& task) {
+  for (int64_t row = 0; row < count; ++row)
+    for (int64_t step = 0; step < steps_of<A>(task); ++step)
+      if (rows.data[row * rows.stride + step] != 0) return false;
+  return true;
+}
+
 // <a_i, b_i> of each row, summed in the order of `multiply`: where a query sees one key, <dO, V> and <dO, O>
 // are then the same number and their difference is 0, not a rounding error.
 template <class A>
@@ -154,7 +170,7 @@ struct BackwardHead {
   Operand<A> query, grad_output;               // rows
   const typename A::Element *keys, *values;    // transposed
   Operand<A> queries, all_keys, grad_outputs;  // as right sides of products over rows
-  const float* deltas;                         // <dO, O> of each row, or null
+  const float* deltas;                         // <dO, O> of each row, or null: see gradient_rows
   Target grad_query, grad_key, grad_value;
   bool is_filled;  // the targets hold sums, be they 0
   float *scores, *products;
@@ -186,7 +202,8 @@ void backward_block(const FlashAttentionProblem& problem, const Task& task, cons
         if (row_lse[each] == -INFINITY) here.each[each].visible = {0, 0};
       }
       gradient_rows<kIsPlain>(problem, task, here, scores, products, step, row_lse,
-                              head.deltas + first_row + row, head.bucket_sums);
+                              head.deltas == nullptr ? nullptr : head.deltas + first_row + row,
+                              head.bucket_sums);
     };
     side_by_side(rows, weigh);
     const int64_t row_steps = ceil_div(rows, A::kPair);
@@ -252,9 +269,11 @@ bool backward_item(const FlashAttentionProblem& problem, Task task, Workspace& w
                      value = rows_of(problem.value, task.first_key, task.keys, kAnyRows, value_copy);
     transpose<A>(key, task.keys, task, keys);
     transpose<A>(value, task.keys, task, values);
-    row_products(deltas, grad_output,
-                 rows_of(problem.output, task.first_query, task.queries, kAnyRows, output_copy), task.queries,
-                 steps_of<A>(task));
+    const bool reads_output = are_partial(problem, task) || are_zeros<A>(value, task.keys, task);
+    if (reads_output)
+      row_products(deltas, grad_output,
+                   rows_of(problem.output, task.first_query, task.queries, kAnyRows, output_copy),
+                   task.queries, steps_of<A>(task));
     T *grad_query_rows = head_of<T>(problem.grad_query, task.first_query, problem, task),
       *grad_key_rows = head_of<T>(problem.grad_key, task.first_key, problem, task),
       *grad_value_rows = head_of<T>(problem.grad_value, task.first_key, problem, task);
@@ -265,7 +284,7 @@ bool backward_item(const FlashAttentionProblem& problem, Task task, Workspace& w
                                over_rows<A>(query, task.queries, task, query_pairs),
                                over_rows<A>(key, task.keys, task, key_pairs),
                                over_rows<A>(grad_output, task.queries, task, grad_output_pairs),
-                               deltas,
+                               reads_output ? deltas : nullptr,
                                make_target(grad_query_rows, problem, task, grad_query_copy),
                                make_target(grad_key_rows, problem, task, grad_key_copy),
                                make_target(grad_value_rows, problem, task, grad_value_copy),
@@ -316,7 +335,7 @@ Prefetch make_prefetch(const FlashAttentionProblem& problem, const Task& task, i
     add(problem.query, coming.first_query, coming.queries);
     add(problem.key, coming.first_key, coming.keys);
     add(problem.value, coming.first_key, coming.keys);
-    if (!kIsForward) add(problem.output, coming.first_query, coming.queries);
+    if (!kIsForward && are_partial(problem, coming)) add(problem.output, coming.first_query, coming.queries);
     if (!kIsForward) add(problem.grad_output, coming.first_query, coming.queries);
   }
   // With every row of softmax forward, with every register tile backward.

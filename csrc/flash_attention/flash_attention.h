@@ -2,6 +2,7 @@
 //
 //   forward    S = scale Q K^T + bias;  lse_i = log sum_j exp(S_ij);  P_ij = exp(S_ij - lse_i);  O = (P * M)
 //   V backward   delta_i = <dO_i, O_i>;  dS_ij = P_ij (M_ij <dO_i, V_j> - delta_i)
+//              delta_i is also sum_j P_ij M_ij <dO_i, V_j>, where all of a row are at hand
 //              dQ = scale dS K;  dK = scale dS^T Q;  dV = (P * M)^T dO;  dbias = sums of dS by bucket
 //
 // Query i of a sequence with q queries and k keys has the place i + k - q (aligned at the end) and sees the

@@ -157,17 +157,45 @@ void softmax_rows(const FlashAttentionProblem& problem, const Task& task, const 
   for (int row = 0; row < kRows; ++row) sums[row] = sums[row] * factors[row] + sum_lanes(parts[row]);
 }
 
-// From products QK and <dO, V> to P * M and scale dS, both in place; adds dS to the sums of its buckets.
+// Weights and gradients of rows that see no key beyond the block, and of which none is dropped: <dO, O> is
+// the sum of P <dO, V>. Scores are rounded as forward rounds them: where a query sees one key, its weight is
+// 1 and its gradient 0.
+template <int kRows>
+void complete_gradients(const Rows<kRows>& rows, float* scores, float* products, int64_t stride,
+                        const float* lse, float scale) {
+  Vec parts[kRows] = {};
+  for (int64_t at = 0; at < rows.padded(); at += kWidth) {
+    const bool are_whole = rows.are_whole(at);
+#pragma GCC unroll 4
+    for (int row = 0; row < kRows; ++row) {
+      const int64_t place = row * stride + at;
+      Vec weight = exponential(rounded_by_itself(load(scores + place) * scale) - lse[row]),
+          product = load(products + place);
+      if (!are_whole) {
+        const IntVec is_visible = rows.each[row].is_visible(at);
+        weight = is_visible ? weight : Vec{};
+        product = is_visible ? product : Vec{};
+        store(products + place, product);
+      }
+      parts[row] += weight * product;
+      store(scores + place, weight);
+    }
+  }
+  float deltas[kRows];
+#pragma GCC unroll 4
+  for (int row = 0; row < kRows; ++row) deltas[row] = sum_lanes(parts[row]);
+  for (int64_t at = 0; at < rows.padded(); at += kWidth)
+#pragma GCC unroll 4
+    for (int row = 0; row < kRows; ++row) {
+      const int64_t place = row * stride + at;
+      store(products + place, load(scores + place) * (load(products + place) - deltas[row]) * scale);
+    }
+}
+
 template <bool kIsPlain, int kRows>
-void gradient_rows(const FlashAttentionProblem& problem, const Task& task, const Rows<kRows>& rows,
-                   float* scores, float* products, int64_t stride, const float* lse, const float* deltas,
-                   double* bucket_sums) {
-  const bool has_bias = !kIsPlain && problem.time_bias != nullptr;
-  int32_t buckets[kIsPlain ? 1 : kRows][kIsPlain ? 1 : kKeyBlock];
-  if (has_bias)
-    for (int row = 0; row < kRows; ++row)
-      add_time_bias(problem, task, rows.each[row], scores + row * stride, buckets[row]);
-  const float scale = has_bias ? 1.f : problem.scale;
+void partial_gradients(const FlashAttentionProblem& problem, const Task& task, const Rows<kRows>& rows,
+                       float* scores, float* products, int64_t stride, const float* lse, const float* deltas,
+                       float scale) {
   for (int64_t at = 0; at < rows.padded(); at += kWidth) {
     const bool are_whole = rows.are_whole(at);
 #pragma GCC unroll 4
@@ -190,6 +218,24 @@ void gradient_rows(const FlashAttentionProblem& problem, const Task& task, const
       store(products + place, gradient);
     }
   }
+}
+
+// From products QK and <dO, V> to P * M and scale dS, both in place; adds dS to the sums of its buckets.
+// `deltas`: <dO, O> of each row; null for rows that are complete.
+template <bool kIsPlain, int kRows>
+void gradient_rows(const FlashAttentionProblem& problem, const Task& task, const Rows<kRows>& rows,
+                   float* scores, float* products, int64_t stride, const float* lse, const float* deltas,
+                   double* bucket_sums) {
+  const bool has_bias = !kIsPlain && problem.time_bias != nullptr;
+  int32_t buckets[kIsPlain ? 1 : kRows][kIsPlain ? 1 : kKeyBlock];
+  if (has_bias)
+    for (int row = 0; row < kRows; ++row)
+      add_time_bias(problem, task, rows.each[row], scores + row * stride, buckets[row]);
+  const float scale = has_bias ? 1.f : problem.scale;
+  if (deltas == nullptr)
+    complete_gradients(rows, scores, products, stride, lse, scale);
+  else
+    partial_gradients<kIsPlain>(problem, task, rows, scores, products, stride, lse, deltas, scale);
   if (!has_bias) return;
   for (int row = 0; row < kRows; ++row) {
     float* gradients = products + row * stride;

@@ -554,13 +554,13 @@ Side<A> make_side(const Run<A>& run, Memory& memory, int64_t first, int64_t coun
   // More than needed: rows a power of two apart would share few sets of the cache.
   side.step_stride = padded + 16;
   side.stride = padded / A::kPair + 16;
-  side.rows = memory.take_zeros<typename A::Element>((count + 1) * side.stride);
+  const int64_t stored = stored_rows(side);
+  side.rows = memory.take<typename A::Element>(stored * side.stride);
   side.steps = side.rows;
-  if (is_column)
-    side.panels = memory.take_zeros<typename A::Element>(round_up(count, kPanel<A>) * side.width);
+  if (is_column) side.panels = memory.take<typename A::Element>(stored * side.width);
   if (!run.is_backward) return side;
-  if (kIsScaled<A>) side.steps = memory.take_zeros<typename A::Element>((count + 1) / 2 * side.step_stride);
-  if (first < run.rows) side.grad = memory.take_zeros<typename A::Real>(count * side.step_stride);
+  if (kIsScaled<A>) side.steps = memory.take<typename A::Element>(stored / 2 * side.step_stride);
+  if (first < run.rows) side.grad = memory.take<typename A::Real>(count * side.step_stride);
   return side;
 }
 

@@ -69,9 +69,9 @@ class Memory {
 template <class A>
 struct Side {
   int64_t first, count;                // numbers of its rows among [left; right]
-  typename A::Element* rows;           // [count rounded up, stride]
+  typename A::Element* rows;           // [stored_rows, stride], zeros behind the last one
   typename A::Element* steps;          // two rows side by side for pairs, else `rows`
-  typename A::Element* panels;         // [count / panel][steps of a row][panel]; columns only
+  typename A::Element* panels;         // [stored_rows / panel][steps of a row][panel]; columns only
   typename A::Real* grad;              // [count, step_stride]
   int64_t stride, step_stride, width;  // `width`: steps of a row
 };
@@ -102,6 +102,12 @@ struct Run {
 
 template <class A>
 constexpr int64_t kPanel = kRegisterColumns * A::kLanes;  // columns of one packed panel
+
+// At least one more than there are, and whole panels.
+template <class A>
+int64_t stored_rows(const Side<A>& side) {
+  return round_up(side.count + 1, kPanel<A>);
+}
 
 // Largest |s| / tau whose exponential one Real holds for rows and columns, see cpu.cpp.
 template <class A>
@@ -236,9 +242,15 @@ inline uint32_t pair_of(double low, double high) {
   return uint32_t{a.bits} | uint32_t{b.bits} << 16;
 }
 
+template <class Number>
+void fill_zeros(Number* numbers, int64_t begin, int64_t end) {
+  std::memset(static_cast<void*>(numbers + begin), 0, static_cast<size_t>(end - begin) * sizeof(Number));
+}
+
 template <class A>
 void store_row(const Side<A>& side, int64_t at, const double* row) {
   typename A::Element* target = side.rows + at * side.stride;
+  fill_zeros(target, side.width, side.stride);
   for (int64_t step = 0; step < side.width; ++step) {
     if constexpr (kIsScaled<A>)
       target[step] = pair_of(row[2 * step], row[2 * step + 1]);
@@ -267,24 +279,33 @@ struct SideOfRun {
   const Side<A>* side;
 };
 
+// Zeros are filled in here, too: by all threads, where a few of the rows at a time are near anyway.
 template <class A>
 void prepare_block(void* context, int64_t block, int) {
   const auto& [run, side] = *static_cast<SideOfRun<A>*>(context);
   alignas(64) double row[kMaxWidth + 16];
   const int64_t padded = round_up(run->problem->width, 16), start = block * kChunk,
-                end = smaller(start + kChunk, side->count);
-  for (int64_t at = start; at < end; ++at) {
-    for (int64_t column = run->problem->width; column < padded; ++column) row[column] = 0.0;
-    read_row(*run->problem, place_of(*run->problem, side->first + at), row);
-    normalise(*run, side->first + at, row, padded);
+                end = smaller(start + kChunk, side->count),
+                stored_end = end == side->count ? stored_rows(*side) : end;
+  for (int64_t at = start; at < stored_end; ++at) {
+    const bool exists = at < end;
+    fill_zeros(row, exists ? run->problem->width : 0, padded);
+    if (exists) {
+      read_row(*run->problem, place_of(*run->problem, side->first + at), row);
+      normalise(*run, side->first + at, row, padded);
+    }
     store_row(*side, at, row);
     if (side->panels != nullptr) pack_column(*run, *side, at, row);
   }
-  if constexpr (kIsScaled<A>) {  // the row after the last one is zero
+  if (side->grad != nullptr) fill_zeros(side->grad, start * side->step_stride, end * side->step_stride);
+  if constexpr (kIsScaled<A>) {
     if (run->is_backward)
-      for (int64_t at = start; at < end; at += 2)
+      for (int64_t at = start; at < stored_end; at += 2) {
+        typename A::Element* steps = side->steps + at / 2 * side->step_stride;
         A::join_rows(side->rows + at * side->stride, side->rows + (at + 1) * side->stride, side->width,
-                     side->steps + at / 2 * side->step_stride);
+                     steps);
+        fill_zeros(steps, 2 * side->width, side->step_stride);
+      }
   }
 }
 

@@ -52,6 +52,18 @@ def test_native_matches_reference(case: PackedCase, dtype: torch.dtype, isa: str
         assert_matches_reference(*parts, f"{OP} {name}", f"{case}, {isa}")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_query_that_sees_one_key_gives_it_no_gradient(dtype: torch.dtype, isa: str) -> None:
+    """Exactly none: its weight is 1 whatever the score. A scale that is no power of two rounds the scores."""
+    lengths, width = torch.tensor([1, 1, 9, 256, 300]), 24
+    query, key, value = torch.randn(3, int(lengths.sum()), 2, width).to(dtype).requires_grad_().unbind()
+    offsets = functional.pad(lengths.cumsum(0), (1, 0))
+    output = flash_attention(query, key, value, offsets, window=0, backend="native")
+    gradients = torch.autograd.grad(output, (query, key, value), torch.randn(output.shape).to(dtype))
+    assert not gradients[0].any() and not gradients[1].any(), isa
+    assert gradients[2].any()
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_reference_matches_pytorch(is_causal: bool) -> None:
     query, key, value, cu_seqlens, _ = packed_inputs(MIXED, torch.float64)

@@ -159,6 +159,14 @@ def test_normalised_loss_ignores_the_length_of_rows(scale: float, dtype: torch.d
     torch.testing.assert_close(scaled, plain, rtol=40 * torch.finfo(dtype).eps, atol=0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_are_finite_whose_sum_is_not(dtype: torch.dtype) -> None:
+    left, right = (part.abs() for part in pair(17, 100, torch.float64))
+    scale = torch.finfo(dtype).max / (2 * left.max())
+    left, right, large = left.to(dtype), right.to(dtype), (left * scale).to(dtype)
+    torch.testing.assert_close(nt_xent(large, right), nt_xent(left, right), rtol=40 * torch.finfo(dtype).eps, atol=0)
+
+
 @FORMS
 @BACKENDS
 def test_zero_rows_stay_zero_and_get_no_gradient(backend: str, dtype: torch.dtype, negatives: str) -> None:

@@ -464,8 +464,9 @@ def _backward(ctx, grad_output, grad_lse):
 def _backward_of_lse(grad_lse, output, lse, inputs, options):
     """Gradients through the log-sum-exp, dS_ij = P_ij g_i, by the same kernels.
 
-    Without values dS_ij = -P_ij delta_i, and delta_i = <grad, output> is -g_i for the rows below. Two columns hold the
-    leading and the trailing digits of g, whatever the dtype.
+    With values 0, at which they read the output that they are given, dS_ij = -P_ij delta_i, and delta_i =
+    <grad, output> is -g_i for the rows below. Two columns hold the leading and the trailing digits of g, whatever the
+    dtype.
     """
     query, key, value, *rest = inputs
     grad, minus_one = torch.zeros_like(output), torch.zeros_like(output)

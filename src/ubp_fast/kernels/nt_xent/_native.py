@@ -53,7 +53,8 @@ def backward(
         nothing = [None if part is None else part.zero_() for part in (left, right, positive)]
         return *nothing, torch.zeros_like(problem.temperature)  # type: ignore[return-value]
     losses, weights, shares = (
-        part.view(problem.directions, -1)[:, kept].contiguous() for part in (row_losses, weight, shares)
+        (part if len(kept) == len(problem.left) else part.view(problem.directions, -1)[:, kept]).contiguous()
+        for part in (row_losses, weight, shares)
     )
     scale = float(factor) / float(problem.temperature)
     found = {"weight": weights.float(), "shares": shares, "factor": scale, "grad_left": left, "grad_right": right}

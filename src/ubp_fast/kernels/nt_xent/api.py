@@ -407,13 +407,13 @@ def check_values(
 
 
 def _has_finite_sum(rows: Tensor) -> bool:
-    """The quick look: a finite sum has finite parts.
+    """The quick look: a finite sum has finite parts. Sums that overflow are left to the long look.
 
     On a CPU in pieces that PyTorch sums on the thread that calls. Its helpers, once awake, keep cores busy for
     milliseconds in which they wait for more, and the kernel's threads need those cores.
     """
     pieces = rows.detach().reshape(-1).split(LARGEST_SERIAL_SUM if rows.is_cpu else max(1, rows.numel()))
-    return math.isfinite(sum(piece.sum(dtype=torch.float64).item() for piece in pieces))
+    return math.isfinite(sum(piece.sum().item() for piece in pieces))
 
 
 def _raise_bad_rows(
