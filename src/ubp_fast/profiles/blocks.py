@@ -137,8 +137,9 @@ class Layout:
 
     @property
     def forecasts(self) -> np.ndarray | None:
-        """Positions i64 of the columns of `FORECASTS`; None where a block of them is missing."""
-        return self.columns_of(*FORECASTS) if {*FORECASTS} <= {block.name for block in self.blocks} else None
+        """Positions i64 of the columns of `FORECASTS`; None where a block of them is missing or has no columns."""
+        filled = {block.name for block in self.blocks if block.columns}
+        return self.columns_of(*FORECASTS) if {*FORECASTS} <= filled else None
 
     def select(self, *names: str) -> Layout:
         """The layout of these blocks alone, in the profile's order."""

@@ -185,6 +185,8 @@ def test_a_regression_may_believe_few_columns_of_a_label_first():
     assert told.samples[0].choice.startswith(linear.FEW_FIRST)
     assert told.aurocs[0] > plain.aurocs[0] + 0.01
     assert laid_out(bare, own=200, other=WIDTH).layout.forecasts is None
+    nothing = laid_out(bare, own=200 + WIDTH, scores=0)  # too few buyers to learn from
+    assert scores_of("linear", (nothing, targets)).others["linear"]["propensity_sku"].aurocs == plain.aurocs
 
 
 @pytest.mark.parametrize(

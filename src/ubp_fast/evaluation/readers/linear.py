@@ -108,7 +108,7 @@ class Regression:
         vectors: [U, D] on the device.
         rows: i64 [n], the clients to learn from, in the order that folds are dealt in; at least 2 * `FOLDS`.
         labels: float32 [n, L].
-        forecasts: i64, the columns among which that which comes first is chosen; None: three of all.
+        forecasts: i64, the columns among which that which comes first is chosen, at least one; None: three of all.
     """
 
     def __init__(

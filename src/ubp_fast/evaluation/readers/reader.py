@@ -37,7 +37,7 @@ class ReaderData:
             they are standardised.
         read: float16 or float32 [U, D] on the device, which `linear` and `boosting` read after they have learned from
             `vectors`; None: the same.
-        forecasts: i64, columns of the blocks `profiles.blocks.FORECASTS`; None where the vectors have no such blocks.
+        forecasts: i64, columns of the blocks `profiles.blocks.FORECASTS`; None where the vectors have no such columns.
     """
 
     vectors: torch.Tensor
