@@ -163,9 +163,8 @@ class Regression:
         if self._forecasts is not None and self._logarithms is None:
             _, _, mean, scale = _centred(self._whole)
             mean, deviation = (mean + self._shift)[self._forecasts], scale.sqrt()[self._forecasts]
-            columns = self._vectors.index_select(1, self._forecasts)
-            blocks = _blocks(columns, self._rows)
-            self._logarithms = log_means((block - mean) / deviation for _, block in blocks)
+            blocks = (block[:, self._forecasts] for _, block in _blocks(self._vectors, self._rows))
+            self._logarithms = log_means((block - mean) / deviation for block in blocks)
         return self._logarithms
 
     def _width(self, labels: slice) -> int:
