@@ -14,7 +14,15 @@ from support.shops import EMPTY_CLIENT, END_S, NUM_SKUS, make_store
 from ubp_fast.events.split import DAY_S
 from ubp_fast.features import writing
 from ubp_fast.features.history import History
-from ubp_fast.features.tastes import TastesConfig, fit_tastes, taste_features, tastes_of
+from ubp_fast.features.tastes import (
+    ItemNeighbours,
+    TastesConfig,
+    fit_neighbours,
+    fit_tastes,
+    item_counts,
+    taste_features,
+    tastes_of,
+)
 from ubp_fast.store.event_store import EventStore
 from ubp_fast.store.ids import drawn
 
@@ -34,6 +42,13 @@ def tastes(
 
 def dense(store: EventStore, kinds: tuple[str, ...]) -> np.ndarray:
     """The matrix that is factorised, event by event."""
+    matrix = np.concatenate([np.log1p(counts) for counts in decayed(store, kinds)], axis=1)
+    length = np.linalg.norm(matrix, axis=0)
+    return matrix / np.where(length > 0, length, 1) ** 0.5
+
+
+def decayed(store: EventStore, kinds: tuple[str, ...]) -> list[np.ndarray]:
+    """Decayed counts [clients, items] of every kind, event by event."""
     found = []
     for kind in kinds:
         columns = store.kind(kind)
@@ -47,10 +62,8 @@ def dense(store: EventStore, kinds: tuple[str, ...]) -> np.ndarray:
                         [] if columns.codes is None else [256 * n + int(c) for n, c in enumerate(columns.codes[row])]
                     )
                     counts[client, items] += 0.5 ** (age_days / 60)
-        found.append(np.log1p(counts))
-    matrix = np.concatenate(found, axis=1)
-    length = np.linalg.norm(matrix, axis=0)
-    return matrix / np.where(length > 0, length, 1) ** 0.5
+        found.append(counts)
+    return found
 
 
 @pytest.mark.parametrize(
@@ -212,3 +225,76 @@ def test_weights_of_many_items_are_held_few_times() -> None:
     found = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
     assert float(found.stdout) < 3.2, f"{float(found.stdout):.1f} copies"
+
+
+LABELS = {
+    "propensity_sku": (np.arange(NUM_SKUS)[::-1].copy(), np.ones(NUM_SKUS)),
+    "propensity_category": (np.arange(7, 12), np.ones(5)),
+}
+BOUGHT_OR_CARTED = TastesConfig(("product_buy", "add_to_cart"))
+
+
+@pytest.mark.parametrize("number", [4, 10_000])
+def test_neighbours_are_the_nearest_columns(store: EventStore, number: int) -> None:
+    bought, carted = decayed(store, BOUGHT_OR_CARTED.kinds)
+    rows = np.log1p(np.concatenate([bought[:, : store.num_skus], carted[:, : store.num_skus]], axis=1))
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    scale = np.where(lengths > 0, 1 / np.maximum(lengths, 1e-9), 0)
+    found = fit_neighbours(store, CUTOFF_S, LABELS, BOUGHT_OR_CARTED, number)
+    assert [one.items.tolist() for one in found.items.values()] == [[*range(store.num_skus)]] * 2
+    counted = item_counts(History.of(store, CUTOFF_S), BOUGHT_OR_CARTED, found.items)
+    np.testing.assert_allclose(counted.lengths, lengths, rtol=1e-5)
+    for name, (ids, _) in LABELS.items():
+        label = store.label_of_sku(name, ids)
+        members = label[:, None] == np.arange(len(ids))
+        columns = np.log1p(bought[:, : store.num_skus] @ members) * scale
+        products = (rows * scale).T @ columns
+        norms = np.linalg.norm(rows * scale, axis=0)[:, None] * np.linalg.norm(columns, axis=0)
+        cosines = np.where(norms > 0, products / np.maximum(norms, 1e-12), 0) * ~np.tile(members, (2, 1))
+        nearest = np.zeros_like(cosines)
+        for column in range(len(ids)):
+            order = np.argsort(-cosines[:, column])[:number]
+            nearest[order, column] = cosines[order, column]
+        one = found.lists[name]
+        sparse = np.zeros_like(cosines)
+        sparse[np.repeat(np.arange(len(rows.T)), np.diff(one.starts)), one.labels] = one.cosines
+        np.testing.assert_allclose(sparse, nearest, atol=1e-6)
+        assert (one.cosines > 0).all()
+        every = counted.products(one, len(ids))
+        np.testing.assert_allclose(every, rows @ nearest, rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(counted.products(one, len(ids), slice(7, 20)), every[7:20])
+
+
+def test_neighbours_are_those_of_drawn_clients_before_the_cutoff(store: EventStore, tmp_path: Path) -> None:
+    def arrays(of: EventStore, clients: int = 200_000) -> dict[str, np.ndarray]:
+        config = replace(BOUGHT_OR_CARTED, clients=clients)
+        return fit_neighbours(of, CUTOFF_S, LABELS, config, 8).arrays
+
+    changed = make_store(tmp_path, clients=60, scrambled_from_s=CUTOFF_S)
+    ours, theirs = arrays(store), arrays(changed)
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(theirs[name], array) for name, array in ours.items())
+    few = arrays(store, 20)
+    assert not np.array_equal(few["propensity_sku/cosines"], ours["propensity_sku/cosines"])
+
+
+def test_neighbours_of_many_items_are_the_frequent_ones(store: EventStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ubp_fast.features.tastes.MOST_ITEMS", 6)
+    found = fit_neighbours(store, CUTOFF_S, LABELS, BOUGHT_OR_CARTED, 100)
+    for kind, one in found.items.items():
+        columns = store.kind(kind)
+        counts = np.bincount(columns.item[columns.timestamp_s < CUTOFF_S], minlength=store.num_skus)
+        assert len(one.items) == 6 and (np.diff(one.items) > 0).all()
+        assert counts[one.items].min() >= np.delete(counts, one.items).max()
+    again = ItemNeighbours.of_arrays(found.arrays)
+    for name, array in found.arrays.items():
+        np.testing.assert_array_equal(again.arrays[name], array)
+
+
+def test_where_nothing_happened_nothing_goes_with_a_label(store: EventStore) -> None:
+    found = fit_neighbours(store, store.first_timestamp_s, LABELS, BOUGHT_OR_CARTED, 8)
+    assert all(len(one.labels) == 0 for one in found.lists.values())
+    counted = item_counts(History.of(store, CUTOFF_S), BOUGHT_OR_CARTED, found.items)
+    assert counted.lengths.any() and not counted.products(found.lists["propensity_sku"], NUM_SKUS).any()
+    nobody = item_counts(History.of(store, CUTOFF_S).part(0, 0), BOUGHT_OR_CARTED, found.items)
+    assert nobody.products(found.lists["propensity_sku"], NUM_SKUS).shape == (0, NUM_SKUS)

@@ -86,7 +86,8 @@ def test_scores_are_those_of_the_network_written_out(shop: EventStore, scorer: P
     is_category = category == category[is_sku][0]
     counted = [counts_of(shop, client, cutoff_s) for client in range(shop.num_clients)]
     popularity = []
-    items = scorer.factors.items
+    items, neighbours = scorer.factors.items, scorer.factors.neighbours
+    assert neighbours is not None and list(neighbours.items) == list(KINDS)
     assert list(items) == ["product_buy", "add_to_cart", "page_visit", "search_query"]
     of_label = sum(items[kind].weights[is_sku[items[kind].items]].sum(axis=0, dtype=np.float64) for kind in KINDS)
     is_sku, is_category = (np.pad(array, (0, 16 * 256 - len(array))) for array in (is_sku, is_category))
@@ -109,6 +110,13 @@ def test_scores_are_those_of_the_network_written_out(shop: EventStore, scorer: P
         for rank in CONFIG.tastes:
             product = mine[:rank] @ of_label[:rank] / np.linalg.norm(of_label[:rank])
             tastes += [product, product / max(np.linalg.norm(mine[:rank]), 1e-9)]
+        of_items, cosines = neighbours.items, neighbours.lists["propensity_sku"]
+        has = np.concatenate([np.log1p(counts[kind][3][one.items]) for kind, one in of_items.items()])
+        near = np.zeros(len(has))
+        for item in range(len(has)):
+            entries = slice(cosines.starts[item], cosines.starts[item + 1])
+            near[item] = cosines.cosines[entries][cosines.labels[entries] == NUM_SKUS - 1 - 13].sum()
+        tastes += [has @ near, has @ near / max(np.linalg.norm(has), 1e-9)]
         inputs = {"client": activity, "label": np.array(popularity), "pair": np.array(pair + changes + of_category)}
         inputs["taste"] = np.array(tastes)
         hidden = arrays["bias_1"].copy()
@@ -162,12 +170,13 @@ def test_a_client_alone_has_a_score_of_coming_back(shop: EventStore, scorer: Pai
         assert rate == pytest.approx(returns.mean(), abs=0.15), "log odds of real rates"
 
 
-def test_tastes_tell_what_was_never_bought(tmp_path: Path) -> None:
+def test_tastes_and_neighbours_tell_what_was_never_bought(tmp_path: Path) -> None:
     """Clients buy skus of one residue of 5; without its own counts a label is known by what its buyers buy besides."""
     store = make_store(tmp_path, clients=150, kinds=("product_buy",))
-    found = {}
-    for tastes in ((), (4,)):
-        scorer = PairScorer.fit(store, CUTOFFS, lists("sku"), replace(CONFIG, tastes=tastes))
+    found: dict[tuple[tuple[int, ...], int], float] = {}
+    for tastes, neighbours in (((), 0), ((4,), 0), ((), 10)):
+        config = replace(CONFIG, tastes=tastes, item_neighbours=neighbours)
+        scorer = PairScorer.fit(store, CUTOFFS, lists("sku"), config)
         assert [one.weights.shape[1] for one in scorer.factors.items.values()] == [*tastes]
         values = scores(scorer, store)[:, 1:]
         columns, rows = store.kind("product_buy"), np.arange(store.num_clients)
@@ -178,8 +187,9 @@ def test_tastes_tell_what_was_never_bought(tmp_path: Path) -> None:
         never = ~bought[:, sku] & (np.diff(columns.offsets) > 5)[:, None]
         liked = (sku % 5 == rows[:, None] % 5)[never]
         ranks = values[never].argsort().argsort()
-        found[tastes] = (ranks[liked].mean() - (liked.sum() - 1) / 2) / (~liked).sum()
-    assert found[(4,)] > 0.9 and found[(4,)] > found[()] + 0.1
+        found[tastes, neighbours] = (ranks[liked].mean() - (liked.sum() - 1) / 2) / (~liked).sum()
+    nothing, *others = found.values()
+    assert min(others) > max(0.9, nothing + 0.1)
 
 
 def test_a_past_window_is_scored_by_the_tastes_of_its_time(shop: EventStore, scorer: PairScorer) -> None:
@@ -243,10 +253,15 @@ def test_files_hold_all_of_it(shop: EventStore, scorer: PairScorer, tmp_path: Pa
     np.testing.assert_array_equal(scores(read, shop), scores(scorer, shop))
 
 
-def test_a_model_without_tastes_is_read_from_its_file(shop: EventStore) -> None:
-    config = replace(CONFIG, tastes=(), epochs=1)
+@pytest.mark.parametrize(("tastes", "neighbours"), [((), 0), ((), 5), ((4,), 0)])
+def test_a_model_without_tastes_or_neighbours_is_read_from_its_file(
+    shop: EventStore, tastes: tuple[int, ...], neighbours: int
+) -> None:
+    config = replace(CONFIG, tastes=tastes, item_neighbours=neighbours, epochs=1)
     scorer = PairScorer.fit(shop, CUTOFFS, ALL, config)
-    np.testing.assert_array_equal(scores(PairScorer.of_arrays(scorer.arrays, config), shop), scores(scorer, shop))
+    # The configuration of a model from before there were neighbours does not name them.
+    for one in (config, replace(config, item_neighbours=PairScorerConfig.item_neighbours)):
+        np.testing.assert_array_equal(scores(PairScorer.of_arrays(scorer.arrays, one), shop), scores(scorer, shop))
 
 
 def test_an_interrupted_fit_goes_on_from_its_parts(
@@ -310,6 +325,7 @@ def test_nothing_to_learn_from_is_no_column(shop: EventStore) -> None:
         ({"half_lives_days": (0.0,)}, "half_lives_days"),
         ({"hidden": (8, 0)}, "hidden"),
         ({"tastes": (16, 8)}, "tastes"),
+        ({"item_neighbours": -1}, "item_neighbours"),
         ({"client_epochs": 0}, "client_epochs"),
     ],
 )

@@ -9,10 +9,16 @@ would fill the first factors. Found by subspace iteration: a few products of the
 catalogue may be of any size. A client's own counts and the item weights V alone make its row, also those of a client
 who was not there when V was fitted.
 Source: Halko, Martinsson, Tropp, Finding structure with randomness, 2011.
+
+Few factors know what is bought by many. Beside them stand the items that go with a label, one by one: those whose
+columns of A are nearest to the label's by the cosine, rows divided by their length before, so that a client who buys
+everything says little of any two things. A label's own items are none of them.
+Source: Sarwar, Karypis, Konstan, Riedl, Item-based collaborative filtering recommendation algorithms, 2001.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,9 +30,10 @@ import torch
 from torch import Tensor
 
 from ubp_fast.compiled import njit
-from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, NUM_CODES
+from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, NUM_CODES, SKU_KINDS, LabelLists
 from ubp_fast.features.history import Column, History, features_of, num_items
 from ubp_fast.features.matrix import Features
+from ubp_fast.features.popular import label_slots
 from ubp_fast.store.event_store import EventStore
 from ubp_fast.store.ids import in_drawn_order
 
@@ -35,6 +42,8 @@ from ubp_fast.store.ids import in_drawn_order
 FAINT = 1e-4
 SPARE_FACTORS = 16
 ITERATIONS = 6
+# Items of a kind that may go with a label: the most frequent ones.
+MOST_ITEMS = 4000
 
 
 @dataclass(frozen=True)
@@ -177,12 +186,17 @@ def _candidates(history: History, kind: str, config: TastesConfig) -> np.ndarray
     count = num_items(history.store, kind)
     if num_candidates(history.store, kind, config) == count:
         return np.arange(count, dtype=np.int32)
-    visits = np.zeros(count, np.int64)
-    for part in history.parts(config.rank):
+    return _most_frequent(history, kind, config.pages)
+
+
+def _most_frequent(history: History, kind: str, number: int) -> np.ndarray:
+    """Items of a kind that the clients had most often before the cutoff, int32 ascending."""
+    counts = np.zeros(num_items(history.store, kind), np.int64)
+    for part in history.parts(1):
         events = part.events(kind)
         assert events.item is not None
-        visits += np.bincount(events.item[events.timestamp_s < history.cutoff_s], minlength=count)
-    most = np.argsort(-visits, kind="stable")[: config.pages]
+        counts += np.bincount(events.item[events.timestamp_s < history.cutoff_s], minlength=len(counts))
+    most = np.argsort(-counts, kind="stable")[:number]
     return np.sort(most).astype(np.int32)
 
 
@@ -273,3 +287,174 @@ def _weights(matrix: Tensor, rank: int, seed: int) -> np.ndarray:
     weights *= rows**0.5 / values[:kept]
     found[:, :kept] = weights.numpy()
     return found
+
+
+class Cosines(NamedTuple):
+    """How near items are to the labels of a list, sparse.
+
+    Attributes:
+        starts: int64 [n + 1], where the labels of each item begin.
+        labels: int32 [entries], positions in the list.
+        cosines: float32 [entries], > 0.
+    """
+
+    starts: np.ndarray
+    labels: np.ndarray
+    cosines: np.ndarray
+
+
+class ItemCounts(NamedTuple):
+    """What the clients at hand have of some items: log1p of decayed counts, sparse.
+
+    Attributes:
+        offsets: int64 [U + 1].
+        items: int32 [entries], rows of all kinds end to end.
+        values: float32 [entries].
+        lengths: float32 [U, 1], root of the sum of squares of each client's values.
+    """
+
+    offsets: np.ndarray
+    items: np.ndarray
+    values: np.ndarray
+    lengths: np.ndarray
+
+    def products(self, cosines: Cosines, num_labels: int, rows: slice = slice(None)) -> np.ndarray:
+        """Sum of the cosines of a client's items to each label, weighed by its values, float32 [rows, num_labels]."""
+        clients = np.arange(len(self.offsets) - 1)[rows]
+        found = np.zeros((len(clients), num_labels))
+        if len(clients):
+            offsets = self.offsets[clients[0] : clients[-1] + 2]
+            _sum_cosines(offsets, self.items, self.values, *cosines, found)
+        return found.astype(np.float32)
+
+
+class ItemNeighbours(NamedTuple):
+    """The items that go with the labels of some lists.
+
+    Attributes:
+        items: the items by kind of events, without weights: those that `Cosines` tell of, kinds end to end.
+        lists: list -> the cosines of its labels.
+    """
+
+    items: Weights
+    lists: Mapping[str, Cosines]
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """By name; for safetensors."""
+        of_items = {f"items/{kind}": one.items for kind, one in self.items.items()}
+        of_lists = {f"{name}/{key}": array for name, one in self.lists.items() for key, array in one._asdict().items()}
+        return of_items | of_lists
+
+    @classmethod
+    def of_arrays(cls, arrays: Mapping[str, np.ndarray]) -> ItemNeighbours:
+        """The neighbours that `arrays` belong to.
+
+        Raises:
+            KeyError: an array is missing.
+        """
+        items = {kind: _unweighed(arrays[f"items/{kind}"]) for kind in EVENT_KINDS if f"items/{kind}" in arrays}
+        names = dict.fromkeys(path.split("/")[0] for path in arrays if not path.startswith("items/"))
+        lists = {name: Cosines(*(arrays[f"{name}/{key}"] for key in Cosines._fields)) for name in names}
+        return cls(items, lists)
+
+
+def fit_neighbours(
+    store: EventStore, cutoff_s: int, lists: LabelLists, config: TastesConfig, number: int
+) -> ItemNeighbours:
+    """The items that went with labels before the cutoff, among the relevant clients.
+
+    Args:
+        store: event store.
+        cutoff_s: events before it are seen, seconds since 1970 UTC.
+        lists: whose labels are bought.
+        config: kinds, those with skus; half-life and the draw of clients.
+        number: items of all kinds together that go with a label, the nearest ones; more where some are as near.
+    """
+    history = History.of(store, cutoff_s)
+    history = replace(history, clients=_drawn(history, config))
+    items = {
+        kind: _unweighed(_most_frequent(history, kind, MOST_ITEMS))
+        for kind in history.present(config.kinds)
+        if kind in SKU_KINDS
+    }
+    slots, labels = label_slots(store, lists)
+    products = np.zeros((sum(len(one.items) for one in items.values()), len(labels)))
+    of_items, of_labels = np.zeros(len(products)), np.zeros(len(labels))
+    for part in history.parts(config.rank):
+        if "product_buy" in items:
+            bought = part.decayed("product_buy", (config.half_life_days,), slots, len(labels))
+            logarithms = np.log1p(bought.counts[:, 0]).astype(np.float32)
+            counts = item_counts(part, config, items)
+            _add_products(*counts[:3], bought.offsets, bought.slots, logarithms, products, of_items, of_labels)
+    products /= np.sqrt(np.maximum(of_items, np.finfo(np.float64).tiny))[:, None]
+    products /= np.sqrt(np.maximum(of_labels, np.finfo(np.float64).tiny))
+    first = 0
+    for one in items.values():
+        rows = np.arange(first, first + len(one.items))
+        for own in slots[one.items].T:
+            products[rows[own >= 0], own[own >= 0]] = 0
+        first += len(one.items)
+    found, first = {}, 0
+    for name, (ids, _) in lists.items():
+        found[name] = _nearest(products[:, first : first + len(ids)], number)
+        first += len(ids)
+    return ItemNeighbours(items, found)
+
+
+def _nearest(cosines: np.ndarray, number: int) -> Cosines:
+    """The largest of each column that are above 0."""
+    items, labels = cosines.shape
+    least = np.zeros(labels)
+    if items > number:
+        least = np.partition(cosines, items - number, axis=0)[items - number]
+    kept = (cosines >= least) & (cosines > 0)
+    starts = np.concatenate((np.zeros(1, np.int64), np.cumsum(kept.sum(axis=1))))
+    return Cosines(starts, np.nonzero(kept)[1].astype(np.int32), cosines[kept].astype(np.float32))
+
+
+def item_counts(part: History, config: TastesConfig, items: Weights) -> ItemCounts:
+    """What the clients at hand have of the items, all kinds side by side."""
+    clients, rows, values = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)], [np.zeros(0, np.float32)]
+    starts = dict(zip(items, itertools.accumulate((len(one.items) for one in items.values()), initial=0), strict=False))
+    for kind, offsets, item, value in _logarithms(part, config, items):
+        clients.append(np.repeat(np.arange(len(part.rows)), np.diff(offsets)))
+        rows.append(item + np.int32(starts[kind]))
+        values.append(value)
+    client, number = np.concatenate(clients), len(part.rows)
+    order = np.argsort(client, kind="stable")
+    offsets = np.concatenate((np.zeros(1, np.int64), np.cumsum(np.bincount(client, minlength=number))))
+    lengths = np.sqrt(np.bincount(client, np.concatenate(values).astype(np.float64) ** 2, number))
+    ordered = np.concatenate(rows)[order], np.concatenate(values)[order]
+    return ItemCounts(offsets, *ordered, lengths.astype(np.float32)[:, None])
+
+
+def _unweighed(items: np.ndarray) -> ItemWeights:
+    return ItemWeights(items, np.zeros((len(items), 0), np.float32))
+
+
+@njit
+def _add_products(  # pragma: no cover - compiled
+    offsets, items, values, label_offsets, labels, label_values, products, of_items, of_labels
+):
+    for client in range(offsets.size - 1):
+        square = 0.0
+        for entry in range(offsets[client], offsets[client + 1]):
+            square += np.float64(values[entry]) * values[entry]
+        if square == 0:
+            continue
+        for entry in range(offsets[client], offsets[client + 1]):
+            item, value = items[entry], values[entry] / square
+            of_items[item] += value * values[entry]
+            for other in range(label_offsets[client], label_offsets[client + 1]):
+                products[item, labels[other]] += value * label_values[other]
+        for other in range(label_offsets[client], label_offsets[client + 1]):
+            of_labels[labels[other]] += np.float64(label_values[other]) * label_values[other] / square
+
+
+@njit
+def _sum_cosines(offsets, items, values, starts, labels, cosines, found):  # pragma: no cover - compiled
+    for client in range(offsets.size - 1):
+        for entry in range(offsets[client], offsets[client + 1]):
+            for near in range(starts[items[entry]], starts[items[entry] + 1]):
+                found[client, labels[near]] += values[entry] * cosines[near]

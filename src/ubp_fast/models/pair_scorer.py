@@ -1,6 +1,6 @@
 """Pair scores: how likely a client buys a label in the next target window, by one model for all labels of a list.
 
-    score(client, label) = MLP(own counts of label and category | how the client's tastes fit the label |
+    score(client, label) = MLP(own counts of label and category | how the client's tastes and items fit the label |
                                popularity of the label | activity of the client)
     score(client)        = MLP(activity of the client)                                  buys, or carts, anything at all
 
@@ -10,7 +10,8 @@ popularity say in general: alone, its scores rank clients better than a regressi
 
 Own counts say nothing of a label that a client never bought. Tastes do: a few factors of everybody's decayed counts of
 all items, pages and searches (`features.tastes`), of the client and of the label's items, and the products of both;
-few, because many of them only say again what was bought. A past window's factors are fitted before that window.
+few, because many of them only say again what was bought; and the items that go with the label, weighed by what the
+client has of them. A past window's factors and neighbours are fitted before that window.
 
 One network per list of labels; rectified units, log odds out. Everything is counted before the cutoff, at three
 half-lives; what is compared among clients (popularity) comes from the statistics of the day. A pair's score does not
@@ -40,10 +41,14 @@ from ubp_fast.features.matrix import Features
 from ubp_fast.features.popular import label_slots
 from ubp_fast.features.scaling import DayStatistics, Sums, parts_of_rows
 from ubp_fast.features.tastes import (
+    ItemCounts,
+    ItemNeighbours,
     TastesConfig,
     Weights,
     arrays_of_weights,
+    fit_neighbours,
     fit_tastes,
+    item_counts,
     tastes_of,
     weights_of_arrays,
 )
@@ -84,6 +89,7 @@ class PairScorerConfig:
         activity_half_lives_days: of the client's activity.
         tastes: numbers of factors whose products are compared, ascending; none: own counts alone.
         taste_half_life_days: of the counts that are factorised.
+        item_neighbours: items that go with a label, the nearest ones by the cosine of their counts; 0: none.
         most_bought: skus of the newest window that are scored, the most bought ones, beside those of the label lists.
         windows: past windows at most that the scorer learns from.
         clients: drawn in every window at most.
@@ -104,6 +110,7 @@ class PairScorerConfig:
     activity_half_lives_days: tuple[float, ...] = (2.0, 5.0, 10.0, 20.0, 60.0, 180.0)
     tastes: tuple[int, ...] = (8, 16)
     taste_half_life_days: float = 120.0
+    item_neighbours: int = 300
     most_bought: int = 400
     windows: int = 6
     clients: int = 8192
@@ -129,8 +136,9 @@ class PairScorerConfig:
             raise UserError(f"PairScorerConfig: half_lives_days must be > 0, got {list(days)}")
         if list(self.tastes) != sorted({*self.tastes}) or min(self.tastes, default=1) < 1:
             raise UserError(f"PairScorerConfig: tastes must be ascending numbers >= 1, got {list(self.tastes)}")
-        if self.most_bought < 0:
-            raise UserError(f"PairScorerConfig: most_bought must be >= 0, got {self.most_bought}")
+        for name in ("item_neighbours", "most_bought"):
+            if getattr(self, name) < 0:
+                raise UserError(f"PairScorerConfig: {name} must be >= 0, got {getattr(self, name)}")
         if len(self.hidden) != 2 or min(self.hidden) < 1:
             raise UserError(f"PairScorerConfig: hidden must be two numbers >= 1, got {list(self.hidden)}")
 
@@ -138,6 +146,11 @@ class PairScorerConfig:
     def factors(self) -> TastesConfig:
         """What is factorised."""
         return TastesConfig(self.taste_kinds, max(self.tastes, default=1), self.taste_half_life_days)
+
+    @property
+    def of_items(self) -> TastesConfig:
+        """What is counted of the items that go with labels."""
+        return replace(self.factors, kinds=self.kinds)
 
 
 class Counts(NamedTuple):
@@ -150,6 +163,7 @@ class Counts(NamedTuple):
         totals: float32 [U, J] of all items.
         activity: float32 [U, A] how much, how long ago, on how many days.
         tastes: float32 [U, R] factors of what was bought; R = 0 where none are asked for.
+        items: counts of the items that go with labels, None where none are asked for.
     """
 
     starts: np.ndarray
@@ -158,24 +172,30 @@ class Counts(NamedTuple):
     totals: np.ndarray
     activity: np.ndarray
     tastes: np.ndarray
+    items: ItemCounts | None
 
 
 class Factors(NamedTuple):
-    """What tastes are made of.
+    """What says how a label fits a client who never had it.
 
     Attributes:
         items: weights of the items, by kind of events.
         labels: list -> for each number of factors r float32 [r, L], the sum of its items' weights with length 1.
+        neighbours: the items that go with the labels, None where none are asked for.
     """
 
     items: Weights
     labels: Mapping[str, Sequence[np.ndarray]]
+    neighbours: ItemNeighbours | None = None
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
         """By name; for safetensors."""
-        of_lists = {f"{name}/{len(array)}": array for name, arrays in self.labels.items() for array in arrays}
-        return {**{f"items.{name}": array for name, array in arrays_of_weights(self.items).items()}, **of_lists}
+        found = {f"items.{name}": array for name, array in arrays_of_weights(self.items).items()}
+        found |= {f"{name}/{len(array)}": array for name, arrays in self.labels.items() for array in arrays}
+        if self.neighbours is not None:
+            found |= {f"neighbours.{name}": array for name, array in self.neighbours.arrays.items()}
+        return found
 
     @classmethod
     def of_arrays(cls, arrays: Mapping[str, np.ndarray], lists: Iterable[str], config: PairScorerConfig) -> Factors:
@@ -185,8 +205,11 @@ class Factors(NamedTuple):
             KeyError: an array is missing.
         """
         labels = {name: [arrays[f"{name}/{rank}"] for rank in config.tastes] for name in lists if name in LISTS}
-        items = {name.removeprefix("items."): array for name, array in arrays.items() if name.startswith("items.")}
-        return cls(weights_of_arrays(items), labels)
+        items, near = (
+            {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+            for prefix in ("items.", "neighbours.")
+        )
+        return cls(weights_of_arrays(items), labels, ItemNeighbours.of_arrays(near) if near else None)
 
 
 class _PastFactors(Mapping[int, Factors]):
@@ -310,14 +333,14 @@ class PairScorer:
             client_ids = np.asarray(store.client_ids)[history.clients]
             rows = history.clients[drawn_ids(client_ids, config.clients, seed, window)]
             labels, factors = window_labels(store, Views(rows, np.full(len(rows), cutoff_s)), known), past[cutoff_s]
-            counts = _counts(replace(history, rows=rows, seen={}), config, factors.items)
+            counts = _counts(replace(history, rows=rows, seen={}), config, factors)
             popularity = popularity_of(history, config, (days or {}).get(cutoff_s) or DayStatistics())
             for name, parts in drawn.items():
                 label = labels[LISTS[name]]
                 assert isinstance(label, LabelMatrix)
                 group = _Group(slots[name], _category_slots(known, slots, name), {})
-                of_labels = factors.labels[name]
-                parts.append(_draw(label, counts, popularity, of_labels, group, config, len(cutoffs_s), random))
+                products = _products(counts, factors, name, len(group.slots))
+                parts.append(_draw(label, counts, popularity, products, group, config, len(cutoffs_s), random))
             for name, (label_name, opposite) in OF_CLIENTS.items():
                 if label_name in labels:
                     happened = labels[label_name]
@@ -387,21 +410,19 @@ class PairScorer:
             label_inputs[list_name] = np.ascontiguousarray((of_label + arrays["bias_1"]).T, np.float32)
 
         def columns(part: History) -> Iterator[Column]:
-            counts = _counts(part, self.config, factors.items)
+            counts = _counts(part, self.config, factors)
             for list_name, group in self.groups.items():
                 if list_name in OF_CLIENTS:
                     scores = _of_clients(counts, group)
                 else:
-                    of_labels = label_inputs[list_name], factors.labels[list_name]
-                    scores = self._scores(counts, len(popularity), group, *of_labels)
+                    scores = self._scores(counts, len(popularity), list_name, label_inputs[list_name], factors)
                 yield Column(self._names_of(list_name), "log odds", scores)
 
         return features_of(history, columns, directory)
 
-    def _scores(
-        self, counts: Counts, num_slots: int, group: _Group, of_label: np.ndarray, tastes: Sequence[np.ndarray]
-    ) -> np.ndarray:
+    def _scores(self, counts: Counts, num_slots: int, name: str, of_label: np.ndarray, factors: Factors) -> np.ndarray:
         """Log odds float32 [U, L]; of_label float32 [H, L]: what labels bring of which a client knows nothing."""
+        group = self.groups[name]
         arrays = group.arrays
         of_client = row_product(_scaled(counts.activity, arrays, "client"), arrays["client_weight"])
         last = [
@@ -414,7 +435,10 @@ class PairScorer:
             both = [
                 ((products - mean) * scale).clip(-CLIP, CLIP)
                 for products, mean, scale in zip(
-                    _products(counts.tastes[rows], tastes), arrays["taste_mean"], arrays["taste_scale"], strict=True
+                    _products(counts, factors, name, len(group.slots), rows),
+                    arrays["taste_mean"],
+                    arrays["taste_scale"],
+                    strict=True,
                 )
             ]
             of_both = np.stack(both, axis=1) if both else np.zeros((len(of_client[rows]), 0, len(group.slots)))
@@ -523,8 +547,12 @@ def _of_clients(counts: Counts, group: _Group) -> np.ndarray:
 
 def _fit_factors(store: EventStore, cutoff_s: int, lists: LabelLists, config: PairScorerConfig) -> Factors:
     """From the events before a cutoff."""
+    near = None
+    if config.item_neighbours:
+        bought = {name: lists[name] for name in LISTS if name in lists}
+        near = fit_neighbours(store, cutoff_s, bought, config.of_items, config.item_neighbours)
     if not config.tastes:
-        return Factors({}, dict.fromkeys(lists, ()))
+        return Factors({}, dict.fromkeys(lists, ()), near)
     with _one_thread():
         items = fit_tastes(store, cutoff_s, config.factors)
     of_labels: dict[str, list[np.ndarray]] = {}
@@ -542,7 +570,7 @@ def _fit_factors(store: EventStore, cutoff_s: int, lists: LabelLists, config: Pa
             length = np.linalg.norm(sums[:, :rank], axis=1, keepdims=True)
             found = (sums[:, :rank] / np.maximum(length, LEAST_LENGTH)).T
             of_labels[name].append(np.ascontiguousarray(found, np.float32))
-    return Factors(items, of_labels)
+    return Factors(items, of_labels, near)
 
 
 @contextmanager
@@ -556,14 +584,22 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _products(tastes: np.ndarray, of_labels: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
-    """Products of clients' and labels' tastes [U, L], as they are and by the length of the client's: two per rank."""
-    for of_label in of_labels:
-        mine = np.ascontiguousarray(tastes[:, : len(of_label)])
+def _products(
+    counts: Counts, factors: Factors, name: str, num_labels: int, rows: slice = slice(None)
+) -> Iterator[np.ndarray]:
+    """How the labels of a list fit some clients [rows, L]: two for each number of factors, two for the items that go
+    with labels; the products as they are, and by the length of the client's.
+    """
+    for of_label in factors.labels[name]:
+        mine = np.ascontiguousarray(counts.tastes[rows, : len(of_label)])
         products = row_product(mine, of_label)
         yield products
         length = np.sqrt(row_product(mine**2, np.ones((mine.shape[1], 1), np.float32)))
         yield products / np.maximum(length, np.float32(LEAST_LENGTH))
+    if factors.neighbours is not None and counts.items is not None:
+        products = counts.items.products(factors.neighbours.lists[name], num_labels, rows)
+        yield products
+        yield products / np.maximum(counts.items.lengths[rows], np.float32(LEAST_LENGTH))
 
 
 def scored_lists(store: EventStore, lists: LabelLists) -> LabelLists:
@@ -610,8 +646,8 @@ def _category_slots(lists: LabelLists, slots: Mapping[str, np.ndarray], name: st
     return np.full(len(slots[name]), -1)
 
 
-def _counts(history: History, config: PairScorerConfig, items: Weights) -> Counts:
-    """Of the clients at hand; items: see `Factors`."""
+def _counts(history: History, config: PairScorerConfig, factors: Factors) -> Counts:
+    """Of the clients at hand."""
     slots, labels = history.once("label slots", lambda: label_slots(history.store, history.lists))
     starts, of_kinds, activity, first = [], [], [], 0
     for kind in history.present(config.kinds):
@@ -631,7 +667,10 @@ def _counts(history: History, config: PairScorerConfig, items: Weights) -> Count
         np.concatenate([decayed.counts for decayed in of_kinds], dtype=np.float32),
         np.concatenate([decayed.totals for decayed in of_kinds], axis=1, dtype=np.float32),
         np.concatenate(activity, axis=1, dtype=np.float32),
-        tastes_of(history, config.factors, items) if config.tastes else np.zeros((len(history.rows), 0), np.float32),
+        tastes_of(history, config.factors, factors.items)
+        if config.tastes
+        else np.zeros((len(history.rows), 0), np.float32),
+        None if factors.neighbours is None else item_counts(history, config.of_items, factors.neighbours.items),
     )
 
 
@@ -639,7 +678,7 @@ def _draw(
     label: LabelMatrix,
     counts: Counts,
     popularity: np.ndarray,
-    of_labels: Sequence[np.ndarray],
+    fits: Iterable[np.ndarray],
     group: _Group,
     config: PairScorerConfig,
     windows: int,
@@ -647,7 +686,7 @@ def _draw(
 ) -> tuple[np.ndarray, ...]:
     """Pairs of one window: inputs of client, label, tastes and pair, whether bought, how many pairs each stands for.
 
-    `of_labels`: tastes of the labels, see `Factors`.
+    `fits`: how the labels fit the clients, see `_products`.
     """
     share = max(min(config.pairs // windows, label.num_rows * label.num_labels), 1)
     row, column = np.repeat(np.arange(label.num_rows), np.diff(label.indptr)), label.indices.astype(np.int64)
@@ -666,7 +705,7 @@ def _draw(
     pair = np.empty((len(rows), _pair_width(counts.totals.shape[1], half_lives, group)), np.float32)
     slots, category_slots = group.slots[columns], group.category_slots[columns]
     _pair_inputs(*counts[:4], rows, slots, category_slots, len(popularity), pair)
-    products = [both[rows, columns] for both in _products(counts.tastes, of_labels)]
+    products = [both[rows, columns] for both in fits]
     tastes = np.stack(products, axis=1) if products else np.zeros((len(rows), 0), np.float32)
     bought = np.repeat(np.array([1, 0], np.float32), [len(kept), num_negatives])
     inputs = counts.activity[rows], popularity[group.slots[columns]], tastes, pair

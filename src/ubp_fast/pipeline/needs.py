@@ -21,8 +21,9 @@ import torch
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, NUM_CODES, UserError
 from ubp_fast.features import scaling
-from ubp_fast.features.tastes import SPARE_FACTORS, TastesConfig, num_candidates
+from ubp_fast.features.tastes import MOST_ITEMS, SPARE_FACTORS, TastesConfig, num_candidates
 from ubp_fast.models.membership import MembershipConfig
+from ubp_fast.models.pair_scorer import PairScorerConfig
 from ubp_fast.models.training import on_device
 from ubp_fast.pipeline.model_stages import cutoffs_of
 from ubp_fast.pipeline.settings import ModelSettings, Settings
@@ -50,6 +51,8 @@ EVENTS_AT_ONCE_BYTES = 600 << 20
 BYTES_OF_PROFILE_SETS = 4_000
 # Of a sparse matrix and its transpose, sorted: indices and value. Narrow matrices that products and QR hold at once.
 BYTES_PER_ENTRY, NARROW_MATRICES = 90, 4
+# Of all lists that are scored, beside the most bought skus. A cosine in float64, its copy and what is kept of it.
+LISTED_LABELS, BYTES_PER_COSINE = 400, 24
 # Of a shard: what of a client is in memory at once, sums of regressions and near vectors, an event while it is sorted.
 BYTES_OF_SHARD_PER_CLIENT, SUMS_BYTES, SORTED_BYTES_PER_EVENT = 20_000, 450 << 20, 60
 
@@ -113,7 +116,10 @@ def needs_of_models(store: EventStore, settings: Settings, stages: Iterable[str]
     if settings.layout.tastes:
         fits.append(bytes_of_tastes(store, settings.tastes))
         weights_of_items += _item_weights(store, settings.tastes)
-    if "scores" in (*feature_sets(settings), *profile_sets(settings)) and settings.pairs.tastes:
+    has_scores = "scores" in (*feature_sets(settings), *profile_sets(settings))
+    if has_scores:
+        fits.append(bytes_of_neighbours(store, settings.pairs))
+    if has_scores and settings.pairs.tastes:
         of_scorer = _item_weights(store, settings.pairs.factors)
         fits.append(bytes_of_tastes(store, settings.pairs.factors) + 2 * of_scorer)
         weights_of_items += of_scorer
@@ -207,6 +213,12 @@ def bytes_of_tastes(store: EventStore, config: TastesConfig) -> int:
     rows = _taste_items(store, config) + clients
     narrow = rows * 4 * (config.rank + NARROW_MATRICES * (config.rank + SPARE_FACTORS))
     return narrow + entries * BYTES_PER_ENTRY
+
+
+def bytes_of_neighbours(store: EventStore, config: PairScorerConfig) -> int:
+    """What `fit_neighbours` holds in memory at most: cosines of all pairs, twice where the nearest are chosen."""
+    kinds = {*config.kinds} & {*store.kinds} if config.item_neighbours else ()
+    return len(kinds) * min(store.num_skus, MOST_ITEMS) * (LISTED_LABELS + config.most_bought) * BYTES_PER_COSINE
 
 
 def _item_weights(store: EventStore, config: TastesConfig) -> int:
