@@ -7,7 +7,7 @@ target_purchases.parquet    optional: purchases of the target windows with the p
 relevant_clients.npy        optional: clients that need a profile (default: all with an event before the cutoff)
 active_clients.npy          optional: clients of the churn task (default: all with a purchase before the cutoff)
 labels/<list>.npy, labels/popularity_<list>.npy   optional: label lists that the source brought
-dataset.json                source, kinds, boundaries, row counts, notes
+dataset.json                source, kinds, amounts of purchases, boundaries, row counts, notes
 """
 
 from __future__ import annotations
