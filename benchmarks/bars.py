@@ -200,6 +200,19 @@ def readers_markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def spend_markdown(report: dict[str, Any]) -> str:
+    """What `spend.py` wrote as a table: AUROC in the mean of the days, and how far the vector is ahead of each row."""
+    asked = report["spend"]
+    lines = [f"| reads | {' | '.join(asked)} |", "|---" * (len(asked) + 1) + "|"]
+    for row in next(iter(asked.values())):
+        found = [of_rows[row] for of_rows in asked.values()]
+        cells = [f"{np.mean(one['auroc']):.4f}" for one in found]
+        if any(one["error"] for one in found):
+            cells = [f"{cell}: {one['lead']:+.4f} ± {one['error']:.4f}" for cell, one in zip(cells, found, strict=True)]
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def rivals_markdown(report: dict[str, Any]) -> str:
     """What `rivals.py` wrote as a table: mean AUROC of the tasks, alone and as what is added to features and profiles.
 
@@ -346,6 +359,7 @@ def rewrite(text: str, root: Path) -> str:
                 "readers": readers_markdown,
                 "rows": components_markdown,
                 "rivals": rivals_markdown,
+                "spend": spend_markdown,
                 "variations": variations_markdown,
                 "possible": possible_markdown,
                 "run": shards_markdown,

@@ -189,6 +189,21 @@ def test_rivals_stand_beside_what_they_are_added_to_seed_by_seed(bars: Any, tmp_
     assert "| linear | a, wide | 64 | 1.5 | 0.6100 ± 0.0100 | +0.0100 ± 0.0050 | -0.0050 |  |" in lines
 
 
+def test_a_table_of_spend_says_how_far_the_vector_is_ahead(bars: Any) -> None:
+    rows = {
+        "vector": {"auroc": [0.8, 0.9], "lead": 0.0, "error": 0.0},
+        "recency": {"auroc": [0.8, 0.82], "lead": 0.04, "error": 0.003},
+        "beside": {"auroc": [0.9, 0.9], "lead": -0.05, "error": 0.001},
+    }
+    assert bars.spend_markdown({"spend": {"trees": rows}}).splitlines() == [
+        "| reads | trees |",
+        "|---|---|",
+        "| vector | 0.8500 |",
+        "| recency | 0.8100: +0.0400 ± 0.0030 |",
+        "| beside | 0.9000: -0.0500 ± 0.0010 |",
+    ]
+
+
 def test_bold_is_what_the_row_orders_do_not_separate_from_the_best(bars: Any) -> None:
     draws = {
         "best": [[0.80, 0.82, 0.84]],

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from support.shops import write_rows
 
 from ubp_fast.events.labels import make_label_lists
 from ubp_fast.events.read import EventDirectory, stored_form
@@ -15,6 +16,7 @@ from ubp_fast.events.split import DAY_S
 from ubp_fast.features.history import Block, Column, History
 from ubp_fast.features.rich import RichConfig, rich_features
 from ubp_fast.features.rich.item_blocks import Baskets, Conversions, Diversity, MeanCodes, Prices
+from ubp_fast.features.rich.money import Money
 from ubp_fast.features.rich.propensity import BOUGHT_EDGES, LARGEST, Propensities
 from ubp_fast.features.rich.time_blocks import Activity, Calendar, Gaps
 from ubp_fast.store.build import build_store
@@ -104,6 +106,81 @@ def test_baskets(events: EventDirectory, store: EventStore) -> None:
         wanted = new / inside["sku"].n_unique() if len(inside) else np.nan
         np.testing.assert_allclose(found["product_buy_new_share_20d"][index], wanted)
     assert some_new
+
+
+def priced_store(path: Path, amounts: tuple[str, ...], changed_from_s: int | None = None) -> EventStore:
+    """Baskets of many lines, times that repeat, a client whose only purchase is late, and rows out of order."""
+    random = np.random.default_rng(8)
+    rows = [(int(c), int(t) * 9_000, int(s)) for c, t, s in random.integers(0, (20, 400, 9), (900, 3))]
+    rows += [(77, 399 * 9_000, 1)]
+    events = write_rows(path / "events", {"product_buy": rows, "page_visit": [(99, 5, 1)]}, amounts=amounts)
+    if changed_from_s is not None:
+        is_late, names = pl.col("timestamp_s") >= changed_from_s, list(amounts)
+        frame = events.frame("product_buy").with_columns(
+            pl.when(is_late).then(pl.col(names) + 5).otherwise(pl.col(names))
+        )
+        stored_form(frame).write_parquet(events.path / "product_buy.parquet")
+    build_store(EventDirectory.open(events.path), path / "store", 10**8)
+    return EventStore.open(path / "store")
+
+
+@pytest.mark.parametrize("amounts", [("quantity", "spend"), ("spend",)])
+def test_money(amounts: tuple[str, ...], tmp_path: Path) -> None:
+    store, cutoff_s = priced_store(tmp_path, amounts), 330 * 9_000
+    found = columns_of(Money((7, 20), (3.0,)), store, cutoff_s)
+    purchases = EventDirectory.open(tmp_path / "events").frame("product_buy").filter(pl.col("timestamp_s") < cutoff_s)
+    for index, client in enumerate(store.client_ids.tolist()):
+        rows = purchases.filter(pl.col("client_id") == client).sort("timestamp_s", maintain_order=True)
+        age_days = (cutoff_s - rows["timestamp_s"].to_numpy()) / DAY_S
+        for name in amounts:
+            values, wanted = rows[name].to_numpy().astype(np.float64), {}
+            for window, days in (("7d", 7), ("20d", 20), ("all", 10**6)):
+                wanted[window] = values[age_days <= days].sum()
+            wanted["half_life_3d"] = (values * 0.5 ** (age_days / 3)).sum()
+            baskets = rows.group_by("timestamp_s", maintain_order=True).agg(pl.col(name).cast(pl.Float64).sum())[name]
+            wanted["basket_mean"] = baskets.mean() if len(rows) else np.nan
+            wanted["basket_last"] = baskets[-1] if len(rows) else np.nan
+            wanted["basket_largest"] = baskets.max() if len(rows) else np.nan
+            for column, value in wanted.items():
+                np.testing.assert_allclose(
+                    found[f"{name}_{column}"][index], np.log1p(value), rtol=1e-12, err_msg=column
+                )
+        if len(amounts) == 2:
+            each = rows["spend"].cast(pl.Float64).sum() / rows["quantity"].sum() if len(rows) else np.nan
+            np.testing.assert_allclose(found["spend_of_a_piece"][index], np.log1p(each), rtol=1e-6)
+    lacks = np.isin(store.client_ids, (77, 99))
+    assert np.isnan(found["spend_basket_last"]).tolist() == lacks.tolist() and not found["spend_all"][lacks].any()
+    assert len(found) == 7 * len(amounts) + (len(amounts) == 2)
+
+
+def test_money_is_the_same_in_blocks_and_free_of_the_future(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window begins with its first second and ends before the cutoff."""
+    cutoff_s, config = 330 * 9_000, RichConfig((Money((7,)),))
+    store = priced_store(tmp_path / "a", ("quantity", "spend"))
+    matrix = rich_features(store, cutoff_s, {}, config)
+    assert np.isfinite(matrix.values).all()
+    for name in ("BLOCK_VALUES", "SMALLEST_BLOCK"):
+        monkeypatch.setattr(f"ubp_fast.features.writing.{name}", 3)
+    assert rich_features(store, cutoff_s, {}, config).values.tobytes() == matrix.values.tobytes()
+    changed = priced_store(tmp_path / "b", ("quantity", "spend"), cutoff_s)
+    assert rich_features(changed, cutoff_s, {}, config).values.tobytes() == matrix.values.tobytes()
+    earlier = priced_store(tmp_path / "c", ("quantity", "spend"), cutoff_s - 9_000)
+    assert rich_features(earlier, cutoff_s, {}, config).values.tobytes() != matrix.values.tobytes()
+    edge = {"product_buy": [(1, cutoff_s - 7 * DAY_S, 1), (2, cutoff_s - 7 * DAY_S - 1, 1), (3, cutoff_s, 1)]}
+    build_store(write_rows(tmp_path / "edge", edge, amounts=("quantity",)), tmp_path / "store", cutoff_s + 1)
+    found = columns_of(Money((7,)), EventStore.open(tmp_path / "store"), cutoff_s)
+    assert np.expm1(found["quantity_7d"]).round(9).tolist() == [1, 0, 0]
+    assert np.expm1(found["quantity_all"]).round(9).tolist() == [1, 2, 0]
+
+
+def test_no_money_where_purchases_say_none(store: EventStore, tmp_path: Path) -> None:
+    assert columns_of(Money(), store, store.cutoff_s) == {}
+    build_store(write_rows(tmp_path / "events", {"page_visit": [(1, 5, 1)]}, amounts=("spend",)), tmp_path / "store", 9)
+    found = columns_of(Money(), EventStore.open(tmp_path / "store"), 9)
+    assert found["spend_all"].tolist() == [0] and len(found) == 11, "a shop before its first purchase"
+    for wrong in ({"windows_days": (30, 7)}, {"half_lives_days": (0.0,)}):
+        with pytest.raises(ValueError, match=r"Money: .* must be > 0"):
+            Money(**wrong)
 
 
 @pytest.mark.parametrize("kind", ["add_to_cart", TIMELINE])

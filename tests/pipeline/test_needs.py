@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.runs import composed, run_tiny
+from support.shops import write_rows
 
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.features import scaling
@@ -17,6 +18,7 @@ from ubp_fast.pipeline import needs
 from ubp_fast.pipeline.execute import _peak_bytes
 from ubp_fast.pipeline.needs import Need, needs_of_models, needs_of_store, told
 from ubp_fast.pipeline.settings import read_settings
+from ubp_fast.store.build import build_store
 from ubp_fast.store.event_store import EventStore
 
 SHOP = ("data=synthetic", "data.clients=300", "data.skus=80", "data.urls=60", "data.relevant=100")
@@ -49,6 +51,14 @@ def test_stages_leave_no_more_than_was_said(run: Path) -> None:
         assert size_of(stages / name) < need.disk + small, name
     tables = store.num_skus * 384 + store.num_urls * 384
     assert found["multitask"].memory > tables * 12
+
+
+def test_a_store_with_amounts_takes_no_more_than_was_said(tmp_path: Path) -> None:
+    rows = [(client, time, time % 5) for client in range(20) for time in range(4_000)]
+    events = write_rows(tmp_path / "events", {"product_buy": rows}, amounts=("quantity", "spend"))
+    build_store(events, tmp_path / "store", 10**8)
+    need = needs_of_store(events, {"all_clients": False})
+    assert need.disk - 200_000 < size_of(tmp_path / "store") < need.disk + 20_000
 
 
 def test_memory_is_that_of_all_processes_of_the_host(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

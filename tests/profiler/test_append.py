@@ -113,6 +113,7 @@ def test_text_ids_keep_their_numbers(tmp_path: Path) -> None:
             "sku": [f"A{number}" for number in article],
             "category": [f"D{number % 7}" for number in article],
             "price": 1.5 + article,
+            "pieces": state.integers(1, 9, count),
         }
     )
     middle_s = begin_s + 95 * DAY_S
@@ -124,11 +125,17 @@ def test_text_ids_keep_their_numbers(tmp_path: Path) -> None:
         (middle_s + 3 * DAY_S, "new-c", "X2", "D1"),
     ):
         row = pl.DataFrame({"client_id": [client], "timestamp": [moment_s], "sku": [sku], "category": [category]})
-        later = pl.concat([later, row.with_columns(price=pl.lit(9.5)).select(later.columns)])
+        later = pl.concat(
+            [
+                later,
+                row.with_columns(price=pl.lit(9.5), pieces=pl.lit(moment_s % 5 + 1, pl.Int64)).select(later.columns),
+            ]
+        )
     early = frame.filter(pl.col("timestamp") < middle_s)
     early.write_parquet(tmp_path / "events.parquet")
     source = ("data=table", f"data.path={tmp_path / 'events.parquet'}", "data.category_column=category")
-    settings = (*source, "data.price_column=price", "stages=[profiles]", "evaluation=off", "profiles.at=end")
+    amounts = ("data.price_column=price", "data.quantity_column=pieces")
+    settings = (*source, *amounts, "stages=[profiles]", "evaluation=off", "profiles.at=end")
     code, run, printed = run_tiny(tmp_path / "runs", *settings)
     assert code == 0, printed
     once = Path(shutil.copytree(run, tmp_path / "once"))
@@ -142,6 +149,12 @@ def test_text_ids_keep_their_numbers(tmp_path: Path) -> None:
     assert profiles.embeddings.tobytes() == found.embeddings.tobytes()
     whole = Profiler.load(run).embed(pl.concat([early, later]), clients=profiles.own_ids)
     assert whole.embeddings.tobytes() == found.embeddings.tobytes()
+    day = later.tail(5).with_columns(timestamp=int(later["timestamp"].max()) + 5)  # type: ignore[call-overload]
+    with pytest.raises(DataError, match="purchases must have a column 'price'"):
+        Profiler.load(run).append(day.drop("price"))
+    (run / "history" / "3" / "product_buy.amounts.npy").unlink()
+    with pytest.raises(DataError, match="history must be complete"):
+        Profiler.load(run).append(day)
 
 
 def test_what_cannot_be_appended(made: tuple[Path, Mapping[str, pl.DataFrame], int], run: Path, tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ def events(first_day: int = 0, days: int = DAYS) -> pl.DataFrame:
             "customer": [f"customer-{number}" for number in client],
             "timestamp": START_S + (first_day + day) * 86_400 + client,
             "sku": random.integers(0, 8, len(day)),
+            "pieces": random.integers(1, 6, len(day)),
+            "price": random.random(len(day)) * 20,
         }
     )
 
@@ -36,7 +38,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("forget")
     events().write_parquet(root / "events.parquet")
     data = ("data=table", f"data.path={root / 'events.parquet'}", "data.client_column=customer")
-    code, run, printed = run_tiny(root / "runs", *data, "evaluation.readers=[linear]", "profiles.at=end")
+    amounts = ("data.price_column=price", "data.quantity_column=pieces")
+    code, run, printed = run_tiny(root / "runs", *data, *amounts, "evaluation.readers=[linear]", "profiles.at=end")
     assert code == 0, printed
     return run
 

@@ -88,6 +88,7 @@ TABLE = (
     "data.query_column=text",
     "data.category_column=department",
     "data.price_column=price",
+    "data.quantity_column=pieces",
     "data.name_column=text",
     "stages=[profiles]",
 )
@@ -109,6 +110,7 @@ def text_events() -> pl.DataFrame:
             "department": [f"D{number % 7}" for number in article],
             "price": 1.5 + article,
             "text": [f"red shoe {number}" for number in article],
+            "pieces": state.integers(1, 9, count),
         }
     )
 
@@ -283,8 +285,8 @@ def test_a_database_is_read_like_a_table(table_run: tuple[Path, pl.DataFrame], t
     rows = frame.with_columns(pl.col("time").dt.convert_time_zone("UTC").dt.strftime("%Y-%m-%d %H:%M:%S"))
     with closing(sqlite3.connect(tmp_path / "shop.db")) as connection:
         connection.execute("create table log (customer text, time text, event text, article text, department text,"
-                           " price real, text text)")  # fmt: skip
-        connection.executemany("insert into log values (?, ?, ?, ?, ?, ?, ?)", rows.rows())
+                           " price real, text text, pieces integer)")  # fmt: skip
+        connection.executemany("insert into log values (?, ?, ?, ?, ?, ?, ?, ?)", rows.rows())
         connection.commit()
     columns = {one.removeprefix("data.").split("=")[0]: one.split("=")[1] for one in TABLE if "_column" in one}
     kinds = {"order": "product_buy", "view": "page_visit", "find": "search_query"}
@@ -329,8 +331,14 @@ def test_empty_and_incomplete_tables(table_run: tuple[Path, pl.DataFrame], tmp_p
         profiler.embed(frame.drop("event"))
     with pytest.raises(DataError, match="rows of kind search_query must have a column for 'query'"):
         profiler.embed(frame.drop("text"))
-    bare = frame.filter(pl.col("event") == "order").drop("text", "price", "department")
+    bare = frame.filter(pl.col("event") == "order").drop("text", "department")
     assert np.isfinite(profiler.embed(bare).embeddings).all()
+    with pytest.raises(DataError, match=r"events: purchases must have a column 'price', .* how much money, got none"):
+        profiler.embed(bare.drop("price"))
+    with pytest.raises(DataError, match="column 'pieces' must exist"):
+        profiler.embed(bare.drop("pieces"))
+    looked = frame.filter(pl.col("event") == "view").drop("text", "price", "department")
+    assert np.isfinite(profiler.embed(looked).embeddings).all(), "no purchase, no price"
     with pytest.raises(DataError, match="must hold text as in the run"):
         profiler.embed(frame.with_columns(pl.lit(5).alias("article")))
     with pytest.raises(UserError, match="ids must be String as in the events, got Int64"):
@@ -343,6 +351,50 @@ def test_empty_and_incomplete_tables(table_run: tuple[Path, pl.DataFrame], tmp_p
         profiler.embed(frame, at=3.5)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="events: must be a polars"):
         profiler.embed([1, 2, 3])
+
+
+def test_money_counts(table_run: tuple[Path, pl.DataFrame]) -> None:
+    """A hundredfold price changes its client's vector and nobody else's, and so does another number of pieces."""
+    run, frame = table_run
+    profiler, client = Profiler.load(run), frame["customer"][0]
+    assert profiler.fitted.vocabulary.amounts == ("quantity", "spend")
+    plain = profiler.embed(frame, "2022-12-20")
+    is_own = (pl.col("customer") == client) & (pl.col("event") == "order")
+    for name, value in (("pieces", pl.col("pieces") * 100), ("price", pl.col("price") * 100)):
+        changed = profiler.embed(
+            frame.with_columns(pl.when(is_own).then(value).otherwise(name).alias(name)), "2022-12-20"
+        )
+        differs = (changed.embeddings != plain.embeddings).any(axis=1)
+        assert plain.own_ids is not None and plain.own_ids.filter(pl.Series(differs)).to_list() == [client]
+    names = next(block.columns for block in profiler.layout.blocks if block.name == "rhythm")
+    assert {"spend_90d", "quantity_basket_last", "spend_of_a_piece"} <= {*names}
+
+
+def test_amounts_in_tables_of_the_organisers(run: Path, table_run: tuple[Path, pl.DataFrame], tmp_path: Path) -> None:
+    """A model of a log without them leaves them out; one that knows them asks for them, by name."""
+    events = EventDirectory.open(run / "stages" / "events")
+    tables = {kind: events.frame(kind).rename({"timestamp_s": "timestamp"}) for kind in events.kinds}
+    tables["product_buy"] = tables["product_buy"].with_columns(quantity=pl.lit(-3), spend=pl.lit("much"))
+    assert same(Profiler.load(run).embed(tables, cutoff_s(run), whole(run).client_ids), whole(run))
+    made, _ = table_run
+    events = EventDirectory.open(made / "stages" / "events")
+    tables = {kind: events.frame(kind).rename({"timestamp_s": "timestamp"}) for kind in events.kinds}
+    tables["product_properties"] = events.products()
+    profiler, ids = Profiler.load(made), whole(made).client_ids
+    assert same(profiler.embed(tables, cutoff_s(made), ids), whole(made))
+    assert same(profiler.embed(events.path, cutoff_s(made), ids), whole(made))
+    with pytest.raises(DataError, match=r"product_buy: purchases must have a column 'spend', .* how much money"):
+        profiler.embed(tables | {"product_buy": tables["product_buy"].drop("spend")})
+    without = EventDirectory.open(run / "stages" / "events")
+    with pytest.raises(DataError, match=r"events: purchases must have a column 'quantity', .* how many pieces"):
+        profiler.embed(without.path)
+    for wrong, message in (
+        (pl.lit(-1.0), "must hold finite numbers >= 0, got -1.0"),
+        (pl.lit("x"), "must hold numbers"),
+    ):
+        bought = tables["product_buy"].with_columns(spend=wrong)
+        with pytest.raises(DataError, match=f"column 'spend' {message}"):
+            profiler.embed(tables | {"product_buy": bought})
 
 
 def test_one_client_with_a_million_events(table_run: tuple[Path, pl.DataFrame]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 from support.runs import CLOSED_FORMS, composed, contents, run_tiny
 
@@ -40,6 +42,33 @@ def test_shards_give_the_bytes_of_one_pass(number: int, one_pass: Path, tmp_path
     for folder in ("profiles", "model"):
         assert contents(run / folder) == contents(one_pass / folder)
     assert (run / "profiles.parquet").read_bytes() == (one_pass / "profiles.parquet").read_bytes()
+
+
+def test_money_in_shards(small_parts: None, tmp_path: Path) -> None:
+    random = np.random.default_rng(6)
+    table = pl.DataFrame(
+        {
+            "client_id": random.integers(0, 150, 3_000),
+            "timestamp": 1_700_000_000 + random.integers(0, 120 * 86_400, 3_000),
+            "sku": random.integers(0, 30, 3_000),
+            "pieces": random.integers(1, 9, 3_000),
+            "paid": random.random(3_000) * 50,
+        }
+    )
+    table.write_parquet(tmp_path / "log.parquet")
+    data = ("data=table", f"data.path={tmp_path / 'log.parquet'}", "data.quantity_column=pieces")
+    others = [word for word in CLOSED_FORMS if not word.startswith("data")]
+    runs = []
+    for number in (1, 3):
+        settings = (*others, *data, "data.spend_column=paid", f"compute.shards={number}")
+        code, run, said = run_tiny(tmp_path / str(number), *settings)
+        assert code == 0, said
+        runs.append(run)
+    layout = json.loads((runs[0] / "profiles" / "profile.json").read_text())
+    names = next(block["columns"] for block in layout["blocks"] if block["name"] == "rhythm")
+    assert {"spend_365d", "quantity_basket_largest", "spend_of_a_piece"} <= {*names}
+    for folder in ("profiles", "model"):
+        assert contents(runs[1] / folder) == contents(runs[0] / folder)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.shops import amounts_of
 
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import EVENT_KINDS, DataError
@@ -225,8 +226,14 @@ def random_rows(seed: int, count: int = 200) -> Rows:
     return {kind: [(c // 10 * 7, t, item) for c, t, item in table] for kind, table in rows.items()}
 
 
-def test_same_bytes_in_small_steps(write_events: Write, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    events = write_events(tmp_path / "events", random_rows(0))
+BOTH = ("quantity", "spend")
+
+
+@pytest.mark.parametrize("amounts", [(), ("spend",), BOTH])
+def test_same_bytes_in_small_steps(
+    write_events: Write, tmp_path: Path, request: pytest.FixtureRequest, amounts: tuple[str, ...]
+) -> None:
+    events = write_events(tmp_path / "events", random_rows(0), amounts=amounts)
     for least in (1, 4):
         build_store(events, tmp_path / f"a{least}", 90, min_url_count=least)
     request.getfixturevalue("small_steps")
@@ -235,6 +242,30 @@ def test_same_bytes_in_small_steps(write_events: Write, tmp_path: Path, request:
         assert contents(tmp_path / f"a{least}") == contents(tmp_path / f"b{least}")
     check_kinds(EventStore.open(tmp_path / "b1"), random_rows(0), list(range(0, 70, 7)), 90)
     assert 2 < EventStore.open(tmp_path / "b4").num_urls < EventStore.open(tmp_path / "b1").num_urls
+    check_amounts(EventStore.open(tmp_path / "b1"), random_rows(0)["product_buy"], amounts, 90)
+
+
+def check_amounts(store: EventStore, rows: list[tuple[int, int, int]], amounts: tuple[str, ...], cutoff_s: int) -> None:
+    """Every purchase has the amounts of its row in the file; other kinds have none."""
+    assert store.amounts == amounts and (("amounts" in store.header) is bool(amounts))
+    assert all(store.kind(kind).amounts is None for kind in EVENT_KINDS[1:])
+    found = store.kind("product_buy").amounts
+    if not amounts:
+        assert found is None
+        return
+    of_row = amounts_of(len(rows), amounts)
+    order = sorted((client, time, row) for row, (client, time, _) in enumerate(rows) if time < cutoff_s)
+    assert found is not None and found.dtype == np.float32 and len(order) > 100
+    np.testing.assert_array_equal(found, of_row[[row for _, _, row in order]])
+
+
+def test_a_store_without_amounts_is_that_of_older_versions(write_events: Write, tmp_path: Path) -> None:
+    """Files and header alike: what was built before stays readable, and is built again to the same bytes."""
+    build_store(write_events(tmp_path / "events", random_rows(4)), tmp_path / "store", 90)
+    build_store(write_events(tmp_path / "priced", random_rows(4), amounts=BOTH), tmp_path / "more", 90)
+    plain, priced = contents(tmp_path / "store"), contents(tmp_path / "more")
+    assert priced.keys() - plain.keys() == {"product_buy.amounts.npy"}
+    assert {name for name in plain if plain[name] != priced[name]} == {"store.json"}
 
 
 def test_long_histories_out_of_order(write_events: Write, tmp_path: Path) -> None:
@@ -252,11 +283,17 @@ def test_long_histories_out_of_order(write_events: Write, tmp_path: Path) -> Non
 @pytest.mark.usefixtures("small_steps")
 @pytest.mark.parametrize(("relevant", "all_clients"), [(None, False), ([0, 14, 999], False), ([0, 999], True)])
 @pytest.mark.parametrize("base_cutoff_s", [1, 40, 89, 90])
+@pytest.mark.parametrize("amounts", [(), BOTH])
 def test_another_day_on_a_base_gives_the_same_bytes(
-    write_events: Write, tmp_path: Path, relevant: list[int] | None, all_clients: bool, base_cutoff_s: int
+    write_events: Write,
+    tmp_path: Path,
+    relevant: list[int] | None,
+    all_clients: bool,
+    base_cutoff_s: int,
+    amounts: tuple[str, ...],
 ) -> None:
     rows = random_rows(1) | {"remove_from_cart": [(777, 80, 5)]}  # a client, a sku and a kind of the last days only
-    events = write_events(tmp_path / "events", rows, relevant)
+    events = write_events(tmp_path / "events", rows, relevant, amounts)
     build_store(events, tmp_path / "base", base_cutoff_s, all_clients=all_clients)
     base = EventStore.open(tmp_path / "base")
     build_store(events, tmp_path / "more", 90, all_clients=all_clients, base=base)
@@ -283,6 +320,9 @@ def test_a_base_that_does_not_fit(write_events: Write, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="base must have the same all_clients and min_url_count = 1"):
             build_store(events, tmp_path / "more", 20, base=store, **arguments)
     other = write_events(tmp_path / "other", {"page_visit": [(1, 5, 1), (2, 6, 2)]}, relevant=[1, 2])
+    priced = write_events(tmp_path / "priced", {"page_visit": [(1, 5, 1)]}, relevant=[1], amounts=("spend",))
+    with pytest.raises(ValueError, match=r"base must have the amounts of the events, \['spend'\], got \[\]"):
+        build_store(priced, tmp_path / "more", 20, base=base)
     with pytest.raises(ValueError, match="base must hold the relevant clients, got others"):
         build_store(other, tmp_path / "more", 20, base=base)
     assert not (tmp_path / "more").exists()

@@ -35,7 +35,8 @@ def events(request: pytest.FixtureRequest, write_events: Write, tmp_path: Path) 
         for kind, number, first_s in zip(EVENT_KINDS, (300, 200, 20, 700, 100), (0, 0, 95, 0, 3), strict=True)
     }
     relevant = None if request.param == "everybody" else sorted({*ids[::2].tolist(), 2**50})
-    return write_events(tmp_path / "events", rows, relevant)
+    amounts = ("quantity", "spend") if request.param == "relevant" else ()
+    return write_events(tmp_path / "events", rows, relevant, amounts)
 
 
 def sharded(events: EventDirectory, path: Path, number: int, min_url_count: int = 1) -> EventStore:
@@ -60,9 +61,10 @@ def columns_of(store: EventStore) -> dict[str, np.ndarray]:
     found = {"length": np.diff(store.timeline.offsets), "client_ids": store.client_ids}
     found |= {f"timeline.{name}": column for name, column in store.timeline._asdict().items() if name != "offsets"}
     for kind in EVENT_KINDS:
-        offsets, timestamp_s, item, codes = store.kind(kind)
+        offsets, timestamp_s, item, codes, amounts = store.kind(kind)
         found |= {f"{kind}.length": np.diff(offsets), f"{kind}.time": timestamp_s}
         found[f"{kind}.item"] = codes if item is None else item
+        found |= {} if amounts is None else {f"{kind}.amounts": amounts}
     return found
 
 
@@ -92,6 +94,7 @@ def test_shards_are_the_rows_of_one_pass(
     for part, columns in zip(parts, found, strict=True):
         columns[f"{TIMELINE}.row"] = columns[f"{TIMELINE}.row"] + rows[columns[f"{TIMELINE}.kind"] - 1]
         rows += [len(part.kind(kind).timestamp_s) for kind in EVENT_KINDS]
+    assert (f"{EVENT_KINDS[0]}.amounts" in found[0]) is bool(events.amounts)
     for name, column in columns_of(whole).items():
         together = np.concatenate([columns[name] for columns in found])
         np.testing.assert_array_equal(together, column, err_msg=name)

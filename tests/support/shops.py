@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -87,16 +88,25 @@ def make_store(
     return EventStore.open(path / "store")
 
 
-def frame_of(kind: str, rows: list[tuple[int, int, int]]) -> pl.DataFrame:
+def amounts_of(number: int, amounts: Sequence[str]) -> np.ndarray:
+    """Float32 [number, A] that tell rows of a table apart: pieces 1, 2, 3, ..., and money."""
+    row = np.arange(number)
+    columns = {"quantity": row + 1.0, "spend": 0.1 + row / 3}
+    return np.stack([columns[name] for name in amounts], axis=1).astype(np.float32)
+
+
+def frame_of(kind: str, rows: list[tuple[int, int, int]], amounts: Sequence[str] = ()) -> pl.DataFrame:
     """Canonical table of (client, time, item); the item of a search is the first of its codes."""
-    schema = event_schema(kind)
+    schema = event_schema(kind, amounts)
     clients, times, items = ([row[column] for row in rows] for column in range(3))
     item: pl.Series = pl.Series(items, dtype=pl.Int64)
     if kind == "search_query":
         codes = np.zeros((len(rows), 16), np.uint8)
         codes[:, 0] = np.array(items, np.int64) % 256
         item = pl.Series(codes, dtype=CODES)
-    return pl.DataFrame([pl.Series(clients, dtype=pl.Int64), pl.Series(times, dtype=pl.Int64), item], schema=schema)
+    more = [pl.Series(one) for one in amounts_of(len(rows), amounts).T] if len(schema) > 3 else []
+    columns = [pl.Series(clients, dtype=pl.Int64), pl.Series(times, dtype=pl.Int64), item, *more]
+    return pl.DataFrame(columns, schema=schema)
 
 
 def product_frame(skus: list[int]) -> pl.DataFrame:
@@ -107,14 +117,16 @@ def product_frame(skus: list[int]) -> pl.DataFrame:
     return pl.DataFrame(columns, schema=PRODUCT_SCHEMA)
 
 
-def write_rows(directory: Path, rows: Rows, relevant: list[int] | None = None) -> EventDirectory:
+def write_rows(
+    directory: Path, rows: Rows, relevant: list[int] | None = None, amounts: Sequence[str] = ()
+) -> EventDirectory:
     """Writes (client, time, item) by kind, and a purchase far in the future that makes every directory a valid one."""
     skus = sorted({item for kind in EVENT_KINDS[:3] for _, _, item in rows.get(kind, [])} | {0})
     with event_writer(directory, "test") as writer:
         writer.write_products(product_frame(skus))
         for kind in EVENT_KINDS:
             more = [(10**6, 10**9, 0)] if kind == "product_buy" else []
-            writer.write_events(kind, frame_of(kind, rows.get(kind, []) + more))
+            writer.write_events(kind, frame_of(kind, rows.get(kind, []) + more, amounts))
         if relevant is not None:
             writer.write_clients("relevant_clients", np.array(relevant, np.int64))
         writer.finish(Split(10**9 - 2, 10**9 - 1, 10**9))

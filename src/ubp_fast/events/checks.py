@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import polars as pl
 
-from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, NUM_CODES, DataError
+from ubp_fast.events.schema import AMOUNTS, EVENT_KINDS, ITEM_COLUMN, NUM_CODES, DataError
 
 CODES = pl.Array(pl.UInt8, NUM_CODES)
 PRODUCT_SCHEMA: dict[str, pl.DataType] = {"sku": pl.Int64(), "category": pl.Int64(), "price": pl.Int64(), "name": CODES}
@@ -17,8 +19,12 @@ PURCHASE_SCHEMA: dict[str, pl.DataType] = {
 }
 
 
-def event_schema(kind: str) -> dict[str, pl.DataType]:
+def event_schema(kind: str, amounts: Sequence[str] = ()) -> dict[str, pl.DataType]:
     """Columns and dtypes of the canonical table of one kind.
+
+    Args:
+        kind: one of `EVENT_KINDS`.
+        amounts: those of `AMOUNTS` that the purchases of the source have; other kinds have none.
 
     Raises:
         ValueError: `kind` is not one of `EVENT_KINDS`.
@@ -26,7 +32,13 @@ def event_schema(kind: str) -> dict[str, pl.DataType]:
     if kind not in ITEM_COLUMN:
         raise ValueError(f"events: kind must be one of {list(EVENT_KINDS)}, got '{kind}'")
     item: pl.DataType = CODES if ITEM_COLUMN[kind] == "query" else pl.Int64()
-    return {"client_id": pl.Int64(), "timestamp_s": pl.Int64(), ITEM_COLUMN[kind]: item}
+    columns: dict[str, pl.DataType] = {"client_id": pl.Int64(), "timestamp_s": pl.Int64(), ITEM_COLUMN[kind]: item}
+    return columns | dict.fromkeys(amounts if kind == "product_buy" else (), pl.Float32())
+
+
+def amounts_among(columns: Iterable[str]) -> tuple[str, ...]:
+    """Those of `AMOUNTS` that some columns name, in the order of `AMOUNTS`."""
+    return tuple(name for name in AMOUNTS if name in set(columns))
 
 
 def empty_frame(schema: dict[str, pl.DataType]) -> pl.DataFrame:
@@ -112,6 +124,19 @@ def require_canonical(file: str, frame: pl.DataFrame, schema: dict[str, pl.DataT
             raise bad_rows(
                 file, column, "hold no null", frame[column].is_null(), frame[column], "prepare the events again"
             )
+
+
+def require_amounts(file: str, frame: pl.DataFrame, amounts: Sequence[str]) -> None:
+    """Checks that amounts are numbers of 0 or more.
+
+    Raises:
+        DataError: the first column and row that break the rule.
+    """
+    for column in amounts:
+        values = frame[column]
+        bad = ~((values >= 0) & values.is_finite()).fill_null(False)
+        if bad.any():
+            raise bad_rows(file, column, "hold finite numbers >= 0", bad, values, "correct the rows")
 
 
 def shown(value: object) -> str:

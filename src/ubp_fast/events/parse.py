@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 
 from ubp_fast.compiled import njit
-from ubp_fast.events.checks import CODES, bad_rows
+from ubp_fast.events.checks import CODES, bad_rows, require_amounts
 from ubp_fast.events.schema import NUM_CODES, DataError
 
 TEXTS_AT_A_TIME = 1 << 15
@@ -41,6 +41,19 @@ def parse_ids(file: str, column: pl.Series) -> pl.Series:
     if ids.null_count():
         raise bad_rows(file, column.name, "fit into int64", ids.is_null(), column, "map the ids to smaller numbers")
     return ids
+
+
+def parse_amounts(file: str, column: pl.Series) -> pl.Series:
+    """Pieces or money as f32 >= 0, same name.
+
+    Raises:
+        DataError: no numbers, or one that is missing, below 0 or too large.
+    """
+    if not column.dtype.is_numeric():
+        raise DataError(f"{file}: column '{column.name}' must hold numbers, got {column.dtype}; cast the column")
+    amounts = column.cast(pl.Float64).cast(pl.Float32)
+    require_amounts(file, pl.DataFrame([amounts]), [column.name])
+    return amounts
 
 
 def number_ids(file: str, column: str, values: pl.Series, order: pl.Series) -> tuple[pl.Series, pl.DataFrame | None]:

@@ -7,7 +7,7 @@ target_purchases.parquet    optional: purchases of the target windows with the p
 relevant_clients.npy        optional: clients that need a profile (default: all with an event before the cutoff)
 active_clients.npy          optional: clients of the churn task (default: all with a purchase before the cutoff)
 labels/<list>.npy, labels/popularity_<list>.npy   optional: label lists that the source brought
-dataset.json                source, kinds, boundaries, row counts, notes
+dataset.json                source, kinds, amounts of purchases, boundaries, row counts, notes
 """
 
 from __future__ import annotations
@@ -62,11 +62,13 @@ class EventBatch(NamedTuple):
         client_id: i64 [N].
         timestamp_s: i64 [N].
         item: i64 [N] skus or urls, or u8 [N, 16] query codes.
+        amounts: f32 [N, A], pieces and money of purchases in the order of `EventDirectory.amounts`; None without any.
     """
 
     client_id: np.ndarray
     timestamp_s: np.ndarray
     item: np.ndarray
+    amounts: np.ndarray | None = None
 
 
 def stored_schema(schema: Schema) -> Schema:
@@ -161,8 +163,8 @@ class EventDirectory:
     def scan(self, kind: str) -> pl.LazyFrame:
         """The same as `frame`, lazily."""
         if kind not in self.kinds:
-            return empty_frame(event_schema(kind)).lazy()
-        return _with_codes(self._scan_stored(kind), event_schema(kind))
+            return empty_frame(event_schema(kind, self.amounts)).lazy()
+        return _with_codes(self._scan_stored(kind), event_schema(kind, self.amounts))
 
     def _scan_stored(self, name: str) -> pl.LazyFrame:
         return pl.scan_parquet(parquet_files(self.path / f"{name}.parquet"))
@@ -195,11 +197,11 @@ class EventDirectory:
             frame = scan.filter(pl.col("timestamp_s") >= from_s).collect()
             scan, rows = frame.lazy(), len(frame)
         for frame in in_batches(scan, rows):
-            yield _batch(kind, frame)
+            yield event_batch(kind, frame, self.amounts)
 
     def rows(self, kind: str, first: int, number: int) -> EventBatch:
         """Some rows of the table of a kind that is present, in file order."""
-        return _batch(kind, self._scan_stored(kind).slice(first, number).collect())
+        return event_batch(kind, self._scan_stored(kind).slice(first, number).collect(), self.amounts)
 
     def products(self, columns: Sequence[str] = tuple(PRODUCT_SCHEMA)) -> pl.DataFrame:
         """Product properties: sku, category, price (bucket 0..99), name (16 codes), or some of them."""
@@ -209,6 +211,11 @@ class EventDirectory:
     def target_days(self) -> int:
         """Length of a target window in days: as asked for, or fewer where the history is short."""
         return int(self.info.get("target_days", TARGET_DAYS))  # directories of older versions leave out the challenge's
+
+    @property
+    def amounts(self) -> tuple[str, ...]:
+        """Those of `AMOUNTS` that the purchases have."""
+        return tuple(self.info.get("amounts", ()))
 
     @property
     def relevant_clients(self) -> np.ndarray | None:
@@ -248,7 +255,7 @@ class EventDirectory:
 
     def _check_schema(self, name: str) -> None:
         path = self.path / f"{name}.parquet"
-        wanted = stored_schema(PRODUCT_SCHEMA if name == PRODUCT_TABLE else event_schema(name))
+        wanted = stored_schema(PRODUCT_SCHEMA if name == PRODUCT_TABLE else event_schema(name, self.amounts))
         try:
             schemas = [dict(pl.read_parquet_schema(file)) for file in parquet_files(path)]
         except (pl.exceptions.PolarsError, OSError) as error:
@@ -262,11 +269,15 @@ class EventDirectory:
                 )
 
 
-def _batch(kind: str, frame: pl.DataFrame) -> EventBatch:
-    """Of rows as they are stored."""
+def event_batch(kind: str, frame: pl.DataFrame, amounts: Sequence[str] = ()) -> EventBatch:
+    """Events of rows, canonical or as they are stored, with some of the amounts that purchases have."""
     column = ITEM_COLUMN[kind]
     item = frame[column].to_numpy() if column in frame.columns else _joined(frame[name] for name in _words(column))
-    return EventBatch(frame["client_id"].to_numpy(), frame["timestamp_s"].to_numpy(), item)
+    if kind == "search_query":
+        item = np.ascontiguousarray(item).reshape(-1, NUM_CODES)
+    has_amounts = bool(amounts) and kind == "product_buy"
+    values = np.stack([frame[name].to_numpy() for name in amounts], axis=1) if has_amounts else None
+    return EventBatch(frame["client_id"].to_numpy(), frame["timestamp_s"].to_numpy(), item, values)
 
 
 def parquet_files(path: Path) -> list[Path]:

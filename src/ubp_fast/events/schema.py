@@ -3,6 +3,7 @@
 The canonical tables (one Parquet file per kind, see `ubp_fast.events.read`):
 
     product_buy, add_to_cart, remove_from_cart   client_id i64, timestamp_s i64, sku i64
+    product_buy, where the source knows them     quantity f32 (pieces), spend f32 (money of the row), both >= 0
     page_visit                                   client_id i64, timestamp_s i64, url i64
     search_query                                 client_id i64, timestamp_s i64, query u8[16]
     product_properties                           sku i64, category i64, price i64, name u8[16]
@@ -23,6 +24,8 @@ ITEM_COLUMN: dict[str, str] = {
     "page_visit": "url",
     "search_query": "query",
 }
+# What purchases, and no other kind, may say of themselves beside the product.
+AMOUNTS: tuple[str, ...] = ("quantity", "spend")
 SKU_KINDS: tuple[str, ...] = tuple(kind for kind in EVENT_KINDS if ITEM_COLUMN[kind] == "sku")
 LABEL_LISTS: tuple[str, ...] = ("propensity_category", "propensity_sku", "propensity_new_sku", "propensity_price")
 LabelLists = dict[str, tuple[np.ndarray, np.ndarray]]  # list name -> (ids i64 [n], popularity f64 [n])

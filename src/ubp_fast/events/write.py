@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from ubp_fast.events.checks import PRODUCT_SCHEMA, PURCHASE_SCHEMA, bad_rows, event_schema, require_canonical
+from ubp_fast.events.checks import (
+    PRODUCT_SCHEMA,
+    PURCHASE_SCHEMA,
+    amounts_among,
+    bad_rows,
+    event_schema,
+    require_amounts,
+    require_canonical,
+)
 from ubp_fast.events.read import BATCH_ROWS, DATASET_FILE, FORMAT, TARGET_PURCHASES, check_products, stored_form
 from ubp_fast.events.schema import EVENT_KINDS, LABEL_LISTS, PRODUCT_TABLE, SKU_KINDS, DataError, LabelLists
 from ubp_fast.events.split import TARGET_DAYS, WINDOWS_OF_A_LOG, Split, fitting_days, split_at, utc_text
@@ -45,6 +53,7 @@ class EventWriter:
         self._rows: dict[str, int] = {}
         self._parts: dict[str, int] = {}
         self._given: dict[str, None] = {}
+        self._amounts: tuple[str, ...] | None = None
         self._first_s: int | None = None
         self._last_purchase_s: int | None = None
         self._info: dict[str, Any] = {"format": FORMAT, "source": source}
@@ -66,14 +75,18 @@ class EventWriter:
 
         Args:
             kind: one of `EVENT_KINDS`; one without any rows is absent.
-            frame: canonical columns of that kind.
+            frame: canonical columns of that kind; all purchases have the same amounts beside them, or none.
             file: where the rows came from, for messages.
 
         Raises:
-            DataError: wrong columns, or a sku without properties.
+            DataError: wrong columns, an amount below 0, or a sku without properties.
         """
         file = file or kind
-        require_canonical(file, frame, event_schema(kind))
+        amounts = amounts_among(frame.columns) if self._amounts is None else self._amounts
+        require_canonical(file, frame, event_schema(kind, amounts))
+        if kind == "product_buy":
+            require_amounts(file, frame, amounts)
+            self._amounts = amounts
         self._given.setdefault(kind)
         if kind in SKU_KINDS:
             self._require_properties(file, frame["sku"])
@@ -172,6 +185,7 @@ class EventWriter:
             "rows": {kind: self._rows[kind] for kind in EVENT_KINDS if kind in self._rows},
             "products": 0 if self._products is None else len(self._products),
             "notes": self.notes,
+            **({"amounts": list(self._amounts)} if self._amounts else {}),
             **info,
         }
         write_json(self.directory / DATASET_FILE, self._info)

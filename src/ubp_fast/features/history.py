@@ -119,8 +119,8 @@ class History:
         if kind not in self.seen:
             columns = self.store.timeline if kind == TIMELINE else self.store.kind(kind)
             rows, offsets = end_to_end(columns.offsets[self.rows], columns.offsets[self.rows + 1])
-            item, codes = (None, None) if kind == TIMELINE else columns[2:]
-            arrays = (None if array is None else array[rows] for array in (columns.timestamp_s, item, codes))
+            others = (None, None, None) if kind == TIMELINE else columns[2:]
+            arrays = (None if array is None else array[rows] for array in (columns.timestamp_s, *others))
             self.seen[kind] = KindColumns(offsets, *arrays)  # type: ignore[arg-type]
         return self.seen[kind]
 
@@ -169,7 +169,7 @@ class History:
             slots: int32 [items of the store, K], see `windowed_aggregate`.
             num_slots: of all lists.
         """
-        offsets, times_s, item, codes = self.events(kind)
+        offsets, times_s, item, codes, _ = self.events(kind)
         if codes is not None:
             item = (codes.astype(np.int32) + NUM_VALUES * np.arange(NUM_CODES, dtype=np.int32)).ravel()
             offsets, times_s = offsets * NUM_CODES, np.repeat(times_s, NUM_CODES)

@@ -51,12 +51,12 @@ def popular_lists(store: EventStore, kind: str, before_s: int, top_values: int) 
     if not store.is_relevant.all():
         item_counts = np.zeros(num_items, np.int64)
         for part in History.of(store, before_s).parts(1):
-            offsets, timestamp_s, item, _ = part.events(kind)
+            offsets, timestamp_s, item, *_ = part.events(kind)
             item_counts += code_counts(offsets, timestamp_s, item, before_s=before_s, num_codes=num_items)
     elif before_s >= store.cutoff_s:
         item_counts = np.asarray(store.item_counts(kind))
     else:
-        offsets, timestamp_s, item, _ = store.kind(kind)
+        offsets, timestamp_s, item, *_ = store.kind(kind)
         item_counts = code_counts(offsets, timestamp_s, item, before_s=before_s, num_codes=num_items)
     return {
         name: originals[_largest(_counts(dense_of_item, originals, item_counts), originals, top_values)]

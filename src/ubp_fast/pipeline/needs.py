@@ -45,7 +45,7 @@ DENSE_WEIGHTS_BYTES = 64 << 20
 # Weight and two moments, twice; a row of a table adds its place and its last step.
 CHECKPOINTS_PER_WEIGHT, CHECKPOINTS_PER_ROW = 2 * 12, 2 * 8
 # Time, kind and row of the timeline, time and item of the kind.
-BYTES_PER_EVENT, BYTES_PER_SEARCH = 17, 29
+BYTES_PER_EVENT, BYTES_PER_SEARCH, BYTES_PER_AMOUNT = 17, 29, 4
 EVENTS_AT_ONCE_BYTES = 600 << 20
 # Scores, rhythm and tastes of one client.
 BYTES_OF_PROFILE_SETS = 4_000
@@ -92,6 +92,7 @@ def needs_of_store(events: EventDirectory, store: Mapping[str, Any], shards: int
     size = sum(
         count * (BYTES_PER_SEARCH if kind == "search_query" else BYTES_PER_EVENT) for kind, count in rows.items()
     )
+    size += rows.get("product_buy", 0) * BYTES_PER_AMOUNT * len(events.amounts)
     size += clients * 8 * (len(EVENT_KINDS) + 2)
     of_shard = sum(rows.values()) // shards * SORTED_BYTES_PER_EVENT if shards > 1 else 0
     return Need("store", size, 2 * size, BASE_BYTES + EVENTS_AT_ONCE_BYTES + 16 * clients + of_shard)

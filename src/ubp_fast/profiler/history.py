@@ -30,12 +30,13 @@ from ubp_fast.files import (
     write_json,
 )
 from ubp_fast.profiler.reading import ClientIds, NewEvents
-from ubp_fast.store.event_store import EventStore
+from ubp_fast.store.event_store import AMOUNTS, EventStore
 from ubp_fast.store.in_memory import Histories
 
 FOLDER, CURRENT_FILE = "history", "current.json"
 STORES = ("latest-store", "store")
 COLUMNS = ("offsets", "timestamp_s", "item")
+AMOUNTS_FILE = f"product_buy.{AMOUNTS}.npy"
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,9 @@ class History:
             for name, array in zip(COLUMNS, arrays[:-1], strict=True):
                 assert array is not None
                 save_array(partial / f"{kind}.{name}.npy", array)
+        amounts = self.histories.amounts
+        if amounts is not None:
+            save_array(partial / AMOUNTS_FILE, amounts)
         if self.histories.products is not None:
             save_table(partial / "products.parquet", self.histories.products)
         if self.clients is not None:
@@ -151,6 +155,7 @@ class History:
             save_table(partial / "maps" / f"{name}.parquet", table)
         complete_directory(partial, path)
         current = {"number": self.number, "appended": list(self.appended), "names_clients": self.names_clients}
+        current |= {} if amounts is None else {AMOUNTS: True}
         write_json(run / FOLDER / CURRENT_FILE, current)
         for other in (run / FOLDER).iterdir():
             if other.is_dir() and other != path:
@@ -168,7 +173,10 @@ class History:
                 kinds[kind] = (arrays[0], arrays[1], arrays[2], None)
             products = path / "products.parquet"
             histories = Histories(
-                load_array(path / "client_ids.npy"), kinds, pl.read_parquet(products) if products.exists() else None
+                load_array(path / "client_ids.npy"),
+                kinds,
+                pl.read_parquet(products) if products.exists() else None,
+                load_array(path / AMOUNTS_FILE, memory_map=True) if current.get(AMOUNTS) else None,
             )
             clients = None
             if (path / "own_ids.parquet").exists():

@@ -95,7 +95,7 @@ class Profiler:
                 client_id, timestamp, kind, sku, url, query; a dict kind -> table in the organisers' layout, beside them
                 "product_properties" of items that are new; a path to such a table or directory; or a source.
                 Items, categories and pages that the run has not seen count as unknown, kinds that it has not seen
-                are left out.
+                are left out. Purchases must say pieces and money where those of the run's log did.
             at: a date (its midnight) or a date-time, without a zone by the shop's clock (`data.timezone`, UTC by
                 default); or seconds since 1970 by that clock. None: just after the newest event.
             clients: ids as in the events, in the order of the result; one without events gets a vector, too. None:
@@ -207,7 +207,10 @@ class Profiler:
         """
         run = self.directory.parent
         before = History.of(run, self.fitted.cutoff_s, self.maps)
-        new = read_new_events(events, self.fitted.recipe.table, before.maps, known=before.clients)
+        fitted = self.fitted
+        new = read_new_events(
+            events, fitted.recipe.table, before.maps, known=before.clients, amounts=fitted.vocabulary.amounts
+        )
         now = before.with_events(new)
         last_s = now.histories.last_s
         at_s = last_s + 1 if at is None else self._seconds(at)
@@ -257,7 +260,9 @@ class Profiler:
         blocks: Sequence[str] | None,
     ) -> _Job:
         before_s = None if at is None else self._seconds(at)
-        found = read_new_events(events, self.fitted.recipe.table, self.maps, before_s)
+        fitted = self.fitted
+        amounts = fitted.vocabulary.amounts
+        found = read_new_events(events, fitted.recipe.table, self.maps, before_s, amounts=amounts)
         just_after_s = self.fitted.cutoff_s if found.last_s is None else found.last_s + 1
         at_s = just_after_s if before_s is None else before_s
         own = found.wanted_before(at_s) if clients is None else own_ids(clients, found.clients.own)

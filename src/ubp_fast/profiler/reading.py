@@ -22,15 +22,17 @@ import polars as pl
 
 from ubp_fast.events.checks import PRODUCT_SCHEMA
 from ubp_fast.events.formats import RawTable
+from ubp_fast.events.parse import parse_amounts
 from ubp_fast.events.read import (
     DATASET_FILE,
     EventBatch,
     EventDirectory,
     canonical_events,
     canonical_products,
+    event_batch,
     read_table,
 )
-from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, NUM_CODES, PRODUCT_TABLE, DataError, UserError
+from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, PRODUCT_TABLE, DataError, UserError
 from ubp_fast.events.sources.table import DATE_ORDER, PRICE_EDGES, EventRows, Table
 from ubp_fast.events.sources.table_products import buckets, money
 from ubp_fast.events.times import iso_seconds
@@ -39,6 +41,7 @@ from ubp_fast.store.in_memory import Histories
 
 OPTIONAL_COLUMNS = ("url", "query", "category", "price", "name")
 TABLE_COLUMNS = ("kind", *OPTIONAL_COLUMNS)
+WHAT_IS = {"quantity": "how many pieces", "spend": "how much money"}
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,7 @@ def read_new_events(
     maps: Mapping[str, pl.DataFrame],
     before_s: int | None = None,
     known: ClientIds | None = None,
+    amounts: tuple[str, ...] = (),
 ) -> NewEvents:
     """Reads and checks what a shop brings.
 
@@ -124,38 +128,40 @@ def read_new_events(
             "date_order" -> (order,), where its dates could be read in two ways.
         before_s: rows of a table from this second on say nothing about items.
         known: clients whose text ids have numbers already.
+        amounts: those of `AMOUNTS` that purchases of the run's log have; others are left out.
 
     Raises:
-        DataError: a table breaks a rule, or a file is missing.
+        DataError: a table breaks a rule, a file is missing, or purchases lack an amount.
         UserError: something that is no events.
     """
     if isinstance(events, str | Path):
         path = Path(events)
         if (path / DATASET_FILE).exists():
-            return _of_directory(EventDirectory.open(path))
+            return _of_directory(EventDirectory.open(path), amounts)
         found = {name: path / f"{name}.parquet" for name in (*EVENT_KINDS, PRODUCT_TABLE)}
         tables = {name: read_table(file) for name, file in found.items() if file.exists()}
         if tables:
-            return _of_tables(tables, {name: str(file) for name, file in found.items()})
-        source = _own_names(str(path)) if table is None else replace(table, path=str(path), format=None)
-        return _of_source(source, table is None, maps, before_s, known)
+            return _of_tables(tables, {name: str(file) for name, file in found.items()}, amounts)
+        columns = (*TABLE_COLUMNS, *amounts)
+        source = _own_names(str(path), columns) if table is None else replace(table, path=str(path), format=None)
+        return _of_source(source, table is None, maps, before_s, known, amounts)
     if isinstance(events, Table):
-        return _of_source(events, False, maps, before_s, known)
+        return _of_source(events, False, maps, before_s, known, amounts)
     if isinstance(events, EventRows):
         rows = events.raw()
-        return _of_table(rows, rows.frame.columns, columns_of(events), maps, before_s, known)
+        return _of_table(rows, rows.frame.columns, columns_of(events), maps, before_s, known, amounts)
     if hasattr(events, "prepare"):
         with TemporaryDirectory() as folder:
             events.prepare(Path(folder) / "events")
-            return _of_directory(EventDirectory.open(Path(folder) / "events"))
+            return _of_directory(EventDirectory.open(Path(folder) / "events"), amounts)
     if isinstance(events, Mapping):
         unknown = set(events) - {*EVENT_KINDS, PRODUCT_TABLE}
         if unknown:
             raise UserError(f"events: tables must be named {[*EVENT_KINDS, PRODUCT_TABLE]}, got {sorted(unknown)}")
-        return _of_tables({name: frame_of(one) for name, one in events.items()}, {})
+        return _of_tables({name: frame_of(one) for name, one in events.items()}, {}, amounts)
     frame = frame_of(events)
-    table = table or _own_names("events", frame.columns)
-    return _of_table(frame, frame.columns, replace(table, path="events"), maps, before_s, known)
+    table = table or _own_names("events", [*(name for name in TABLE_COLUMNS if name in frame.columns), *amounts])
+    return _of_table(frame, frame.columns, replace(table, path="events"), maps, before_s, known, amounts)
 
 
 def columns_of(source: EventRows) -> Table:
@@ -247,25 +253,32 @@ def _canonical_ids(values: pl.Series) -> pl.Series:
     return values.cast(pl.String)
 
 
-def _of_directory(directory: EventDirectory) -> NewEvents:
-    batches = {kind: _batch(kind, directory.frame(kind)) for kind in directory.kinds}
+def _of_directory(directory: EventDirectory, amounts: tuple[str, ...]) -> NewEvents:
+    file = str(directory.path)
+    batches = {kind: _batch(file, kind, directory.frame(kind), amounts) for kind in directory.kinds}
     found = _gathered(batches, directory.products(), pl.Series("client_id", [], pl.Int64))
     return replace(found, relevant=directory.relevant_clients)
 
 
-def _of_tables(tables: Mapping[str, pl.DataFrame], files: Mapping[str, str]) -> NewEvents:
-    """Tables in the organisers' layout."""
+def _of_tables(tables: Mapping[str, pl.DataFrame], files: Mapping[str, str], amounts: tuple[str, ...]) -> NewEvents:
+    """Tables in the organisers' layout; purchases may have amounts beside it."""
     products = None
     if PRODUCT_TABLE in tables:
         products = canonical_products(files.get(PRODUCT_TABLE, PRODUCT_TABLE), tables[PRODUCT_TABLE])
-    raw = {kind: tables[kind] for kind in EVENT_KINDS if kind in tables}
-    batches = {kind: _batch(kind, canonical_events(files.get(kind, kind), kind, one)) for kind, one in raw.items()}
+    batches = {}
+    for kind in [kind for kind in EVENT_KINDS if kind in tables]:
+        file, raw = files.get(kind, kind), tables[kind]
+        frame = canonical_events(file, kind, raw)
+        if kind == "product_buy":
+            given = [parse_amounts(file, raw[name]) for name in amounts if name in raw.columns]
+            frame = frame.with_columns(given)
+        batches[kind] = _batch(file, kind, frame, amounts)
     return _gathered(batches, products, pl.Series("client_id", [], pl.Int64))
 
 
-def _own_names(path: str, columns: Sequence[str] = TABLE_COLUMNS) -> Table:
+def _own_names(path: str, columns: Sequence[str]) -> Table:
     """A table whose columns have our names."""
-    named: dict[str, Any] = {f"{name}_column": name for name in TABLE_COLUMNS if name in columns}
+    named: dict[str, Any] = {f"{name}_column": name for name in columns}
     return Table(path=path, **named)
 
 
@@ -275,13 +288,14 @@ def _of_source(
     maps: Mapping[str, pl.DataFrame],
     before_s: int | None,
     known: ClientIds | None,
+    amounts: tuple[str, ...],
 ) -> NewEvents:
     """A table in files; what a product is may be left out."""
     optional = [getattr(table, f"{name}_column") for name in OPTIONAL_COLUMNS]
     raw = table.raw([name for name in (*optional, *(["kind"] if kind_is_optional else [])) if name is not None])
     if kind_is_optional and "kind" not in raw.frame.columns:
         table = replace(table, kind_column=None)
-    return _of_table(raw, raw.frame.columns, table, maps, before_s, known)
+    return _of_table(raw, raw.frame.columns, table, maps, before_s, known, amounts)
 
 
 def _of_table(
@@ -291,6 +305,7 @@ def _of_table(
     maps: Mapping[str, pl.DataFrame],
     before_s: int | None,
     known: ClientIds | None,
+    amounts: tuple[str, ...],
 ) -> NewEvents:
     """One table with a row per event."""
     # What a product is, and items of kinds that do not occur, may be left out.
@@ -319,7 +334,9 @@ def _of_table(
         if len(some):
             item = ITEM_COLUMN[kind]
             values = table.text_codes(some["query"]) if item == "query" else some[item].cast(pl.Int64)
-            batches[kind] = _batch(kind, pl.DataFrame([some["client_id"], some["timestamp_s"], values.alias(item)]))
+            given = [some[name] for name in amounts if name in some.columns]
+            frame = pl.DataFrame([some["client_id"], some["timestamp_s"], values.alias(item), *given])
+            batches[kind] = _batch(file, kind, frame, amounts, table)
     return replace(_gathered(batches, products, own), clients=clients, maps=grown)
 
 
@@ -379,11 +396,19 @@ def _categories(values: pl.Series, known: pl.DataFrame | None) -> pl.Series:
     return pl.select(pl.when(values.is_not_null()).then(found)).to_series()
 
 
-def _batch(kind: str, frame: pl.DataFrame) -> EventBatch:
-    item = frame[ITEM_COLUMN[kind]].to_numpy()
-    if ITEM_COLUMN[kind] == "query":
-        item = np.ascontiguousarray(item).reshape(-1, NUM_CODES)
-    return EventBatch(frame["client_id"].to_numpy(), frame["timestamp_s"].to_numpy(), item)
+def _batch(
+    file: str, kind: str, frame: pl.DataFrame, amounts: tuple[str, ...], table: Table | None = None
+) -> EventBatch:
+    """Events of a canonical table, with the amounts that purchases of the run's log have."""
+    missing = [name for name in amounts if name not in frame.columns]
+    if kind == "product_buy" and missing and len(frame):
+        name = missing[0]
+        own = None if table is None else getattr(table, f"{name}_column") or (name == "spend" and table.price_column)
+        raise DataError(
+            f"{file}: purchases must have a column '{own or name}', as those of the run's log say {WHAT_IS[name]}, got"
+            " none; bring it, or make a run without it"
+        )
+    return event_batch(kind, frame, () if missing else amounts)
 
 
 def _gathered(batches: Mapping[str, EventBatch], products: pl.DataFrame | None, own: pl.Series) -> NewEvents:

@@ -13,6 +13,7 @@ from ubp_fast.features.decayed import DecayedConfig
 from ubp_fast.features.organisers import CountsConfig
 from ubp_fast.features.rich import RichConfig
 from ubp_fast.features.rich.item_blocks import Baskets, Conversions, Diversity, MeanCodes, Prices
+from ubp_fast.features.rich.money import Money
 from ubp_fast.features.rich.propensity import Propensities
 from ubp_fast.features.rich.time_blocks import Activity, Calendar, Gaps
 from ubp_fast.features.tastes import TastesConfig
@@ -67,7 +68,7 @@ _CLASSES = {
     one.__name__: one
     for one in (
         *(Recipe, Table, AggregatedConfig, CountsConfig, DecayedConfig, RichConfig, TastesConfig, LayoutConfig),
-        *(Activity, Calendar, Gaps, Baskets, Conversions, Diversity, MeanCodes, Prices, Propensities),
+        *(Activity, Calendar, Gaps, Baskets, Conversions, Diversity, MeanCodes, Money, Prices, Propensities),
         *(ReducedRankConfig, PairScorerConfig, StackingConfig, ContrastiveConfig, MultitaskConfig),
         *(EncoderConfig, ConcatenatedEventConfig, ProjectedEventConfig, PLEConfig),
     )

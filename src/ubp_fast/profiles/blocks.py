@@ -6,7 +6,7 @@
     scores    how likely the client buys each listed category, sku and price, as log odds
     own       the features themselves, standardised: nothing is lost to a reader that chooses scales, or needs none
     tastes    factors of all items, pages and searches, also of what is on no list of labels
-    rhythm    when, how often, how much at once, at what price, how much of it new
+    rhythm    when, how often, how much at once, at what price, how much of it new; pieces and money where known
     learned   vectors of the trained models, where the experiment trains any
 
 A network that takes few steps moves every weight by about its learning rate, whatever the size of the column, so only

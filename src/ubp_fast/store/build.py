@@ -19,9 +19,18 @@ from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, NUM_CODES, SKU_KIND
 from ubp_fast.files import published_directory, save_array, write_json
 from ubp_fast.progress import Progress, Steps
 from ubp_fast.store.clients import clients_of, no_history
-from ubp_fast.store.event_store import FORMAT, HEADER_FILE, TIMELINE, ColumnWriter, EventStore
+from ubp_fast.store.event_store import AMOUNTS, FORMAT, HEADER_FILE, TIMELINE, ColumnWriter, EventStore, columns_of
 from ubp_fast.store.ids import KnownIds, Numbering
-from ubp_fast.store.spill import Events, Spill, keys_of, merge, narrowest, sort_events
+from ubp_fast.store.spill import (
+    Events,
+    Spill,
+    keys_of,
+    merge,
+    narrowest,
+    sort_events,
+    with_amounts,
+    without_amounts,
+)
 from ubp_fast.store.vocabulary import FIRST_ID, UNKNOWN, DenseProducts, dense_products, vocabulary
 
 BLOCK_EVENTS = 1 << 18
@@ -62,7 +71,7 @@ def build_store(
         ValueError: `base` does not fit.
     """
     if base is not None:
-        _check_base(base, cutoff_s, min_url_count, all_clients)
+        _check_base(base, events, cutoff_s, min_url_count, all_clients)
     clients, is_relevant = clients_of(events, cutoff_s, all_clients, base)
     with published_directory(Path(path)) as partial:
         counted = is_relevant if min_url_count > 1 and not is_relevant.all() else None
@@ -82,12 +91,17 @@ def build_store(
             builder.close()
 
 
-def _check_base(base: EventStore, cutoff_s: int, min_url_count: int, all_clients: bool) -> None:
+def _check_base(base: EventStore, events: EventDirectory, cutoff_s: int, min_url_count: int, all_clients: bool) -> None:
     found = (base.header.get("all_clients"), base.header.get("min_url_count"))
     if (all_clients, min_url_count) != found or min_url_count != 1:
         raise ValueError(
             "build_store: base must have the same all_clients and min_url_count = 1 (rare urls are lost in it), got"
             f" all_clients={found[0]} and min_url_count={found[1]} for {all_clients} and {min_url_count};"
+            " build without a base"
+        )
+    if base.amounts != events.amounts:
+        raise ValueError(
+            f"build_store: base must have the amounts of the events, {list(events.amounts)}, got {list(base.amounts)};"
             " build without a base"
         )
     if base.cutoff_s > cutoff_s:
@@ -124,6 +138,7 @@ class Builder:
         self._urls = Numbering()
         self._dense: dict[str, np.ndarray] = {}
         self.header: dict[str, object] = {"format": FORMAT, "cutoff_s": cutoff_s, "num_clients": self._num_clients}
+        self.header |= {AMOUNTS: list(events.amounts)} if events.amounts else {}
         if base is not None:
             self._base_rows = self._clients.find(np.asarray(base.client_ids))
             skus = self._skus.find(np.asarray(base.sku_ids[FIRST_ID:]))
@@ -135,13 +150,17 @@ class Builder:
 
     def spill_kind(self, kind: str, steps: Steps) -> None:
         """Reads the history of one kind; keeps the events of our clients, items as numbers."""
-        item = np.empty((0, NUM_CODES), np.uint8) if ITEM_COLUMN[kind] == "query" else np.empty(0, np.int32)
+        is_query = ITEM_COLUMN[kind] == "query"
+        item: np.ndarray = np.empty((0, NUM_CODES), np.uint8) if is_query else np.empty(0, np.int32)
+        if kind == "product_buy" and self._events.amounts:
+            item = np.empty((0, 1 + len(self._events.amounts)), np.int32)
         spill = Spill(self._directory / f".{kind}", self._block_bits, self.num_blocks, item)
         self._spills[kind] = spill
         from_s = None if self._base is None else self._base.cutoff_s
-        for client_id, timestamp_s, values in self._events.batches(kind, from_s):
+        for client_id, timestamp_s, values, amounts in self._events.batches(kind, from_s):
             rows, clients = self._clients.known(client_id, timestamp_s, self._cutoff_s)
             times, numbers = timestamp_s[rows], self._numbers(kind, values, rows, clients)
+            numbers = with_amounts(numbers, None if amounts is None else amounts[rows])
             if len(rows):
                 self._first_s = min(self._first_s, int(times.min()))
                 self._kinds.add(kind)
@@ -223,7 +242,7 @@ class Builder:
         )
         writers = {}
         for kind, count in counts.items():
-            names = ("timestamp_s", "codes" if ITEM_COLUMN[kind] == "query" else "item")
+            names = columns_of(kind, self._events.amounts)
             writers[kind] = ColumnWriter(self._directory, kind, names, self._num_clients, count)
         time, row_dtype = narrowest(self._first_s, self._cutoff_s), narrowest(0, max(counts.values()))
         for block in range(self.num_blocks):
@@ -231,7 +250,7 @@ class Builder:
             offsets, timestamp_s, kind_code, row = merge(parts, [one.num_rows for one in writers.values()], row_dtype)
             timeline.append(offsets, timestamp_s, kind_code, row)
             for writer, part in zip(writers.values(), parts, strict=True):
-                writer.append(*part)
+                writer.append(*part.columns)
             steps.done()
         for writer in (timeline, *writers.values()):
             writer.close()
@@ -247,9 +266,10 @@ class Builder:
         num_clients = min(self._block_clients, self._num_clients - first)
         before = None if self._base is None else self._base_records(self._base, kind, first, num_clients)
         keys, items = self._spills[kind].read(block, before)
+        items, amounts = without_amounts(items)
         if items.ndim == 1:
             items = self._dense[ITEM_COLUMN[kind]][items]
-        return sort_events(keys, items, first, num_clients, time)
+        return sort_events(keys, items, first, num_clients, time, amounts)
 
     def _base_records(self, base: EventStore, kind: str, first: int, num_clients: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys and items, as numbers, that the base holds of the clients of a block."""
@@ -259,7 +279,8 @@ class Builder:
         rows = slice(int(offsets[0]), int(offsets[-1]))
         keys = keys_of(np.repeat(self._base_rows[low:high], np.diff(offsets)), columns.timestamp_s[rows])
         if columns.item is not None:
-            return keys, self._base_numbers[ITEM_COLUMN[kind]][columns.item[rows] - FIRST_ID]
+            numbers = self._base_numbers[ITEM_COLUMN[kind]][columns.item[rows] - FIRST_ID]
+            return keys, with_amounts(numbers, None if columns.amounts is None else columns.amounts[rows])
         if columns.codes is None:
             raise ValueError(f"{base.path}: {kind} of the base must have items or codes, got neither; build it again")
         return keys, columns.codes[rows]

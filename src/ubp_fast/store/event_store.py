@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from ubp_fast.events.labels import positions_in
-from ubp_fast.events.schema import EVENT_KINDS, DataError
+from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, DataError
 from ubp_fast.files import load_array, load_json
 from ubp_fast.store.vocabulary import FIRST_ID
 
@@ -28,6 +28,8 @@ FORMAT = 3
 TIMELINE = "timeline"
 # In the header of a shard, where the ids of all lie; in that of a sharded store, the rows at which its shards begin.
 VOCABULARY, FIRST_ROWS = "vocabulary", "first_rows"
+# In the header where purchases have any.
+AMOUNTS = "amounts"
 
 
 class KindColumns(NamedTuple):
@@ -38,12 +40,14 @@ class KindColumns(NamedTuple):
         timestamp_s: i32 [N], i64 when a time of the store lies outside of 1902..2038; ascending per client.
         item: i32 [N] dense sku or url id; None for searches.
         codes: u8 [N, 16] query codes; None for the other kinds.
+        amounts: f32 [N, A] of purchases in the order of `EventStore.amounts`; None for other kinds, and without any.
     """
 
     offsets: np.ndarray
     timestamp_s: np.ndarray
     item: np.ndarray | None
     codes: np.ndarray | None
+    amounts: np.ndarray | None = None
 
 
 class Timeline(NamedTuple):
@@ -137,6 +141,11 @@ class EventStore:
         """Kinds that have rows, in the order of EVENT_KINDS."""
         return tuple(self.header["kinds"])
 
+    @property
+    def amounts(self) -> tuple[str, ...]:
+        """What purchases say of themselves beside the product: "quantity" (pieces), "spend" (money), or nothing."""
+        return tuple(self.header.get(AMOUNTS, ()))
+
     @cached_property
     def client_ids(self) -> np.ndarray:
         """i64 [U], ascending."""
@@ -165,7 +174,8 @@ class EventStore:
             if name == "search_query":
                 columns[name] = KindColumns(offsets, timestamp_s, None, self._column(f"{name}.codes"))
             else:
-                columns[name] = KindColumns(offsets, timestamp_s, self._column(f"{name}.item"), None)
+                amounts = self._column(f"{name}.amounts") if name == "product_buy" and self.amounts else None
+                columns[name] = KindColumns(offsets, timestamp_s, self._column(f"{name}.item"), None, amounts)
         return columns
 
     def item_counts(self, kind: str) -> np.ndarray:
@@ -253,6 +263,12 @@ class EventStore:
                     " compute.shards=1"
                 ) from error
             raise DataError(f"{path}: column must exist, got '{error}'; build the store again") from error
+
+
+def columns_of(kind: str, amounts: Sequence[str]) -> list[str]:
+    """Names of the columns of a kind after `offsets`, in a store whose purchases have some amounts or none."""
+    names = ["timestamp_s", "codes" if ITEM_COLUMN[kind] == "query" else "item"]
+    return [*names, AMOUNTS] if amounts and kind == "product_buy" else names
 
 
 class ColumnWriter:

@@ -10,7 +10,7 @@ still, with whatever is known of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ import polars as pl
 
 from ubp_fast.events.read import EventBatch
 from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, NUM_CODES, SKU_KINDS
-from ubp_fast.store.event_store import TIMELINE, EventStore, ProductColumns, Timeline
+from ubp_fast.store.event_store import AMOUNTS, TIMELINE, EventStore, ProductColumns, Timeline
 from ubp_fast.store.ids import KnownIds
 from ubp_fast.store.spill import Events, merge, narrowest
 from ubp_fast.store.vocabulary import FIRST_ID, UNKNOWN
@@ -37,7 +37,7 @@ class Vocabulary:
 
     Attributes:
         arrays: the columns of the store that `ARRAYS` names.
-        numbers: what `NUMBERS` names of its header.
+        numbers: what `NUMBERS` names of its header, and `AMOUNTS` where purchases have any.
     """
 
     arrays: Mapping[str, np.ndarray]
@@ -48,7 +48,13 @@ class Vocabulary:
         """That of a store."""
         products = {f"products.{name}": column for name, column in store.products._asdict().items()}
         arrays = {"category_ids": store.category_ids, "url_ids": store.url_ids, **products}
-        return cls({name: np.asarray(arrays[name]) for name in ARRAYS}, {name: store.header[name] for name in NUMBERS})
+        numbers = {name: store.header[name] for name in (*NUMBERS, AMOUNTS) if name in store.header}
+        return cls({name: np.asarray(arrays[name]) for name in ARRAYS}, numbers)
+
+    @property
+    def amounts(self) -> tuple[str, ...]:
+        """What its purchases say of themselves beside the product."""
+        return tuple(self.numbers.get(AMOUNTS, ()))  # type: ignore[arg-type]
 
     @cached_property
     def skus(self) -> KnownIds:
@@ -94,11 +100,13 @@ class Histories:
         kinds: kind -> offsets i64 [U + 1], timestamp_s [N], items [N] or codes [N, 16], and the original id of each
             item, None where items are original ids.
         products: sku, category, price (bucket), name (codes) of skus that a vocabulary may not hold; null is unknown.
+        amounts: f32 [N, A] of the purchases, those of the store or model; None without any.
     """
 
     client_ids: np.ndarray
     kinds: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]]
     products: pl.DataFrame | None = None
+    amounts: np.ndarray | None = None
 
     @classmethod
     def of_store(cls, store: EventStore, products: pl.DataFrame | None = None) -> Histories:
@@ -106,22 +114,23 @@ class Histories:
         originals = {"sku": np.asarray(store.sku_ids), "url": np.asarray(store.url_ids), "query": None}
         kinds = {}
         for kind in store.kinds:
-            offsets, timestamp_s, item, codes = store.kind(kind)
+            offsets, timestamp_s, item, codes, _ = store.kind(kind)
             values = codes if item is None else item
             assert values is not None
             kinds[kind] = (offsets, timestamp_s, values, originals[ITEM_COLUMN[kind]])
-        return cls(np.asarray(store.client_ids), kinds, products)
+        return cls(np.asarray(store.client_ids), kinds, products, store.kind("product_buy").amounts)
 
     @classmethod
     def of_events(cls, events: Mapping[str, EventBatch], products: pl.DataFrame | None = None) -> Histories:
         """Events in any order; those of one client and second keep theirs."""
         clients = np.unique(np.concatenate([np.zeros(0, np.int64), *(batch.client_id for batch in events.values())]))
-        kinds = {}
-        for kind, (client_id, timestamp_s, item) in events.items():
+        kinds, sorted_amounts = {}, None
+        for kind, (client_id, timestamp_s, item, amounts) in events.items():
             order = np.lexsort((timestamp_s, client_id))
             offsets = np.searchsorted(client_id[order], np.append(clients, np.iinfo(np.int64).max))
             kinds[kind] = (offsets, timestamp_s[order], item[order], None)
-        return cls(clients, kinds, products)
+            sorted_amounts = sorted_amounts if amounts is None else amounts[order]
+        return cls(clients, kinds, products, sorted_amounts)
 
     @property
     def last_s(self) -> int:
@@ -131,10 +140,13 @@ class Histories:
     def merged(self, later: Histories) -> Histories:
         """With further events; those of one client and second come after the ones that are here."""
         clients = np.union1d(self.client_ids, later.client_ids)
-        kinds = {}
+        kinds, amounts = {}, None
         for kind in EVENT_KINDS:
             if kind in self.kinds or kind in later.kinds:
                 (before, *old), (after, *new) = (one.of_clients(clients, kind) for one in (self, later))
+                if kind == "product_buy" and (self.amounts is not None or later.amounts is not None):
+                    both = [one.amounts_of(clients) for one in (self, later)]
+                    old, new = ([*columns, one] for columns, one in zip((old, new), _as_wide(both), strict=True))
                 offsets = before + after
                 client = [np.repeat(np.arange(len(clients)), np.diff(bounds)) for bounds in (before, after)]
                 # An old row moves by the new ones of earlier clients, a new one by the old ones up to its client's.
@@ -148,18 +160,20 @@ class Histories:
                 if ((np.diff(columns[0]) < 0) & (owner[1:] == owner[:-1])).any():
                     order = np.lexsort((columns[0], owner))
                     columns = [column[order] for column in columns]
-                kinds[kind] = (offsets, *columns, None)
+                kinds[kind] = (offsets, columns[0], columns[1], None)
+                amounts = columns[2] if len(columns) > 2 else amounts
         tables = [one.products for one in (self, later) if one.products is not None]
         products = tables[0] if len(tables) == 1 else None
         if len(tables) == 2:
             first = [pl.col(name).drop_nulls().first() for name in tables[0].columns if name != "sku"]
             products = pl.concat(tables).group_by("sku", maintain_order=True).agg(first)
-        return Histories(clients, kinds, products)
+        return Histories(clients, kinds, products, amounts)
 
     def without(self, client_ids: np.ndarray) -> Histories:
         """Without these clients i64; their items stay described."""
         kept = self.client_ids[~np.isin(self.client_ids, client_ids)]
-        return Histories(kept, {kind: (*self.of_clients(kept, kind), None) for kind in self.kinds}, self.products)
+        kinds = {kind: (*self.of_clients(kept, kind), None) for kind in self.kinds}
+        return Histories(kept, kinds, self.products, self.amounts_of(kept))
 
     def digest_into(self, update: Callable[[bytes], object]) -> None:
         """Gives all bytes to a hash."""
@@ -169,6 +183,8 @@ class Histories:
             for array in arrays:
                 if array is not None:
                     update(np.ascontiguousarray(array).tobytes())
+        if self.amounts is not None:
+            update(np.ascontiguousarray(self.amounts).tobytes())
         if self.products is not None:
             for series in self.products:
                 update(np.ascontiguousarray(series.to_numpy()).tobytes())
@@ -178,16 +194,33 @@ class Histories:
         if kind not in self.kinds:
             item = np.zeros((0, NUM_CODES), np.uint8) if ITEM_COLUMN[kind] == "query" else np.zeros(0, np.int64)
             return np.zeros(len(client_ids) + 1, np.int64), np.zeros(0, np.int64), item
-        offsets, timestamp_s, item, originals = self.kinds[kind]
+        _, timestamp_s, item, originals = self.kinds[kind]
+        bounds, rows = self._rows_of(client_ids, kind)
+        values = np.asarray(item[rows])
+        return bounds, np.asarray(timestamp_s[rows]), values if originals is None else originals[values]
+
+    def amounts_of(self, client_ids: np.ndarray) -> np.ndarray | None:
+        """Amounts of the purchases that `of_clients` gives; None without any."""
+        if self.amounts is None or "product_buy" not in self.kinds:
+            return None
+        return np.asarray(self.amounts[self._rows_of(client_ids, "product_buy")[1]])
+
+    def _rows_of(self, client_ids: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
+        """Offsets i64 [N + 1] and rows of the events of some clients."""
+        offsets = self.kinds[kind][0]
         place = np.searchsorted(self.client_ids, client_ids)
         found = place < len(self.client_ids)
         found[found] = self.client_ids[place[found]] == client_ids[found]
         start, end = np.zeros((2, len(client_ids)), np.int64)
         start[found], end[found] = offsets[place[found]], offsets[place[found] + 1]
         bounds = np.concatenate((np.zeros(1, np.int64), np.cumsum(end - start)))
-        rows = np.arange(bounds[-1]) + np.repeat(start - bounds[:-1], end - start)
-        values = np.asarray(item[rows])
-        return bounds, np.asarray(timestamp_s[rows]), values if originals is None else originals[values]
+        return bounds, np.arange(bounds[-1]) + np.repeat(start - bounds[:-1], end - start)
+
+
+def _as_wide(amounts: Sequence[np.ndarray | None]) -> list[np.ndarray]:
+    """Amounts of purchases, in place of None those of no purchase."""
+    (width,) = {one.shape[1] for one in amounts if one is not None}
+    return [np.zeros((0, width), np.float32) if one is None else one for one in amounts]
 
 
 def memory_store(histories: Histories, client_ids: np.ndarray, cutoff_s: int, vocabulary: Vocabulary) -> MemoryStore:
@@ -203,11 +236,16 @@ def memory_store(histories: Histories, client_ids: np.ndarray, cutoff_s: int, vo
     """
     kinds: tuple[str, ...] = tuple(vocabulary.numbers["kinds"])  # type: ignore[arg-type]
     first_s = int(vocabulary.numbers["first_timestamp_s"])  # type: ignore[call-overload]
-    read = {}
+    names, read = vocabulary.amounts, {}
+    amounts = np.zeros((0, len(names)), np.float32)
     for kind in EVENT_KINDS:
         bounds, timestamp_s, item = histories.of_clients(client_ids if kind in kinds else client_ids[:0], kind)
         if kind not in kinds:
             bounds = np.zeros(len(client_ids) + 1, np.int64)
+        elif kind == "product_buy" and len(timestamp_s) and names:
+            found = histories.amounts_of(client_ids)
+            assert found is not None and found.shape[1] == len(names), "events are read with the amounts of the model"
+            amounts = found[timestamp_s < cutoff_s]
         read[kind] = _before(bounds, timestamp_s, item, cutoff_s)
     first_event_s = min([first_s, *(int(times.min()) for _, times, _ in read.values() if len(times))])
     dtype = narrowest(first_event_s, cutoff_s)
@@ -219,9 +257,10 @@ def memory_store(histories: Histories, client_ids: np.ndarray, cutoff_s: int, vo
     items = dict(zip(SKU_KINDS, np.split(dense_skus, np.cumsum([len(values) for values in skus])[:-1]), strict=True))
     items |= {"page_visit": urls, "search_query": read["search_query"][2]}
     events = [Events(offsets, times.astype(dtype), items[kind]) for kind, (offsets, times, _) in read.items()]
-    for kind, (offsets, timestamp_s, item) in zip(EVENT_KINDS, events, strict=True):
+    for kind, (offsets, timestamp_s, item, _) in zip(EVENT_KINDS, events, strict=True):
         name = "codes" if ITEM_COLUMN[kind] == "query" else "item"
         columns |= {f"{kind}.offsets": offsets, f"{kind}.timestamp_s": timestamp_s, f"{kind}.{name}": item}
+    columns |= {f"product_buy.{AMOUNTS}": amounts} if names else {}
     timeline = Timeline(*merge(events, [0] * len(events)))
     columns |= products | {f"{TIMELINE}.{name}": column for name, column in timeline._asdict().items()}
     url_ids = vocabulary.arrays["url_ids"][url_rows]
@@ -236,6 +275,7 @@ def memory_store(histories: Histories, client_ids: np.ndarray, cutoff_s: int, vo
         "num_urls": len(url_rows),
         "num_categories": len(columns["category_ids"]),
         "num_prices": vocabulary.numbers["num_prices"],
+        AMOUNTS: names,
     }
     return MemoryStore(header, columns, {"sku": sku_rows, "url": url_rows})
 

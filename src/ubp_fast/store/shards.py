@@ -28,12 +28,14 @@ from ubp_fast.store import spill
 from ubp_fast.store.build import Builder, count, places_of_skus
 from ubp_fast.store.clients import no_history, require_few
 from ubp_fast.store.event_store import (
+    AMOUNTS,
     FIRST_ROWS,
     HEADER_FILE,
     TIMELINE,
     VOCABULARY,
     ColumnWriter,
     EventStore,
+    columns_of,
     end_to_end,
 )
 from ubp_fast.store.ids import KnownIds, Numbering
@@ -88,7 +90,7 @@ def partition(events: EventDirectory, chunk: Chunk, cutoff_s: int, edges: np.nda
         edges: of the ranges, see `edges_of`.
         folder: exists.
     """
-    client_id, timestamp_s, item = events.rows(chunk.kind, chunk.first, chunk.rows)
+    client_id, timestamp_s, item, amounts = events.rows(chunk.kind, chunk.first, chunk.rows)
     seen = timestamp_s < cutoff_s
     relevant = events.relevant_clients
     if relevant is not None:
@@ -113,6 +115,7 @@ def partition(events: EventDirectory, chunk: Chunk, cutoff_s: int, edges: np.nda
     order = np.argsort(of_range, kind="stable")
     offsets = np.concatenate((np.zeros(1, np.int64), np.cumsum(np.bincount(of_range, minlength=len(edges) + 1))))
     columns = {"client_id": client_id[order], "timestamp_s": timestamp_s[order], "item": item[order]}
+    columns |= {} if amounts is None else {AMOUNTS: amounts[seen][order]}
     write_arrays(folder / EVENTS_FILE, columns)
     write_arrays(folder / IDS_FILE, ids | {"offsets": offsets})
 
@@ -228,36 +231,41 @@ def build_shard(
     urls = KnownIds(load_array(store / "url_ids.npy", memory_map=True)[FIRST_ID:])
     low, high = np.searchsorted(edges, client_ids[[0, -1]], side="right")
     time = narrowest(whole["first_timestamp_s"], whole["cutoff_s"])
-    kinds = []
+    kinds, width = [], len(whole.get(AMOUNTS, ()))
     for kind in EVENT_KINDS:
         of_query = ITEM_COLUMN[kind] == "query"
         keys, items = [np.zeros(0, np.int64)], [np.zeros((0, 16), np.uint8) if of_query else np.zeros(0, np.int32)]
-        for client_id, timestamp_s, item in _of_ranges([path for one, path in chunks if one.kind == kind], low, high):
+        amounts = [np.zeros((0, width), np.float32)] if width and kind == "product_buy" else []
+        paths = [path for one, path in chunks if one.kind == kind]
+        for client_id, timestamp_s, item, more in _of_ranges(paths, low, high, bool(amounts)):
             rows = clients.find(client_id)
             here = rows >= 0
             item = item[here]
+            amounts += [one[here] for one in more]
             if kind == "page_visit":
                 item = urls.find(item) + np.int32(FIRST_ID)
             elif not of_query:
                 item = dense_skus[item]
             keys.append(keys_of(rows[here], timestamp_s[here]))
             items.append(item)
-        kinds.append(sort_events(np.concatenate(keys), np.concatenate(items), 0, last - first, time))
+        of_kind = np.concatenate(amounts) if amounts else None
+        kinds.append(sort_events(np.concatenate(keys), np.concatenate(items), 0, last - first, time, of_kind))
     _write(folder, whole | {VOCABULARY: "../.."}, client_ids, kinds)
 
 
-def _of_ranges(paths: Sequence[Path], low: int, high: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Clients, times and items of the ranges low..high, chunk by chunk."""
+def _of_ranges(
+    paths: Sequence[Path], low: int, high: int, has_amounts: bool
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, list[np.ndarray]]]:
+    """Clients, times, items and, where there are any, amounts of the ranges low..high, chunk by chunk."""
+    names = ("client_id", "timestamp_s", "item", *((AMOUNTS,) if has_amounts else ()))
     for path in paths:
         with safe_open(path / IDS_FILE, "np") as ids:
             offsets = ids.get_tensor("offsets")
         start, end = int(offsets[low]), int(offsets[high + 1])
         if start < end:
             with safe_open(path / EVENTS_FILE, "np") as columns:
-                client_id, timestamp_s, item = (
-                    columns.get_slice(name)[start:end] for name in ("client_id", "timestamp_s", "item")
-                )
-            yield client_id, timestamp_s, item
+                client_id, timestamp_s, item, *amounts = (columns.get_slice(name)[start:end] for name in names)
+            yield client_id, timestamp_s, item, amounts
 
 
 def _write(folder: Path, whole: Mapping[str, object], client_ids: np.ndarray, kinds: Sequence[Events]) -> None:
@@ -268,10 +276,11 @@ def _write(folder: Path, whole: Mapping[str, object], client_ids: np.ndarray, ki
     save_array(folder / "is_relevant.npy", np.ones(len(client_ids), bool))
     number = max(len(events.timestamp_s) for events in kinds)
     row = narrowest(0, number)
-    columns = {TIMELINE: spill.merge(list(kinds), [0] * len(kinds), row), **dict(zip(EVENT_KINDS, kinds, strict=True))}
+    columns = {kind: events.columns for kind, events in zip(EVENT_KINDS, kinds, strict=True)}
+    columns = {TIMELINE: [*spill.merge(list(kinds), [0] * len(kinds), row)], **columns}
+    amounts: Sequence[str] = header.get(AMOUNTS, ())  # type: ignore[assignment]
     for name, arrays in columns.items():
-        of_kind = ("timestamp_s", "codes" if name in ITEM_COLUMN and ITEM_COLUMN[name] == "query" else "item")
-        names = ("timestamp_s", "kind", "row") if name == TIMELINE else of_kind
+        names = ["timestamp_s", "kind", "row"] if name == TIMELINE else columns_of(name, amounts)
         writer = ColumnWriter(folder, name, names, len(client_ids), len(arrays[1]))
         writer.append(*arrays)
         writer.close()
@@ -309,16 +318,17 @@ def some_clients(store: EventStore, rows: np.ndarray, folder: Path) -> None:
         here = rows[(rows >= first) & (rows < last)] - first
         parts.append([])
         for kind in EVENT_KINDS:
-            offsets, timestamp_s, item, codes = shard.kind(kind)
+            offsets, timestamp_s, item, codes, amounts = shard.kind(kind)
             chosen, starts = end_to_end(offsets[here], offsets[here + 1])
             values = codes if item is None else item
             assert values is not None
-            parts[-1].append(Events(starts, timestamp_s[chosen], values[chosen]))
+            of_these = None if amounts is None else amounts[chosen]
+            parts[-1].append(Events(starts, timestamp_s[chosen], values[chosen], of_these))
     kinds = []
     for of_kind in zip(*parts, strict=True):
         ends = np.cumsum([0, *(events.offsets[-1] for events in of_kind)])
         following = [events.offsets[1:] + start for events, start in zip(of_kind, ends[:-1], strict=True)]
-        columns = (np.concatenate([events[column] for events in of_kind]) for column in (1, 2))
+        columns = (np.concatenate(column) for column in zip(*(events.columns[1:] for events in of_kind), strict=True))
         kinds.append(Events(np.concatenate([np.zeros(1, np.int64), *following]), *columns))
     _write(folder, store.header, np.asarray(store.client_ids)[rows], kinds)
     for path in vocabulary_files(store.path):

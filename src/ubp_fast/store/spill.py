@@ -31,11 +31,18 @@ class Events(NamedTuple):
         offsets: i64 [clients + 1].
         timestamp_s: [N], of the dtype that was asked for.
         item: i32 [N] numbers, or u8 [N, 16] codes.
+        amounts: f32 [N, A], see `with_amounts`; None without any.
     """
 
     offsets: np.ndarray
     timestamp_s: np.ndarray
     item: np.ndarray
+    amounts: np.ndarray | None = None
+
+    @property
+    def columns(self) -> list[np.ndarray]:
+        """What there is, from left to right."""
+        return [column for column in self if column is not None]
 
 
 class Spill:
@@ -134,14 +141,31 @@ def keys_of(client_row: np.ndarray, timestamp_s: np.ndarray) -> np.ndarray:
     return (client_row.astype(np.int64) << TIME_BITS) | (timestamp_s.astype(np.int64) - EARLIEST_S)
 
 
+def with_amounts(numbers: np.ndarray, amounts: np.ndarray | None) -> np.ndarray:
+    """Items that bring their amounts along: i32 [N, 1 + A], the numbers and the bits of f32 [N, A]."""
+    return numbers if amounts is None else np.column_stack((numbers, np.ascontiguousarray(amounts).view(np.int32)))
+
+
+def without_amounts(items: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Numbers or codes, and amounts, of items as `with_amounts` gives them."""
+    if items.ndim == 1 or items.dtype != np.int32:
+        return items, None
+    return np.ascontiguousarray(items[:, 0]), np.ascontiguousarray(items[:, 1:]).view(np.float32)
+
+
 def sort_events(
-    keys: np.ndarray, items: np.ndarray, first_client: int, num_clients: int, time: type[np.signedinteger] = np.int64
+    keys: np.ndarray,
+    items: np.ndarray,
+    first_client: int,
+    num_clients: int,
+    time: type[np.signedinteger] = np.int64,
+    amounts: np.ndarray | None = None,
 ) -> Events:
     """Sorts records of the clients first_client up to first_client + num_clients; equal keys keep their order."""
     offsets, order = _sorted(keys, first_client, num_clients)
     timestamp_s = np.empty(len(order), time)
     _times(keys, order, timestamp_s)
-    return Events(offsets, timestamp_s, items[order])
+    return Events(offsets, timestamp_s, items[order], None if amounts is None else amounts[order])
 
 
 def merge(

@@ -109,3 +109,4 @@ def test_price_buckets_and_order() -> None:
     assert table["name"][0].to_list() == table["name"][2].to_list() != table["name"][1].to_list()
     purchases = complete_journey.purchase_table(transactions)
     assert purchases["client_id"].to_list() == [1, 1, 3, 1, 2]
+    assert purchases["quantity"].to_list() == [1, 1, 1, 2, 1] and purchases["spend"].to_list() == [2.5, 0, 0, 4, 4]

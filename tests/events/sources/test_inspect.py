@@ -55,6 +55,21 @@ FILES: dict[str, tuple[str, dict[str, Any]]] = {
             "decimal": ",",
         },
     ),
+    "totals": (
+        "customer_id,date,sku,qty,total_amount\n" + "".join(f"7,{day},A,2,12.5\n" for day in DAYS),
+        {
+            "client_column": "customer_id",
+            "timestamp_column": "date",
+            "price_column": "total_amount",
+            "quantity_column": "qty",
+            "spend_column": "total_amount",
+        },
+    ),
+    "pieces that lack": (
+        "customer_id,date,sku,qty,price\n"
+        + "".join(f"7,{day},A,{n},2\n" for day, n in zip(DAYS, ("3", "", "4"), strict=True)),
+        {"client_column": "customer_id", "timestamp_column": "date", "price_column": "price"},
+    ),
     "american dates": (
         "Order ID,Order Date,Customer ID,Product ID,Sales\nA,1/2/2024,X,F1,3\nB,3/4/2024,Y,F1,4\nC,5/6/2024,X,F2,5\n",
         {

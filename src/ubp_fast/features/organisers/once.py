@@ -191,7 +191,7 @@ class _Pass(NamedTuple):
     def kind(self, name: str, config: CountsConfig) -> CountedKind:
         """The events that are in a list, sorted."""
         popular, is_listed, codes = self.items.listed(self.numbers, config.top_values)
-        offsets, timestamp_s, item = sort_events(self.keys[is_listed], codes, 0, len(self.num_events))
+        offsets, timestamp_s, item, _ = sort_events(self.keys[is_listed], codes, 0, len(self.num_events))
 
         def columns(first: int, last: int) -> KindColumns:
             return KindColumns(offsets[first : last + 1], timestamp_s, item, None)
@@ -238,7 +238,7 @@ class _Once:
 
     def _batches(self, kind: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
         """Rows i32 of the events that count, places i32 of their clients, all times and all items."""
-        for client_id, timestamp_s, values in self._events.batches(kind):
+        for client_id, timestamp_s, values, _ in self._events.batches(kind):
             rows, clients = self._clients.known(client_id, timestamp_s, self._cutoff_s)
             if len(rows):
                 yield rows, clients, timestamp_s, values

@@ -69,7 +69,7 @@ class Prices:
         values = np.stack((price, price**2, prices[:, 1]), axis=1)
         slots = np.where(known, prices[:, 0].astype(np.int32) * self.bins // NUM_PRICE_BUCKETS, -1)
         for kind in history.present(tuple(kind for kind in self.kinds if kind in SKU_KINDS)):
-            offsets, timestamp_s, item, _ = history.events(kind)
+            offsets, timestamp_s, item, *_ = history.events(kind)
             tables: dict[str, Any] = {"values": values, "slots": slots, "num_slots": self.bins}
             found = history.aggregate(self, kind, windows_s=windows_s, **tables)
             has = found.sums[:, :, 2] > 0
