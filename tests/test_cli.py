@@ -7,6 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,9 @@ import pytest
 from support.runs import TINY
 
 from ubp_fast.cli import main
+from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import UserError
+from ubp_fast.events.split import DAY_S, utc_text
 from ubp_fast.profiles import Profiles
 
 SHOP = ("data=synthetic", "data.clients=200", "data.skus=60", "data.urls=80")
@@ -47,26 +51,56 @@ def test_embed_gives_the_vectors_of_the_run(run: Path, tmp_path: Path, capsys: p
     assert np.array_equal(pl.read_parquet(run / "latest.parquet")["client_id"].to_numpy(), wanted.client_ids)
 
 
-@pytest.mark.parametrize("is_json", [False, True])
-def test_clients_who_did_nothing_are_told(
-    is_json: bool, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """An id that is written otherwise, or a moment before the log, gives vectors, too: of somebody without events."""
-    log = ["--log=json"] if is_json else []
+Told = Callable[..., list[str]]
 
-    def told(*options: str) -> list[str]:
-        events = ["--events", str(run / "stages" / "events"), "--output", str(tmp_path / "out.parquet")]
-        assert main(["embed", str(run), *events, *options, *log]) == 0
+
+@pytest.fixture(params=["lines", "json"])
+def told(request: pytest.FixtureRequest, run: Path, capsys: pytest.CaptureFixture[str]) -> Told:
+    """The notes that `embed` prints with some options."""
+
+    def notes(*options: str, run: Path = run) -> list[str]:
+        capsys.readouterr()
+        assert main(["embed", str(run), *options, f"--log={request.param}"]) == 0
         lines = capsys.readouterr().out.splitlines()
-        if is_json:
+        if request.param == "json":
             return [line["text"] for line in map(json.loads, lines) if line["event"] == "note"]
         return [line.removeprefix("note  ") for line in lines if line.startswith("note")]
 
+    return notes
+
+
+def test_clients_who_did_nothing_are_told(told: Told, run: Path, tmp_path: Path) -> None:
+    """An id that is written otherwise, or a moment before the log, gives vectors, too: of somebody without events."""
+    told = partial(told, "--events", str(run / "stages" / "events"), "--output", str(tmp_path / "out.parquet"))
     (tmp_path / "clients.txt").write_text(f"{Profiles.load(run / 'latest').client_ids[0]}\n987654321\n")
     (one,) = told("--clients", str(tmp_path / "clients.txt"))
     assert one.startswith("client 987654321 has no event before 2022-")
     (two,) = told("--clients", str(tmp_path / "clients.txt"), "--at", "2001-02-03")
     assert re.match(r"2 clients, \d+ first, have no event before 2001-02-03 00:00:00: ", two)
+
+
+def test_a_moment_long_after_the_log_is_told(told: Told, run: Path, tmp_path: Path) -> None:
+    """In a wrong year everybody looks like somebody who has left, and the vectors were written without a word."""
+    events = EventDirectory.open(run / "stages" / "events")
+    embed = partial(told, "--events", str(events.path), "--output", str(tmp_path / "out.parquet"))
+    near, far = (utc_text(events.last_s + days * DAY_S) for days in (30, 31))
+    assert embed("--at", near) == []
+    (note,) = embed("--at", far)
+    assert note.startswith(
+        f"the moment, {far}, lies 31 days after the newest event that is known, of {utc_text(events.last_s)[:10]}: "
+    )
+    copy = Path(shutil.copytree(run, tmp_path / "shop"))
+    day = pl.DataFrame({"client_id": [7], "timestamp": [events.last_s + DAY_S], "sku": [1001]})
+    (tmp_path / "day").mkdir()
+    day.write_parquet(tmp_path / "day" / "product_buy.parquet")
+    append = partial(told, "--append", "--events", str(tmp_path / "day"), run=copy)
+    assert append("--at", near) == []
+    (note,) = append("--at", utc_text(events.last_s + 1001 * DAY_S))
+    assert f"lies 1,000 days after the newest event that is known, of {utc_text(events.last_s + DAY_S)[:10]}: " in note
+    one = pl.DataFrame({"client_id": [7], "timestamp": [events.last_s - 90 * DAY_S], "sku": [1001]})
+    one.write_parquet(tmp_path / "day" / "product_buy.parquet")
+    idle = partial(told, "--events", str(tmp_path / "day"), "--output", str(tmp_path / "out.parquet"))
+    assert idle("--at", near) == [], "one client's events may end long before the shop's"
 
 
 def test_log_for_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -241,6 +241,7 @@ def _embed(options: argparse.Namespace) -> int:
     from ubp_fast.progress import RunProgress
 
     profiler = Profiler.load(options.run)
+    notes: list[str] = []
     if options.append:
         if options.output or options.clients or options.blocks or options.everybody:
             raise UserError(
@@ -249,33 +250,33 @@ def _embed(options: argparse.Namespace) -> int:
             )
         progress = RunProgress(Console(), [("append", 1.0)], options.log)
         with progress.display(), progress.stage("append") as update:
-            made = profiler.append(options.events, options.at, update)
+            made = profiler.append(options.events, options.at, update, notes.append)
+        _tell_notes(notes, options.log)
         _tell_profiles(made.num_clients, profiler.directory.parent / LATEST, options.log)
         return 0
     if options.output is None:
         raise UserError("embed: --output must name a new directory, a table or a folder in a bucket, got none")
     clients = None if options.clients is None else _clients(options.clients)
     blocks = None if options.blocks is None else options.blocks.split(",")
-    notes: list[str] = []
     progress = RunProgress(Console(), [("embed", 1.0)], options.log)
     with progress.display(), progress.stage("embed") as update:
         given = (options.output, options.events, options.at, clients, blocks, options.column_per_block)
         number = profiler.embed_to(*given, update, options.everybody, notes.append)
-    for note in notes:
-        _tell_note(note, options.log)
+    _tell_notes(notes, options.log)
     _tell_profiles(number, options.output, options.log)
     return 0
 
 
-def _tell_note(text: str, log: str) -> None:
+def _tell_notes(notes: Sequence[str], log: str) -> None:
     from rich.console import Console
 
     from ubp_fast.progress import print_json
 
-    if log == "json":
-        print_json(Console(), "note", text=text)
-    else:
-        print(f"note  {text}")
+    for text in notes:
+        if log == "json":
+            print_json(Console(), "note", text=text)
+        else:
+            print(f"note  {text}")
 
 
 def _tell_profiles(number: int, place: Path | str, log: str) -> None:

@@ -189,6 +189,16 @@ def test_nothing_from_the_moment_on_is_seen(run: Path) -> None:
     assert not same(profiler.embed(tables, moment + 5 * DAY_S, ids), before), "the days behind it count later"
 
 
+def test_a_moment_long_after_the_log_is_warned_of(run: Path) -> None:
+    events = EventDirectory.open(run / "stages" / "events")
+    profiler, ids = Profiler.load(run), whole(run).client_ids[:2]
+    profiler.embed(events.path, events.last_s + 30 * DAY_S, ids)
+    with pytest.warns(UserWarning, match=r"the moment, 2035-01-01 00:00:00, lies 4,\d\d\d days after the newest event"):
+        profiler.embed(events.path, "2035-01-01", ids)
+    with pytest.raises(UserError, match="at: must be seconds since 1970, got 1668000000000; divide milliseconds"):
+        profiler.embed(events.path, 1_668_000_000_000, ids)
+
+
 def test_own_ids_of_a_text_shop(table_run: tuple[Path, pl.DataFrame]) -> None:
     run, frame = table_run
     wanted = whole(run)
