@@ -113,14 +113,24 @@ def test_what_a_run_is_about_is_told_before_the_work(tmp_path: Path) -> None:
     assert facts["values bought in the window learned from"] == "1 of category, 3 of sku, 1 of price"
 
 
-def test_a_client_who_comes_after_the_moment_of_the_profiles(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("at", "told"),
+    [
+        (None, "1 client comes first at or after 2024-03-13 00:00:00, the moment of the newest vectors, and has none"),
+        ("2024-03-20", "1 client comes first at or after 2024-03-20 00:00:00, the moment of the newest vectors"),
+        ("2024-03-28", ""),
+        ("end", ""),
+    ],
+)
+def test_a_client_who_comes_after_the_moment_of_the_newest_vectors(tmp_path: Path, at: str | None, told: str) -> None:
+    """`profiles.at=end` was advised to who had set it."""
     late = pl.DataFrame({"client_id": [99], "timestamp": [START_S + 85 * DAY_S], "sku": [1]})
-    assert run(tmp_path, pl.concat([shop(), late]), "stages=[profiles]", "data.timezone=UTC")[0] == 0
-    assert 99 not in Profiles.load(tmp_path / "run/profiles").client_ids
-    assert notes(tmp_path) == [
-        f"{tmp_path}/events.parquet: 1 client comes first at or after 2024-03-13 00:00:00, the moment of the profiles:"
-        " no vector; profiles.at=end makes vectors of all"
-    ]
+    moment = [] if at is None else [f"profiles.at={at}", "evaluation=off"]
+    code, printed = run(tmp_path, pl.concat([shop(), late]), "stages=[profiles]", "data.timezone=UTC", *moment)
+    assert code == 0
+    newest = Profiles.load(tmp_path / "run" / ("profiles" if at is None else "latest"))
+    assert (99 in newest.client_ids) == (told == "")
+    assert told in printed and ("profiles.at=end" in printed) == bool(told)
 
 
 def test_one_client_is_told_in_words_of_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -205,7 +205,8 @@ def warnings_of(run: Path, settings: Settings, scores: Mapping[str, Scores]) -> 
         newest = next((folders / name for name in ("latest-store", "store") if (folders / name).exists()), None)
         if newest is not None:
             store = EventStore.open(newest)
-            found += [*_empty_clients(store), *_old(store, events, settings.plain["profiles"]["old_after_days"])]
+            found += [*_empty_clients(store), *_without_vector(store, events)]
+            found += _old(store, events, settings.plain["profiles"]["old_after_days"])
             found += _rare_labels(newest.with_name(newest.name.replace("store", "features")), store, events)
     said_of: dict[str, list[str]] = {}
     for component, one in scores.items():
@@ -225,6 +226,22 @@ def _empty_clients(store: EventStore) -> list[str]:
     return [
         f"clients: {empty:,} of the {int(store.is_relevant.sum()):,} with a profile have no event before"
         f" {utc_text(store.cutoff_s)}; their vectors are alike and say only that"
+    ]
+
+
+def _without_vector(store: EventStore, events: EventDirectory) -> list[str]:
+    """Clients who come first after the moment of the newest vectors, where no source says who needs one."""
+    if events.relevant_clients is not None:
+        return []
+    behind = [events.scan(kind).filter(pl.col("timestamp_s") >= store.cutoff_s) for kind in events.kinds]
+    found = pl.concat([rows.select(pl.col("client_id").unique()) for rows in behind]).collect(engine="streaming")
+    late = len(np.setdiff1d(found["client_id"].to_numpy(), store.client_ids))
+    if not late:
+        return []
+    return [
+        f"clients: {'1 client comes' if late == 1 else f'{late:,} clients come'} first at or after"
+        f" {utc_text(store.cutoff_s)}, the moment of the newest vectors, and {'has' if late == 1 else 'have'} none;"
+        " profiles.at=end makes vectors of all"
     ]
 
 
