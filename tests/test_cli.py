@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -184,7 +185,6 @@ def test_validate_and_evaluate(run: Path, tmp_path: Path, capsys: pytest.Capture
     ("arguments", "message"),
     [
         (["embed", "RUN", "--events", "nothing.csv", "--output", "OUT"], "nothing.csv: table must exist"),
-        (["embed", "nowhere", "--events", "x", "--output", "OUT"], "a model must hold a complete bundle.json"),
         (
             ["embed", "RUN", "--events", "RUN/stages/events", "--output", "OUT", "--at", "soon"],
             "at: must be a date or a date-time like",
@@ -202,17 +202,107 @@ def test_validate_and_evaluate(run: Path, tmp_path: Path, capsys: pytest.Capture
             ["embed", "RUN", "--events", "RUN/stages/events", "--output", "OUT", "--at", "2000-01-01", "--everybody"],
             "must have the events of all clients",
         ),
-        (["validate", "nowhere"], "nowhere"),
+        (["validate", "RUN"], "got neither; did you mean RUN/latest?"),
+        (["cache", "prune", "--cache", "RUN"], "got RUN, which holds no output of a stage; check the path"),
+        (["cache", "prune", "--cache", "RUNS"], "got RUNS, which holds no output of a stage; did you mean RUNS/cache?"),
+        (["leaderboard", "RUN"], "got no scores.json in it; run it without evaluation=off"),
     ],
 )
 def test_mistakes_are_one_line(
     arguments: list[str], message: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     places = {"RUN": str(run), "RUN/stages/events": str(run / "stages" / "events"), "OUT": str(tmp_path / "out")}
+    places["RUNS"] = str(run.parent)
     assert main([places.get(argument, argument) for argument in arguments]) == 2
     error = capsys.readouterr().err
-    assert message in error and error.startswith("error: ")
-    assert not (tmp_path / "out").exists()
+    assert message in error.replace(str(run), "RUN").replace(str(run.parent), "RUNS") and error.startswith("error: ")
+    assert error.count("\n") == 1 and not (tmp_path / "out").exists()
+    assert (run / "latest").is_dir() and (run.parent / "cache").is_dir(), "nothing is pruned that is no cache's"
+
+
+def begun(run: Path) -> None:
+    """A run that was stopped before its model."""
+    run.mkdir()
+    (run / "config.yaml").write_text("seed: 0\n")
+
+
+def with_bundle(run: Path, content: str) -> None:
+    (run / "model").mkdir(parents=True)
+    (run / "model" / "bundle.json").write_text(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "message"),
+    [
+        ("nowhere", lambda _: None, "nowhere: must be the directory of a run, got none there; check the path"),
+        ("file", lambda path: path.touch(), "file: must be the directory of a run, got a file; name the directory"),
+        ("empty", Path.mkdir, "got neither model/ nor bundle.json; check the path"),
+        ("stopped", begun, "got one that stopped before, or whose stages have no profiles; run the"),
+        (
+            "old",
+            lambda path: with_bundle(path, '{"format": 4}'),
+            "format must be 5, got 4 of an older version of ubp_fa",
+        ),
+        (
+            "cut",
+            lambda path: with_bundle(path, '{"format": '),
+            "bundle.json: file must be complete, got 'Expecting val",
+        ),
+    ],
+)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["embed", "RUN", "--events", "x", "--output", "OUT"],
+        ["embed", "RUN", "--events", "x", "--append"],
+        ["forget", "RUN", "--clients", "IDS"],
+        ["run", "profiles.align_to=RUN", "root=OUT"],
+    ],
+    ids=" ".join,
+)
+def test_a_place_without_a_model_is_told_in_a_sentence(
+    command: list[str],
+    name: str,
+    make: Callable[[Path], None],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`[Errno 2] No such file or directory: 'nowhere/bundle.json'` was all that was said."""
+    (tmp_path / "ids.txt").write_text("7\n")
+    make(tmp_path / name)
+    places = {"RUN": tmp_path / name, "OUT": tmp_path / "out", "IDS": tmp_path / "ids.txt"}
+    words = []
+    for word in command:
+        key, is_setting, value = word.rpartition("=")
+        words.append(f"{key}{is_setting}{places.get(value, value)}")
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and "Errno" not in error and error.count("\n") == 1
+
+
+def test_a_run_whose_configuration_is_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for content in (":::{", "seed: [0", "- seed"):
+        begun(tmp_path / "run")
+        (tmp_path / "run" / "config.yaml").write_text(content)
+        for command in (["cache", "why", str(tmp_path / "run")], ["run", f"directory={tmp_path / 'run'}"]):
+            assert main(command) == 2
+            error = capsys.readouterr().err
+            assert "config.yaml: file must be as a run wrote it, got '" in error and error.count("\n") == 1
+        shutil.rmtree(tmp_path / "run")
+
+
+def test_what_the_user_may_not_read_is_no_mistake_of_ours(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, *_: object, **__: object) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    begun(tmp_path / "run")
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert main(["cache", "why", str(tmp_path / "run")]) == 2
+    wanted = f"error: {tmp_path / 'run' / 'config.yaml'}: this user must have access, got 'Permission denied'; change"
+    assert capsys.readouterr().err.startswith(wanted)
 
 
 def test_unknown_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,6 +34,7 @@ from ubp_fast.files import (
     load_json,
     replace_by_copy,
     restore,
+    why,
     write_json,
     write_text,
     writing_to,
@@ -105,6 +106,10 @@ def explained(work: Callable[[], int]) -> int:
         sys.stdout.flush()
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except PermissionError as error:
+        place = error.filename or "files"
+        print(f"error: {place}: this user must have access, got '{why(error)}'; change permissions", file=sys.stderr)
         return USER_ERROR
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():

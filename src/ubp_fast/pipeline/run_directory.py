@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -19,13 +20,14 @@ from rich.table import Table
 from ubp_fast.evaluation import Scores
 from ubp_fast.evaluation.evaluator import LEAST_CLIENTS
 from ubp_fast.events.read import EventDirectory
+from ubp_fast.events.schema import UserError
 from ubp_fast.events.split import DAY_S, utc_text
 from ubp_fast.files import OutputDirectoryError, flatten, remove_halves, writable_directory, write_text
 from ubp_fast.pipeline.model_stages import cutoffs_of, load_lists
 from ubp_fast.pipeline.settings import Settings
+from ubp_fast.profiler.bundle import CONFIG_FILE
 from ubp_fast.store.event_store import EventStore
 
-CONFIG_FILE = "config.yaml"
 # Which stages to run, with how many threads, and what is shown are no property of the result.
 NOT_COMPARED = frozenset({"stages", "directory", "root", "cache", "progress", "compute", "report"})
 PACKAGES = ("torch", "numpy", "numba", "polars", "lightning", "schedulefree", "torchmetrics", "hydra-core")
@@ -76,11 +78,30 @@ def environment(threads: int) -> dict[str, object]:
     }
 
 
+def config_of(run: Path) -> dict[str, Any]:
+    """The resolved configuration of an earlier run.
+
+    Raises:
+        UserError: there is none, or its file was damaged.
+    """
+    file = run / CONFIG_FILE
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"{type(config).__name__} instead of names with values")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{run}: must be the directory of a run, got no {CONFIG_FILE} there; check the path") from error
+    except (ValueError, yaml.YAMLError) as error:
+        found = " ".join(str(error).split())
+        raise UserError(f"{file}: file must be as a run wrote it, got '{found}'; copy it again or remove it") from error
+    return config
+
+
 def _refuse_foreign_content(path: Path, config: Mapping[str, object]) -> None:
     if not path.exists():
         return
     if not path.is_dir():
-        raise OutputDirectoryError(f"{path}: directory must be a directory, got a file; choose another directory=")
+        raise OutputDirectoryError(f"{path}: directory= must name a directory, got a file; choose another directory=")
     known = path / CONFIG_FILE
     if not known.exists():
         if any(not child.name.startswith(".") for child in path.iterdir()):
@@ -88,7 +109,7 @@ def _refuse_foreign_content(path: Path, config: Mapping[str, object]) -> None:
                 f"{path}: directory must be empty or hold an earlier run, got other files; choose another directory="
             )
         return
-    earlier = flatten(_compared(yaml.safe_load(known.read_text(encoding="utf-8")) or {}))
+    earlier = flatten(_compared(config_of(path)))
     wanted = flatten(_compared(config))
     differing = [name for name in sorted(earlier.keys() | wanted.keys()) if earlier.get(name) != wanted.get(name)]
     if differing:

@@ -615,21 +615,11 @@ def make_portrait(settings: Settings, inputs: Inputs, directory: Path, progress:
 
 
 def make_drift(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
-    """How far inputs and vectors have moved from those of an earlier run.
-
-    Raises:
-        UserError: what is named is no run with its stages.
-    """
+    """How far inputs and vectors have moved from those of an earlier run."""
     assert settings.report.against is not None
     earlier = Path(settings.report.against)
-    place = earlier / "stages" / "store"
-    if not (earlier / "profiles").is_dir() or not place.exists():
-        raise UserError(
-            f"run: report.against must be the directory of a run with profiles and stages, got {earlier};"
-            " run it again where its cache was removed"
-        )
     profiles = Profiles.load(inputs["stacking"] / "stacked")
-    before = (EventStore.open(place), Profiles.load(earlier / "profiles"))
+    before = (EventStore.open(earlier / "stages" / "store"), Profiles.load(earlier / "profiles"))
     write_json(directory / FACTS_FILE, drift(EventStore.open(inputs["store"]), profiles, *before, settings.seed))
 
 
