@@ -299,10 +299,17 @@ def test_what_the_user_may_not_read_is_no_mistake_of_ours(
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     begun(tmp_path / "run")
+    (tmp_path / "run" / "scores.json").touch()
     monkeypatch.setattr(Path, "read_text", refuse)
-    assert main(["cache", "why", str(tmp_path / "run")]) == 2
-    wanted = f"error: {tmp_path / 'run' / 'config.yaml'}: this user must have access, got 'Permission denied'; change"
-    assert capsys.readouterr().err.startswith(wanted)
+    monkeypatch.setattr(Path, "open", refuse)
+    for command, file in (
+        (["cache", "why", str(tmp_path / "run")], "config.yaml"),
+        (["leaderboard", str(tmp_path / "run")], "scores.json"),
+        (["inspect", str(tmp_path / "run" / "scores.json")], "scores.json"),
+    ):
+        assert main(command) == 2
+        wanted = f"error: {tmp_path / 'run' / file}: this user must have access, got 'Permission denied'; change"
+        assert capsys.readouterr().err.startswith(wanted)
 
 
 def test_unknown_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -158,7 +158,7 @@ def read_submissions(paths: Sequence[Path]) -> dict[str, Scores]:
             parts = {"": value} if "format" in value else value
             scores = {name: Scores.from_json(part) for name, part in parts.items() if name != WARNINGS}
             submissions |= {f"{path} {name}".rstrip(): one for name, one in scores.items()}
-        except OSError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             found = f"no {SCORES_FILE} in it; run it without evaluation=off"
             if not path.is_dir():
                 found = f"'{why(error)}'; check the path"

@@ -350,6 +350,8 @@ def readable(path: Path, kind: str) -> Iterator[None]:
     """What goes wrong while a file is read becomes an error that names it."""
     try:
         yield
+    except PermissionError:  # says enough, and no copy helps
+        raise
     except (pl.exceptions.PolarsError, OSError, EOFError, csv.Error, zlib.error) as error:
         reason = str(error).strip().split("\n")[0]
         if "utf-8" in reason.lower() or "utf8" in reason.lower():
