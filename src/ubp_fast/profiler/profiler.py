@@ -6,7 +6,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import date, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from ubp_fast.events.schema import UserError
+from ubp_fast.events.schema import DataError, UserError
+from ubp_fast.events.sources.table import Table
 from ubp_fast.events.split import DAY_S, utc_text
 from ubp_fast.features.scaling import DayStatistics
 from ubp_fast.files import is_url, scratch_directory, writing_to
@@ -32,7 +33,7 @@ from ubp_fast.profiler.bundle import (
 )
 from ubp_fast.profiler.history import History
 from ubp_fast.profiler.parts import Blocks, Fitted, Made, features_and_networks, measure, rows_of, vectors_of
-from ubp_fast.profiler.reading import active_before, own_ids, read_new_events, seconds_of
+from ubp_fast.profiler.reading import NewEvents, active_before, own_ids, read_new_events, seconds_of
 from ubp_fast.profiles import Profiles
 from ubp_fast.profiles.blocks import Layout
 from ubp_fast.profiles.publishing import objects_there, publish
@@ -218,7 +219,7 @@ class Profiler:
         """
         run = self.directory.parent
         before = History.of(run, self.fitted.cutoff_s, self.maps)
-        new = read_new_events(events, self.fitted.recipe.table, before.maps, known=before.clients)
+        new = _new_events(events, self.fitted.recipe.table, before.maps, known=before.clients)
         now = before.with_events(new)
         last_s = now.histories.last_s
         at_s = last_s + 1 if at is None else self._seconds(at)
@@ -271,7 +272,7 @@ class Profiler:
         blocks: Sequence[str] | None,
     ) -> _Job:
         before_s = None if at is None else self._seconds(at)
-        found = read_new_events(events, self.fitted.recipe.table, self.maps, before_s)
+        found = _new_events(events, self.fitted.recipe.table, self.maps, before_s)
         just_after_s = self.fitted.cutoff_s if found.last_s is None else found.last_s + 1
         at_s = just_after_s if before_s is None else before_s
         own = found.wanted_before(at_s) if clients is None else own_ids(clients, found.clients.own)
@@ -337,7 +338,7 @@ class _Job:
         """
         last_s = max(self.histories.last_s, self.profiler.fitted.cutoff_s - 1)
         days = (self.at_s - last_s) / DAY_S
-        if days > FAR_DAYS:
+        if self.histories.last_s and days > FAR_DAYS:  # without any event, that is what is said
             yield (
                 f"the moment, {utc_text(self.at_s)}, lies {days:,.0f} days after the newest event that is known, of"
                 f" {utc_text(last_s)[:10]}: everybody looks like somebody who has not come since; check the moment, or"
@@ -368,6 +369,17 @@ class _Job:
         state.update(self.numbers.tobytes())
         self.histories.digest_into(state.update)
         return state.hexdigest()
+
+
+def _new_events(events: Any, *given: Any, **named: Any) -> NewEvents:
+    """`read_new_events`; a remedy that is a setting of the run says so: `embed` takes none of them."""
+    try:
+        return read_new_events(events, *given, **named)
+    except DataError as error:
+        message = str(error).replace("data.path=", "events=")
+        if any(f"data.{one.name}" in message for one in fields(Table)):
+            message += "; data.* are settings of the run: write the events as its log is, or run it again with them"
+        raise DataError(message) from error
 
 
 def _silent(done: int, total: int) -> None:
