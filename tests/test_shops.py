@@ -137,6 +137,12 @@ def test_one_client_is_told_in_words_of_the_data(tmp_path: Path, capsys: pytest.
     assert run(tmp_path, shop(clients=1), "stages=[profiles]")[0] == 2
     message = capsys.readouterr().err
     assert "purchases must lie between 2024-02-21 00:00:00 and 2024-03-06 00:00:00" in message
+    days = pl.DataFrame(
+        {"client_id": [7] * 99, "timestamp": [START_S + day * DAY_S for day in range(1, 100)], "sku": [1] * 99}
+    )
+    assert run(tmp_path, days, "stages=[profiles]")[0] == 2
+    message = capsys.readouterr().err
+    assert "clients must differ in what they do" in message and "bring more clients or a longer history" in message
 
 
 def test_a_label_of_one_class_has_no_score(tmp_path: Path) -> None:
