@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,16 @@ def test_what_a_run_is_about_is_told_before_the_work(tmp_path: Path) -> None:
     assert facts["buyers in the window learned from"].startswith(f"{learned}, {(12 - learned) / 12:.0%} of those")
     assert facts["buyers in the window scored"].startswith(f"{scored}, ")
     assert facts["values bought in the window learned from"] == "1 of category, 3 of sku, 1 of price"
+
+
+def test_a_run_without_scores_tells_of_none(tmp_path: Path) -> None:
+    """The README's command showed windows of a backtest that nobody had asked for."""
+    table = shop().with_columns(pl.from_epoch("timestamp"))
+    for at, moment in (("end", "2024-04-09 00:00:01"), ("2024-04-01", "2024-04-01 00:00:00")):
+        (tmp_path / at).mkdir()
+        code, printed = run(tmp_path / at, table, "evaluation=off", "report.clients=false", f"profiles.at={at}")
+        assert code == 0 and re.search(f"latest profiles see events before +{moment}", printed)
+        assert not re.search("^(profiles see|readers learn|scores are|buyers in|repetitions)", printed, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

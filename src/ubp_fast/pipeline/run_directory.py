@@ -145,7 +145,7 @@ def _commit() -> str | None:
 
 
 def facts_of(run: Path, settings: Settings) -> dict[str, str]:
-    """Facts of a run whose first stages are there; empty before that.
+    """Facts of a run whose first stages are there, of what it makes alone; empty before that.
 
     Args:
         run: its directory.
@@ -167,12 +167,19 @@ def facts_of(run: Path, settings: Settings) -> dict[str, str]:
         facts["of these with a purchase so far"] = _share(store.client_ids[store.is_relevant], past["client_id"])
     facts["events"] = ", ".join(f"{rows:,} {kind}" for kind, rows in info["rows"].items())
     facts["span"] = f"{utc_text(info['first_s'])} to {end} ({days:.0f} days)"
-    facts["profiles see events before"] = input_end
+    is_scored = bool(settings.components) or settings.submission is not None
+    if is_scored or settings.latest is None:
+        facts["profiles see events before"] = input_end
+    if settings.latest is not None:
+        newest_s = events.last_s + 1 if settings.latest == "end" else int(settings.latest)
+        facts["latest profiles see events before"] = utc_text(newest_s)
     if (folders / "store").exists():
         cutoffs = cutoffs_of(store, settings)[1]
         wanted = settings.windows.stacking_cutoffs
         few = f" ({wanted} were asked for, the history is short)" if len(cutoffs) < wanted else ""
         facts["past windows learned from"] = f"from {', '.join(utc_text(cutoff)[:10] for cutoff in cutoffs)}{few}"
+    if not is_scored:
+        return facts
     facts["readers learn from"] = f"{input_end} to {validation_start}"
     facts["scores are of"] = f"{validation_start} to {end} (inclusive)"
     for name, (start_s, end_s) in (
@@ -291,6 +298,7 @@ def _rare_labels(features: Path, store: EventStore, events: EventDirectory) -> l
         if rare:
             found.append(
                 f"{name}: {rare} of {len(ids)} labels that models learn have fewer than {LEAST_CLIENTS} buyers in the"
-                f" window from {utc_text(start_s)}; windows.labels asks for fewer, windows.days for longer windows"
+                f" window from {utc_text(start_s)}; a smaller windows.labels leaves the rarest out, a larger windows.days"
+                " makes longer windows"
             )
     return found
