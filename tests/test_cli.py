@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -348,6 +349,16 @@ def test_inspect_says_what_a_file_holds(tmp_path: Path, capsys: pytest.CaptureFi
     assert "data.client_column=customer" in printed and "bought at" in printed
     assert main(["inspect", str(tmp_path / "none.csv")]) == 2
     assert "none.csv" in capsys.readouterr().err
+
+
+def test_letters_that_a_terminal_does_not_have_are_spelled(tmp_path: Path) -> None:
+    (tmp_path / "käufe.csv").write_text("customer;bought at;artikelgröße\n7;2024-01-31 10:00;3\n8;2024-02-01 11:00;4\n")
+    text = "import sys; from ubp_fast.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", text, "inspect", str(tmp_path / "käufe.csv")]
+    for encoding, letter in (("ascii", b"\\xe4"), ("latin-1", b"\xe4"), ("utf-8", "ä".encode())):
+        environment = os.environ | {"PYTHONIOENCODING": encoding}
+        answer = subprocess.run(command, capture_output=True, env=environment, check=False)
+        assert answer.returncode == 0 and b"k" + letter + b"ufe.csv" in answer.stdout
 
 
 def test_a_reader_that_has_gone_is_no_mistake_of_ours() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import resource
 import select
@@ -99,8 +100,12 @@ def execute(config: DictConfig, console: Console | None = None) -> int:
 def explained(work: Callable[[], int]) -> int:
     """The exit code of `work()`; errors are said on stderr: those of users in one line, ours as they are.
 
-    Where the reader of the output has gone (`ubp-fast settings | head`), there is nobody to say anything to.
+    Where the reader of the output has gone (`ubp-fast settings | head`), there is nobody to say anything to. Letters
+    that a terminal does not have are spelled: a name with an umlaut was an error there.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = work()
         sys.stdout.flush()

@@ -298,7 +298,7 @@ def _rare_labels(features: Path, store: EventStore, events: EventDirectory) -> l
         if rare:
             found.append(
                 f"{name}: {rare} of {len(ids)} labels that models learn have fewer than {LEAST_CLIENTS} buyers in the"
-                f" window from {utc_text(start_s)}; a smaller windows.labels leaves the rarest out, a larger windows.days"
-                " makes longer windows"
+                f" window from {utc_text(start_s)}; a smaller windows.labels leaves the rarest out, a larger"
+                " windows.days makes longer windows"
             )
     return found
