@@ -114,6 +114,17 @@ def test_what_a_run_is_about_is_told_before_the_work(tmp_path: Path) -> None:
     assert facts["values bought in the window learned from"] == "1 of category, 3 of sku, 1 of price"
 
 
+@pytest.mark.parametrize("at", ["2001-01-01", "2024-04-24", "2035-01-01"])
+def test_a_moment_of_another_year_is_refused(at: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The advice was another data.end, or a cutoff in seconds."""
+    assert run(tmp_path, shop(), "stages=[profiles]", "evaluation=off", f"profiles.at={at}")[0] == 2
+    wanted = (
+        "run: profiles.at must lie after the first event, 2024-01-01 00:00:00, and at most 14 days after the last one,"
+        f" 2024-04-09 00:00:00, got {at} 00:00:00; ubp-fast embed makes vectors of later moments"
+    )
+    assert wanted in capsys.readouterr().err
+
+
 def test_a_run_without_scores_tells_of_none(tmp_path: Path) -> None:
     """The README's command showed windows of a backtest that nobody had asked for."""
     table = shop().with_columns(pl.from_epoch("timestamp"))
