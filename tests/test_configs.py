@@ -278,7 +278,18 @@ def test_other_arguments_stay_as_they_are() -> None:
         ("+windows.months=1", "there is no setting 'windows.months'"),
         ("~windows.days", "windows.days must be given, got none"),
         ("data._target_=os.getcwd", "data._target_ must name a class, got 'os.getcwd'"),
-        ("profiles.align_to=/", "profiles.align_to must be the directory of a run with a model, got '/'"),
+        (
+            "profiles.align_to=/",
+            "profiles.align_to: /: must be the directory of a run, or its folder model, got neither",
+        ),
+        (
+            "report.against=/tmp/nowhere",
+            "must be the directory of a run with profiles and stages, got /tmp/nowhere: no",
+        ),
+        (
+            "evaluation.profiles=/tmp/nowhere",
+            "must hold client_ids.npy and embeddings.npy, got no such directory; check",
+        ),
         ("windows.days=abc", "windows.days must be a whole number, got 'abc'"),
         ("data=challenge data.dir=x windows.days=7", "windows.days must be 14, as the organisers fixed it, got 7"),
         ("windows.days=true", "windows.days must be a whole number, got True"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -113,20 +114,57 @@ def test_what_a_run_is_about_is_told_before_the_work(tmp_path: Path) -> None:
     assert facts["values bought in the window learned from"] == "1 of category, 3 of sku, 1 of price"
 
 
-def test_a_client_who_comes_after_the_moment_of_the_profiles(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at", ["2001-01-01", "2024-04-24", "2035-01-01"])
+def test_a_moment_of_another_year_is_refused(at: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The advice was another data.end, or a cutoff in seconds."""
+    assert run(tmp_path, shop(), "stages=[profiles]", "evaluation=off", f"profiles.at={at}")[0] == 2
+    wanted = (
+        "run: profiles.at must lie after the first event, 2024-01-01 00:00:00, and at most 14 days after the last one,"
+        f" 2024-04-09 00:00:00, got {at} 00:00:00; ubp-fast embed makes vectors of later moments"
+    )
+    assert wanted in capsys.readouterr().err
+
+
+def test_a_run_without_scores_tells_of_none(tmp_path: Path) -> None:
+    """The README's command showed windows of a backtest that nobody had asked for."""
+    table = shop().with_columns(pl.from_epoch("timestamp"))
+    for at, moment in (("end", "2024-04-09 00:00:01"), ("2024-04-01", "2024-04-01 00:00:00")):
+        (tmp_path / at).mkdir()
+        code, printed = run(tmp_path / at, table, "evaluation=off", "report.clients=false", f"profiles.at={at}")
+        assert code == 0 and re.search(f"latest profiles see events before +{moment}", printed)
+        assert not re.search("^(profiles see|readers learn|scores are|buyers in|repetitions)", printed, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("at", "told"),
+    [
+        (None, "1 client comes first at or after 2024-03-13 00:00:00, the moment of the newest vectors, and has none"),
+        ("2024-03-20", "1 client comes first at or after 2024-03-20 00:00:00, the moment of the newest vectors"),
+        ("2024-03-28", ""),
+        ("end", ""),
+    ],
+)
+def test_a_client_who_comes_after_the_moment_of_the_newest_vectors(tmp_path: Path, at: str | None, told: str) -> None:
+    """`profiles.at=end` was advised to who had set it."""
     late = pl.DataFrame({"client_id": [99], "timestamp": [START_S + 85 * DAY_S], "sku": [1]})
-    assert run(tmp_path, pl.concat([shop(), late]), "stages=[profiles]", "data.timezone=UTC")[0] == 0
-    assert 99 not in Profiles.load(tmp_path / "run/profiles").client_ids
-    assert notes(tmp_path) == [
-        f"{tmp_path}/events.parquet: 1 client comes first at or after 2024-03-13 00:00:00, the moment of the profiles:"
-        " no vector; profiles.at=end makes vectors of all"
-    ]
+    moment = [] if at is None else [f"profiles.at={at}", "evaluation=off"]
+    code, printed = run(tmp_path, pl.concat([shop(), late]), "stages=[profiles]", "data.timezone=UTC", *moment)
+    assert code == 0
+    newest = Profiles.load(tmp_path / "run" / ("profiles" if at is None else "latest"))
+    assert (99 in newest.client_ids) == (told == "")
+    assert told in printed and ("profiles.at=end" in printed) == bool(told)
 
 
 def test_one_client_is_told_in_words_of_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path, shop(clients=1), "stages=[profiles]")[0] == 2
     message = capsys.readouterr().err
     assert "purchases must lie between 2024-02-21 00:00:00 and 2024-03-06 00:00:00" in message
+    days = pl.DataFrame(
+        {"client_id": [7] * 99, "timestamp": [START_S + day * DAY_S for day in range(1, 100)], "sku": [1] * 99}
+    )
+    assert run(tmp_path, days, "stages=[profiles]")[0] == 2
+    message = capsys.readouterr().err
+    assert "clients must differ in what they do" in message and "bring more clients or a longer history" in message
 
 
 def test_a_label_of_one_class_has_no_score(tmp_path: Path) -> None:

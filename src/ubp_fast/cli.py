@@ -241,6 +241,7 @@ def _embed(options: argparse.Namespace) -> int:
     from ubp_fast.progress import RunProgress
 
     profiler = Profiler.load(options.run)
+    notes: list[str] = []
     if options.append:
         if options.output or options.clients or options.blocks or options.everybody:
             raise UserError(
@@ -249,33 +250,33 @@ def _embed(options: argparse.Namespace) -> int:
             )
         progress = RunProgress(Console(), [("append", 1.0)], options.log)
         with progress.display(), progress.stage("append") as update:
-            made = profiler.append(options.events, options.at, update)
+            made = profiler.append(options.events, options.at, update, notes.append)
+        _tell_notes(notes, options.log)
         _tell_profiles(made.num_clients, profiler.directory.parent / LATEST, options.log)
         return 0
     if options.output is None:
         raise UserError("embed: --output must name a new directory, a table or a folder in a bucket, got none")
     clients = None if options.clients is None else _clients(options.clients)
     blocks = None if options.blocks is None else options.blocks.split(",")
-    notes: list[str] = []
     progress = RunProgress(Console(), [("embed", 1.0)], options.log)
     with progress.display(), progress.stage("embed") as update:
         given = (options.output, options.events, options.at, clients, blocks, options.column_per_block)
         number = profiler.embed_to(*given, update, options.everybody, notes.append)
-    for note in notes:
-        _tell_note(note, options.log)
+    _tell_notes(notes, options.log)
     _tell_profiles(number, options.output, options.log)
     return 0
 
 
-def _tell_note(text: str, log: str) -> None:
+def _tell_notes(notes: Sequence[str], log: str) -> None:
     from rich.console import Console
 
     from ubp_fast.progress import print_json
 
-    if log == "json":
-        print_json(Console(), "note", text=text)
-    else:
-        print(f"note  {text}")
+    for text in notes:
+        if log == "json":
+            print_json(Console(), "note", text=text)
+        else:
+            print(f"note  {text}")
 
 
 def _tell_profiles(number: int, place: Path | str, log: str) -> None:
@@ -293,13 +294,14 @@ def _clients(path: Path) -> Any:
     """Ids of a file; lines become integers where the events have integers."""
     from ubp_fast.events.read import read_id_list
     from ubp_fast.events.schema import UserError
+    from ubp_fast.files import why
 
     if path.suffix == ".npy":
         return read_id_list(path, unique=True)
     try:
         return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: file must hold one client id per line, got '{error}'") from error
+        raise UserError(f"{path}: file must hold one client id per line, got '{why(error)}'") from error
 
 
 def _forget(options: argparse.Namespace) -> int:
@@ -338,8 +340,11 @@ def _cache(options: argparse.Namespace) -> int:
             print(f"{name}: {'; '.join(reasons.get(name, ['was not made yet']))}")
         print(f"{len(missing)} of {len(made)} stages will be made")
         return 0
-    if not options.cache.is_dir():
-        raise UserError(f"cache: --cache must name the cache of runs, got {options.cache}, which is no directory")
+    if not options.cache.is_dir() or not StageCache(options.cache).is_used:
+        what = "holds no output of a stage" if options.cache.is_dir() else "is no directory"
+        inside = options.cache / "cache"
+        remedy = f"did you mean {inside}?" if inside.is_dir() else "check the path"
+        raise UserError(f"cache: --cache must name the cache of runs, got {options.cache}, which {what}; {remedy}")
     cache = StageCache(options.cache)
     outputs = cache.outputs()
     if options.what == "prune":
@@ -396,7 +401,9 @@ def _megabytes(size: int) -> str:
 def _validate(options: argparse.Namespace) -> int:
     from ubp_fast.events.read import read_id_list
     from ubp_fast.profiles import validate
+    from ubp_fast.profiles.validator import require_vectors
 
+    require_vectors(options.profiles)
     relevant = None if options.clients is None else read_id_list(options.clients, unique=True)
     profiles = validate(options.profiles, relevant).require()
     print(f"valid: {profiles.num_clients} clients, {profiles.dim} columns")

@@ -89,6 +89,11 @@ def load_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def why(error: Exception) -> str:
+    """What is wrong, in the system's words where a file is: without its number and name, which messages have before."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
 def file_digest(path: Path) -> str:
     """Hex digest of a file's content."""
     state = hashlib.blake2b(digest_size=8)

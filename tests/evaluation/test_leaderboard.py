@@ -116,9 +116,11 @@ def test_command_says_what_cannot_be_compared(tmp_path: Path) -> None:
     one = write_run(tmp_path / "one", stacked=scores(churn=task([0.7])))
     other = write_run(tmp_path / "other", stacked=scores(conversion=task([0.7])))
     (tmp_path / "text").write_text("{}x")
+    (tmp_path / "off").mkdir()
     for arguments, message in (
         ([one, other], "submissions must have the same tasks"),
-        ([str(tmp_path / "none")], "none: file must hold the scores of a run, got '[Errno 2]"),
+        ([str(tmp_path / "none")], "scores.json, got 'No such file or directory'; check the path"),
+        ([str(tmp_path / "off")], "off: must be a run that was scored, or its scores.json, got no scores.json in it;"),
         ([str(tmp_path / "text")], "text: file must hold the scores of a run, got 'Extra data"),
     ):
         answer = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)

@@ -204,6 +204,28 @@ def test_parts(tmp_path: Path) -> None:
         read(tmp_path / "log")
 
 
+def test_days_that_are_packed_otherwise(tmp_path: Path) -> None:
+    """One kind alone would leave the other days out; a day that is there twice would count twice."""
+    packed = gzip.compress(TEXT.encode())
+    written(tmp_path / "log" / "1.csv", TEXT)
+    written(tmp_path / "log" / "2.csv.gz", packed)
+    written(tmp_path / "log" / "3.csv.zst", packed)
+    every = "or all of them, however they are packed: data.path="
+    with pytest.raises(DataError, match=rf"got \['.csv', '.csv.gz', '.csv.zst'\]; .*, {every}'.*/log/\*.csv\*'") as one:
+        read(tmp_path / "log")
+    pattern = str(one.value).rpartition("data.path=")[2].strip("'")
+    assert len(read(pattern).frame) == 3 * len(ROWS)
+    (tmp_path / "log" / "later").mkdir()
+    (tmp_path / "log" / "3.csv.zst").rename(tmp_path / "log" / "later" / "3.csv.zst")
+    with pytest.raises(DataError) as one:
+        read(f"{tmp_path}/log/")
+    pattern = str(one.value).rpartition("data.path=")[2].strip("'")
+    assert pattern == f"{tmp_path}/log/**/*.csv*" and len(read(pattern).frame) == 3 * len(ROWS)
+    written(tmp_path / "log" / "2.csv", TEXT)
+    with pytest.raises(DataError, match=r"data.path='.*/\*.csv' \(2.csv is there 2 times\)$"):
+        read(tmp_path / "log")
+
+
 @pytest.mark.parametrize("nothing", [b"", b"\xef\xbb\xbf", b" \r\n\n", gzip.compress(b"")])
 def test_an_empty_file_among_the_days(tmp_path: Path, nothing: bytes) -> None:
     """The file of a day on which the shop was closed, or one that was not copied: the user has to say."""

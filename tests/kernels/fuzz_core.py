@@ -179,7 +179,8 @@ def row_sparse(core: Any, generator: random.Random) -> None:
         "history": history,
         "used": array("q", [used]),
     }
-    table = core.RowTable(**addresses(tensors), rows=rows, width=width, slots=slots, now=steps)
+    sizes = {"rows": rows, "width": width, "slots": slots}
+    table = core.RowTable(**addresses(tensors), **sizes, now=steps)
     rule, step = core.ScheduleFree(beta2=0.99, eps=1e-8, toward_z=0.1), core.ScheduleFreeStep(bias_correction=0.5)
     if is_adam:
         betas = (generator.choice((0.0, 0.9, 1.0)), generator.choice((0.5, 0.9, 0.999, 0.0)))
@@ -194,9 +195,8 @@ def row_sparse(core: Any, generator: random.Random) -> None:
     places = (gradient.buffer_info()[0], sums.buffer_info()[0], threads)
     core.row_sparse_reduce(at["start"], at["order"], groups, width, width, *places)
     core.row_sparse_update(table, rule, step, at["distinct"], groups, sums.buffer_info()[0], threads)
-    later = array("d", [*history, *history[-3 if is_adam else -1 :]])
-    table.history, table.now = later.buffer_info()[0], steps + 1
-    core.row_sparse_catch_up(table, rule, threads)
+    tensors["history"] = array("d", [*history, *history[-3 if is_adam else -1 :]])
+    core.row_sparse_catch_up(core.RowTable(**addresses(tensors), **sizes, now=steps + 1), rule, threads)
 
 
 def row_product(core: Any, generator: random.Random) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -38,6 +39,16 @@ def result() -> torch.Tensor:
 def test_best_isa_is_chosen() -> None:
     assert _core.usable_isas()[0] == "base"
     assert _core.isa() == _core.usable_isas()[-1]
+
+
+def test_the_fuzz_of_the_sanitizers_speaks_the_language_of_the_module() -> None:
+    """`make sanitize` is rare: its script had used what the module no longer offered, and nobody saw."""
+    script, folder = Path(__file__).with_name("fuzz_core.py"), Path(str(_core.__file__)).parent
+    rounds = 40
+    printed = subprocess.run([sys.executable, script, folder, str(rounds)], check=True, capture_output=True, text=True)
+    found = re.findall(rf"^(\w+): {rounds} problems, (\d+) accepted", printed.stdout, re.MULTILINE)
+    assert [name for name, _ in found] == ["flash_attention", "nt_xent", "row_product", "row_sparse"]
+    assert all(0 < int(accepted) < rounds for _, accepted in found), found
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -204,7 +204,10 @@ def test_fewer_causes_than_asked_for_give_fewer_columns() -> None:
     [
         (lambda blocks, labels: blocks.__setitem__((4, 2), np.nan), r"finite, got nan at \[4, 2\] of cutoff 0"),
         (lambda blocks, labels: labels.__setitem__("churn", np.zeros(5)), "churn must have 600 rows, got 5"),
-        (lambda blocks, labels: blocks.__setitem__(slice(None), 1.0), "must depend on the blocks"),
+        (
+            lambda blocks, labels: blocks.__setitem__(slice(None), 1.0),
+            "clients must differ in what they do and in what they buy later",
+        ),
     ],
     ids=["nan", "rows", "constant"],
 )

@@ -191,6 +191,16 @@ def test_nothing_from_the_moment_on_is_seen(run: Path) -> None:
     assert not same(profiler.embed(tables, moment + 5 * DAY_S, ids), before), "the days behind it count later"
 
 
+def test_a_moment_long_after_the_log_is_warned_of(run: Path) -> None:
+    events = EventDirectory.open(run / "stages" / "events")
+    profiler, ids = Profiler.load(run), whole(run).client_ids[:2]
+    profiler.embed(events.path, events.last_s + 30 * DAY_S, ids)
+    with pytest.warns(UserWarning, match=r"the moment, 2035-01-01 00:00:00, lies 4,\d\d\d days after the newest event"):
+        profiler.embed(events.path, "2035-01-01", ids)
+    with pytest.raises(UserError, match="at: must be seconds since 1970, got 1668000000000; divide milliseconds"):
+        profiler.embed(events.path, 1_668_000_000_000, ids)
+
+
 def test_own_ids_of_a_text_shop(table_run: tuple[Path, pl.DataFrame]) -> None:
     run, frame = table_run
     wanted = whole(run)
@@ -257,6 +267,16 @@ def test_a_day_of_dates_is_read_as_the_log_was(tmp_path: Path) -> None:
     wanted = Profiler.load(made).embed(frame.head(20).with_columns(time=pl.lit("2022-12-05 10:00:00")))
     assert same(Profiler.load(made).embed(tmp_path / "day.csv"), wanted)
     assert same(Profiler.load(made).embed(day), wanted)
+    older = Path(shutil.copytree(made / "model", tmp_path / "older"))
+    (older / "maps" / "date_order.parquet").unlink()
+    info = json.loads((older / "bundle.json").read_text())
+    del info["files"]["maps/date_order.parquet"]
+    (older / "bundle.json").write_text(json.dumps(info))
+    assert same(Profiler.load(older).embed(frame.head(20).with_columns(time=pl.lit("2022-12-05 10:00:00"))), wanted)
+    with pytest.raises(
+        DataError, match=r"which is 2022-12-05 10:00:00 or 2022-05-12 .* \(month first\); data.\* are set"
+    ):
+        Profiler.load(older).embed(tmp_path / "day.csv")
     Profiler.load(made).append(tmp_path / "day.csv")
     Profiler.load(made).append(day.with_columns(time=pl.lit("06/12/2022 10:00:00")))
     days = {int(path.stem) // DAY_S for path in (made / "model" / "days").glob("*.safetensors")}
@@ -274,6 +294,13 @@ def test_tables_of_the_organisers_in_a_directory(run: Path, tmp_path: Path) -> N
         frame.with_columns(timestamp=time).write_parquet(tmp_path / f"{kind}.parquet")
     found = Profiler.load(run).embed(tmp_path, cutoff_s(run), whole(run).client_ids)
     assert same(found, whole(run))
+    (tmp_path / "other").mkdir()
+    for name in ("1.csv", "2.csv.gz"):
+        (tmp_path / "other" / name).touch()
+    with pytest.raises(
+        DataError, match=r"such as events='.*/other/\*.csv', or all of them, .*: events='.*/other/\*.csv\*'$"
+    ):
+        Profiler.load(run).embed(tmp_path / "other")
     (tmp_path / "product_buy.parquet").write_bytes(b"PAR1 cut off")
     with pytest.raises(DataError, match=r"product_buy\.parquet"):
         Profiler.load(run).embed(tmp_path)

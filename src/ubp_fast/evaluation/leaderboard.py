@@ -20,7 +20,7 @@ from ubp_fast.evaluation.readers import READERS
 from ubp_fast.evaluation.readers.reader import mean_and_error
 from ubp_fast.evaluation.scores import Scores
 from ubp_fast.events.schema import DataError
-from ubp_fast.files import load_json
+from ubp_fast.files import load_json, why
 
 SCORES_FILE = "scores.json"
 # What stands there beside the profiles.
@@ -158,8 +158,15 @@ def read_submissions(paths: Sequence[Path]) -> dict[str, Scores]:
             parts = {"": value} if "format" in value else value
             scores = {name: Scores.from_json(part) for name, part in parts.items() if name != WARNINGS}
             submissions |= {f"{path} {name}".rstrip(): one for name, one in scores.items()}
-        except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{file}: file must hold the scores of a run, got '{error}'; evaluate it first") from error
+        except (FileNotFoundError, NotADirectoryError) as error:
+            found = f"no {SCORES_FILE} in it; run it without evaluation=off"
+            if not path.is_dir():
+                found = f"'{why(error)}'; check the path"
+            raise DataError(f"{path}: must be a run that was scored, or its {SCORES_FILE}, got {found}") from error
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{file}: file must hold the scores of a run, got '{error}'; name the run, or make it again"
+            ) from error
     return submissions
 
 

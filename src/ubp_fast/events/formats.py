@@ -49,6 +49,7 @@ _DATA_NAME = re.compile(
     r"(^[^.]+|\.(parquet|pq|arrow|feather|ipc|csv|tsv|tab|txt|dat|data|log|json|jsonl|ndjson|inter))(\.(gz|zst|zstd))?$",
     re.IGNORECASE,
 )
+_PACKED = (".gz", ".zst", ".zstd")
 _SAMPLE_BYTES = 1 << 20
 _SAMPLE_LINES = 200
 # Of blank lines, or of a packed file without content.
@@ -206,10 +207,15 @@ def _of_one_kind(paths: str, inside: Sequence[tuple[F, PurePath]]) -> list[tuple
     files = [(file, place) for file, place in inside if not _is_hidden(place) and _DATA_NAME.search(place.name)]
     suffixes = sorted({_suffix(place) for _, place in files})
     if len(suffixes) > 1:
-        raise DataError(
-            f"{paths}: the directory must hold files of one kind, got {suffixes};"
-            f" name those that are meant, such as data.path='{paths}/*{suffixes[0]}'"
-        )
+        folder = f"{paths.rstrip('/')}/" + ("" if all(len(place.parts) == 1 for _, place in files) else "**/")
+        remedy = f"name those that are meant, such as data.path='{folder}*{suffixes[0]}'"
+        unpacked = [str(place.with_suffix("") if place.suffix in _PACKED else place) for _, place in files]
+        twice = next((name for name in unpacked if unpacked.count(name) > 1), None)
+        if twice is not None:
+            remedy += f" ({twice} is there {unpacked.count(twice)} times)"
+        elif len(kinds := {_suffix(PurePath(name)) for name in unpacked}) == 1:
+            remedy += f", or all of them, however they are packed: data.path='{folder}*{kinds.pop()}*'"
+        raise DataError(f"{paths}: the directory must hold files of one kind, got {suffixes}; {remedy}")
     return files
 
 
@@ -219,7 +225,7 @@ def _given(folder: PurePath) -> dict[str, str]:
 
 def _suffix(path: PurePath) -> str:
     """The end of a file's name that tells its kind, with that of the packer."""
-    return "".join(path.suffixes[-2:] if path.suffix in (".gz", ".zst", ".zstd") else path.suffixes[-1:])
+    return "".join(path.suffixes[-2:] if path.suffix in _PACKED else path.suffixes[-1:])
 
 
 def _is_hidden(path: PurePath) -> bool:
@@ -344,6 +350,8 @@ def readable(path: Path, kind: str) -> Iterator[None]:
     """What goes wrong while a file is read becomes an error that names it."""
     try:
         yield
+    except PermissionError:  # says enough, and no copy helps
+        raise
     except (pl.exceptions.PolarsError, OSError, EOFError, csv.Error, zlib.error) as error:
         reason = str(error).strip().split("\n")[0]
         if "utf-8" in reason.lower() or "utf8" in reason.lower():

@@ -266,7 +266,10 @@ def _leading(coefficients: np.ndarray, gram: np.ndarray, rank: int) -> tuple[np.
     variance, vectors = np.linalg.eigh(covariance)
     leading = np.argsort(-variance, kind="stable")[:rank]
     if not variance[leading[0]] > 0:
-        raise DataError("ReducedRankModel: labels must depend on the blocks, got none that does; use more history")
+        raise DataError(
+            "model: clients must differ in what they do and in what they buy later, got none of whom anything can be"
+            " told apart in the windows learned from; bring more clients or a longer history"
+        )
     leading = leading[variance[leading] > variance[leading[0]] * 1e-9]
     chosen = vectors[:, leading]
     # A singular vector has no sign of its own: its largest entry is made positive.

@@ -14,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,8 @@ KEY_LENGTH = 16
 RECORDS, USERS = "records", "users"
 # Names in a message at most.
 SHOWN = 3
+# A folder of any other name was put there by somebody else, or the directory is no cache.
+_OUTPUT = re.compile(rf"\.?[\w-]+-[0-9a-f]{{{KEY_LENGTH}}}(\.\w+)?")
 
 
 def digest(value: object) -> str:
@@ -110,13 +113,18 @@ class StageCache:
                 users.setdefault(name, []).append(run)
         found = []
         for folder in self.directory.iterdir():
-            if folder.is_dir() and folder.name not in (RECORDS, USERS):
+            if folder.is_dir() and _OUTPUT.fullmatch(folder.name):
                 files = [path.lstat() for path in folder.rglob("*") if path.is_file()]
                 used_s = max([folder.stat().st_mtime, *(one.st_mtime for one in files)])
                 size = sum(one.st_size for one in files)
                 runs = users.get(folder.name.removesuffix(".partial"), ())
                 found.append(Output(folder, size, used_s, tuple(runs)))
         return sorted(found, key=lambda output: (-output.size, output.path.name))
+
+    @property
+    def is_used(self) -> bool:
+        """Whether runs have left something here, be it only notes of what they have shown."""
+        return any((self.directory / name).is_dir() for name in (RECORDS, USERS)) or bool(self.outputs())
 
     def prune(self, oldest_s: float) -> list[Output]:
         """Deletes the outputs that no run uses and that were last written before this time; gives them back.

@@ -21,7 +21,7 @@ from ubp_fast.events.schema import UserError
 from ubp_fast.events.sources.inspect import quoted
 from ubp_fast.files import flatten
 from ubp_fast.pipeline.execute import USER_ERROR, execute, explained, run_stages
-from ubp_fast.pipeline.run_directory import CONFIG_FILE
+from ubp_fast.pipeline.run_directory import config_of
 from ubp_fast.pipeline.settings import Settings, read_settings
 
 CONF = str(Path(__file__).resolve().parent.parent / "conf")
@@ -149,10 +149,7 @@ def settings_of(run: Path) -> Settings:
     Raises:
         UserError: there is none.
     """
-    file = run / CONFIG_FILE
-    if not file.is_file():
-        raise UserError(f"{run}: directory must hold a run, got no {CONFIG_FILE}")
-    return read_settings(DictConfig(OmegaConf.load(file)))
+    return read_settings(DictConfig(config_of(run)))
 
 
 def groups() -> dict[str, list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import resource
 import select
@@ -34,6 +35,7 @@ from ubp_fast.files import (
     load_json,
     replace_by_copy,
     restore,
+    why,
     write_json,
     write_text,
     writing_to,
@@ -98,13 +100,21 @@ def execute(config: DictConfig, console: Console | None = None) -> int:
 def explained(work: Callable[[], int]) -> int:
     """The exit code of `work()`; errors are said on stderr: those of users in one line, ours as they are.
 
-    Where the reader of the output has gone (`ubp-fast settings | head`), there is nobody to say anything to.
+    Where the reader of the output has gone (`ubp-fast settings | head`), there is nobody to say anything to. Letters
+    that a terminal does not have are spelled: a name with an umlaut was an error there.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = work()
         sys.stdout.flush()
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except PermissionError as error:
+        place = error.filename or "files"
+        print(f"error: {place}: this user must have access, got '{why(error)}'; change permissions", file=sys.stderr)
         return USER_ERROR
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():

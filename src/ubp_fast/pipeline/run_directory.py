@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -19,13 +20,14 @@ from rich.table import Table
 from ubp_fast.evaluation import Scores
 from ubp_fast.evaluation.evaluator import LEAST_CLIENTS
 from ubp_fast.events.read import EventDirectory
+from ubp_fast.events.schema import UserError
 from ubp_fast.events.split import DAY_S, utc_text
 from ubp_fast.files import OutputDirectoryError, flatten, remove_halves, writable_directory, write_text
 from ubp_fast.pipeline.model_stages import cutoffs_of, load_lists
 from ubp_fast.pipeline.settings import Settings
+from ubp_fast.profiler.bundle import CONFIG_FILE
 from ubp_fast.store.event_store import EventStore
 
-CONFIG_FILE = "config.yaml"
 # Which stages to run, with how many threads, and what is shown are no property of the result.
 NOT_COMPARED = frozenset({"stages", "directory", "root", "cache", "progress", "compute", "report"})
 PACKAGES = ("torch", "numpy", "numba", "polars", "lightning", "schedulefree", "torchmetrics", "hydra-core")
@@ -76,11 +78,30 @@ def environment(threads: int) -> dict[str, object]:
     }
 
 
+def config_of(run: Path) -> dict[str, Any]:
+    """The resolved configuration of an earlier run.
+
+    Raises:
+        UserError: there is none, or its file was damaged.
+    """
+    file = run / CONFIG_FILE
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"{type(config).__name__} instead of names with values")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{run}: must be the directory of a run, got no {CONFIG_FILE} there; check the path") from error
+    except (ValueError, yaml.YAMLError) as error:
+        found = " ".join(str(error).split())
+        raise UserError(f"{file}: file must be as a run wrote it, got '{found}'; copy it again or remove it") from error
+    return config
+
+
 def _refuse_foreign_content(path: Path, config: Mapping[str, object]) -> None:
     if not path.exists():
         return
     if not path.is_dir():
-        raise OutputDirectoryError(f"{path}: directory must be a directory, got a file; choose another directory=")
+        raise OutputDirectoryError(f"{path}: directory= must name a directory, got a file; choose another directory=")
     known = path / CONFIG_FILE
     if not known.exists():
         if any(not child.name.startswith(".") for child in path.iterdir()):
@@ -88,7 +109,7 @@ def _refuse_foreign_content(path: Path, config: Mapping[str, object]) -> None:
                 f"{path}: directory must be empty or hold an earlier run, got other files; choose another directory="
             )
         return
-    earlier = flatten(_compared(yaml.safe_load(known.read_text(encoding="utf-8")) or {}))
+    earlier = flatten(_compared(config_of(path)))
     wanted = flatten(_compared(config))
     differing = [name for name in sorted(earlier.keys() | wanted.keys()) if earlier.get(name) != wanted.get(name)]
     if differing:
@@ -124,7 +145,7 @@ def _commit() -> str | None:
 
 
 def facts_of(run: Path, settings: Settings) -> dict[str, str]:
-    """Facts of a run whose first stages are there; empty before that.
+    """Facts of a run whose first stages are there, of what it makes alone; empty before that.
 
     Args:
         run: its directory.
@@ -146,12 +167,19 @@ def facts_of(run: Path, settings: Settings) -> dict[str, str]:
         facts["of these with a purchase so far"] = _share(store.client_ids[store.is_relevant], past["client_id"])
     facts["events"] = ", ".join(f"{rows:,} {kind}" for kind, rows in info["rows"].items())
     facts["span"] = f"{utc_text(info['first_s'])} to {end} ({days:.0f} days)"
-    facts["profiles see events before"] = input_end
+    is_scored = bool(settings.components) or settings.submission is not None
+    if is_scored or settings.latest is None:
+        facts["profiles see events before"] = input_end
+    if settings.latest is not None:
+        newest_s = events.last_s + 1 if settings.latest == "end" else int(settings.latest)
+        facts["latest profiles see events before"] = utc_text(newest_s)
     if (folders / "store").exists():
         cutoffs = cutoffs_of(store, settings)[1]
         wanted = settings.windows.stacking_cutoffs
         few = f" ({wanted} were asked for, the history is short)" if len(cutoffs) < wanted else ""
         facts["past windows learned from"] = f"from {', '.join(utc_text(cutoff)[:10] for cutoff in cutoffs)}{few}"
+    if not is_scored:
+        return facts
     facts["readers learn from"] = f"{input_end} to {validation_start}"
     facts["scores are of"] = f"{validation_start} to {end} (inclusive)"
     for name, (start_s, end_s) in (
@@ -205,7 +233,8 @@ def warnings_of(run: Path, settings: Settings, scores: Mapping[str, Scores]) -> 
         newest = next((folders / name for name in ("latest-store", "store") if (folders / name).exists()), None)
         if newest is not None:
             store = EventStore.open(newest)
-            found += [*_empty_clients(store), *_old(store, events, settings.plain["profiles"]["old_after_days"])]
+            found += [*_empty_clients(store), *_without_vector(store, events)]
+            found += _old(store, events, settings.plain["profiles"]["old_after_days"])
             found += _rare_labels(newest.with_name(newest.name.replace("store", "features")), store, events)
     said_of: dict[str, list[str]] = {}
     for component, one in scores.items():
@@ -225,6 +254,22 @@ def _empty_clients(store: EventStore) -> list[str]:
     return [
         f"clients: {empty:,} of the {int(store.is_relevant.sum()):,} with a profile have no event before"
         f" {utc_text(store.cutoff_s)}; their vectors are alike and say only that"
+    ]
+
+
+def _without_vector(store: EventStore, events: EventDirectory) -> list[str]:
+    """Clients who come first after the moment of the newest vectors, where no source says who needs one."""
+    if events.relevant_clients is not None:
+        return []
+    behind = [events.scan(kind).filter(pl.col("timestamp_s") >= store.cutoff_s) for kind in events.kinds]
+    found = pl.concat([rows.select(pl.col("client_id").unique()) for rows in behind]).collect(engine="streaming")
+    late = len(np.setdiff1d(found["client_id"].to_numpy(), store.client_ids))
+    if not late:
+        return []
+    return [
+        f"clients: {'1 client comes' if late == 1 else f'{late:,} clients come'} first at or after"
+        f" {utc_text(store.cutoff_s)}, the moment of the newest vectors, and {'has' if late == 1 else 'have'} none;"
+        " profiles.at=end makes vectors of all"
     ]
 
 
@@ -253,6 +298,7 @@ def _rare_labels(features: Path, store: EventStore, events: EventDirectory) -> l
         if rare:
             found.append(
                 f"{name}: {rare} of {len(ids)} labels that models learn have fewer than {LEAST_CLIENTS} buyers in the"
-                f" window from {utc_text(start_s)}; windows.labels asks for fewer, windows.days for longer windows"
+                f" window from {utc_text(start_s)}; a smaller windows.labels leaves the rarest out, a larger"
+                " windows.days makes longer windows"
             )
     return found

@@ -18,17 +18,18 @@ from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ubp_fast.evaluation import EvaluationConfig
-from ubp_fast.events.schema import UserError
+from ubp_fast.events.schema import DataError, UserError
 from ubp_fast.events.sources.challenge import Challenge
 from ubp_fast.events.sources.sql import without_password
 from ubp_fast.events.sources.table import EventRows
 from ubp_fast.events.split import TARGET_DAYS
 from ubp_fast.files import file_digest, flatten, is_url
 from ubp_fast.pipeline.cache import digest
-from ubp_fast.profiler.bundle import BUNDLE_FILE, model_folder
+from ubp_fast.profiler.bundle import bundle_info, model_folder
 from ubp_fast.profiler.reading import columns_of, seconds_of
 from ubp_fast.profiler.recipe import Recipe
 from ubp_fast.profiles.blocks import LayoutConfig
+from ubp_fast.profiles.validator import require_vectors
 from ubp_fast.progress import Style
 
 COMPONENTS = ("stacked", "contrastive", "multitask", "features", "profile_features", "baseline_log1p", "baseline_raw")
@@ -333,12 +334,12 @@ def read_settings(config: DictConfig) -> Settings:
         threads=threads,
         evaluation=_make(evaluation),
         components=components,
-        submission=None if submission is None else Path(submission),
+        submission=None if submission is None else _vectors(submission),
         client_order=plain["profiles"]["client_order"],
         latest=_latest(plain["profiles"]["at"]),
         align_to=_old_model(plain["profiles"]["align_to"]),
         common_clients=common_clients,
-        report=Report(**plain.get("report", {})),
+        report=_report(**plain.get("report", {})),
         publish=plain.get("publish"),
         progress=plain.get("progress", "auto"),
     )
@@ -384,12 +385,33 @@ def _latest(at: Any) -> int | str | None:
 
 
 def _old_model(run: str | None) -> Path | None:
+    """What is no model is said before the work."""
     if run is None:
         return None
     folder = model_folder(Path(run))
-    if not (folder / BUNDLE_FILE).is_file():
-        raise UserError(f"run: profiles.align_to must be the directory of a run with a model, got '{run}'")
+    try:
+        bundle_info(folder)
+    except DataError as error:
+        raise UserError(f"run: profiles.align_to: {error}") from error
     return folder
+
+
+def _vectors(directory: str) -> Path:
+    """What is not there is said before the work."""
+    require_vectors(Path(directory))
+    return Path(directory)
+
+
+def _report(against: str | None = None, **others: bool) -> Report:
+    if against is not None:
+        lacking = [name for name in ("profiles", "stages/store") if not (Path(against) / name).is_dir()]
+        if lacking:
+            found = f"{' and '.join(lacking)} missing" if Path(against).is_dir() else "no such directory"
+            raise UserError(
+                f"run: report.against must be the directory of a run with profiles and stages, got {against}: {found};"
+                " check the path, or run that one again without evaluation=off"
+            )
+    return Report(against=against, **others)
 
 
 def _blocks(plain: Mapping[str, Any]) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ from ubp_fast.events.labels import make_label_lists, scored_skus
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import DataError, LabelLists, UserError
 from ubp_fast.events.sources.challenge import Challenge
-from ubp_fast.events.split import DAY_S
+from ubp_fast.events.split import DAY_S, utc_text
 from ubp_fast.features.decayed import decayed_features
 from ubp_fast.features.matrix import Features, load_features
 from ubp_fast.features.organisers import CountsConfig, count_features_once
@@ -395,8 +395,20 @@ def make_latest_sharded_store(settings: Settings, inputs: Inputs, directory: Pat
 
 
 def _latest_s(settings: Settings, events: EventDirectory) -> int:
-    at_s = events.last_s + 1 if settings.latest == "end" else settings.latest
+    """The moment of the newest vectors.
+
+    Raises:
+        UserError: nothing happened before it, or in the window before it that models learn from.
+    """
+    first_s, last_s = int(events.info["first_s"]), events.last_s
+    at_s = last_s + 1 if settings.latest == "end" else settings.latest
     assert isinstance(at_s, int)
+    if not first_s < at_s <= last_s + events.target_days * DAY_S:
+        raise UserError(
+            f"run: profiles.at must lie after the first event, {utc_text(first_s)}, and at most"
+            f" {events.target_days} days after the last one, {utc_text(last_s)}, got {utc_text(at_s)};"
+            " ubp-fast embed makes vectors of later moments"
+        )
     return at_s
 
 
@@ -615,21 +627,11 @@ def make_portrait(settings: Settings, inputs: Inputs, directory: Path, progress:
 
 
 def make_drift(settings: Settings, inputs: Inputs, directory: Path, progress: Progress) -> None:
-    """How far inputs and vectors have moved from those of an earlier run.
-
-    Raises:
-        UserError: what is named is no run with its stages.
-    """
+    """How far inputs and vectors have moved from those of an earlier run."""
     assert settings.report.against is not None
     earlier = Path(settings.report.against)
-    place = earlier / "stages" / "store"
-    if not (earlier / "profiles").is_dir() or not place.exists():
-        raise UserError(
-            f"run: report.against must be the directory of a run with profiles and stages, got {earlier};"
-            " run it again where its cache was removed"
-        )
     profiles = Profiles.load(inputs["stacking"] / "stacked")
-    before = (EventStore.open(place), Profiles.load(earlier / "profiles"))
+    before = (EventStore.open(earlier / "stages" / "store"), Profiles.load(earlier / "profiles"))
     write_json(directory / FACTS_FILE, drift(EventStore.open(inputs["store"]), profiles, *before, settings.seed))
 
 

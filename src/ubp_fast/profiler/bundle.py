@@ -32,6 +32,7 @@ from ubp_fast.files import (
     load_arrays,
     load_json,
     load_tensors,
+    why,
     write_arrays,
     write_json,
     write_table,
@@ -53,6 +54,8 @@ from ubp_fast.store.in_memory import Vocabulary
 
 BUNDLE_FILE, DAYS, MAPS = "bundle.json", "days", "maps"
 MODEL_FOLDER = "model"
+# Of every run, from its beginning; `RunDirectory` writes it.
+CONFIG_FILE = "config.yaml"
 FORMAT = 5
 WIDE = "wide.weight"
 PACKAGES = ("ubp_fast", "torch", "numpy", "numba", "polars", "safetensors")
@@ -142,19 +145,7 @@ def load_bundle(directory: Path) -> tuple[Fitted, Layout]:
     Raises:
         DataError: no bundle, one of another format, or a file that is missing, cut off or changed; names it.
     """
-    path = directory / BUNDLE_FILE
-    try:
-        info = load_json(path)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path}: a model must hold a complete {BUNDLE_FILE}, got '{error}'; make the run again"
-        ) from error
-    if not isinstance(info, dict) or info.get("format") != FORMAT:
-        found = info.get("format") if isinstance(info, dict) else type(info).__name__
-        newer = (
-            " of a newer version of ubp_fast: install that version" if isinstance(found, int) and found > FORMAT else ""
-        )
-        raise DataError(f"{path}: format must be {FORMAT}, got {found}{newer or '; make the run again'}")
+    path, info = directory / BUNDLE_FILE, bundle_info(directory)
     try:
         for name, expected in info["files"].items():
             _require_whole(directory / name, expected)
@@ -165,6 +156,47 @@ def load_bundle(directory: Path) -> tuple[Fitted, Layout]:
         raise DataError(
             f"{path}: model must be complete, got {error!r}; copy it again or make the run again"
         ) from error
+
+
+def bundle_info(directory: Path) -> dict[str, Any]:
+    """The content of bundle.json.
+
+    Raises:
+        DataError: no bundle, or one of another format.
+    """
+    path = directory / BUNDLE_FILE
+    try:
+        info = load_json(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError(_no_model(directory)) from error
+    except ValueError as error:
+        raise DataError(f"{path}: file must be complete, got '{error}'; copy it again or make the run again") from error
+    found = info.get("format") if isinstance(info, dict) else type(info).__name__
+    if found != FORMAT:
+        remedy = "; make the run again"
+        if isinstance(found, int):
+            remedy = " of a newer version of ubp_fast: install that version"
+            if found < FORMAT:
+                remedy = " of an older version of ubp_fast: make the run again, or install that version"
+        raise DataError(f"{path}: format must be {FORMAT}, got {found}{remedy}")
+    return dict(info)
+
+
+def _no_model(directory: Path) -> str:
+    """Why there is no bundle where one was looked for."""
+    if not directory.exists():
+        return f"{directory}: must be the directory of a run, got none there; check the path"
+    if not directory.is_dir():
+        return f"{directory}: must be the directory of a run, got a file; name the directory"
+    if (directory / CONFIG_FILE).exists():
+        return (
+            f"{directory}: a run must have made its model, got one that stopped before, or whose stages have no"
+            " profiles; run the same command again to its end"
+        )
+    return (
+        f"{directory}: must be the directory of a run, or its folder {MODEL_FOLDER}, got neither {MODEL_FOLDER}/ nor"
+        f" {BUNDLE_FILE}; check the path"
+    )
 
 
 def load_maps(directory: Path) -> dict[str, pl.DataFrame]:
@@ -200,7 +232,7 @@ def load_day(directory: Path, at_s: int) -> DayStatistics:
     try:
         return DayStatistics(load_arrays(path))
     except (OSError, SafetensorError) as error:
-        raise DataError(f"{path}: file must be complete, got '{error}'; copy the run again") from error
+        raise DataError(f"{path}: file must be complete, got '{why(error)}'; copy the run again") from error
 
 
 def _fitted(directory: Path, info: Mapping[str, Any]) -> Fitted:

@@ -27,6 +27,7 @@ from ubp_fast.files import (
     remove_at_once,
     save_array,
     save_table,
+    why,
     write_json,
 )
 from ubp_fast.profiler.reading import ClientIds, NewEvents
@@ -187,4 +188,4 @@ class History:
             appended = tuple(current["appended"])
             return cls(histories, clients, maps, appended, current["names_clients"], current["number"], wanted)
         except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
-            raise DataError(f"{folder}: history must be complete, got '{error}'; copy the run again") from error
+            raise DataError(f"{folder}: history must be complete, got '{why(error)}'; copy the run again") from error

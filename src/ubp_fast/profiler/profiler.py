@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import date, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,8 +15,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from ubp_fast.events.schema import UserError
-from ubp_fast.events.split import utc_text
+from ubp_fast.events.schema import DataError, UserError
+from ubp_fast.events.sources.table import Table
+from ubp_fast.events.split import DAY_S, utc_text
 from ubp_fast.features.scaling import DayStatistics
 from ubp_fast.files import is_url, scratch_directory, writing_to
 from ubp_fast.profiler.bulk import write_in_parts
@@ -31,7 +33,7 @@ from ubp_fast.profiler.bundle import (
 )
 from ubp_fast.profiler.history import History
 from ubp_fast.profiler.parts import Blocks, Fitted, Made, features_and_networks, measure, rows_of, vectors_of
-from ubp_fast.profiler.reading import active_before, own_ids, read_new_events, seconds_of
+from ubp_fast.profiler.reading import NewEvents, active_before, own_ids, read_new_events, seconds_of
 from ubp_fast.profiles import Profiles
 from ubp_fast.profiles.blocks import Layout
 from ubp_fast.profiles.publishing import objects_there, publish
@@ -43,6 +45,8 @@ LATEST = "latest"
 MEASURING, BEFORE_SENDING = 0.7, 0.9
 # Fewer clients than this part of the day before are not everybody.
 SMALLEST_EVERYBODY = 0.5
+# A moment so long after everything that is known is told to be far: recencies and counts of weeks say nothing there.
+FAR_DAYS = 30
 # Clients whose features are in memory at once.
 CLIENTS_AT_ONCE = 4_096
 
@@ -106,7 +110,7 @@ class Profiler:
 
         Returns:
             float16 vectors with layout. `own_ids` are the ids of the events; `client_ids` are these where they are
-            integers, else numbers without meaning.
+            integers, else numbers without meaning. A moment `FAR_DAYS` after all events that are known is warned of.
 
         Raises:
             DataError: events that break a rule; names column and row.
@@ -114,6 +118,8 @@ class Profiler:
         """
         with TemporaryDirectory() if everybody else nullcontext("") as folder:
             job = self._job(events, at, clients, blocks)
+            for sentence in job.far_behind():
+                warnings.warn(sentence, stacklevel=2)
             numbers = job.numbers
             rows: slice | np.ndarray = slice(None)
             if everybody:
@@ -148,7 +154,8 @@ class Profiler:
             events, at, clients, blocks, everybody: as of `embed`.
             per_block: a column of the table per block.
             progress: called with (steps done, steps in all).
-            told: called with a sentence where clients, or all, have no event before the moment.
+            told: called with a sentence where clients, or all, have no event before the moment, or where it lies
+                `FAR_DAYS` after all events that are known.
 
         Raises:
             ObjectError: the store says no, or the folder of the URL holds something else.
@@ -166,7 +173,7 @@ class Profiler:
         if len(job.numbers) != len(np.unique(job.numbers)):
             raise UserError("clients: ids must be named once to be written, got some twice; remove the repeats")
         if told is not None:
-            for sentence in job.without_events():
+            for sentence in (*job.without_events(), *job.far_behind()):
                 told(sentence)
         report = progress or _silent
         scratch = target.with_name(f".{target.name}.everybody")
@@ -187,7 +194,11 @@ class Profiler:
         return job.make(0, len(client_ids), _silent)
 
     def append(
-        self, events: Any, at: int | str | date | datetime | None = None, progress: Progress | None = None
+        self,
+        events: Any,
+        at: int | str | date | datetime | None = None,
+        progress: Progress | None = None,
+        told: Callable[[str], None] | None = None,
     ) -> Profiles:
         """Adds events to those that the run has seen, and embeds all clients anew, into `latest/` of the run.
 
@@ -200,6 +211,7 @@ class Profiler:
             events: those that are new, as of `embed`.
             at: the moment, after all events; None: just after the newest one.
             progress: called with (steps done, steps in all).
+            told: called with a sentence where the moment lies `FAR_DAYS` after the newest event.
 
         Raises:
             DataError: events that break a rule, or a folder that is no whole run.
@@ -208,7 +220,7 @@ class Profiler:
         run = self.directory.parent
         before = History.of(run, self.fitted.cutoff_s, self.maps)
         fitted = self.fitted
-        new = read_new_events(
+        new = _new_events(
             events, fitted.recipe.table, before.maps, known=before.clients, amounts=fitted.vocabulary.amounts
         )
         now = before.with_events(new)
@@ -219,6 +231,9 @@ class Profiler:
         numbers, own = now.population()
         report = progress or _silent
         job = _Job(self, now.histories, at_s, DayStatistics(), self.layout, numbers, own)
+        if told is not None:
+            for sentence in job.far_behind():
+                told(sentence)
         with writing_to(run, "the run directory"):
             with scratch_directory(run / ".append.partial") as folder:
                 job = job.measured(folder, _share(report, 0.0, MEASURING))
@@ -262,7 +277,7 @@ class Profiler:
         before_s = None if at is None else self._seconds(at)
         fitted = self.fitted
         amounts = fitted.vocabulary.amounts
-        found = read_new_events(events, fitted.recipe.table, self.maps, before_s, amounts=amounts)
+        found = _new_events(events, fitted.recipe.table, self.maps, before_s, amounts=amounts)
         just_after_s = self.fitted.cutoff_s if found.last_s is None else found.last_s + 1
         at_s = just_after_s if before_s is None else before_s
         own = found.wanted_before(at_s) if clients is None else own_ids(clients, found.clients.own)
@@ -321,6 +336,20 @@ class _Job:
             who = f"client {first!r} has" if count == 1 else f"{count} clients, {first!r} first, have"
             yield f"{who} no event before {moment}: a vector of somebody who did nothing; check ids and moment"
 
+    def far_behind(self) -> Iterator[str]:
+        """What is said of a moment long after the events and all that the model has seen: a wrong year looks like that.
+
+        Events of one client alone may end long before the shop's.
+        """
+        last_s = max(self.histories.last_s, self.profiler.fitted.cutoff_s - 1)
+        days = (self.at_s - last_s) / DAY_S
+        if self.histories.last_s and days > FAR_DAYS:  # without any event, that is what is said
+            yield (
+                f"the moment, {utc_text(self.at_s)}, lies {days:,.0f} days after the newest event that is known, of"
+                f" {utc_text(last_s)[:10]}: everybody looks like somebody who has not come since; check the moment, or"
+                " bring the events in between"
+            )
+
     def measured(self, folder: Path, progress: Progress) -> _Job:
         """The job with the means and deviations among all its clients, and with their features in a folder."""
         fitted, day = self.profiler.fitted, DayStatistics(num_clients=len(self.numbers))
@@ -345,6 +374,17 @@ class _Job:
         state.update(self.numbers.tobytes())
         self.histories.digest_into(state.update)
         return state.hexdigest()
+
+
+def _new_events(events: Any, *given: Any, **named: Any) -> NewEvents:
+    """`read_new_events`; a remedy that is a setting of the run says so: `embed` takes none of them."""
+    try:
+        return read_new_events(events, *given, **named)
+    except DataError as error:
+        message = str(error).replace("data.path=", "events=")
+        if any(f"data.{one.name}" in message for one in fields(Table)):
+            message += "; data.* are settings of the run: write the events as its log is, or run it again with them"
+        raise DataError(message) from error
 
 
 def _silent(done: int, total: int) -> None:

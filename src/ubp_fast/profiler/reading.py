@@ -39,6 +39,8 @@ from ubp_fast.events.times import iso_seconds
 from ubp_fast.store.event_store import rows_before
 from ubp_fast.store.in_memory import Histories
 
+# Seconds of the years 1 to 9999, which dates have.
+LEAST_S, MOST_S = -62_135_596_800, 253_402_300_799
 OPTIONAL_COLUMNS = ("url", "query", "category", "price", "name")
 TABLE_COLUMNS = ("kind", *OPTIONAL_COLUMNS)
 WHAT_IS = {"quantity": "how many pieces", "spend": "how much money"}
@@ -212,6 +214,8 @@ def seconds_of(moment: int | str | date | datetime, zone: str | None = None) -> 
     if isinstance(moment, bool) or not isinstance(moment, int | np.integer | str | date):
         raise UserError(f"at: must be seconds, a date or a date-time like '2026-11-28 12:00:00', got {moment!r}")
     if isinstance(moment, int | np.integer):
+        if not LEAST_S <= moment <= MOST_S:
+            raise UserError(f"at: must be seconds since 1970, got {moment}; divide milliseconds by 1000")
         return int(moment)
     if isinstance(moment, str):
         try:

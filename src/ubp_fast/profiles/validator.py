@@ -73,6 +73,21 @@ class Validation:
         return self.profiles
 
 
+def require_vectors(directory: Path) -> None:
+    """Refuses a place without vectors; names a folder of it that holds some, as that of a run does.
+
+    Raises:
+        DataError: neither of the two files is there.
+    """
+    names = (IDS_FILE, EMBEDDINGS_FILE)
+    if any((directory / name).is_file() for name in names):
+        return
+    found = "neither" if directory.is_dir() else "a file" if directory.exists() else "no such directory"
+    inside = sorted(folder.parent for folder in directory.glob(f"*/{EMBEDDINGS_FILE}"))
+    remedy = f"did you mean {' or '.join(map(str, inside))}?" if inside else "check the path"
+    raise DataError(f"{directory}: directory must hold {' and '.join(names)}, got {found}; {remedy}")
+
+
 def validate(
     directory: Path | str, relevant_clients: np.ndarray | None = None, names: Mapping[str, int] | None = None
 ) -> Validation:

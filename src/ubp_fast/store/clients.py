@@ -7,6 +7,7 @@ import polars as pl
 
 from ubp_fast.events.read import EventDirectory
 from ubp_fast.events.schema import DataError
+from ubp_fast.events.split import utc_text
 from ubp_fast.store.event_store import EventStore
 from ubp_fast.store.spill import MAX_CLIENTS
 
@@ -61,6 +62,6 @@ def _present_clients(
 def no_history(events: EventDirectory, cutoff_s: int) -> DataError:
     """The error for a cutoff before which no client has an event."""
     return DataError(
-        f"{events.path}: the cutoff must lie after the first event of a client, got {cutoff_s} with no event before it;"
-        " choose a later cutoff or check the relevant clients"
+        f"{events.path}: the cutoff must lie after the first event of a client, got {utc_text(cutoff_s)} with no event"
+        " before it; choose a later cutoff or check the relevant clients"
     )

@@ -20,7 +20,7 @@ import numpy as np
 
 from ubp_fast.events.labels import positions_in
 from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, DataError
-from ubp_fast.files import load_array, load_json
+from ubp_fast.files import load_array, load_json, why
 from ubp_fast.store.vocabulary import FIRST_ID
 
 HEADER_FILE = "store.json"
@@ -119,7 +119,9 @@ class EventStore:
         try:
             header = load_json(path / HEADER_FILE)
         except (OSError, ValueError) as error:
-            raise DataError(f"{path}: a store must hold {HEADER_FILE}, got '{error}'; build the store first") from error
+            raise DataError(
+                f"{path}: a store must hold {HEADER_FILE}, got '{why(error)}'; build the store first"
+            ) from error
         if header.get("format") != FORMAT:
             raise DataError(f"{path}: store must have format {FORMAT}, got {header.get('format')}; build it again")
         return cls(path, header)
@@ -262,7 +264,7 @@ class EventStore:
                     f"{self.path}: events must lie in one store for this, got them in shards; make the run again with"
                     " compute.shards=1"
                 ) from error
-            raise DataError(f"{path}: column must exist, got '{error}'; build the store again") from error
+            raise DataError(f"{path}: column must exist, got '{why(error)}'; build the store again") from error
 
 
 def columns_of(kind: str, amounts: Sequence[str]) -> list[str]:

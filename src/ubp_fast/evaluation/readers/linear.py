@@ -201,7 +201,9 @@ def _read_together(
     """Tasks of the same clients; `rows` in the order that folds are dealt in."""
     if len(rows) < 2 * FOLDS:
         report(FOLDS * len(OPTIONS))
-        return [LabelScores((Sample((), ()),), task.train.num_labels, task.train.num_labels) for task in tasks]
+        skipped = [task.train.num_labels - len(scorable(task.validation.take(rows))) for task in tasks]
+        nothing = (Sample((), ()),)
+        return [LabelScores(nothing, task.train.num_labels, one) for task, one in zip(tasks, skipped, strict=True)]
     train = [task.train.take(rows) for task in tasks]
     bounds = np.cumsum([0, *(labels.num_labels for labels in train)])
     dense = np.concatenate([labels.dense() for labels in train], axis=1)

@@ -23,6 +23,7 @@ NOT_SCORABLE = (
     "no label has clients with it and clients without it in the validation window (all of them buy, or nobody does):"
     " there is no score"
 )
+TOO_FEW = "the linear reader chooses by folds and needs 10 clients, there are fewer: it gives no score"
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class LabelScores:
     """AUROC of one task's labels: what readers other than the network give.
 
     Attributes:
-        samples: one per repetition.
+        samples: one per repetition; without labels where a reader that chooses by folds has too few clients.
         num_labels: length of the task's list of labels.
         skipped: labels that cannot be scored: all clients of the validation window have them, or none has.
     """
@@ -164,6 +165,8 @@ class LabelScores:
         """What is left out."""
         if self.skipped == self.num_labels:
             return (NOT_SCORABLE,)
+        if not any(sample.labels for sample in self.samples):
+            return (TOO_FEW,)
         if self.skipped:
             return (f"{self.skipped} of {self.num_labels} labels have one class in the validation window, left out",)
         return ()

@@ -16,7 +16,7 @@ from ubp_fast.events.schema import EVENT_KINDS, ITEM_COLUMN, NUM_CODES, SKU_KIND
 from ubp_fast.events.sources.inspect import OF_COMMAND, suggestion
 from ubp_fast.events.sources.table_products import product_table
 from ubp_fast.events.sources.table_rows import RowChecks, check_outliers, duplicate_note, numbers, whole_ids
-from ubp_fast.events.split import TARGET_DAYS, fitting_days, split_at, utc_text
+from ubp_fast.events.split import TARGET_DAYS, fitting_days, split_at
 from ubp_fast.events.times import TimeForm, Times, outside_years, read_times
 from ubp_fast.events.write import EventWriter, end_seconds, event_writer
 from ubp_fast.files import file_digest, find_objects, is_url
@@ -127,9 +127,7 @@ class EventRows:
             for kind in EVENT_KINDS:
                 self._write_kind(kind, rows.filter(pl.col("kind") == kind), writer)
                 steps.done()
-            split = writer.fitting_split()
-            writer.notes += _without_vector(self.name, rows, split.input_end_s)
-            writer.finish(split)
+            writer.finish(writer.fitting_split())
 
     @property
     def name(self) -> str:
@@ -448,18 +446,6 @@ class EventRows:
         if self.text_format == "words":
             return hash_texts(texts.cast(pl.String))
         return parse_codes(self.name, texts.fill_null(ZERO_CODES) if texts.dtype == pl.String else texts)
-
-
-def _without_vector(file: str, rows: pl.DataFrame, input_end_s: int) -> list[str]:
-    """What is said of clients who come first after the moment of the profiles."""
-    is_late = pl.col("timestamp_s") >= input_end_s
-    behind = rows.filter(is_late)["client_id"].unique()
-    late = len(behind) - rows.filter(~is_late & pl.col("client_id").is_in(behind.implode()))["client_id"].n_unique()
-    if not late:
-        return []
-    clients = "1 client comes" if late == 1 else f"{late} clients come"
-    moment = f"{utc_text(input_end_s)}, the moment of the profiles"
-    return [f"{file}: {clients} first at or after {moment}: no vector; profiles.at=end makes vectors of all"]
 
 
 @dataclass(frozen=True)
