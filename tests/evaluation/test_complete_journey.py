@@ -32,7 +32,7 @@ def events(tmp_path_factory: pytest.TempPathFactory) -> EventDirectory:
     CompleteJourney().prepare(root / "purchases")
     purchases = EventDirectory.open(root / "purchases")
     buys = purchases.frame("product_buy")
-    first = buys.head(3)
+    first = buys.select("client_id", "timestamp_s", "sku").head(3)
     codes = pl.Series("query", (7 * np.arange(3)[:, None] + np.arange(16)).astype(np.uint8), dtype=CODES)
     with event_writer(root / "events", "test") as writer:
         writer.write_products(purchases.products())
