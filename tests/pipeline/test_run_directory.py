@@ -7,7 +7,7 @@ import pytest
 from support.shops import EMPTY_CLIENT, make_store
 
 from ubp_fast.evaluation import EvaluationConfig, Scores
-from ubp_fast.evaluation.readers import LabelScores
+from ubp_fast.evaluation.readers import LabelScores, Sample
 from ubp_fast.files import OutputDirectoryError
 from ubp_fast.pipeline.run_directory import RunDirectory, _empty_clients, environment, warnings_of
 from ubp_fast.store.event_store import EventStore
@@ -64,7 +64,9 @@ def test_what_is_said_of_every_reader_is_said_once(tmp_path: Path) -> None:
     config = EvaluationConfig(tasks=("propensity_sku",), readers=("linear", "boosting"))
 
     def scores(skipped: dict[str, int]) -> Scores:
-        others = {name: {"propensity_sku": LabelScores((), 9, left)} for name, left in skipped.items()}
+        others = {
+            name: {"propensity_sku": LabelScores((Sample((0,), (0.6,)),), 9, left)} for name, left in skipped.items()
+        }
         return Scores({}, config, ("a",), 10, {}, others)
 
     ours, baseline = scores({"linear": 2, "boosting": 2}), scores({"linear": 2, "boosting": 3})
